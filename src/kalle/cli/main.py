@@ -1,0 +1,104 @@
+"""The `kalle` command: one module a command, each imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "say": "speak a text into a file",
+    "prepare": "turn recordings and texts into a corpus folder",
+    "encode": "write the Flow-VAE posteriors of a corpus as shards",
+    "train": "train a Flow-VAE or a language model (`kalle train flowvae|lm`, then any Hydra override)",
+    "evaluate": "score synthesis, reconstruction or a folder of wavs",
+    "convert": "turn released weights into a weight folder and back",
+}
+"""Command name -> one line of help; the module is kalle.cli.NAME."""
+
+HYDRA_COMMANDS = frozenset({"encode", "evaluate", "train"})
+"""These take Hydra overrides, which only Hydra can parse."""
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: kalle COMMAND [OPTIONS]", "", *lines, "", "`kalle COMMAND --help` explains one; `kalle --version` prints the version."]
+    )
+
+
+def _run_typer(name: str, arguments: Sequence[str]) -> int:
+    import typer
+    from typer.main import get_command
+
+    module = importlib.import_module(f"kalle.cli.{name}")
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(add_completion=False)
+        app.command()(getattr(module, name))
+    command = get_command(app)
+    code = command.main(args=list(arguments), prog_name=f"kalle {name}", standalone_mode=False)
+    return int(code) if isinstance(code, int) else 0
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Run the command named first; returns the exit code. Errors propagate."""
+    name, rest = arguments[0], list(arguments[1:])
+    if name in HYDRA_COMMANDS:
+        return int(importlib.import_module(f"kalle.cli.{name}").run(rest))
+    return _run_typer(name, rest)
+
+
+def _fail(message: str, code: int = USAGE_ERROR) -> int:
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. A user's mistake is one line on stderr and exit code 2; anything else is a bug and shows its traceback."""
+    from kalle.errors import UserError
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not given or given[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help() + "\n")
+        return 0
+    if given[0] == "--version":
+        from kalle import __version__
+
+        sys.stdout.write(f"kalle {__version__}\n")
+        return 0
+    if given[0] not in COMMANDS:
+        return _fail(f"unknown command: got {given[0]!r}, expected one of {', '.join(COMMANDS)}; see `kalle --help`")
+    try:
+        return dispatch(given)
+    except UserError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to continue", INTERRUPTED)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        return _fail(f"{error.strerror}: '{error.filename}'" if error.filename else f"{error.strerror or error}")
+    except Exception as error:
+        return _fail_usage(error)
+
+
+def _fail_usage(error: Exception) -> int:
+    # typer raises click's exceptions in non-standalone mode; click may be vendored, so they are known by their interface.
+    if type(error).__name__ == "Exit":
+        return int(getattr(error, "exit_code", 0))
+    if type(error).__name__ == "Abort":
+        return _fail("interrupted", INTERRUPTED)
+    if callable(getattr(error, "format_message", None)):
+        return _fail(f"{error.format_message()}; see --help", getattr(error, "exit_code", USAGE_ERROR))  # type: ignore[attr-defined]
+    raise error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
