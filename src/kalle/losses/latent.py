@@ -1,0 +1,205 @@
+"""Losses and statistics of latent distributions: the Flow-VAE's KL, the language model's next-distribution loss, and their yardsticks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from kalle.gaussian import DiagGaussian
+
+if TYPE_CHECKING:
+    from kalle.models.batch import LMBatch
+
+Direction = Literal["prediction_posterior", "posterior_prediction"]
+"""Which argument of the KL comes first: KL(prediction || posterior), or the paper's eq. 10, KL(posterior || prediction)."""
+Reduction = Literal["none", "mean", "sum_dim"]
+
+ACTIVE_VARIANCE = 0.01
+"""A dimension is active when its posterior mean varies by more than this (Burda et al., arXiv 1509.00519, appendix C)."""
+
+
+def flow_kl(z_prior: Tensor, posterior_log_std: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """KL of the posterior to the flow prior, one Monte-Carlo sample (KALL-E eq. 3-7): ``-log_std - 1/2 + z_p^2 / 2`` per element.
+
+    ``z_prior`` (..., D) is flow(z), whose log-determinant is 0, with z drawn from the posterior whose log standard deviation
+    is ``posterior_log_std`` (..., D). The entropy is analytic and the cross-entropy sampled, so an element may be negative.
+    ``reduction``: "mean" over batch, time and dimension; "sum_dim" sums the dimensions and averages the rest (nats per
+    frame); "none" returns (..., D). fp32; ValueError for another reduction.
+    """
+    kl = -posterior_log_std.float() - 0.5 + 0.5 * z_prior.float().square()
+    if reduction == "mean":
+        return kl.mean()
+    if reduction == "sum_dim":
+        return kl.sum(-1).mean()
+    if reduction == "none":
+        return kl
+    raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum_dim' or 'none'")
+
+
+def directed_kl(prediction: DiagGaussian, posterior: DiagGaussian, direction: Direction) -> Tensor:
+    """The KL of ``direction`` per dimension in nats, (..., D), fp32; ValueError for another direction."""
+    if direction == "prediction_posterior":
+        return prediction.kl_to(posterior)
+    if direction == "posterior_prediction":
+        return posterior.kl_to(prediction)
+    raise ValueError(f"direction: got {direction!r}, expected 'prediction_posterior' or 'posterior_prediction'")
+
+
+@dataclass(frozen=True)
+class LMLoss:
+    """The language model's loss and its parts: scalars in nats per dimension, fp32."""
+
+    total: Tensor
+    """``frame_kl + end_weight * end_kl``: what is minimised."""
+    frame_kl: Tensor
+    """Mean over all valid frames of the batch."""
+    end_kl: Tensor
+    """Mean over utterances, at the row after the last frame."""
+    frames: Tensor
+    """Number of valid frames, int64."""
+    utterances: Tensor
+    """Number of utterances, int64."""
+
+
+def next_distribution_loss(
+    prediction: DiagGaussian, batch: LMBatch, direction: Direction = "prediction_posterior", end_weight: float = 0.02
+) -> LMLoss:
+    """``mean over frames of KL + end_weight * mean over utterances of the end KL``, each averaged over D (KALL-E section 3).
+
+    ``prediction`` (B, T + 1, D): row t predicts frame t (from 0) of ``batch.posterior`` (B, T, D), row latent_lengths[b]
+    the end distribution N(1, e). Rows beyond it have no part in the loss, nor in its gradient, whatever they hold.
+    A batch without any frame is a broken invariant.
+    """
+    posterior, lengths = batch.posterior, batch.latent_lengths
+    assert posterior is not None, "the loss needs batch.posterior"
+    rows, frames = prediction.mean.shape[1], posterior.mean.shape[1]
+    assert rows == frames + 1, f"prediction must have one row more than the posterior: {rows} and {frames}"
+    valid = torch.arange(frames, device=lengths.device) < lengths[:, None]
+    frame_kl = directed_kl(_masked(prediction[:, :frames], valid), _masked(posterior, valid), direction).mean(-1)
+    frame_count = valid.sum()
+    frame_loss = frame_kl.sum() / frame_count
+    at_end = prediction[torch.arange(len(lengths), device=lengths.device), lengths]
+    end_loss = directed_kl(at_end, DiagGaussian.end(at_end.mean), direction).mean()
+    utterances = torch.tensor(len(lengths), device=lengths.device)
+    return LMLoss(frame_loss + end_weight * end_loss, frame_loss, end_loss, frame_count, utterances)
+
+
+def _masked(distribution: DiagGaussian, valid: Tensor) -> DiagGaussian:
+    """N(0, I) where ``valid`` (B, T) is False, so that padding's KL is exactly 0.
+
+    Masking the KL instead would multiply an overflow's gradient by zero, which is NaN.
+    """
+    padding = ~valid.unsqueeze(-1)
+    return DiagGaussian(distribution.mean.masked_fill(padding, 0.0), distribution.log_std.masked_fill(padding, 0.0))
+
+
+def speaker_kl(speaker: DiagGaussian) -> Tensor:
+    """KL of the speaker latent (B, H) to N(0, I), averaged over dimensions, then over the batch; scalar in nats, fp32."""
+    return speaker.kl_to(DiagGaussian.standard(speaker.mean)).mean(-1).mean()
+
+
+def latent_health(posterior: DiagGaussian, z: Tensor, z_prior: Tensor | None = None) -> dict[str, Tensor]:
+    """Scalar health metrics of posteriors (B, T, D) and their samples ``z`` (B, T, D), detached, fp32.
+
+    ``kl_per_element`` and ``kl_per_frame`` are in nats, against the flow prior when ``z_prior`` = flow(z) is given (one
+    sample), else against N(0, I) in closed form. ``mean_std`` and ``mean_abs_mean`` average over everything,
+    ``active_dimensions`` counts dimensions, ``z_std`` is the standard deviation of the samples within a dimension, averaged.
+    """
+    posterior, z = posterior.detach(), z.detach().float()
+    dimensions = z.shape[-1]
+    if z_prior is None:
+        kl = posterior.kl_to(DiagGaussian.standard(posterior.mean))
+    else:
+        kl = flow_kl(z_prior.detach(), posterior.log_std, reduction="none")
+    mean_variance = posterior.mean.float().reshape(-1, dimensions).var(0, unbiased=False)
+    return {
+        "kl_per_element": kl.mean(),
+        "kl_per_frame": kl.sum(-1).mean(),
+        "mean_std": posterior.std.mean(),
+        "mean_abs_mean": posterior.mean.float().abs().mean(),
+        "active_dimensions": (mean_variance > ACTIVE_VARIANCE).sum().float(),
+        "z_std": z.reshape(-1, dimensions).std(0, unbiased=False).mean(),
+    }
+
+
+@dataclass(frozen=True)
+class ConstantBaseline:
+    """The constant Gaussian closest to a set of posteriors, and how close: what a model that learnt nothing would reach."""
+
+    distribution: DiagGaussian
+    """Mean and log standard deviation, (D,), fp64."""
+    kl: Tensor
+    """KL in nats per dimension, averaged over frames, (D,), fp64; its mean compares with a frame loss."""
+    frames: int
+    """Number of frames seen."""
+
+
+@dataclass
+class _Moments:
+    """Running fp64 sums over frames, each (D,)."""
+
+    frames: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, posterior: DiagGaussian) -> None:
+        """Add posteriors (..., D)."""
+        mean, log_std = (tensor.detach().double().reshape(-1, tensor.shape[-1]) for tensor in (posterior.mean, posterior.log_std))
+        precision = torch.exp(-2 * log_std)
+        terms = {
+            "log_std": log_std,
+            "mean": mean,
+            "power": torch.exp(2 * log_std) + mean.square(),
+            "precision": precision,
+            "weighted_mean": mean * precision,
+            "weighted_power": mean.square() * precision,
+        }
+        for name, term in terms.items():
+            total = term.sum(0)
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.frames += mean.shape[0]
+
+    def average(self, name: str) -> Tensor:
+        """The frame average of one sum, (D,)."""
+        return self.sums[name] / self.frames
+
+
+def constant_gaussian_baseline(posteriors: Iterable[DiagGaussian], direction: Direction) -> ConstantBaseline:
+    """The diagonal Gaussian N(m, s^2) that minimises the mean KL of ``direction`` over all frames, in closed form.
+
+    ``posteriors`` are (..., D) with padding already removed; one pass, sums in fp64, so a corpus can be streamed. With
+    averages over frames written E: KL(prediction || posterior) gives m = E[mu / sigma^2] / E[1 / sigma^2] and
+    s^2 = 1 / E[1 / sigma^2]; KL(posterior || prediction) is moment matching, m = E[mu], s^2 = E[sigma^2 + mu^2] - m^2.
+    ValueError for no frames or another direction.
+    """
+    moments = _Moments()
+    for posterior in posteriors:
+        moments.add(posterior)
+    if not moments.frames:
+        raise ValueError("constant_gaussian_baseline: got no frames, expected at least one posterior")
+    if direction == "prediction_posterior":
+        distribution, kl = _precision_weighted(moments)
+    elif direction == "posterior_prediction":
+        distribution, kl = _moment_matched(moments)
+    else:
+        raise ValueError(f"direction: got {direction!r}, expected 'prediction_posterior' or 'posterior_prediction'")
+    return ConstantBaseline(distribution, kl, moments.frames)
+
+
+def _precision_weighted(moments: _Moments) -> tuple[DiagGaussian, Tensor]:
+    """Minimiser and minimum of E[KL(N(m, s^2) || N(mu, sigma^2))]."""
+    precision = moments.average("precision")
+    mean = moments.average("weighted_mean") / precision
+    log_std = -0.5 * torch.log(precision)
+    spread = (moments.average("weighted_power") - mean.square() * precision).clamp(min=0)
+    return DiagGaussian(mean, log_std), moments.average("log_std") - log_std + 0.5 * spread
+
+
+def _moment_matched(moments: _Moments) -> tuple[DiagGaussian, Tensor]:
+    """Minimiser and minimum of E[KL(N(mu, sigma^2) || N(m, s^2))]."""
+    mean = moments.average("mean")
+    log_std = 0.5 * torch.log(moments.average("power") - mean.square())
+    return DiagGaussian(mean, log_std), log_std - moments.average("log_std")

@@ -1,0 +1,100 @@
+"""Reconstruction losses: L1 distances between log-mel spectrograms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kalle.errors import UserError
+from kalle.models.mel import LogMel, MelConfig
+
+__all__ = ["LogMel", "MelConfig", "MelL1", "MultiScaleMel", "mel_l1", "multi_scale_configs"]
+
+
+def mel_l1(real: Tensor, fake: Tensor) -> Tensor:
+    """Mean absolute difference of two log-mel spectrograms (B, n_mels, frames) of one shape; scalar, fp32, in nepers.
+
+    One shape is demanded, because broadcasting would hide a length mismatch.
+    """
+    assert real.shape == fake.shape, f"log-mels must agree in shape: {tuple(real.shape)} and {tuple(fake.shape)}"
+    return F.l1_loss(fake.float(), real.float())
+
+
+class MelL1(nn.Module):
+    """Single-scale reconstruction loss of two waveforms: ``mel_l1`` of their ``LogMel``."""
+
+    def __init__(self, config: MelConfig) -> None:
+        super().__init__()
+        self.mel = LogMel(config)
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """``real``, ``fake`` (B, S) in [-1, 1] to a scalar, fp32; no gradient flows into ``real``."""
+        with torch.no_grad():
+            target = self.mel(real)
+        return mel_l1(target, self.mel(fake))
+
+
+def multi_scale_configs(
+    sample_rate: int = 16000,
+    windows: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048),
+    n_mels: Sequence[int] = (5, 10, 20, 40, 80, 160, 320),
+) -> tuple[MelConfig, ...]:
+    """One ``MelConfig`` per window length in samples, hop a quarter of the window (the scales of BigVGAN v2, arXiv 2206.04658's code).
+
+    UserError when the two lists differ in length.
+    """
+    if len(windows) != len(n_mels):
+        raise UserError(
+            f"mel scales: got {len(windows)} windows and {len(n_mels)} mel counts, expected as many; make the lists equally long"
+        )
+    return tuple(
+        MelConfig(sample_rate=sample_rate, n_fft=window, hop=max(window // 4, 1), win=window, n_mels=mels)
+        for window, mels in zip(windows, n_mels, strict=True)
+    )
+
+
+class MultiScaleMel(nn.Module):
+    """Sum over scales of the L1 distance of log-mels, after BigVGAN v2's multi-scale mel loss.
+
+    ``log10`` keeps that loss' unit: its weight (15) belongs to base-10 logarithms, which are 1 / ln 10 = 0.434 of the natural
+    ones of ``LogMel``; with ``log10=False`` the sum is in nepers. BigVGAN v2 centres its frames and this class does not, so
+    the frames lie half a hop apart; the filters, the floor and the sum over scales are the same.
+    A scale whose filters are partly empty is averaged over its other filters.
+    """
+
+    scales: nn.ModuleList
+
+    def __init__(self, configs: Sequence[MelConfig], log10: bool = True) -> None:
+        super().__init__()
+        if not configs:
+            raise UserError("mel scales: got none, expected at least one MelConfig; see multi_scale_configs")
+        self.scales = nn.ModuleList(LogMel(config) for config in configs)
+        self.unit = 1 / math.log(10) if log10 else 1.0
+
+    @property
+    def empty_filters(self) -> int:
+        """Number of filters without a Fourier bin, over all scales."""
+        return sum(self._log_mel(index).empty_filters for index in range(len(self.scales)))
+
+    def _log_mel(self, index: int) -> LogMel:
+        scale = self.scales[index]
+        assert isinstance(scale, LogMel)
+        return scale
+
+    def _distance(self, index: int, real: Tensor, fake: Tensor) -> Tensor:
+        """The L1 of one scale over its non-empty filters, which alone can differ."""
+        scale = self._log_mel(index)
+        with torch.no_grad():
+            target = scale(real)
+        used = scale.config.n_mels - scale.empty_filters
+        assert used > 0, f"every mel filter is empty in {scale.config}"
+        return mel_l1(target, scale(fake)) * (scale.config.n_mels / used)
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """``real``, ``fake`` (B, S) in [-1, 1] to a scalar, fp32; no gradient flows into ``real``."""
+        distances = [self._distance(index, real, fake) for index in range(len(self.scales))]
+        return self.unit * torch.stack(distances).sum()

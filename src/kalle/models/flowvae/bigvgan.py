@@ -1,0 +1,66 @@
+"""The paper's decoder: causal upsampling with anti-aliased multi-periodicity blocks (BigVGAN, arXiv 2206.04658)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kalle.models.alias_free import anti_aliased_snake
+from kalle.models.flowvae.config import BigVGANConfig
+from kalle.models.layers import CausalConv1d, CausalUpsample1d, same_conv
+
+_EDGE_KERNEL = 7
+
+
+class AMPBlock(nn.Module):
+    """Residual pairs of (activation, dilated convolution, activation, plain convolution): (B, C, T) -> (B, C, T)."""
+
+    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dilated = nn.ModuleList(CausalConv1d(channels, channels, kernel_size, dilation) for dilation in dilations)
+        self.plain = nn.ModuleList(CausalConv1d(channels, channels, kernel_size) for _ in dilations)
+        self.activations = nn.ModuleList(anti_aliased_snake(channels) for _ in range(2 * len(dilations)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = zip(self.activations[::2], self.dilated, self.activations[1::2], self.plain, strict=True)
+        for first, dilated, second, plain in pairs:
+            x = x + plain(second(dilated(first(x))))
+        return x
+
+
+class BigVGANStage(nn.Module):
+    """Upsample, then the mean of the blocks: (B, C, T) -> (B, C / 2, T * stride)."""
+
+    def __init__(self, channels_in: int, stride: int, config: BigVGANConfig) -> None:
+        super().__init__()
+        channels = channels_in // 2
+        self.up = CausalUpsample1d(channels_in, channels, stride)
+        self.blocks = nn.ModuleList(AMPBlock(channels, kernel, config.block_dilations) for kernel in config.block_kernel_sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        total = self.blocks[0](x)
+        for block in self.blocks[1:]:
+            total = total + block(x)
+        return total / len(self.blocks)
+
+
+class BigVGANDecoder(nn.Module):
+    """Latents (B, D, T) to a waveform (B, T * hop) in [-1, 1].
+
+    The first convolution and the anti-aliasing filters look ahead; everything else is causal.
+    """
+
+    def __init__(self, config: BigVGANConfig, latent_dim: int) -> None:
+        super().__init__()
+        widths = [config.initial_channels >> i for i in range(len(config.strides) + 1)]
+        self.conv_in = same_conv(latent_dim, widths[0], _EDGE_KERNEL)
+        self.stages = nn.ModuleList(BigVGANStage(width, stride, config) for width, stride in zip(widths[:-1], config.strides, strict=True))
+        self.activation_out = anti_aliased_snake(widths[-1])
+        self.conv_out = CausalConv1d(widths[-1], 1, _EDGE_KERNEL)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for stage in self.stages:
+            x = stage(x)
+        return torch.tanh(self.conv_out(self.activation_out(x)))[:, 0]

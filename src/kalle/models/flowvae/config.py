@@ -1,0 +1,135 @@
+"""Configuration of the Flow-VAE. The defaults are the released full-size model (KALL-E paper, section 3; released JSON)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kalle.checkpoint import dataclass_from_dict
+from kalle.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Strided convolutional encoder."""
+
+    channels: tuple[int, ...] = (12, 24, 48, 96, 192, 384, 768)
+    """Width after the first convolution, then after each stage."""
+    strides: tuple[int, ...] = (2, 2, 4, 4, 4, 5)
+    residual_layers: int = 6
+    """Layers of a stage's residual stack; layer i has dilation 2**i."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        object.__setattr__(self, "strides", tuple(self.strides))
+        if len(self.channels) != len(self.strides) + 1:
+            raise UserError(
+                f"encoder.channels must have one entry more than encoder.strides: got {len(self.channels)} and {len(self.strides)}; "
+                "add or remove an entry"
+            )
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Mean-only residual coupling flow between the posterior sample and the prior."""
+
+    hidden_channels: int = 512
+    couplings: int = 4
+    kernel_size: int = 5
+    wavenet_layers: int = 4
+
+
+@dataclass(frozen=True)
+class BigVGANConfig:
+    """Causal BigVGAN-like decoder, the paper's."""
+
+    initial_channels: int = 1536
+    strides: tuple[int, ...] = (5, 4, 4, 4, 2, 2)
+    block_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    block_dilations: tuple[int, ...] = (1, 3, 5)
+    kind: str = "bigvgan"
+
+    def __post_init__(self) -> None:
+        for name in ("strides", "block_kernel_sizes", "block_dilations"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per latent frame."""
+        return math.prod(self.strides)
+
+
+@dataclass(frozen=True)
+class ISTFTConfig:
+    """ConvNeXt blocks at a low rate and an inverse-STFT head (Vocos, arXiv 2306.00814); ours, for machines without a GPU."""
+
+    channels: int = 384
+    blocks: int = 8
+    expansion: int = 3
+    """Width of a block's inner layer over ``channels``."""
+    kernel_size: int = 7
+    upsample: int = 8
+    """STFT frames per latent frame."""
+    n_fft: int = 640
+    hop_length_stft: int = 160
+    kind: str = "istft"
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per latent frame."""
+        return self.upsample * self.hop_length_stft
+
+
+DECODER_CONFIGS: Mapping[str, type] = {"bigvgan": BigVGANConfig, "istft": ISTFTConfig}
+
+
+@dataclass(frozen=True)
+class FlowVAEConfig:
+    """The whole Flow-VAE; ``flow=None`` makes it a plain VAE."""
+
+    sample_rate: int = 16000
+    latent_dim: int = 512
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    flow: FlowConfig | None = field(default_factory=FlowConfig)
+    decoder: BigVGANConfig | ISTFTConfig = field(default_factory=BigVGANConfig)
+
+    def __post_init__(self) -> None:
+        if self.decoder.hop_length != self.hop_length:
+            raise UserError(
+                f"encoder and decoder must agree on the samples per frame: got {self.hop_length} and {self.decoder.hop_length}; "
+                "change the strides of one"
+            )
+        if self.flow is not None and self.latent_dim % 2:
+            raise UserError(f"latent_dim must be even for the coupling flow: got {self.latent_dim}; use an even number or flow=null")
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per latent frame."""
+        return math.prod(self.encoder.strides)
+
+    @property
+    def frame_rate_hz(self) -> float:
+        """Latent frames per second."""
+        return self.sample_rate / self.hop_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in config.json."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "flowvae/config.json") -> FlowVAEConfig:
+        """The inverse of ``to_dict``; an unknown key or decoder kind is a UserError that lists the valid ones."""
+        given = dict(values)
+        if "encoder" in given:
+            given["encoder"] = dataclass_from_dict(EncoderConfig, given["encoder"], source)
+        if given.get("flow") is not None:
+            given["flow"] = dataclass_from_dict(FlowConfig, given["flow"], source)
+        if "decoder" in given:
+            kind = given["decoder"].get("kind", "bigvgan")
+            if kind not in DECODER_CONFIGS:
+                raise UserError(f"unknown decoder.kind in '{source}': got {kind!r}, expected one of {', '.join(DECODER_CONFIGS)}")
+            given["decoder"] = dataclass_from_dict(DECODER_CONFIGS[kind], given["decoder"], source)
+        return dataclass_from_dict(cls, given, source)

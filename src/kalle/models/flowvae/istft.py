@@ -1,0 +1,90 @@
+"""A decoder for machines without a GPU: ConvNeXt blocks at the STFT's rate and an inverse-STFT head.
+
+Not in the KALL-E paper. The idea is that of Vocos (arXiv 2306.00814): predict magnitude and phase, let the inverse
+Fourier transform do the upsampling.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalle.models.flowvae.config import ISTFTConfig
+
+_MAX_LOG_MAGNITUDE = 5.0
+"""exp(5) is far above what a full-scale signal needs; the limit keeps an early step from overflowing."""
+_INITIAL_LOG_MAGNITUDE = -3.0
+"""Start near silence: at exp(0) the first outputs are noise tens of decibels too loud."""
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution, layer norm, two pointwise layers, scaled residual: (B, C, T) -> (B, C, T).
+
+    Source: ConvNeXt (arXiv 2201.03545), in one dimension.
+    """
+
+    def __init__(self, channels: int, expansion: int, kernel_size: int, scale: float) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.widen = nn.Linear(channels, expansion * channels)
+        self.narrow = nn.Linear(expansion * channels, channels)
+        self.scale = nn.Parameter(torch.full((channels,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm(self.depthwise(x).transpose(1, 2))
+        inner = self.narrow(F.gelu(self.widen(inner)))
+        return x + (self.scale * inner).transpose(1, 2)
+
+
+class ISTFTHead(nn.Module):
+    """Hidden frames (B, C, N) to a waveform (B, N * hop) through log-magnitude and phase."""
+
+    window: Tensor
+
+    def __init__(self, channels: int, n_fft: int, hop_length: int) -> None:
+        super().__init__()
+        self.n_fft, self.hop_length = n_fft, hop_length
+        self.project = nn.Linear(channels, n_fft + 2)
+        with torch.no_grad():
+            self.project.bias[: n_fft // 2 + 1].fill_(_INITIAL_LOG_MAGNITUDE)
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        log_magnitude, phase = self.project(x.transpose(1, 2)).float().chunk(2, dim=-1)
+        magnitude = log_magnitude.clamp(max=_MAX_LOG_MAGNITUDE).exp()
+        spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
+        frames = torch.fft.irfft(spectrum, n=self.n_fft, dim=-1) * self.window
+        return self._overlap_add(frames) / self._overlap_add(self.window.square().expand_as(frames[:1])).clamp(min=1e-8)
+
+    def _overlap_add(self, frames: Tensor) -> Tensor:
+        # N frames cover (N - 1) * hop + n_fft samples; the surplus of n_fft - hop is cut evenly, leaving N * hop.
+        count = frames.shape[1]
+        length = (count - 1) * self.hop_length + self.n_fft
+        folded = F.fold(frames.transpose(1, 2), (1, length), (1, self.n_fft), stride=(1, self.hop_length))[:, 0, 0]
+        trim = (self.n_fft - self.hop_length) // 2
+        return folded[:, trim : trim + count * self.hop_length]
+
+
+class ISTFTDecoder(nn.Module):
+    """Latents (B, D, T) to a waveform (B, T * hop); may exceed [-1, 1] slightly. Looks ahead by a bounded number of frames."""
+
+    def __init__(self, config: ISTFTConfig, latent_dim: int) -> None:
+        super().__init__()
+        self.upsample = config.upsample
+        self.conv_in = nn.Conv1d(latent_dim, config.channels, 3, padding=1)
+        self.spread = nn.Linear(config.channels, config.upsample * config.channels)
+        self.blocks = nn.ModuleList(
+            ConvNeXtBlock(config.channels, config.expansion, config.kernel_size, 1 / config.blocks) for _ in range(config.blocks)
+        )
+        self.norm = nn.LayerNorm(config.channels, eps=1e-6)
+        self.head = ISTFTHead(config.channels, config.n_fft, config.hop_length_stft)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = F.gelu(self.conv_in(z)).transpose(1, 2)
+        batch, frames, channels = x.shape
+        x = self.spread(x).view(batch, frames * self.upsample, channels).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x.transpose(1, 2)).transpose(1, 2))

@@ -1,0 +1,39 @@
+"""Convolutions shared by the Flow-VAE's parts. Layout inside the models is (B, C, T)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+def same_conv(channels_in: int, channels_out: int, kernel_size: int, dilation: int = 1) -> nn.Module:
+    """Weight-normed convolution with zero padding on both sides that keeps the length (odd kernels)."""
+    return weight_norm(nn.Conv1d(channels_in, channels_out, kernel_size, dilation=dilation, padding=dilation * (kernel_size - 1) // 2))
+
+
+class CausalConv1d(nn.Module):
+    """Weight-normed convolution that sees the present and the past only: (B, C, T) -> (B, C', T)."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.past = dilation * (kernel_size - 1)
+        self.conv = weight_norm(nn.Conv1d(channels_in, channels_out, kernel_size, dilation=dilation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (self.past, 0)))
+
+
+class CausalUpsample1d(nn.Module):
+    """Transposed convolution with kernel 2 * stride, trimmed at the end: (B, C, T) -> (B, C', T * stride).
+
+    Output sample t depends on the inputs up to floor(t / stride) only.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = weight_norm(nn.ConvTranspose1d(channels_in, channels_out, 2 * stride, stride))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)[..., : -self.stride]

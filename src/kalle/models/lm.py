@@ -1,0 +1,252 @@
+"""The next-distribution language model: text and past latents in, the Gaussian of the next frame out (KALL-E paper, section 3)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+
+from kalle.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    dataclass_from_dict,
+    load_strict,
+    part_folder,
+    read_json,
+    read_tensors,
+    resolve_device,
+    save_part,
+)
+from kalle.errors import UserError
+from kalle.gaussian import DiagGaussian
+from kalle.models.batch import LMBatch
+from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
+
+PART = "lm"
+_OLDER_LLAMA_KEYS = frozenset({"_name_or_path", "model_type", "rope_scaling", "rope_theta", "torch_dtype"})
+"""Keys of published config.json files that transformers reads but no longer lists."""
+
+
+@dataclass(frozen=True)
+class KalleLMConfig:
+    """What a KalleLM is built from."""
+
+    backbone: Mapping[str, Any]
+    """Values of transformers' LlamaConfig."""
+    latent_dim: int = 512
+    speaker: SpeakerEncoderConfig | None = None
+    """The speaker encoder; the released weights have none."""
+    normalise_latents: bool = False
+    """Keep per-dimension mean and std of the latents in the weights, feed normalised latents and predict in those units."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in config.json."""
+        return dataclasses.asdict(dataclasses.replace(self, backbone=dict(self.backbone)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "lm/config.json") -> KalleLMConfig:
+        """The inverse of ``to_dict``; an unknown key is a UserError that lists the valid ones."""
+        given = dict(values)
+        if given.get("speaker") is not None:
+            given["speaker"] = dataclass_from_dict(SpeakerEncoderConfig, given["speaker"], source)
+        if "backbone" not in given:
+            raise UserError(f"key 'backbone' is missing in '{source}': expected the values of a Llama configuration; convert again")
+        check_backbone(given["backbone"], source)
+        return dataclass_from_dict(cls, given, source)
+
+
+def check_backbone(values: Mapping[str, Any], source: str | Path) -> None:
+    """A UserError when ``values`` are not those of a Llama configuration; an unknown key lists the valid ones."""
+    valid = {field.name for field in dataclasses.fields(LlamaConfig)} | _OLDER_LLAMA_KEYS
+    unknown = sorted(set(values) - valid)
+    if unknown:
+        raise UserError(f"unknown key {', '.join(map(repr, unknown))} in '{source}'; valid keys: {', '.join(sorted(valid))}")
+    if values.get("model_type", "llama") != "llama":
+        raise UserError(f"not a Llama configuration: model_type is {values['model_type']!r} in '{source}', expected 'llama'")
+    try:
+        _llama_config(values)
+    except Exception as error:  # its validators raise subclasses of Exception alone
+        raise UserError(f"bad Llama configuration in '{source}': {' '.join(str(error).split())}; mend the file") from None
+
+
+def _llama_config(values: Mapping[str, Any]) -> LlamaConfig:
+    # transformers writes rope_theta into the rope_scaling it is given.
+    return LlamaConfig(**copy.deepcopy(dict(values)))
+
+
+@dataclass(frozen=True)
+class LMState:
+    """What ``step`` needs of the past: keys and values of every layer, extended in place."""
+
+    cache: DynamicCache
+    """Per layer, keys and values of shape (B, kv_heads, positions, head_dim)."""
+
+    @property
+    def length(self) -> int:
+        """Positions seen so far."""
+        return int(self.cache.get_seq_length())
+
+
+class KalleLM(nn.Module):
+    """Shapes: B batch, L text positions, T latent frames, D latent_dim, H hidden size.
+
+    The sequence is ``[speaker] text z_1 … z_T``; the last text position predicts z_1, z_t predicts z_{t+1} and z_T
+    the end distribution. The backbone may run in half precision; the two latent layers and all outputs are fp32.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: KalleLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = LlamaModel(_llama_config(config.backbone))
+        hidden = self.backbone.config.hidden_size
+        self.audio_linear = nn.Linear(config.latent_dim, hidden)
+        self.distribution_linear = nn.Linear(hidden, 2 * config.latent_dim)
+        self.speaker_encoder: SpeakerEncoder | None = None
+        if config.speaker is not None:
+            self.speaker_encoder = SpeakerEncoder(config.speaker)
+            self.speaker_projection = nn.Linear(config.speaker.embedding_dim, 2 * hidden)
+        if config.normalise_latents:
+            self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
+            self.register_buffer("latent_std", torch.ones(config.latent_dim))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.audio_linear.weight.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width H of the backbone, and of the speaker latent."""
+        return self.audio_linear.out_features
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the text embedding."""
+        return int(self.backbone.config.vocab_size)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> KalleLM:
+        """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32."""
+        part = part_folder(folder, PART)
+        model = cls(KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME)))
+        load_strict(model, read_tensors(part / WEIGHTS_NAME), part)
+        nn.Module.to(model.backbone, dtype)
+        return model.to(resolve_device(device)).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``folder``/lm/{config.json, model.safetensors} (``folder`` itself when it is named lm)."""
+        root = Path(folder)
+        save_part(root if root.name == PART else root / PART, self.config.to_dict(), self)
+
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store the per-dimension mean and std (D,) of the latents; only with ``normalise_latents``."""
+        if not self.config.normalise_latents:
+            raise UserError("latent statistics need normalise_latents=true in the configuration of the language model")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def forward(self, batch: LMBatch) -> DiagGaussian:
+        """Teacher forcing: (B, T+1, D). Row t predicts frame t+1, row ``latent_lengths[b]`` the end; later rows are padding."""
+        everything, first = self._run(batch)
+        steps = torch.arange(batch.latents.shape[1] + 1, device=first.device)
+        index = (first[:, None] + steps).clamp(max=everything.mean.shape[1] - 1)
+        rows = torch.arange(len(first), device=first.device)[:, None]
+        return everything[rows, index]
+
+    def all_positions(self, batch: LMBatch) -> DiagGaussian:
+        """The prediction at every text and latent position, (B, max(L_b + T_b), D); the speaker position is dropped."""
+        everything, _ = self._run(batch)
+        return everything[:, self._speaker_positions(batch) :]
+
+    def prefill(
+        self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None
+    ) -> tuple[DiagGaussian, LMState]:
+        """Read the context and predict the first new frame.
+
+        ``text_ids`` (B, L) int64 without padding, ``prompt_latents`` (B, P, D), ``speaker_latent`` (B, H).
+        Returns the distribution (B, D) and the state for ``step``.
+        """
+        parts = [self.backbone.embed_tokens(text_ids)]
+        if speaker_latent is not None:
+            parts.insert(0, speaker_latent[:, None])
+        if prompt_latents is not None:
+            parts.append(self._embed_latents(prompt_latents))
+        dtype = self.backbone.embed_tokens.weight.dtype
+        return self._extend(torch.cat([part.to(dtype) for part in parts], dim=1), LMState(DynamicCache()))
+
+    def step(self, z: Tensor, state: LMState) -> tuple[DiagGaussian, LMState]:
+        """Append the frame ``z`` (B, D) and predict the next: the distribution (B, D) and the (same, extended) state."""
+        return self._extend(self._embed_latents(z[:, None]), state)
+
+    def encode_speaker(self, mels: Tensor) -> DiagGaussian:
+        """Distribution (B, H) of the speaker latent of ``mels`` (B, 80, F)."""
+        if self.speaker_encoder is None:
+            raise UserError("this model has no speaker encoder; give prompt audio with its transcript instead")
+        with torch.autocast(mels.device.type, enabled=False):
+            return DiagGaussian.from_parameters(self.speaker_projection(self.speaker_encoder(mels.float())))
+
+    def speaker_latent(self, batch: LMBatch) -> tuple[Tensor, DiagGaussian] | None:
+        """Speaker latent (B, H) of the batch and its distribution, or None when the batch carries no speaker."""
+        if batch.speaker_mels is None:
+            return None
+        distribution = self.encode_speaker(batch.speaker_mels)
+        return (distribution.mean if batch.speaker_noise is None else distribution.sample(batch.speaker_noise)), distribution
+
+    def _extend(self, embeddings: Tensor, state: LMState) -> tuple[DiagGaussian, LMState]:
+        hidden = self.backbone(inputs_embeds=embeddings, past_key_values=state.cache, use_cache=True).last_hidden_state
+        return self._head(hidden[:, -1]), state
+
+    def _embed_latents(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            if self.config.normalise_latents:
+                z = (z - self.latent_mean) / self.latent_std
+            return self.audio_linear(z).to(self.backbone.embed_tokens.weight.dtype)
+
+    def _head(self, hidden: Tensor) -> DiagGaussian:
+        with torch.autocast(hidden.device.type, enabled=False):
+            prediction = DiagGaussian.from_parameters(self.distribution_linear(hidden.float()))
+            if not self.config.normalise_latents:
+                return prediction
+            mean = self.latent_mean + self.latent_std * prediction.mean
+            return DiagGaussian(mean, prediction.log_std + self.latent_std.log())
+
+    def _run(self, batch: LMBatch) -> tuple[DiagGaussian, Tensor]:
+        """Predictions at every position, and the index (B,) of the one that predicts the first frame."""
+        speaker = self.speaker_latent(batch)
+        embeddings, first = self._assemble(batch, None if speaker is None else speaker[0])
+        # Rows are padded at their end only, so the causal mask alone keeps padding out of every valid position.
+        hidden = self.backbone(inputs_embeds=embeddings, attention_mask=None, use_cache=False).last_hidden_state
+        return self._head(hidden), first
+
+    def _assemble(self, batch: LMBatch, speaker_latent: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Join each row's speaker, text and latents without gaps: embeddings (B, W, H) and the index (B,) of the last text position."""
+        offset = 0 if speaker_latent is None else 1
+        starts = batch.text_lengths + offset
+        width = int((starts + batch.latent_lengths).max())
+        text = self.backbone.embed_tokens(batch.text_ids)
+        embeddings = text.new_zeros(len(text), width, text.shape[-1])
+        if speaker_latent is not None:
+            embeddings[:, 0] = speaker_latent.to(text.dtype)
+        for values, lengths, begin in (
+            (text, batch.text_lengths, torch.full_like(starts, offset)),
+            (self._embed_latents(batch.latents).to(text.dtype), batch.latent_lengths, starts),
+        ):
+            steps = torch.arange(values.shape[1], device=values.device)
+            rows, columns = (steps < lengths[:, None]).nonzero(as_tuple=True)
+            embeddings = embeddings.index_put((rows, begin[rows] + columns), values[rows, columns])
+        return embeddings, starts - 1
+
+    @staticmethod
+    def _speaker_positions(batch: LMBatch) -> int:
+        return 0 if batch.speaker_mels is None else 1
