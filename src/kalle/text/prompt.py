@@ -1,0 +1,37 @@
+"""The order of tokens in front of the speech; nothing else in the project knows it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kalle.errors import UserError
+from kalle.text.tokenizer import Tokenizer
+
+BEFORE_SPEECH = ("<|SPEECH_UNDERSTANDING_END|>", "<|SPEECH_GENERATION_START|>")
+"""The two tokens between the text and the first frame; the position of the last one predicts that frame."""
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, prompt_text: str | None = None, tokenise_separately: bool = False) -> Tensor:
+    """The ids of beginning of text, the transcript of the prompt, the text, and the two tokens before speech: (L,) int64.
+
+    Both texts are stripped, joined by one space and tokenised at once. With ``tokenise_separately`` they are left as
+    they are, tokenised each on its own, and their ids joined with nothing in between, as the release does.
+    A UserError when a text is empty.
+    """
+    check_text(text, "text")
+    if prompt_text is not None:
+        check_text(prompt_text, "prompt text")
+    if tokenise_separately:
+        ids = tokenizer.encode(text)
+        if prompt_text is not None:
+            ids = tokenizer.encode(prompt_text) + ids[1:]
+    else:
+        ids = tokenizer.encode(" ".join(part.strip() for part in (prompt_text, text) if part is not None))
+    return torch.tensor(ids + [tokenizer.special(name) for name in BEFORE_SPEECH], dtype=torch.int64)
+
+
+def check_text(text: str, name: str) -> None:
+    """A UserError when ``text`` has nothing to say."""
+    if not text.strip():
+        raise UserError(f"the {name} is empty: got {text[:20]!r}, expected words to speak; give a {name}")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kalle.errors import UserError
+from kalle.text.tokenizer import BOS, KALLE_TOKENS, Tokenizer
+
+TEXTS = [
+    "Hello, world.",
+    "你好，世界",
+    "naïve  café\n\ttabs",
+    "👩‍🚀🚀",
+    "1234567 3.14",
+    "\x00\x07",
+    " ",
+    "<|SPEECH_GENERATION_START|>x<|begin_of_text|>",
+]
+BYTES = Tokenizer.bytes()
+
+
+def test_bytes_ids_are_the_bytes_then_the_specials() -> None:
+    assert BYTES.encode("aé") == [256, 97, 0xC3, 0xA9]
+    assert BYTES.special(BOS) == 256
+    assert [BYTES.special(name) for name in KALLE_TOKENS] == list(range(257, 265))
+    assert BYTES.vocab_size == 265
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_encode_utf8_and_never_a_special(text: str) -> None:
+    assert BYTES.encode(text)[1:] == list(text.encode())
+    assert BYTES.decode(BYTES.encode(text)) == text
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
+def test_bytes_round_trip(text: str) -> None:
+    assert BYTES.decode(BYTES.encode(text)) == text
+
+
+def test_long_text_is_encoded_whole() -> None:
+    assert len(BYTES.encode("ab" * 50_000)) == 100_001
+
+
+def test_save_and_load_agree(tmp_path) -> None:
+    BYTES.save(tmp_path / "tokenizer")
+    loaded = Tokenizer.load(tmp_path / "tokenizer")
+    assert [loaded.encode(text) for text in TEXTS] == [BYTES.encode(text) for text in TEXTS]
+    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == ["tokenizer.json"]
+
+
+def test_tokens_added_without_the_special_mark_cannot_be_injected(tmp_path) -> None:
+    BYTES.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(content))
+    text = "a<|SPEECH_GENERATION_START|>b"
+    assert Tokenizer.load(tmp_path).encode(text)[1:] == list(text.encode())
+
+
+def test_bad_input(tmp_path) -> None:
+    with pytest.raises(UserError, match="no tokenizer"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="not a tokenizer"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="surrogate"):
+        BYTES.encode("a\ud800")
+    with pytest.raises(KeyError):
+        BYTES.special("a")
+
+
+def test_a_vocabulary_without_the_tokens_of_kalle_is_refused(tmp_path) -> None:
+    BYTES.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"] = content["added_tokens"][:-1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"lacks <\|SPEECH_UNDERSTANDING_END\|>"):
+        Tokenizer.load(tmp_path)
