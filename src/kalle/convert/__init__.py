@@ -1,0 +1,1 @@
+"""Weights in the released format, converted to ours and back."""

@@ -1,0 +1,188 @@
+"""Configurations of the release, mapped to ours and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kalle.errors import UserError
+from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAEConfig
+from kalle.models.lm import KalleLMConfig, check_backbone
+from kalle.models.speaker import SpeakerEncoderConfig
+
+RELEASED_BACKBONE: Mapping[str, Any] = {
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": True,
+    "vocab_size": 128264,
+}
+"""Llama-3.2-1B with the tokens of KALL-E: the configuration of the released language model."""
+
+_SIZES = (
+    "downsample_channels",
+    "downsample_rates",
+    "flow_hidden_channels",
+    "latent_dim",
+    "resblock_dilation_sizes",
+    "resblock_kernel_sizes",
+    "sampling_rate",
+    "upsample_initial_channel",
+    "upsample_kernel_sizes",
+    "upsample_rates",
+)
+_FIXED: Mapping[str, Any] = {"resblock": "1", "activation": "snakebeta", "snake_logscale": True, "use_vae": True, "causal": True}
+"""Switches of the release with the only value that it uses."""
+TRAINING_KEYS = (
+    "resolutions",
+    "mpd_reshapes",
+    "use_spectral_norm",
+    "discriminator_channel_mult",
+    "num_mels",
+    "num_freq",
+    "n_fft",
+    "hop_size",
+    "win_size",
+    "fmin",
+    "fmax",
+    "fmax_for_loss",
+)
+"""Discriminators and mel loss of the released training: no part of the module, kept for the way back."""
+
+
+def flowvae_config(values: Mapping[str, Any], source: str | Path) -> FlowVAEConfig:
+    """Our configuration for the released JSON ``values``; a UserError lists keys that are unknown or missing, or a value we lack."""
+    _check_keys(values, source)
+    for key, fixed in _FIXED.items():
+        if values[key] != fixed:
+            raise UserError(f"not supported in '{source}': {key} is {values[key]!r}, expected {fixed!r}; give the published JSON")
+    strides, kernels = _integers(values, "upsample_rates", source), _integers(values, "upsample_kernel_sizes", source)
+    if kernels != tuple(2 * stride for stride in strides):
+        raise UserError(
+            f"not supported in '{source}': upsample_kernel_sizes is {list(kernels)}, expected twice the upsample_rates; check the JSON"
+        )
+    return FlowVAEConfig(
+        sample_rate=_integer(values, "sampling_rate", source),
+        latent_dim=_integer(values, "latent_dim", source),
+        encoder=EncoderConfig(_integers(values, "downsample_channels", source), _integers(values, "downsample_rates", source)),
+        flow=FlowConfig(_integer(values, "flow_hidden_channels", source)),
+        decoder=BigVGANConfig(
+            initial_channels=_integer(values, "upsample_initial_channel", source),
+            strides=strides,
+            block_kernel_sizes=_integers(values, "resblock_kernel_sizes", source),
+            block_dilations=_dilations(values, source),
+        ),
+    )
+
+
+def released_flowvae_config(config: FlowVAEConfig, source: str | Path) -> dict[str, Any]:
+    """The released JSON of ``config``, without training keys; a UserError when the release cannot express it."""
+    decoder, flow = config.decoder, config.flow
+    if not isinstance(decoder, BigVGANConfig) or flow is None:
+        got = f"decoder.kind {decoder.kind!r} and {'no flow' if flow is None else 'a flow'}"
+        raise UserError(f"no released format for '{source}': got {got}, expected 'bigvgan' and a flow; the release knows nothing else")
+    values = {
+        **_FIXED,
+        "upsample_rates": list(decoder.strides),
+        "upsample_kernel_sizes": [2 * stride for stride in decoder.strides],
+        "upsample_initial_channel": decoder.initial_channels,
+        "resblock_kernel_sizes": list(decoder.block_kernel_sizes),
+        "resblock_dilation_sizes": [list(decoder.block_dilations)] * len(decoder.block_kernel_sizes),
+        "downsample_rates": list(config.encoder.strides),
+        "downsample_channels": list(config.encoder.channels),
+        "latent_dim": config.latent_dim,
+        "flow_hidden_channels": flow.hidden_channels,
+        "sampling_rate": config.sample_rate,
+    }
+    if flowvae_config(values, source) != config:
+        raise UserError(
+            f"no released format for '{source}': its JSON has no residual_layers, couplings, kernel_size or wavenet_layers, "
+            "expected their defaults; such a model stays in our format"
+        )
+    return values
+
+
+def lm_config(backbone: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str | Path) -> KalleLMConfig:
+    """The configuration of released language model ``tensors`` with the Llama values ``backbone``.
+
+    The latent size, and the speaker encoder's sizes when it is there, are read from the shapes. A tensor that is missing
+    leaves its size at the default; the comparison of all tensors then reports it.
+    """
+    check_backbone(backbone, source)
+    latent_dim = _size(tensors, "audio_linear.weight", 1, KalleLMConfig.latent_dim)
+    return KalleLMConfig(backbone=dict(backbone), latent_dim=latent_dim, speaker=speaker_config(tensors))
+
+
+def speaker_config(tensors: Mapping[str, Tensor]) -> SpeakerEncoderConfig | None:
+    """Sizes of the speaker encoder in released ``tensors``, None when there is none; the dilations leave no trace in shapes."""
+    if not any(name.startswith(("speaker_encoder.", "speaker_cond_disp_linear.")) for name in tensors):
+        return None
+    default = SpeakerEncoderConfig()
+    splits = sum(1 for name in tensors if name.startswith("speaker_encoder.layer2.1.convs."))
+    return SpeakerEncoderConfig(
+        n_mels=_size(tensors, "speaker_encoder.layer1.conv.weight", 1, default.n_mels),
+        channels=_size(tensors, "speaker_encoder.layer1.conv.weight", 0, default.channels),
+        embedding_dim=_size(tensors, "speaker_encoder.linear.weight", 0, default.embedding_dim),
+        pooled_channels=_size(tensors, "speaker_encoder.conv.weight", 0, default.pooled_channels),
+        attention_channels=_size(tensors, "speaker_encoder.pooling.linear1.weight", 0, default.attention_channels),
+        scale=splits + 1 if splits else default.scale,
+    )
+
+
+def _check_keys(values: Mapping[str, Any], source: str | Path) -> None:
+    required = {*_SIZES, *_FIXED}
+    valid = {*required, *TRAINING_KEYS}
+    unknown = sorted(set(values) - valid)
+    if unknown:
+        raise UserError(f"unknown key {', '.join(map(repr, unknown))} in '{source}'; valid keys: {', '.join(sorted(valid))}")
+    missing = sorted(required - set(values))
+    if missing:
+        raise UserError(f"missing key {', '.join(map(repr, missing))} in '{source}'; give the JSON that was published with the weights")
+
+
+def _integer(values: Mapping[str, Any], key: str, source: str | Path) -> int:
+    value = values[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"bad value in '{source}': {key} is {value!r}, expected a positive integer; check the JSON")
+    return value
+
+
+def _integers(values: Mapping[str, Any], key: str, source: str | Path) -> tuple[int, ...]:
+    given = values[key]
+    if not isinstance(given, list) or not given or any(isinstance(item, bool) or not isinstance(item, int) or item < 1 for item in given):
+        raise UserError(f"bad value in '{source}': {key} is {given!r}, expected a list of positive integers; check the JSON")
+    return tuple(given)
+
+
+def _dilations(values: Mapping[str, Any], source: str | Path) -> tuple[int, ...]:
+    """The dilations all blocks share."""
+    given = values["resblock_dilation_sizes"]
+    blocks = len(_integers(values, "resblock_kernel_sizes", source))
+    if not isinstance(given, list) or len(given) != blocks or any(row != given[0] for row in given):
+        raise UserError(f"not supported in '{source}': resblock_dilation_sizes is {given!r}, expected {blocks} equal lists; check the JSON")
+    return _integers({"resblock_dilation_sizes": given[0]}, "resblock_dilation_sizes", source)
+
+
+def _size(tensors: Mapping[str, Tensor], name: str, axis: int, default: int) -> int:
+    tensor = tensors.get(name)
+    return int(tensor.shape[axis]) if tensor is not None and tensor.dim() > axis else default

@@ -1,0 +1,124 @@
+"""Files of the release, read without running what is in them, and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalle.checkpoint import unwritable
+from kalle.errors import UserError
+
+PARTIAL = ".partial"
+
+
+def read_pickle(path: Path) -> Mapping[str, Any]:
+    """The dict that ``torch.save`` wrote to ``path``, tensors mapped from the file rather than read into memory.
+
+    A UserError when it is missing, unreadable, or holds anything but tensors and plain values: such a pickle could run code.
+    """
+    if not path.is_file():
+        raise UserError(f"file not found: got '{path}', expected a released .pt file; check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"'{found[1]}'" if found else "other objects"
+        raise UserError(
+            f"refused '{path}': its pickle asks for {what}, expected tensors only; loading it could run code, "
+            "so get the weights from a source you trust"
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:  # torn or foreign files fail in many ways: KeyError, EOFError, RuntimeError
+        reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+        raise UserError(f"not a readable PyTorch file: '{path}' ({reason}); fetch it again") from None
+    if not isinstance(value, Mapping):
+        raise UserError(f"not the released format: '{path}' holds a {type(value).__name__}, expected a dict; give the published file")
+    return value
+
+
+def only_tensors(values: Mapping[str, Any], source: str | Path) -> dict[str, Tensor]:
+    """``values`` as plain dense tensors; a UserError lists the entries that are something else."""
+    wrong = [
+        f"{name} ({type(value).__name__})"
+        for name, value in values.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided)
+    ]
+    if wrong:
+        raise UserError(
+            f"not the released format: '{source}' holds {len(wrong)} entries that are no dense tensors: {', '.join(wrong)}; "
+            "give the published file"
+        )
+    return {name: value.detach() for name, value in values.items()}
+
+
+def write_pickle(path: Path, value: Mapping[str, Any]) -> None:
+    """``torch.save`` to ``path``; UserError when the disk is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:
+        raise unwritable(path, str(error).splitlines()[0]) from None
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes ``out`` on success; on failure nothing stays.
+
+    What was put into it is moved into an ``out`` that exists already, config.json last. OSError becomes a UserError.
+    """
+    staging = out.with_name(out.name + PARTIAL)
+    made = _make_parents(out.parent)
+    try:
+        # What a killed run left behind; it was never a finished folder.
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        _publish(staging, out)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            folder.rmdir()
+        if isinstance(error, OSError):
+            raise unwritable(Path(error.filename or out), error.strerror or str(error)) from None
+        raise
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create ``folder`` and return those that did not exist, innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error.strerror or str(error)) from None
+    return missing
+
+
+def _publish(staging: Path, out: Path) -> None:
+    if not out.exists():
+        os.replace(staging, out)
+        return
+    moved: list[Path] = []
+    try:
+        for child in sorted(staging.iterdir(), key=lambda path: path.is_file()):
+            target = out / child.name
+            os.replace(child, target)
+            moved.append(target)
+    except BaseException:
+        for target in moved:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    staging.rmdir()

@@ -1,0 +1,250 @@
+"""What is refused when released files are converted: with one line, and without a trace on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from kalle.convert.release import convert_release, convert_to_release
+from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAE
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.text.tokenizer import Tokenizer
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+FLOWVAE, FLOWVAE_JSON = REFERENCE / "flowvae_tiny.pt", REFERENCE / "flowvae_tiny.json"
+LM, LM_JSON = REFERENCE / "lm_tiny.pt", REFERENCE / "lm_tiny.json"
+LM_SPEAKER = REFERENCE / "lm_speaker_tiny.pt"
+HEAD, EMBEDDING = "base_model.lm_head.weight", "base_model.model.embed_tokens.weight"
+
+
+def _load(path):
+    return torch.load(path, weights_only=True)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _fails(tmp_path, *arguments, match: str = "[a-z]") -> str:
+    """The one-line error; neither the folder nor anything beside it may have appeared."""
+    before = _files(tmp_path)
+    with pytest.raises(UserError, match=match) as caught:
+        convert_release(tmp_path / "deep" / "name", *arguments)
+    assert _files(tmp_path) == before
+    assert not (tmp_path / "deep").exists()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_lm_tensor_that_does_not_fit_is_listed(tmp_path):
+    released = _load(LM)
+    del released["audio_linear.bias"], released["base_model.model.norm.weight"]
+    released["distribution_linear.bias"] = torch.zeros(3)
+    released["base_model.model.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 2)
+    torch.save(released, tmp_path / "model.pt")
+    message = _fails(tmp_path, None, None, tmp_path / "model.pt", LM_JSON, match="4 tensors")
+    for line in (
+        "missing: audio_linear.bias (64,)", "missing: base_model.model.norm.weight (64,)",
+        "misshapen: distribution_linear.bias is (3,), expected (16,)", "superfluous: base_model.model.layers.7.mlp.up_proj.weight (2, 2)",
+    ):
+        assert line in message
+    assert "model.pt" in message
+
+
+def test_every_flowvae_tensor_that_does_not_fit_is_listed(tmp_path):
+    released = _load(FLOWVAE)["generator"]
+    del released["conv_pre.bias"], released["flow.flows.0.pre.weight"]
+    released["conv_post.bias"] = torch.zeros(4)
+    released["flow.flows.1.pre.weight"] = torch.zeros(2)
+    torch.save({"generator": released}, tmp_path / "flowvae.pt")
+    message = _fails(tmp_path, tmp_path / "flowvae.pt", FLOWVAE_JSON, None, match="4 tensors")
+    for line in ("missing: conv_pre.bias", "missing: flow.flows.0.pre.weight", "misshapen: conv_post.bias is (4,), expected (1,)",
+                 "superfluous: flow.flows.1.pre.weight (2,)"):
+        assert line in message
+
+
+def test_without_a_configuration_the_released_one_is_expected(tmp_path):
+    message = _fails(tmp_path, None, None, LM, match="--lm-config")
+    assert "misshapen: base_model.model.embed_tokens.weight is (320, 64), expected (128264, 2048)" in message
+
+
+@pytest.mark.parametrize("change", ["bit", "dtype"])
+def test_an_untied_head_is_refused(tmp_path, change):
+    released = _load(LM)
+    head = released[EMBEDDING].clone()
+    if change == "bit":
+        head.view(torch.int32)[5, 3] ^= 1
+    released[HEAD] = head if change == "bit" else head.double()
+    torch.save(released, tmp_path / "model.pt")
+    assert HEAD in _fails(tmp_path, None, None, tmp_path / "model.pt", LM_JSON, match="not tied")
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.target}'",)
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "hidden in the state"])
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, kind):
+    evil, target = tmp_path / "evil.pt", tmp_path / "ran"
+    if kind == "pickle":
+        with evil.open("wb") as file:
+            pickle.dump(Malicious(target), file, protocol=2)
+    else:
+        torch.save(Malicious(target) if kind == "torch" else {**_load(LM), "extra": Malicious(target)}, evil)
+    for arguments in ((None, None, evil, LM_JSON), (evil, FLOWVAE_JSON, None)):
+        message = _fails(tmp_path, *arguments, match="refused")
+        assert "evil.pt" in message
+        assert "system" in message
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04 torn", None])
+def test_torn_and_foreign_files_are_named(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(LM.read_bytes()[:-2000] if content is None else content)
+    assert "model.pt" in _fails(tmp_path, None, None, path, LM_JSON, match="not a readable PyTorch file|refused")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [([1, 2], "holds a list"), ({"state": {}}, "keys state"), ({"generator": {}, "step": 3}, "keys generator, step"),
+     ({"generator": 3}, "keys generator"), ({"generator": {"conv_pre.bias": 3}}, r"conv_pre.bias \(int\)")],
+)
+def test_other_contents_are_not_the_released_format(tmp_path, content, match):
+    torch.save(content, tmp_path / "flowvae.pt")
+    _fails(tmp_path, tmp_path / "flowvae.pt", FLOWVAE_JSON, None, match=match)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latent": 8}, ["unknown key 'latent'", "latent_dim", "fmax_for_loss"]),
+        ({"latent_dim": None, "upsample_rates": None}, ["missing key 'latent_dim', 'upsample_rates'"]),
+        ({"activation": "snake"}, ["activation", "'snake'", "'snakebeta'"]),
+        ({"causal": False}, ["causal is False"]),
+        ({"upsample_kernel_sizes": [10, 8, 8, 8, 4, 5]}, ["upsample_kernel_sizes"]),
+        ({"resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 7]]}, ["resblock_dilation_sizes"]),
+        ({"latent_dim": "8"}, ["latent_dim is '8'", "positive integer"]),
+        ({"downsample_rates": [2, 2, 4, 4, 4, 2.5]}, ["downsample_rates"]),
+        ({"downsample_rates": [2, 2, 4, 4, 4, 2]}, ["512 and 1280"]),
+    ],
+)
+def test_a_json_that_does_not_describe_the_released_kind(tmp_path, change, words):
+    values = {**json.loads(FLOWVAE_JSON.read_text()), **change}
+    (tmp_path / "f.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    message = _fails(tmp_path, FLOWVAE, tmp_path / "f.json", None)
+    assert all(word in message for word in words), message
+
+
+def test_an_unknown_key_of_the_lm_configuration(tmp_path):
+    (tmp_path / "lm.json").write_text(json.dumps({**json.loads(LM_JSON.read_text()), "hidden_sise": 64}))
+    assert "hidden_size" in _fails(tmp_path, None, None, LM, tmp_path / "lm.json", match="unknown key 'hidden_sise'")
+
+
+def test_requests_that_lack_something(tmp_path, tokenizer_folder):
+    _fails(tmp_path, None, None, None, match="nothing to convert")
+    _fails(tmp_path, FLOWVAE, None, None, match="--flowvae-config is missing")
+    _fails(tmp_path, None, FLOWVAE_JSON, LM, LM_JSON, match="--flowvae is missing")
+    _fails(tmp_path, None, None, None, LM_JSON, tokenizer_folder, match="--lm is missing")
+    _fails(tmp_path, tmp_path / "none.pt", FLOWVAE_JSON, None, match="file not found: got .*none.pt")
+    _fails(tmp_path, FLOWVAE, tmp_path / "none.json", None, match="file not found: got .*none.json")
+    _fails(tmp_path, None, None, None, None, tmp_path / "none", match="no such tokenizer folder")
+
+
+def test_a_tokenizer_folder_needs_its_json(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_text("x")
+    assert "tokenizer.model" in _fails(tmp_path, None, None, None, None, folder, match="no tokenizer.json")
+    (folder / "tokenizer.json").write_text("{}")
+    _fails(tmp_path, None, None, None, None, folder, match=r"tokenizer")
+
+
+def test_parts_that_do_not_fit_each_other_are_refused(tmp_path):
+    KalleLM(KalleLMConfig({**json.loads(LM_JSON.read_text()), "vocab_size": 100}, latent_dim=6)).save_pretrained(tmp_path / "other")
+    KalleLM(KalleLMConfig({**json.loads(LM_JSON.read_text()), "vocab_size": 100}, latent_dim=8)).save_pretrained(tmp_path / "small")
+    Tokenizer.bytes().save(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="latent_dim 8, the language model 6"):
+        convert_release(tmp_path / "other", FLOWVAE, FLOWVAE_JSON, None)
+    with pytest.raises(UserError, match=r"the tokenizer has 265 ids, the language model 100"):
+        convert_release(tmp_path / "small", None, None, None, None, tmp_path / "tokenizer")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["lm"]
+    assert [path.name for path in (tmp_path / "small").iterdir()] == ["lm"]
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="not a weight folder"):
+        convert_release(tmp_path, FLOWVAE, FLOWVAE_JSON, None)
+    with pytest.raises(UserError, match="not a folder"):
+        convert_release(tmp_path / "letter.txt", FLOWVAE, FLOWVAE_JSON, None)
+    with pytest.raises(UserError, match="not a weight folder"):
+        convert_to_release(tmp_path, tmp_path / "back")
+    convert_release(tmp_path / "name", FLOWVAE, FLOWVAE_JSON, None)
+    with pytest.raises(UserError, match="already there"):
+        convert_to_release(tmp_path / "name", tmp_path)
+    assert _files(tmp_path)[0] == "letter.txt"
+
+
+@pytest.fixture
+def little_disk():
+    """Files may not grow beyond 400 kB: writing more fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_no_disk_space(tmp_path, little_disk):
+    _fails(tmp_path, FLOWVAE, FLOWVAE_JSON, None, match=r"cannot write .*make room on the disk")
+
+
+def test_no_disk_space_on_the_way_back(tmp_path):
+    convert_release(tmp_path / "name", FLOWVAE, FLOWVAE_JSON, None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*make room on the disk"):
+            convert_to_release(tmp_path / "name", tmp_path / "back")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def test_a_failure_while_a_part_is_added_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    out = tmp_path / "name"
+    convert_release(out, FLOWVAE, FLOWVAE_JSON, None)
+    before = {name: (out / name).read_bytes() for name in _files(out)}
+    replace = os.replace
+
+    def failing(source, target):
+        if Path(target) == out / "config.json":
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(UserError, match="No space left on device"):
+        convert_release(out, None, None, LM, LM_JSON)
+    assert {name: (out / name).read_bytes() for name in _files(tmp_path / "name")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path):
+    left = tmp_path / "name.partial" / "flowvae"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    convert_release(tmp_path / "name", FLOWVAE, FLOWVAE_JSON, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+    FlowVAE.from_pretrained(tmp_path / "name")
