@@ -1,0 +1,191 @@
+"""Audio files in and out: mono float32 arrays in [-1, 1], resampled on reading, PCM16 written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from kalle.errors import UserError
+
+Audio = NDArray[np.float32]
+PCM16_SCALE = 32767.0
+# Raw G.722 has no header, so a decoder cannot guess it from the content.
+HEADERLESS = {".g722": "g722"}
+WRITABLE = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16")}
+
+
+class AudioError(UserError):
+    """A file that gives no usable audio; ``reason`` is one of missing, unreadable, empty, not finite."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def load_channels(path: str | Path) -> tuple[Audio, int]:
+    """Decode a whole file as it is stored: float32 (channels, S) and its sample rate in Hz.
+
+    libsndfile reads it, else PyAV where that is installed. Raises AudioError when the file is missing,
+    unreadable, without samples, or holds NaN or infinity.
+    """
+    path = Path(path)
+    _require_content(path)
+    channels, rate_hz = _decode(path)
+    if channels.shape[1] == 0:
+        raise AudioError(f"no audio in '{path}': got 0 samples, expected speech; record or fetch the file again", "empty")
+    if not np.isfinite(channels).all():
+        bad = int((~np.isfinite(channels)).sum())
+        raise AudioError(f"not finite: '{path}' holds {bad} NaN or infinite samples, expected numbers only; export it again", "not finite")
+    return channels, rate_hz
+
+
+def read_audio(path: str | Path, sample_rate_hz: int = 16000) -> Audio:
+    """Read a file as mono float32 (S,) at ``sample_rate_hz``: channels are averaged, another rate is resampled.
+
+    Raises AudioError (a UserError) as `load_channels` does.
+    """
+    channels, rate_hz = load_channels(path)
+    mono = resample(channels.mean(axis=0, dtype=np.float32), rate_hz, sample_rate_hz)
+    if mono.size == 0:
+        raise AudioError(f"no audio in '{path}': too short for one sample at {sample_rate_hz} Hz; record it again", "empty")
+    return mono
+
+
+def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:
+    """Band-limited resampling of mono float32 (S,) to (about S * to_hz / from_hz,)."""
+    if from_hz == to_hz:
+        return np.ascontiguousarray(audio, dtype=np.float32)
+    return np.asarray(soxr.resample(audio, from_hz, to_hz), dtype=np.float32)
+
+
+def write_audio(path: str | Path, audio: NDArray[np.floating], sample_rate_hz: int) -> None:
+    """Write mono (S,) in [-1, 1] as 16-bit WAV or FLAC (by suffix), rounded and clipped; nothing is left behind on failure.
+
+    Raises UserError for another suffix, an empty or non-finite array, or when the file cannot be written.
+    """
+    path = Path(path)
+    kind = WRITABLE.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {' or '.join(WRITABLE)}; rename the output")
+    samples = np.asarray(audio)
+    assert samples.ndim == 1, f"expected mono (S,), got shape {samples.shape}"
+    if samples.size == 0 or not np.isfinite(samples).all():
+        raise UserError(f"no audio to write to '{path}': got {samples.size} samples with NaN or none at all, expected finite speech")
+    write_encoded(path, to_pcm16(samples), sample_rate_hz, kind[0], kind[1])
+
+
+def to_pcm16(audio: NDArray[np.floating]) -> NDArray[np.int16]:
+    """Samples in [-1, 1] (S,) as int16 (S,), rounded to the nearest and clipped."""
+    return np.clip(np.rint(np.asarray(audio, dtype=np.float64) * PCM16_SCALE), -32768, 32767).astype(np.int16)
+
+
+def write_encoded(
+    path: Path, samples: NDArray[Any], sample_rate_hz: int, file_format: str, subtype: str, compression_level: float | None = None
+) -> None:
+    """Write mono (S,) in a format of libsndfile through ``path.partial``; a UserError, and no partial file, when the disk refuses.
+
+    libsndfile gets a real file, not a Python buffer: an interrupt inside its write callback would be lost and the file torn.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Opening it here gives the system's own reason where libsndfile has none.
+        temporary.touch()
+        _write_checked(temporary, samples, sample_rate_hz, file_format, subtype, compression_level)
+        os.replace(temporary, path)
+    except OSError as error:
+        _discard(temporary)
+        raise UserError(f"cannot write '{path}': {error.strerror or error}; free space or choose another folder") from None
+    except BaseException:
+        _discard(temporary)
+        raise
+
+
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _write_checked(path: Path, samples: NDArray[Any], rate_hz: int, file_format: str, subtype: str, level: float | None) -> None:
+    try:
+        soundfile.write(path, samples, rate_hz, format=file_format, subtype=subtype, compression_level=level)
+        written = soundfile.info(path).frames
+    except (soundfile.LibsndfileError, AssertionError):
+        # soundfile asserts that all frames were taken, so a full disk shows as an AssertionError.
+        written = -1
+    if written != samples.size:
+        raise OSError(errno.ENOSPC, "the disk did not take the whole file")
+
+
+def rms_dbfs(audio: Audio) -> float:
+    """Root mean square of (S,) in dB relative to full scale; minus infinity for digital silence."""
+    mean_square = float(np.mean(np.square(audio, dtype=np.float64)))
+    return 10.0 * float(np.log10(mean_square)) if mean_square > 0 else float("-inf")
+
+
+def clipped_share(audio: Audio, level: float = 0.999, run_samples: int = 3) -> float:
+    """Share of the samples of (S,) that lie in runs of at least ``run_samples`` at or above ``level`` of full scale.
+
+    A single sample at full scale is a peak; several in a row are a waveform that was cut off.
+    """
+    loud = np.abs(audio) >= level
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], loud, [False])).astype(np.int8)))
+    lengths = edges[1::2] - edges[::2]
+    return float(lengths[lengths >= run_samples].sum()) / max(audio.size, 1)
+
+
+def _require_content(path: Path) -> None:
+    if not path.is_file():
+        raise AudioError(f"audio file not found: got '{path}', expected a readable audio file; check the path", "missing")
+    if path.stat().st_size == 0:
+        raise AudioError(f"empty file: '{path}' has 0 bytes, expected audio; record or fetch the file again", "empty")
+
+
+def _decode(path: Path) -> tuple[Audio, int]:
+    if path.suffix.lower() not in HEADERLESS:
+        try:
+            frames, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
+            return np.ascontiguousarray(frames.T), int(rate_hz)
+        except (soundfile.LibsndfileError, OSError) as error:
+            problem = str(error)
+    else:
+        problem = "it needs PyAV (`pip install av`)"
+    decoded = _decode_av(path)
+    if decoded is None:
+        raise AudioError(
+            f"unreadable audio: '{path}' ({_one_line(problem)}); expected WAV, FLAC, Ogg, Opus, MP3 or what PyAV decodes; convert it",
+            "unreadable",
+        )
+    return decoded
+
+
+def _decode_av(path: Path) -> tuple[Audio, int] | None:
+    """float32 (channels, S) and the rate by way of PyAV; None when PyAV is absent or finds no audio."""
+    try:
+        import av
+    except ImportError:
+        return None
+    try:
+        with av.open(str(path), format=HEADERLESS.get(path.suffix.lower())) as container:
+            if not container.streams.audio:
+                return None
+            resampler = av.AudioResampler(format="fltp")
+            frames = [out for frame in container.decode(audio=0) for out in resampler.resample(frame)]
+            frames += resampler.resample(None)
+    except (av.FFmpegError, OSError, ValueError):
+        return None
+    if not frames:
+        return np.zeros((1, 0), dtype=np.float32), 1
+    return np.concatenate([frame.to_ndarray() for frame in frames], axis=1), int(frames[0].sample_rate)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

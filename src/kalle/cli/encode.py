@@ -1,0 +1,58 @@
+"""``kalle encode``: from a prepared corpus to a folder of latents."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from kalle.data.encode import EncodeConfig
+
+
+def run(overrides: list[str]) -> int:
+    """Run ``configs/encode.yaml`` with ``overrides``; returns the exit status."""
+    from kalle.cli.hydra_entry import folder_override, run_hydra
+
+    return run_hydra(encode, "encode", folder_override(overrides, "flowvae"))
+
+
+def encode(config: DictConfig) -> dict[str, Any]:
+    """Encode the corpus that ``config`` names; returns the info.json of the latent folder."""
+    from omegaconf import OmegaConf
+    from rich.progress import Progress
+
+    from kalle.checkpoint import resolve_device
+    from kalle.data.corpus_cuts import load_cuts
+    from kalle.data.encode import CorpusEncoder, encode_corpus
+    from kalle.errors import UserError
+    from kalle.models.flowvae import FlowVAE
+    from kalle.models.speaker_mel import SpeakerMel
+
+    OmegaConf.resolve(config)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        from kalle.errors import UserError
+
+        raise UserError(f"kalle encode: no value for {', '.join(missing)}, expected flowvae=DIR corpus=DIR out=DIR; add {missing[0]}=DIR")
+    options = encode_config(config)
+    flowvae = FlowVAE.from_pretrained(config.flowvae.folder, device=resolve_device(config.device))
+    splits = {split: load_cuts(config.corpus, split) for split in config.splits}
+    encoder = CorpusEncoder(flowvae, options, SpeakerMel() if options.speaker_mels else None)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("encode", total=None)
+        return encode_corpus(encoder, splits, config.out, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def encode_config(config: DictConfig) -> EncodeConfig:
+    """The part of ``config`` that says how to encode, as the dataclass."""
+    from omegaconf import OmegaConf
+
+    from kalle.data.encode import EncodeConfig
+    from kalle.data.joining import JoinConfig
+
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    names = {field.name for field in dataclasses.fields(EncodeConfig)} - {"join"}
+    return EncodeConfig(join=JoinConfig(**values["join"]), **{str(key): value for key, value in values.items() if key in names})

@@ -1,0 +1,1 @@
+"""Corpora to cuts, encoding to latent shards, data modules."""

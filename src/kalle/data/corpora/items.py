@@ -1,0 +1,92 @@
+"""The one form in which every reader hands over a corpus."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kalle.data.prepare_files import safe_id
+
+REASONS = (
+    "missing",
+    "unreadable",
+    "empty",
+    "not finite",
+    "too short",
+    "too long",
+    "clipped",
+    "silent",
+    "no text",
+    "not speech",
+    "duplicate id",
+)
+# A remark about the sound rather than words that are spoken: [@], (simple tone plays), <beep>.
+ANNOTATION = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>")
+OUTER = re.compile(rf"^(\s*({ANNOTATION.pattern}))+|(({ANNOTATION.pattern})\s*)+$")
+# The whole text is a tag such as [noise] or <beep>; parentheses may well be spoken.
+TAG = re.compile(r"\s*(\[[^\]]*\]|<[^>]*>)\s*")
+AUDIO_SUFFIXES = frozenset(
+    (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".webm", ".aif", ".aiff", ".au", ".g722", ".mp4")
+)
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    """One recording and its text, before anything is known of its sound."""
+
+    id: str
+    audio: Path
+    text: str
+    speaker: str = "unknown"
+    language: str = ""
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An item that is left out, and why (one of `REASONS`)."""
+
+    id: str
+    audio: str
+    reason: str
+    detail: str
+
+    def __post_init__(self) -> None:
+        assert self.reason in REASONS, self.reason
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus as a reader found it: ``notes`` go into the report as they are."""
+
+    name: str
+    items: list[SourceItem]
+    rejected: list[Rejection] = field(default_factory=list)
+    notes: dict[str, object] = field(default_factory=dict)
+
+
+def spoken_text(text: str) -> str | None:
+    """``text`` without remarks in brackets before and after it, and without superfluous spaces; empty when there is nothing else.
+
+    None when a remark stands inside: whether it is spoken cannot be told.
+    """
+    rest = OUTER.sub(" ", text)
+    return None if ANNOTATION.search(rest) else " ".join(rest.split())
+
+
+def audio_id(name: str) -> str:
+    """The id of an item that has none: its audio name without an audio suffix, made safe."""
+    path = Path(name)
+    return safe_id((path.with_suffix("") if path.suffix.lower() in AUDIO_SUFFIXES else path).as_posix())
+
+
+def unique(items: list[SourceItem], rejected: list[Rejection]) -> list[SourceItem]:
+    """The items with the first of every id; each further one is appended to ``rejected``."""
+    seen: dict[str, SourceItem] = {}
+    for item in items:
+        if item.id in seen:
+            rejected.append(Rejection(item.id, str(item.audio), "duplicate id", f"the id of '{seen[item.id].audio}'"))
+        else:
+            seen[item.id] = item
+    return list(seen.values())

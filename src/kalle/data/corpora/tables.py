@@ -1,0 +1,90 @@
+"""Readers for lists of recordings: JSONL, and ``audio|text`` CSV as LJSpeech and VITS use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kalle.data.corpora.items import Rejection, Source, SourceItem, audio_id, unique
+from kalle.data.prepare_files import read_jsonl, read_lines, safe_id
+from kalle.data.prepare_split import SPLITS
+from kalle.errors import UserError
+
+JSONL_KEYS = ("audio", "text", "id", "speaker", "duration", "language", "split", "source_text")
+HEADER_WORDS = frozenset(("audio", "path", "file", "wav", "audio_file", "filename"))
+
+
+def read_jsonl_corpus(path: Path, speaker: str = "unknown", language: str = "") -> Source:
+    """``{"audio", "text", "id"?, "speaker"?, "language"?, "split"?}`` a line; audio paths are relative to the file.
+
+    ``speaker`` and ``language`` stand in where a line has none. A line without text is rejected as "no text", one
+    without audio as "missing"; a key that is not in `JSONL_KEYS` is counted in the notes. Raises UserError for a line
+    that is not an object and for an unknown split.
+    """
+    rows = read_jsonl(path)
+    items: list[SourceItem] = []
+    rejected: list[Rejection] = []
+    ignored: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        for key in set(row) - set(JSONL_KEYS):
+            ignored[key] = ignored.get(key, 0) + 1
+        audio, text = str(row.get("audio") or ""), str(row.get("text") or "")
+        if not audio:
+            rejected.append(Rejection(str(row.get("id", f"line-{number}")), "", "missing", f"entry {number} has no audio"))
+            continue
+        item_id = safe_id(str(row["id"])) if row.get("id") else audio_id(audio)
+        who, spoken = str(row.get("speaker") or speaker), str(row.get("language") or language)
+        items.append(SourceItem(item_id, _located(path, audio), text, who, spoken, _split_of(row, path, number)))
+    notes: dict[str, object] = {f"keys not used ({key})": count for key, count in sorted(ignored.items())}
+    return Source(path.stem, unique(items, rejected), rejected, notes)
+
+
+def read_csv_corpus(path: Path, delimiter: str = "|", speaker: str = "unknown", language: str = "") -> Source:
+    """``audio|text`` a line, with or without a header line; further columns without a header are not used, and counted in the notes.
+
+    A first line whose first cell is a word such as "audio" or "path" is the header; with a header the columns
+    audio (or path, file, wav), text, speaker and language are found by name. An audio cell without a suffix means
+    that name with .wav, there or in wavs/ (LJSpeech). Raises UserError for an empty file.
+    """
+    if not path.is_file():
+        raise UserError(f"file not found: got '{path}', expected a CSV file; check the path")
+    lines = [(number, line.split(delimiter)) for number, line in enumerate(read_lines(path), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"no lines in '{path}': expected audio{delimiter}text; fill it")
+    columns = {"audio": 0, "text": 1}
+    first = [cell.strip().lower() for cell in lines[0][1]]
+    if first[0] in HEADER_WORDS:
+        columns = {"audio" if name in HEADER_WORDS else name: at for at, name in reversed(list(enumerate(first)))}
+        lines = lines[1:]
+        if "text" not in columns:
+            raise UserError(f"no text column in '{path}': got the header {delimiter.join(first)}; expected a column named text")
+    items: list[SourceItem] = []
+    rejected: list[Rejection] = []
+    for number, cells in lines:
+        row = {name: cells[at].strip() for name, at in columns.items() if at < len(cells)}
+        if not row.get("audio"):
+            rejected.append(Rejection(f"line-{number}", "", "missing", f"line {number} has no audio"))
+            continue
+        item_id = audio_id(row["audio"])
+        who, spoken = row.get("speaker") or speaker, row.get("language") or language
+        items.append(SourceItem(item_id, _located(path, row["audio"]), row.get("text", ""), who, spoken))
+    wide = 0 if first[0] in HEADER_WORDS else sum(len(cells) > len(columns) for _, cells in lines)
+    notes: dict[str, object] = {"lines with further columns, not used": wide} if wide else {}
+    return Source(path.stem, unique(items, rejected), rejected, notes)
+
+
+def _located(table: Path, audio: str) -> Path:
+    """Where an audio cell points: relative to the table; a bare name also means NAME.wav there or in wavs/."""
+    here = table.resolve().parent
+    given = here / audio
+    candidates = [given, given.with_name(given.name + ".wav"), here / "wavs" / f"{audio}.wav", here / "wavs" / audio]
+    return next((candidate for candidate in candidates if candidate.is_file()), given)
+
+
+def _split_of(row: dict[str, Any], path: Path, number: int) -> str | None:
+    split = row.get("split")
+    if split is None:
+        return None
+    if split not in SPLITS:
+        raise UserError(f"unknown split in '{path}' entry {number}: got '{split}', expected one of {', '.join(SPLITS)}; change it")
+    return str(split)

@@ -1,0 +1,67 @@
+"""lhotse cuts of a corpus folder: made, and written whole (`kalle.data.corpus_cuts` reads them)."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from lhotse import MonoCut, Recording, SupervisionSegment
+from lhotse.audio import AudioSource
+
+from kalle.data.prepare_files import whole_file
+
+
+def cuts_path(folder: Path, split: str) -> Path:
+    """Where a corpus folder keeps the cuts of a split."""
+    return folder / f"cuts_{split}.jsonl.gz"
+
+
+def make_cut(
+    cut_id: str,
+    audio: str,
+    stored_rate_hz: int,
+    stored_samples: int,
+    sample_rate_hz: int,
+    text: str,
+    speaker: str,
+    language: str,
+    source: str = "",
+) -> MonoCut:
+    """One cut over a whole mono recording with one supervision; `load_audio()` gives (1, num_samples) at ``sample_rate_hz``.
+
+    ``stored_rate_hz`` and ``stored_samples`` describe the file as it lies on disk; another rate is resampled on loading.
+    """
+    recording = Recording(
+        id=cut_id,
+        sources=[AudioSource(type="file", channels=[0], source=audio)],
+        sampling_rate=stored_rate_hz,
+        num_samples=stored_samples,
+        duration=stored_samples / stored_rate_hz,
+    )
+    if stored_rate_hz != sample_rate_hz:
+        recording = recording.resample(sample_rate_hz)
+    supervision = SupervisionSegment(
+        id=cut_id, recording_id=cut_id, start=0.0, duration=recording.duration, text=text, speaker=speaker, language=language or None
+    )
+    custom = {"source": source} if source else None
+    return MonoCut(
+        id=cut_id, start=0.0, duration=recording.duration, channel=0, recording=recording, supervisions=[supervision], custom=custom
+    )
+
+
+def write_cuts(path: Path, cuts: Iterable[MonoCut]) -> int:
+    """Write gzipped JSONL, the same bytes for the same cuts; returns how many."""
+    count = 0
+    with (
+        whole_file(path) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8") as lines,
+    ):
+        for cut in cuts:
+            lines.write(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n")
+            count += 1
+    return count

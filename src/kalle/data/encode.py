@@ -1,0 +1,267 @@
+"""From a corpus to a latent folder: the posterior of every utterance, resumably."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from torch import nn
+
+from kalle.checkpoint import weights_hash, write_json
+from kalle.data.joining import JoinConfig, Utterance, joined, singles
+from kalle.data.shards import COMPLETED_NAME, INFO_NAME, LATENTS, SPEAKER_MELS, LatentRecord, ShardFolder, iter_posteriors, read_info
+from kalle.errors import UserError
+from kalle.gaussian import DiagGaussian
+from kalle.losses.latent import constant_gaussian_baseline
+from kalle.models.flowvae import FlowVAE
+
+logger = logging.getLogger(__name__)
+
+TRAIN = "train"
+DIRECTIONS = ("prediction_posterior", "posterior_prediction")
+Progress = Callable[[int, int], None]
+"""Called with the numbers of utterances done and of all utterances."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How a corpus is encoded."""
+
+    shard_size: int = 500
+    """Utterances in a shard; an interrupted run repeats at most one shard."""
+    batch_size: int = 1
+    """Utterances encoded together, only ever of exactly equal length. 1 makes the result independent of the shards to the last bit."""
+    pad_to_hop: bool = False
+    """Append zeros up to a whole number of frames; the release does not, and its last frames differ."""
+    speaker_mels: bool = False
+    """Also store the log-mels of a speaker encoder."""
+    join: JoinConfig = field(default_factory=JoinConfig)
+    """Joining of short training utterances; single ones are always kept too."""
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1 or self.batch_size < 1:
+            raise UserError(f"encode: got shard_size={self.shard_size} and batch_size={self.batch_size}, expected at least 1; correct them")
+
+
+class CorpusEncoder:
+    """Encodes utterances with one Flow-VAE; padding or a neighbour never reaches a posterior."""
+
+    def __init__(self, flowvae: FlowVAE, config: EncodeConfig, speaker_mel: nn.Module | None = None) -> None:
+        """``speaker_mel`` maps a waveform (S,) to log-mels (80, F); required when the configuration asks for speaker mels."""
+        if config.speaker_mels and speaker_mel is None:
+            raise UserError("speaker_mels=true: got no speaker front end, expected a SpeakerMel; pass one")
+        self.flowvae, self.config = flowvae.eval(), config
+        self.speaker_mel = speaker_mel if config.speaker_mels else None
+        self.encoder_hash = weights_hash(flowvae.encoder)
+        self.device = next(flowvae.parameters()).device
+        self.dtype = next(flowvae.parameters()).dtype
+
+    def records(self, utterances: Sequence[Utterance]) -> tuple[list[LatentRecord], dict[str, str]]:
+        """Encode ``utterances``; returns their records in order, and the reason for each one that was skipped."""
+        hop, sample_rate_hz = self.flowvae.config.hop_length, self.flowvae.config.sample_rate
+        skipped: dict[str, str] = {}
+        records: dict[str, LatentRecord] = {}
+
+        def loaded() -> Iterator[tuple[Utterance, np.ndarray]]:
+            for utterance in utterances:
+                audio = utterance.audio(sample_rate_hz)
+                if len(audio) < hop:
+                    skipped[utterance.id] = f"shorter than one frame: {len(audio)} of {hop} samples"
+                else:
+                    yield utterance, audio
+
+        for group in equal_length_groups(loaded(), self.config.batch_size):
+            for record in self._encode_group(group):
+                records[record.id] = record
+        return [records[utterance.id] for utterance in utterances if utterance.id in records], skipped
+
+    def _encode_group(self, group: Sequence[tuple[Utterance, np.ndarray]]) -> Iterator[LatentRecord]:
+        hop, sample_rate_hz = self.flowvae.config.hop_length, self.flowvae.config.sample_rate
+        wav = torch.from_numpy(np.stack([audio for _, audio in group]))
+        if self.config.pad_to_hop:
+            wav = torch.nn.functional.pad(wav, (0, -wav.shape[1] % hop))
+        with torch.inference_mode():
+            posterior = self.flowvae.encode(wav.to(self.device, self.dtype))
+            mels = None if self.speaker_mel is None else [self.speaker_mel(torch.from_numpy(audio)) for _, audio in group]
+        for row, (utterance, audio) in enumerate(group):
+            yield LatentRecord(
+                id=utterance.id,
+                text=utterance.text,
+                speaker=utterance.speaker,
+                language=utterance.language,
+                sources=tuple(cut.id for cut in utterance.cuts),
+                samples=len(audio),
+                sample_rate_hz=sample_rate_hz,
+                latents=half_precision(posterior[row], utterance.id),
+                speaker_mels=None if mels is None else mels[row].numpy().astype(np.float16),
+            )
+
+
+def equal_length_groups(items: Iterable[tuple[Utterance, np.ndarray]], batch_size: int) -> Iterator[list[tuple[Utterance, np.ndarray]]]:
+    """Groups of at most ``batch_size`` utterances with exactly as many samples each."""
+    waiting: dict[int, list[tuple[Utterance, np.ndarray]]] = {}
+    for item in items:
+        group = waiting.setdefault(len(item[1]), [])
+        group.append(item)
+        if len(group) == batch_size:
+            yield waiting.pop(len(item[1]))
+    yield from waiting.values()
+
+
+def half_precision(posterior: DiagGaussian, cut_id: str) -> np.ndarray:
+    """``posterior`` (T, D) as (T, 2D) float16, mean then log_std; a UserError when half precision cannot hold a value."""
+    parameters = torch.cat((posterior.mean, posterior.log_std), dim=-1).float().cpu()
+    half = parameters.half()
+    if not torch.isfinite(half).all():
+        worst = parameters.abs().nan_to_num(nan=float("inf")).max().item()
+        raise UserError(
+            f"the posterior of cut '{cut_id}' does not fit float16: got a value of {worst:g}, expected finite values within 65504; "
+            "train the Flow-VAE longer or with a larger KL weight, or remove the cut"
+        )
+    return half.numpy()
+
+
+def encode_corpus(
+    encoder: CorpusEncoder, splits: Mapping[str, Sequence[Cut]], out: str | Path, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the latent folder ``out`` from the cuts of each split and return its info.json.
+
+    Whole shards of an earlier, interrupted run are kept and torn ones written again. UserError for cuts without audio, for posteriors that
+    half precision cannot hold, for an ``out`` that holds something else, and for a full disk.
+    """
+    root = Path(out)
+    plan = {split: planned(split, cuts, encoder) for split, cuts in splits.items()}
+    done, total = 0, sum(len(utterances) for utterances in plan.values())
+    if not total:
+        raise UserError("nothing to encode: got no cuts, expected at least one; run `kalle prepare` on the corpus")
+    recorded: dict[str, list[dict[str, Any]]] = {split: [] for split in plan}
+    with disk_errors(root):
+        for split, utterances in plan.items():
+            folder = ShardFolder(root, split, (LATENTS, SPEAKER_MELS) if encoder.config.speaker_mels else (LATENTS,))
+            size = encoder.config.shard_size
+            shards = [utterances[start : start + size] for start in range(0, len(utterances), size)]
+            folder.check_only(len(shards))
+            for number, shard in enumerate(shards):
+                recorded[split].append(_shard(encoder, folder, number, shard))
+                done += len(shard)
+                if progress is not None:
+                    progress(done, total)
+        return _finish(encoder, root, plan, recorded)
+
+
+def planned(split: str, cuts: Sequence[Cut], encoder: CorpusEncoder) -> list[Utterance]:
+    """The utterances of ``split``: every cut, and for the training split the joinings after them."""
+    utterances = singles(cuts)
+    if split == TRAIN:
+        utterances += joined(cuts, encoder.config.join, encoder.flowvae.config.sample_rate)
+    twice = [name for name, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
+    if twice:
+        raise UserError(f"cut ids of the split '{split}' must differ: got '{twice[0]}' twice; run `kalle prepare` again")
+    return utterances
+
+
+def fingerprint(encoder: CorpusEncoder, utterances: Sequence[Utterance]) -> str:
+    """SHA-256 (hex) of all that decides the content of a shard, short of the audio itself."""
+    config = encoder.config
+    facts = [
+        [encoder.encoder_hash, str(encoder.dtype), config.pad_to_hop, config.speaker_mels],
+        *[[u.id, u.text, u.speaker, u.gaps_samples, [(c.id, c.start, c.duration) for c in u.cuts]] for u in utterances],
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _shard(encoder: CorpusEncoder, folder: ShardFolder, number: int, utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """What was recorded of one shard, which is written unless it is whole already."""
+    mark = fingerprint(encoder, utterances)
+    found = folder.finished(number, mark)
+    if found is not None:
+        return found
+    (folder.root / COMPLETED_NAME).unlink(missing_ok=True)
+    started = time.perf_counter()
+    records, skipped = encoder.records(utterances)
+    frames, samples = sum(len(record.latents) for record in records), sum(record.samples for record in records)
+    seconds = samples / encoder.flowvae.config.sample_rate
+    facts = {
+        "utterances": len(records),
+        "joined": sum(len(record.sources) > 1 for record in records),
+        "frames": frames,
+        "seconds": seconds,
+        "skipped": skipped,
+    }
+    result = folder.write(number, records, mark, facts)
+    for name, reason in skipped.items():
+        logger.warning("skipped %s: %s", name, reason)
+    elapsed = time.perf_counter() - started
+    logger.info("%s shard %d: %d utterances, %.0f s at %.0f x real time", folder.split, number, len(records), seconds, seconds / elapsed)
+    return result
+
+
+def _finish(
+    encoder: CorpusEncoder, root: Path, plan: Mapping[str, Sequence[Utterance]], recorded: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    """Write info.json, then the marker that the folder is complete; nothing when both are there already."""
+    if (root / COMPLETED_NAME).is_file():
+        return read_info(root)
+    config = encoder.flowvae.config
+    counts = {
+        split: {
+            "shards": len(shards),
+            **{key: sum(shard[key] for shard in shards) for key in ("utterances", "joined", "frames", "seconds")},
+            "skipped": {name: reason for shard in shards for name, reason in shard["skipped"].items()},
+        }
+        for split, shards in recorded.items()
+    }
+    filled = [split for split in counts if counts[split]["frames"]]
+    if not filled:
+        raise UserError("nothing was encoded: every utterance is shorter than one frame; check the corpus")
+    baselines = {
+        split: {direction: constant_gaussian_baseline(iter_posteriors(root, split), direction) for direction in DIRECTIONS}  # type: ignore[arg-type]
+        for split in filled
+    }
+    marginal = baselines[TRAIN if TRAIN in filled else filled[0]]["posterior_prediction"].distribution
+    info: dict[str, Any] = {
+        "format_version": 1,
+        "latent_dim": config.latent_dim,
+        "sample_rate_hz": config.sample_rate,
+        "hop_length": config.hop_length,
+        "frame_rate_hz": config.frame_rate_hz,
+        "encoder_hash": encoder.encoder_hash,
+        "speaker_mels": encoder.config.speaker_mels,
+        "config": dataclasses.asdict(encoder.config),
+        "total_frames": sum(count["frames"] for count in counts.values()),
+        "splits": counts,
+        "constant_gaussian_kl": {
+            split: {direction: baseline.kl.mean().item() for direction, baseline in both.items()} for split, both in baselines.items()
+        },
+        "mean": marginal.mean.tolist(),
+        "std": marginal.log_std.exp().tolist(),
+    }
+    write_json(root / INFO_NAME, info)
+    (root / COMPLETED_NAME).touch()
+    return read_info(root)
+
+
+@contextmanager
+def disk_errors(root: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden folder into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"no disk space left for '{root}'; free some and run again: finished shards are kept") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write '{root}': {error.strerror}; give another out=") from None
+        raise

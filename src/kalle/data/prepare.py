@@ -1,0 +1,141 @@
+"""The prepare step: a source becomes a corpus folder of lhotse cuts with a report; idempotent, and resumable item by item."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lhotse import MonoCut
+
+from kalle.data.corpora.items import Rejection, Source, SourceItem
+from kalle.data.cuts import cuts_path, make_cut, write_cuts
+from kalle.data.prepare_check import Kept, PrepareOptions, check_item
+from kalle.data.prepare_files import Journal, disk_errors, write_text
+from kalle.data.prepare_split import SPLITS
+from kalle.data.report import build_report, markdown
+from kalle.errors import UserError
+
+COMPLETED_NAME = ".completed"
+JOURNAL_NAME = "journal.jsonl"
+REPORT_JSON, REPORT_MD = "report.json", "report.md"
+FORMAT_VERSION = 1
+Progress = Callable[[list[SourceItem]], Iterable[SourceItem]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a prepare step did: its report, whether anything had to be done, and how many items an earlier run had done."""
+
+    folder: Path
+    report: dict[str, Any]
+    unchanged: bool
+    resumed_items: int
+
+
+def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress: Progress = iter) -> Prepared:
+    """Write ``out``/cuts_{train,valid,test}.jsonl.gz, report.json, report.md and, last of all, .completed.
+
+    Same source and options: nothing is done. Other ones: the folder's cuts are made anew. After an interrupt the
+    items already heard are not heard again. Raises UserError when no item at all is fit, or the disk refuses; then no
+    partial file stays.
+    """
+    fingerprint = source_fingerprint(source, options)
+    finished = _finished_report(out, fingerprint)
+    if finished is not None:
+        return Prepared(out, finished, unchanged=True, resumed_items=0)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / COMPLETED_NAME).unlink(missing_ok=True)
+        journal = Journal(out / JOURNAL_NAME, fingerprint)
+        try:
+            resumed, kept, rejected = _listen(source, out, options, journal, progress)
+            report = _finish(source, out, options, fingerprint, kept, rejected)
+        except (OSError, UserError):
+            journal.remove()
+            raise
+        except BaseException:
+            journal.close()
+            raise
+        journal.remove()
+    return Prepared(out, report, unchanged=False, resumed_items=resumed)
+
+
+def source_fingerprint(source: Source, options: PrepareOptions) -> str:
+    """A digest of the options and of every item's text, names, and audio path, size and modification time."""
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, source.name, asdict(options)], sort_keys=True).encode())
+    for item in source.items:
+        stat = item.audio.stat() if item.audio.is_file() else None
+        state = [stat.st_size, stat.st_mtime_ns] if stat else None
+        digest.update(json.dumps([item.id, str(item.audio), item.text, item.speaker, item.language, item.split, state]).encode())
+    for rejection in source.rejected:
+        digest.update(json.dumps(asdict(rejection)).encode())
+    return digest.hexdigest()
+
+
+def _finished_report(out: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The report of a folder finished with ``fingerprint``, None when it is another's or a file of it is missing."""
+    names = [COMPLETED_NAME, REPORT_JSON, REPORT_MD, *[cuts_path(out, split).name for split in SPLITS]]
+    if not all((out / name).is_file() for name in names):
+        return None
+    if (out / COMPLETED_NAME).read_text(encoding="utf-8").strip() != fingerprint:
+        return None
+    report: dict[str, Any] = json.loads((out / REPORT_JSON).read_text(encoding="utf-8"))
+    return report if len(list((out / "audio").glob("*.flac"))) >= report["converted_to_flac"] else None
+
+
+def _listen(
+    source: Source, out: Path, options: PrepareOptions, journal: Journal, progress: Progress
+) -> tuple[int, list[Kept], list[Rejection]]:
+    """How many results an earlier run had left, and the results of all items in the source's order."""
+    results: dict[str, Kept | Rejection] = {}
+    for entry in journal.entries:
+        if "reason" in entry:
+            results[entry["id"]] = Rejection(**entry)
+        elif (out / entry["audio"]).is_file():
+            results[entry["id"]] = Kept(**entry)
+    resumed = len(results)
+    waiting = [item for item in source.items if item.id not in results]
+    for item in progress(waiting):
+        result = check_item(item, options, out)
+        journal.add(result.to_dict() if isinstance(result, Kept) else asdict(result))
+        results[item.id] = result
+    ordered = [results[item.id] for item in source.items]
+    kept = [result for result in ordered if isinstance(result, Kept)]
+    rejected = source.rejected + [result for result in ordered if isinstance(result, Rejection)]
+    return resumed, kept, rejected
+
+
+def _finish(
+    source: Source, out: Path, options: PrepareOptions, fingerprint: str, kept: list[Kept], rejected: list[Rejection]
+) -> dict[str, Any]:
+    report = build_report(source, options, kept, rejected)
+    write_text(out / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(out / REPORT_MD, markdown(report))
+    if not any(item.split == "train" for item in kept):
+        counts = ", ".join(f"{count} {reason}" for reason, count in report["rejected_by_reason"].items()) or "none rejected"
+        raise UserError(
+            f"nothing to train on in '{source.name}': got {len(kept)} usable items, none of them for training ({counts}); "
+            f"see {out / REPORT_JSON} for each item, and loosen the limits or mend the corpus"
+        )
+    for split in SPLITS:
+        write_cuts(cuts_path(out, split), (_cut(item, options.sample_rate_hz) for item in kept if item.split == split))
+    write_text(out / COMPLETED_NAME, fingerprint + "\n")
+    return report
+
+
+def _cut(item: Kept, sample_rate_hz: int) -> MonoCut:
+    return make_cut(
+        item.id,
+        item.audio,
+        item.stored_rate_hz,
+        item.stored_samples,
+        sample_rate_hz,
+        item.text,
+        item.speaker,
+        item.language,
+        source=item.source if item.audio != item.source else "",
+    )

@@ -1,0 +1,232 @@
+"""Test lists: what evaluation is to speak, decode or re-score, read from lhotse cuts, Seed-TTS lists or JSONL."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kalle.audio import Audio, read_audio, resample
+from kalle.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LANGUAGE_NAMES: Mapping[str, str] = {
+    "english": "en",
+    "chinese": "zh",
+    "french": "fr",
+    "italian": "it",
+    "spanish": "es",
+    "russian": "ru",
+    "german": "de",
+}
+CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff"
+WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+(?:['’][^\W{CJK}]+)*")
+AudioLoader = Callable[[int], Audio]
+
+
+@dataclass(frozen=True)
+class TestItem:
+    """One line of a test list. A path that does not exist stays in the list, so that scoring counts it as an error."""
+
+    __test__ = False  # the name starts with Test, and pytest would collect it
+
+    id: str
+    text: str
+    audio_path: Path | None = None
+    """The recording of ``text``; None when the list has none."""
+    speaker: str | None = None
+    language: str = "en"
+    """Two-letter code."""
+    duration_s: float | None = None
+    """Length of the recording in seconds, where the list states it."""
+    prompt_text: str | None = None
+    prompt_path: Path | None = None
+    split: str | None = None
+    """Where the list holds several splits, this item's."""
+    loader: AudioLoader | None = field(default=None, repr=False, compare=False)
+    """Reads the recording at a rate in Hz, where it is a part of a file; None reads the whole of ``audio_path``."""
+
+    def audio(self, sample_rate_hz: int = 16000) -> Audio:
+        """The recording, mono float32 (S,). UserError when it is missing, unreadable or not in the list."""
+        if self.audio_path is None:
+            raise UserError(f"no recording for '{self.id}': got text only, expected a list with audio; add the recording")
+        return self.loader(sample_rate_hz) if self.loader is not None else read_audio(self.audio_path, sample_rate_hz)
+
+    def prompt_audio(self, sample_rate_hz: int = 16000) -> Audio:
+        """The prompt's recording, mono float32 (S,). UserError when it is missing, unreadable or not in the list."""
+        if self.prompt_path is None:
+            raise UserError(f"no prompt for '{self.id}': expected a prompt recording in the list; use a Seed-TTS list or prompts=none")
+        return read_audio(self.prompt_path, sample_rate_hz)
+
+    @property
+    def file_stem(self) -> str:
+        """The id as a file name without its suffix: path separators become underscores."""
+        stem = self.id[:-4] if self.id.endswith(".wav") else self.id
+        return re.sub(r"[\\/:]", "_", stem).lstrip(".") or "_"
+
+
+@dataclass(frozen=True)
+class TestList:
+    """The items to score, and how many lines of ``source`` were left out for which reason."""
+
+    __test__ = False
+
+    source: Path
+    items: list[TestItem]
+    left_out: dict[str, int]
+
+
+def load_test_items(path: str | Path, min_words: int = 4, limit: int | None = None) -> list[TestItem]:
+    """The items of ``read_test_list``; the number left out is logged."""
+    test_list = read_test_list(path, min_words, limit)
+    if test_list.left_out:
+        logger.info("%s: left out %s", path, ", ".join(f"{count} ({reason})" for reason, count in test_list.left_out.items()))
+    return test_list.items
+
+
+def read_test_list(path: str | Path, min_words: int = 4, limit: int | None = None) -> TestList:
+    """Read a test list; its format follows from the name.
+
+    ``*.jsonl.gz``, or a folder with ``cuts_test.jsonl.gz``: lhotse cuts. ``*.lst``: Seed-TTS lists, ``utt|text``, ``utt|text|prompt_wav``,
+    ``utt|prompt_text|prompt_wav|text[|recording]``; wavs relative to the list's folder. ``*.jsonl``: objects with ``text`` and optionally
+    ``id, audio, speaker, language, duration, prompt_text, prompt_audio, split``; the same paths; other keys are not read. Items of a split
+    other than "test", of fewer than ``min_words`` words (a CJK character is one) and beyond the first ``limit`` are left out and counted.
+    UserError for a missing, malformed or empty list and for ids (or the file names made from them) that repeat.
+    """
+    source = Path(path)
+    source = source / "cuts_test.jsonl.gz" if source.is_dir() else source
+    if not source.is_file():
+        raise UserError(f"test list not found: got '{path}', expected a .jsonl.gz, .lst or .jsonl file; run `kalle prepare`")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: got {limit}, expected at least 1 or none; correct it")
+    items = list(_reader(source)(source))
+    tests = [item for item in items if item.split in (None, "test")]
+    long_enough = [item for item in tests if count_words(item.text) >= min_words]
+    kept = long_enough[:limit]
+    reasons = {
+        "of another split": len(items) - len(tests),
+        f"fewer than {min_words} words": len(tests) - len(long_enough),
+        "beyond the limit": len(long_enough) - len(kept),
+    }
+    if not kept:
+        raise UserError(f"empty test list: '{source}' has {len(items)} items, none to test of at least {min_words} words; lower min_words")
+    _check_unique(source, kept)
+    return TestList(source, kept, {reason: count for reason, count in reasons.items() if count})
+
+
+def count_words(text: str) -> int:
+    """Words of ``text``: runs of letters and digits with inner apostrophes, and every CJK character or kana alone."""
+    return len(WORDS.findall(text))
+
+
+def language_code(language: str | None) -> str:
+    """Two-letter code of a language name or tag ("English", "en-US"); English when the list names none."""
+    name = (language or "en").strip().lower()
+    return LANGUAGE_NAMES.get(name, re.split(r"[-_]", name)[0])
+
+
+def _reader(source: Path) -> Callable[[Path], Iterator[TestItem]]:
+    for suffix, reader in ((".jsonl.gz", _read_cuts), (".lst", _read_seed_tts), (".jsonl", _read_jsonl)):
+        if source.name.endswith(suffix):
+            return reader
+    raise UserError(f"unknown test list: got '{source}', expected .jsonl.gz (lhotse cuts), .lst (Seed-TTS) or .jsonl; rename it")
+
+
+def _check_unique(source: Path, items: list[TestItem]) -> None:
+    repeated = [stem for stem, count in Counter(item.file_stem for item in items).items() if count > 1]
+    if repeated:
+        raise UserError(f"repeated ids in '{source}': {', '.join(repeated[:5])} ({len(repeated)}), expected unique ones; rename them")
+
+
+def _read_cuts(source: Path) -> Iterator[TestItem]:
+    from lhotse import CutSet
+
+    try:
+        for cut in CutSet.from_jsonl_lazy(source).with_recording_path_prefix(source.parent):
+            yield _from_cut(cut, source)
+    except (OSError, EOFError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"not a readable file of lhotse cuts: '{source}' ({error}); prepare the corpus again") from None
+
+
+def _from_cut(cut: Any, source: Path) -> TestItem:
+    if len(cut.supervisions) != 1:
+        raise UserError(f"cut '{cut.id}' in '{source}': got {len(cut.supervisions)} supervisions, expected one; prepare the corpus again")
+    supervision = cut.supervisions[0]
+    return TestItem(
+        id=cut.id,
+        text=supervision.text or "",
+        audio_path=Path(cut.recording.sources[0].source),
+        speaker=supervision.speaker,
+        language=language_code(supervision.language),
+        duration_s=cut.duration,
+        loader=lambda rate_hz: _cut_audio(cut, rate_hz),
+    )
+
+
+def _cut_audio(cut: Any, sample_rate_hz: int) -> Audio:
+    path = Path(cut.recording.sources[0].source)
+    if cut.start == 0 and abs(cut.duration - cut.recording.duration) < 1 / cut.recording.sampling_rate:
+        return read_audio(path, sample_rate_hz)
+    if not path.is_file():
+        raise UserError(f"audio file not found: got '{path}', expected the recording of '{cut.id}'; prepare the corpus again")
+    mono = np.asarray(cut.load_audio(), dtype=np.float32).mean(axis=0)
+    return resample(mono, cut.sampling_rate, sample_rate_hz)
+
+
+def _read_seed_tts(source: Path) -> Iterator[TestItem]:
+    language = "zh" if source.parent.name == "zh" else "en"
+    for number, line in _lines(source):
+        fields = [value.strip() for value in line.split("|")]
+        if len(fields) not in (2, 3, 4, 5):
+            raise UserError(f"line {number} of '{source}': got {len(fields)} fields, expected 2 to 5 separated by '|'; correct the line")
+        prompt_text, prompt_wav, recording = None, None, None
+        if len(fields) <= 3:
+            identifier, text = fields[:2]
+            prompt_wav = fields[2] if len(fields) == 3 else None
+        else:
+            identifier, prompt_text, prompt_wav, text = fields[:4]
+            recording = fields[4] if len(fields) == 5 else None
+        prompt_path = _beside(source, prompt_wav)
+        yield TestItem(identifier, text, _beside(source, recording), language=language, prompt_text=prompt_text, prompt_path=prompt_path)
+
+
+def _read_jsonl(source: Path) -> Iterator[TestItem]:
+    for number, line in _lines(source):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} of '{source}' is not JSON ({error}); correct the line") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise UserError(f"line {number} of '{source}': got {line[:80]!r}, expected an object with a text; correct the line")
+        identifier = str(row.get("id") or (Path(row["audio"]).stem if row.get("audio") else number))
+        yield TestItem(
+            id=identifier,
+            text=row["text"],
+            audio_path=_beside(source, row.get("audio")),
+            speaker=row.get("speaker"),
+            language=language_code(row.get("language")),
+            duration_s=row.get("duration"),
+            prompt_text=row.get("prompt_text"),
+            prompt_path=_beside(source, row.get("prompt_audio")),
+            split=row.get("split"),
+        )
+
+
+def _beside(source: Path, name: str | None) -> Path | None:
+    return source.parent / name if name else None
+
+
+def _lines(source: Path) -> Iterator[tuple[int, str]]:
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8: '{source}' ({error}); save the list as UTF-8") from None
+    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalle.cli.encode import encode_config, rewritten, run
+from kalle.cli.hydra_entry import compose
+from kalle.data.encode import EncodeConfig
+from kalle.data.shards import read_info, read_items
+from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAE
+
+MakeCuts = Callable[..., list[Any]]
+
+
+def test_command_encodes_a_corpus(
+    make_cuts: MakeCuts, write_corpus: Callable[..., Path], tiny_flowvae: FlowVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_flowvae.save_pretrained(tmp_path / "model")
+    cuts = make_cuts([3000 + 400 * n for n in range(6)])
+    corpus = write_corpus(train=cuts, valid=make_cuts([4000], "v"), test=make_cuts([4000], "t"))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "latents"
+    words = [f"flowvae={tmp_path / 'model'}", f"corpus={corpus}", f"out={out}", "device=cpu", "join.passes=1", "join.min_seconds=0.5"]
+    assert run(words) == 0
+    info = read_info(out)
+    assert {split: info["splits"][split]["utterances"] - info["splits"][split]["joined"] for split in ("train", "valid", "test")} == {
+        "train": 6,
+        "valid": 1,
+        "test": 1,
+    }
+    assert info["config"]["join"]["passes"] == 1
+    assert info["splits"]["train"]["joined"] > 0
+    assert [item.text for item in read_items(out, "train")][:6] == [cut.supervisions[0].text for cut in cuts]
+    assert not (tmp_path / "outputs").exists(), "Hydra leaves no folder of its own"
+
+
+def test_flowvae_is_a_path_not_a_configuration_group() -> None:
+    assert rewritten(["flowvae=a=b", "corpus=c", "flowvae.folder=d"]) == ["flowvae.folder=a=b", "corpus=c", "flowvae.folder=d"]
+
+
+def test_yaml_and_dataclass_agree() -> None:
+    assert encode_config(compose("encode", [])) == EncodeConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["corpus=c", "out=o"], r"no value for flowvae\.folder"),
+        (["flowvae=f", "corpus=c", "out=o", "join.pases=2"], r"join\.passes"),
+        (["flowvae=nowhere", "corpus=c", "out=o"], "not a weight folder"),
+        (["flowvae=f", "corpus=c", "out=o", "shard_size=0"], "shard_size=0"),
+    ],
+)
+def test_mistakes(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        run(words)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+from kalle.cli.prepare import app
+from kalle.data import prepare
+from kalle.data.corpus_cuts import load_cuts
+from kalle.errors import UserError
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(6):
+        noise = (0.1 * np.random.default_rng(i).standard_normal(16000)).clip(-0.9, 0.9)
+        soundfile.write(folder / f"{i}.wav", noise, 16000)
+        (folder / f"{i}.txt").write_text(f"prompt {i}")
+    (folder / "list.jsonl").write_text("".join(json.dumps({"audio": f"{i}.wav", "text": f"prompt {i}"}) + "\n" for i in range(6)))
+    (folder / "list.csv").write_text("".join(f"{i}.wav|prompt {i}\n" for i in range(6)))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "csv"])
+def test_each_source_gives_the_same_cuts(recordings: Path, tmp_path: Path, kind: str) -> None:
+    source = recordings if kind == "folder" else recordings / f"list.{kind}"
+    common = [kind, source, "--out", tmp_path / "out", "--language", "en", "--speaker", "ann"]
+    output = run(*common, "--test-share", 0.25, "--valid-share", 0.25)
+    assert "6 of 6 items kept, 0.1 minutes" in output
+    found = {split: [cut.supervisions[0].text for cut in load_cuts(tmp_path / "out", split)] for split in ("train", "valid", "test")}
+    assert found == {"train": [f"prompt {i}" for i in (0, 2, 3, 4, 5)], "valid": [], "test": ["prompt 1"]}
+    assert "no items in valid" in output
+    again = run(*common, "--test-share", 0.25, "--valid-share", 0.25)
+    assert "unchanged" in again
+    other = run(*common, "--test-share", 0, "--valid-share", 0)
+    assert "unchanged" not in other
+    assert len(load_cuts(tmp_path / "out", "train")) == 6
+
+
+def test_report_lists_rejected_items(recordings: Path, tmp_path: Path) -> None:
+    (recordings / "5.wav").write_bytes(b"broken")
+    (recordings / "4.txt").unlink()
+    output = run("folder", recordings, "--out", tmp_path / "out")
+    assert "4 of 6 items kept" in output
+    assert "unreadable" in output
+    assert "no text" in output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {row["id"]: row["reason"] for row in report["rejected_items"]} == {"4": "no text", "5": "unreadable"}
+
+
+def test_embedded_is_found_without_being_told(tmp_path: Path) -> None:
+    output = run("embedded", "--out", tmp_path / "out")
+    assert "551 of 569 items kept, 24.3 minutes" in output
+    assert [len(load_cuts(tmp_path / "out", split)) for split in ("train", "valid", "test")] == [453, 26, 72]
+
+
+def test_an_interrupt_says_how_to_go_on_and_the_next_run_does(
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = prepare.check_item, []
+
+    def interrupted(item, options, out):
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append(item.id)
+        return real(item, options, out)
+
+    monkeypatch.setattr(prepare, "check_item", interrupted)
+    result = CliRunner().invoke(app, ["folder", str(recordings), "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, UserError)
+    assert "run the same command again" in str(result.exception)
+    monkeypatch.undo()
+    output = run("folder", recordings, "--out", tmp_path / "out")
+    assert "continued: 4 items" in output
+    assert "6 of 6 items kept" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["folder", "gone"], "folder not found: got 'gone'"),
+        (["jsonl", "gone.jsonl"], "file not found"),
+        (["embedded", "--corpus", "gone"], "no corpus in 'gone'"),
+        (["asterisk", "--language", "de"], "got 'de', expected one of en"),
+        (["asterisk", "--debs", "gone"], "package not found: got 'gone'"),
+        (["embedded", "--min-seconds", "5", "--max-seconds", "1"], "got 5.0 to 1.0 s"),
+        (["asterisk", "--debs", "gone", "--test-share", "1.5"], "split shares"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from kalle.audio import AudioError, clipped_share, read_audio, resample, rms_dbfs, to_pcm16, write_audio
+from kalle.errors import UserError
+
+
+def tone(seconds: float = 0.5, rate_hz: int = 16000, frequency_hz: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency_hz * np.arange(round(seconds * rate_hz)) / rate_hz)).astype(np.float32)
+
+
+def test_round_trip_is_exact_to_half_a_step(tmp_path: Path) -> None:
+    audio = tone()
+    write_audio(tmp_path / "deep" / "a.wav", audio, 16000)
+    back = read_audio(tmp_path / "deep" / "a.wav")
+    assert back.dtype == np.float32
+    assert back.shape == audio.shape
+    assert np.abs(back - audio).max() <= 1.1 / 32767
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.wav"]
+
+
+def test_pcm16_rounds_to_nearest_and_clips() -> None:
+    steps = to_pcm16(np.array([0.0, 0.6 / 32767, -0.6 / 32767, 0.4 / 32767, 1.0, -1.0, 1.5, -1.5]))
+    assert steps.tolist() == [0, 1, -1, 0, 32767, -32767, 32767, -32768]
+
+
+def test_stereo_is_averaged(tmp_path: Path) -> None:
+    left, right = tone(), tone(frequency_hz=900.0)
+    soundfile.write(tmp_path / "s.wav", np.stack([left, right], axis=1), 16000, subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(tmp_path / "s.wav"), (left + right) / 2, atol=1e-7)
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 22050, 44100, 48000])
+def test_other_rates_are_resampled_to_the_same_tone(tmp_path: Path, rate_hz: int) -> None:
+    soundfile.write(tmp_path / "r.wav", tone(0.5, rate_hz), rate_hz, subtype="FLOAT")
+    got = read_audio(tmp_path / "r.wav")
+    expected = tone(0.5)
+    assert abs(got.size - expected.size) <= 1
+    inner = slice(800, 7200)
+    np.testing.assert_allclose(got[inner], expected[inner], atol=5e-3)
+
+
+def test_resampling_removes_what_would_alias() -> None:
+    assert rms_dbfs(resample(tone(0.5, 48000, 12000.0), 48000, 16000)[800:7200]) < -60
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("gone.wav", lambda path: None, "missing"),
+        ("folder.wav", lambda path: path.mkdir(), "missing"),
+        ("zero-bytes.wav", lambda path: path.write_bytes(b""), "empty"),
+        ("no-samples.wav", lambda path: soundfile.write(path, np.zeros(0, np.float32), 16000), "empty"),
+        ("text.wav", lambda path: path.write_text("this is no audio\nat all"), "unreadable"),
+        ("text.g722x", lambda path: path.write_text("this is no audio"), "unreadable"),
+        ("nan.wav", lambda path: soundfile.write(path, np.array([0, np.nan, 0.1], np.float32), 16000, subtype="FLOAT"), "not finite"),
+        ("inf.wav", lambda path: soundfile.write(path, np.array([0, np.inf, 0.1], np.float32), 16000, subtype="FLOAT"), "not finite"),
+        ("one.wav", lambda path: soundfile.write(path, np.zeros(1, np.float32), 192000), "empty"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_file(tmp_path: Path, name: str, make, reason: str) -> None:
+    make(tmp_path / name)
+    with pytest.raises(AudioError) as caught:
+        read_audio(tmp_path / name)
+    assert caught.value.reason == reason
+    assert isinstance(caught.value, UserError)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_headerless_g722_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (tmp_path / "a.g722").write_bytes(bytes(range(256)) * 10)
+    # Two samples a byte is what G.722 at 64 kbit/s and 16 kHz means.
+    assert read_audio(tmp_path / "a.g722").shape == (5120,)
+
+
+@pytest.mark.parametrize("audio", [np.zeros(0), np.array([0.0, np.nan]), np.array([0.0, np.inf])])
+def test_writing_nothing_or_nan_is_refused(tmp_path: Path, audio: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"out\.wav"):
+        write_audio(tmp_path / "out.wav", audio, 16000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'\.xyz'.*\.wav"):
+        write_audio(tmp_path / "out.xyz", tone(), 16000)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (soundfile.LibsndfileError(2), "the disk did not take the whole file"),
+        (AssertionError(), "the disk did not take the whole file"),
+    ],
+)
+def test_full_disk_leaves_the_old_file_and_no_partial_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    write_audio(tmp_path / "out.wav", tone(), 16000)
+    before = (tmp_path / "out.wav").read_bytes()
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"RIFF")
+        raise error
+
+    monkeypatch.setattr(soundfile, "write", full)
+    with pytest.raises(UserError, match=rf"out\.wav.*{reason}"):
+        write_audio(tmp_path / "out.wav", tone(0.2), 16000)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.wav"]
+    assert (tmp_path / "out.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_a_silently_shortened_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    real = soundfile.write
+    monkeypatch.setattr(soundfile, "write", lambda path, samples, *rest, **named: real(path, samples[:-100], *rest, **named))
+    with pytest.raises(UserError, match="whole file"):
+        write_audio(tmp_path / f"out{suffix}", tone(), 16000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"RIFF")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(soundfile, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_audio(tmp_path / "out.wav", tone(), 16000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(UserError, match=r"cannot write '.*out\.wav'"):
+        write_audio(tmp_path / "taken" / "out.wav", tone(), 16000)
+
+
+def test_clipped_share_counts_runs_not_peaks() -> None:
+    audio = np.zeros(1000, np.float32)
+    audio[[3, 50, 51, 700]] = 1.0
+    assert clipped_share(audio) == 0.0
+    audio[100:110] = -1.0
+    audio[990:] = 1.0
+    assert clipped_share(audio) == pytest.approx(0.02)
+
+
+def test_rms_dbfs() -> None:
+    assert rms_dbfs(tone()) == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.01)
+    assert rms_dbfs(np.zeros(10, np.float32)) == float("-inf")
