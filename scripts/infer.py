@@ -1,0 +1,54 @@
+"""Speak a text with the flags of the KALL-E release: --target_text, --prompt_text, --prompt_wav_path."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from kalle.errors import UserError
+
+CKPT = Path(__file__).resolve().parents[1] / "ckpt"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The release's flags, and those it lacks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target_text", required=True, help="what to say")
+    parser.add_argument("--prompt_text", help="what is said in the prompt recording, word for word")
+    parser.add_argument("--prompt_wav_path", type=Path, help="recording whose voice to speak in; without one the model makes up a voice")
+    parser.add_argument(
+        "--model", type=Path, help="weight folder (default: the released files in ckpt/, converted once to ckpt/kalle-release)"
+    )
+    parser.add_argument("--ckpt", type=Path, default=CKPT, help="folder of the released files")
+    parser.add_argument("--output", type=Path, default=Path("output.wav"), help="file to write, .wav or .flac (default: output.wav)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same speech")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Speak; a UserError for every mistake."""
+    given = parse(arguments)
+    from kalle.cli.release import release_folder
+    from kalle.cli.say import check_request, say
+
+    check_request(given.target_text, given.output, given.prompt_wav_path, given.prompt_text, None)
+    model = given.model or release_folder(given.ckpt)
+    say(given.target_text, given.output, model, given.prompt_wav_path, given.prompt_text, seed=given.seed, device=given.device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a user's mistake on one line and leave with 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

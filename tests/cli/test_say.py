@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kalle.audio import read_audio, write_audio
+from kalle.checkpoint import write_json
+from kalle.cli.main import main
+from kalle.models.flowvae import EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.synthesis.kalle import Kalle
+from kalle.text.tokenizer import Tokenizer
+
+BACKBONE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 265,
+    "head_dim": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = EncoderConfig(channels=(4, 4, 4, 4, 4, 8, 8))
+        FlowVAE(
+            FlowVAEConfig(latent_dim=4, encoder=encoder, flow=FlowConfig(8, 1, 3, 1), decoder=ISTFTConfig(channels=16, blocks=1))
+        ).save_pretrained(folder)
+        KalleLM(KalleLMConfig(backbone=BACKBONE, latent_dim=4)).save_pretrained(folder)
+    Tokenizer.bytes().save(folder / "tokenizer")
+    write_json(folder / "config.json", {"format_version": 1, "stop": {"threshold": 0.0}})
+    return folder
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Path:
+    write_audio(tmp_path / "prompt.wav", 0.1 * np.sin(np.arange(12000) / 9.0), 16000)
+    return tmp_path / "prompt.wav"
+
+
+def say(model: Path, *arguments: object) -> int:
+    return main(["say", *map(str, arguments), "--model", str(model), "--device", "cpu"])
+
+
+def test_a_sentence_becomes_a_file(model: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "new" / "out.wav"
+    assert say(model, "Hello.", "-o", out, "--seed", 4, "--max-seconds", 0.8) == 0
+    printed = capsys.readouterr().out
+    assert len(read_audio(out)) == 12800
+    assert str(out) in printed
+    assert "0.80 s at 16000 Hz (10 frames)" in printed
+    assert "seed: 4" in printed
+    assert "stop reason: max_frames (cut at the length cap of 10 frames" in printed
+    elapsed, audio, rtf = map(float, re.search(r"RTF = synthesis / audio = ([\d.]+) s / ([\d.]+) s = ([\d.]+)", printed).groups())
+    assert rtf == pytest.approx(elapsed / audio, abs=0.01)
+    expected = Kalle.from_pretrained(model, "cpu").synthesize("Hello.", seed=4, max_seconds=0.8)
+    np.testing.assert_allclose(read_audio(out), expected.pcm16() / 32768, atol=1e-6)
+
+
+def test_the_printed_seed_gives_the_file_again(model: Path, tmp_path: Path, capsys) -> None:
+    assert say(model, "Hello.", "-o", tmp_path / "a.wav", "--max-seconds", 0.4) == 0
+    seed = re.search(r"seed: (\d+)", capsys.readouterr().out)[1]
+    assert say(model, "Hello.", "-o", tmp_path / "b.wav", "--max-seconds", 0.4, "--seed", seed) == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
+def test_text_from_standard_input(model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\n"))
+    assert say(model, "-", "-o", tmp_path / "a.wav", "--max-seconds", 0.4, "--seed", 1) == 0
+    assert say(model, "Hello.", "-o", tmp_path / "b.wav", "--max-seconds", 0.4, "--seed", 1) == 0
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
+def test_prompt_and_voice_file_speak_alike(model: Path, tmp_path: Path, recording: Path) -> None:
+    common = ("--max-seconds", 0.4, "--seed", 1)
+    assert say(model, "Hello.", "-o", tmp_path / "a.flac", "--prompt-audio", recording, "--prompt-text", "Tone.", *common) == 0
+    Kalle.from_pretrained(model, "cpu").voice(recording, "Tone.").save(tmp_path / "tone.safetensors")
+    assert say(model, "Hello.", "-o", tmp_path / "b.flac", "--voice", tmp_path / "tone.safetensors", *common) == 0
+    assert say(model, "Hello.", "-o", tmp_path / "c.flac", *common) == 0
+    assert (tmp_path / "a.flac").read_bytes() == (tmp_path / "b.flac").read_bytes() != (tmp_path / "c.flac").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["  "], "the text is empty"),
+        (["Hi", "--prompt-audio", "PROMPT"], "a prompt without its transcript"),
+        (["Hi", "--prompt-audio", "PROMPT", "--prompt-text", " "], "the prompt text is empty"),
+        (["Hi", "--prompt-text", "Tone."], "a transcript without its recording"),
+        (["Hi", "--prompt-audio", "none.wav", "--prompt-text", "Tone."], "audio file not found: got 'none.wav'"),
+        (["Hi", "--prompt-audio", "TEXT", "--prompt-text", "Tone."], "unreadable audio"),
+        (["Hi", "--voice", "none"], "voice file not found"),
+        (["Hi", "--voice", "TEXT"], "not a voice file"),
+        (["Hi", "--voice", "none", "--prompt-text", "Tone."], "two voices"),
+        (["Hi", "--temperature", "-1"], "bad temperature: got -1.0"),
+        (["Hi", "--temperature", "nan"], "bad temperature: got nan"),
+        (["Hi", "--seed", "-1"], "bad seed: got -1"),
+        (["Hi", "--max-seconds", "0"], "bad length cap: got 0.0 s"),
+        (["Hi", "--device", "abacus"], "unknown device: got 'abacus'"),
+        (["Hi", "--dtype", "int3"], "unknown dtype: got 'int3'"),
+        (["Hi", "--model", "EMPTY"], "not a weight folder"),
+        (["Hi", "--model", "none"], "no such weight folder: got 'none'"),
+        (["Hi", "--seed", "x"], "--seed"),
+        (["Hi", "-o", "out.mp3"], "expected .wav or .flac"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_file(
+    model: Path, tmp_path: Path, recording: Path, capsys, monkeypatch, arguments, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("words")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    places = {"PROMPT": str(recording), "TEXT": "text", "EMPTY": "empty"}
+    given = [places.get(argument, argument) for argument in arguments]
+    defaults = {"-o": "out.wav", "--model": str(model), "--device": "cpu"}
+    given += [part for option, value in defaults.items() if option not in given for part in (option, value)]
+    assert main(["say", *given]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_speech_that_never_began_is_an_error(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    import kalle.synthesis.kalle as module
+    from kalle.synthesis.sampling import StopRule
+
+    original = module.read_folder
+    rule = StopRule(threshold=1e9, min_index=-1)
+    monkeypatch.setattr(module, "read_folder", lambda folder: type(original(folder))(stop=rule))
+    assert say(model, "Hi", "-o", tmp_path / "out.wav") == 2
+    assert "before its first frame" in capsys.readouterr().err
+    assert not (tmp_path / "out.wav").exists()

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from kalle.audio import to_pcm16
+from kalle.synthesis import ReleaseQuirks, StopRule
+from kalle.synthesis.speak import Request, speak, truncate_to_int16
+
+NEVER = StopRule(threshold=0.0)
+
+
+def chain_request(golden, flowvae, quirks: ReleaseQuirks) -> Request:
+    """The release's request: ids joined, prompt sampled with its noise; the frame the release drops is left to the quirk."""
+    with torch.no_grad():
+        posterior = flowvae.encode(golden["prompt_wav"][0])
+    kept = posterior[:, :-1].sample(golden["prompt_noise"])[0]
+    prompt = torch.cat([kept, posterior.mean[0, -1:]])
+    ids = torch.cat([golden["prompt_ids"], golden["target_ids"][1:], golden["special_ids"]])
+    noise = golden["step_noise"].reshape(-1, flowvae.config.latent_dim)
+    return Request(
+        ids, len(noise), seed=0, prompt_latents=prompt, stop=NEVER, quirks=quirks, noise=noise, decode_noise=golden["decode_noise"][0].T
+    )
+
+
+def test_the_whole_chain_equals_the_release_to_the_int16(lm_tiny, flowvae_tiny, io) -> None:
+    golden = io("chain_tiny")
+    speech = speak(lm_tiny, flowvae_tiny, chain_request(golden, flowvae_tiny, ReleaseQuirks.release()))
+    assert speech.frames == 15
+    assert speech.stop_reason == "max_frames"
+    torch.testing.assert_close(torch.from_numpy(speech.log_std).T, golden["distributions"][0, 8:], rtol=1e-4, atol=1e-5)
+    rounded = speak(
+        lm_tiny, flowvae_tiny, chain_request(golden, flowvae_tiny, dataclasses.replace(ReleaseQuirks.release(), truncate_int16=False))
+    )
+    np.testing.assert_allclose(rounded.audio, golden["audio"][0, 0], rtol=1e-4, atol=2e-5)
+    difference = np.abs(speech.pcm16().astype(int) - golden["audio_int16"].numpy().astype(int))
+    # The decoder's fp32 rounding, about a third of a 16-bit step, moves samples that lie near the edge of one.
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.1
+
+
+def test_truncation_equals_the_release_bit_for_bit(io) -> None:
+    golden = io("chain_tiny")
+    np.testing.assert_array_equal(to_pcm16(truncate_to_int16(golden["audio"][0, 0].numpy())), golden["audio_int16"].numpy())
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ReleaseQuirks) if field.name != "tokenise_separately"])
+def test_each_quirk_is_needed_to_equal_the_release(lm_tiny, flowvae_tiny, io, name: str) -> None:
+    golden = io("chain_tiny")
+    ours = dataclasses.replace(ReleaseQuirks.release(), **{name: getattr(ReleaseQuirks(), name)})
+    request = chain_request(golden, flowvae_tiny, ours)
+    noise = torch.cat([request.decode_noise, request.decode_noise[:1]])[: len(request.noise) - ours.drop_last_frame_always]
+    pcm16 = speak(lm_tiny, flowvae_tiny, dataclasses.replace(request, decode_noise=noise)).pcm16()
+    reference = golden["audio_int16"].numpy()
+    assert len(pcm16) != len(reference) or (pcm16 != reference).mean() > 0.4
+
+
+def request(quirks: ReleaseQuirks | None = None, seed: int = 3, **options) -> Request:
+    return Request(torch.arange(5, 20), 6, seed, quirks=quirks or ReleaseQuirks(), **{"stop": NEVER} | options)
+
+
+def test_by_default_the_frames_that_were_fed_back_are_heard(lm_tiny, flowvae_tiny) -> None:
+    speech = speak(lm_tiny, flowvae_tiny, request())
+    with torch.no_grad():
+        expected = flowvae_tiny.decode(torch.from_numpy(speech.latents)[None])[0]
+    np.testing.assert_array_equal(speech.audio, expected)
+
+
+def test_decode_choices_share_the_frames_and_differ_in_sound(lm_tiny, flowvae_tiny) -> None:
+    sampled, resampled, mean = (
+        speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(decode=decode))) for decode in ("sampled", "resample", "mean")
+    )
+    np.testing.assert_array_equal(sampled.latents, resampled.latents)
+    np.testing.assert_array_equal(sampled.latents, mean.latents)
+    assert np.abs(sampled.audio - resampled.audio).max() > 1e-5
+    assert np.abs(sampled.audio - mean.audio).max() > 1e-5
+    cold = [
+        speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(decode=decode), temperature=0.0)) for decode in ("sampled", "resample", "mean")
+    ]
+    np.testing.assert_array_equal(cold[0].audio, cold[1].audio)
+    np.testing.assert_array_equal(cold[0].audio, cold[2].audio)
+
+
+def test_the_second_draw_goes_on_in_the_same_generator(lm_tiny, flowvae_tiny) -> None:
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.stack([torch.randn(8, generator=generator) for _ in range(6)])
+    again = torch.randn(6, 8, generator=generator)
+    quirks = ReleaseQuirks(decode="resample")
+    given = speak(lm_tiny, flowvae_tiny, request(quirks, noise=noise, decode_noise=again))
+    np.testing.assert_array_equal(speak(lm_tiny, flowvae_tiny, request(quirks)).audio, given.audio)
+
+
+def test_drop_last_prompt_frame(lm_tiny, flowvae_tiny) -> None:
+    prompt = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    dropped = speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(drop_last_prompt_frame=True), prompt_latents=prompt))
+    np.testing.assert_array_equal(dropped.audio, speak(lm_tiny, flowvae_tiny, request(prompt_latents=prompt[:-1])).audio)
+    assert np.abs(dropped.audio - speak(lm_tiny, flowvae_tiny, request(prompt_latents=prompt)).audio).max() > 1e-6
+    single = speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(drop_last_prompt_frame=True), prompt_latents=prompt[:1]))
+    np.testing.assert_array_equal(single.audio, speak(lm_tiny, flowvae_tiny, request()).audio)
+
+
+def test_drop_last_frame_always(lm_tiny, flowvae_tiny) -> None:
+    assert speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(drop_last_frame_always=True))).frames == 5
+    assert speak(lm_tiny, flowvae_tiny, request()).frames == 6
+
+
+def test_truncation_and_rounding(lm_tiny, flowvae_tiny) -> None:
+    rounded = speak(lm_tiny, flowvae_tiny, request())
+    truncated = speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(truncate_int16=True)))
+    np.testing.assert_array_equal(truncated.pcm16(), (rounded.audio * 32767).astype(np.int16))
+    np.testing.assert_array_equal(rounded.pcm16(), np.rint(rounded.audio.astype(np.float64) * 32767).astype(np.int16))
+    assert (truncated.pcm16() != rounded.pcm16()).mean() > 0.2
+
+
+def test_an_end_before_the_first_frame_gives_empty_audio(lm_tiny, flowvae_tiny) -> None:
+    speech = speak(lm_tiny, flowvae_tiny, request(stop=StopRule(threshold=1e9, min_index=-1)))
+    assert speech.frames == 0
+    assert speech.audio.shape == (0,)
+    assert speech.stop_reason == "end"
+    assert np.isnan(speech.confidence)
+
+
+def test_release_turns_everything_on() -> None:
+    release = ReleaseQuirks.release()
+    assert release.decode == "resample"
+    assert all(getattr(release, field.name) != field.default for field in dataclasses.fields(ReleaseQuirks))

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kalle.errors import UserError
+from kalle.synthesis.voice import Voice
+
+
+def test_save_and_load_keep_everything(tmp_path) -> None:
+    voice = Voice(
+        {"flowvae_encoder": "a" * 64, "speaker_encoder": "b" * 64},
+        torch.randn(5, 8, generator=torch.Generator().manual_seed(0)),
+        torch.ones(64),
+        "one two",
+        "en",
+        "CC-BY",
+        "agreed in writing",
+    )
+    voice.save(tmp_path / "deep" / "v.safetensors")
+    loaded = Voice.load(tmp_path / "deep" / "v.safetensors")
+    assert torch.equal(loaded.prompt_latents, voice.prompt_latents)
+    assert torch.equal(loaded.speaker_latent, voice.speaker_latent)
+    for name in ("bound_to", "text", "language", "licence", "consent"):
+        assert getattr(loaded, name) == getattr(voice, name)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["v.safetensors"]
+
+
+def test_missing_notes_stay_missing(tmp_path) -> None:
+    Voice({}, speaker_latent=torch.ones(4)).save(tmp_path / "v.safetensors")
+    loaded = Voice.load(tmp_path / "v.safetensors")
+    assert loaded.text is loaded.language is loaded.licence is loaded.prompt_latents is None
+
+
+def test_bad_voices(tmp_path) -> None:
+    with pytest.raises(UserError, match="an empty voice"):
+        Voice({})
+    with pytest.raises(UserError, match="a prompt without its transcript"):
+        Voice({}, torch.zeros(2, 8))
+    with pytest.raises(UserError, match="voice file not found"):
+        Voice.load(tmp_path / "v.safetensors")
+    (tmp_path / "v.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a voice file"):
+        Voice.load(tmp_path / "v.safetensors")
+    save_file({"prompt_latents": torch.zeros(2, 8)}, tmp_path / "v.safetensors")
+    with pytest.raises(UserError, match="has format None"):
+        Voice.load(tmp_path / "v.safetensors")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").touch()
+    for target in ("folder.safetensors", "file/v.safetensors"):
+        with pytest.raises(UserError, match="cannot write"):
+            Voice({}, speaker_latent=torch.ones(4)).save(tmp_path / target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
+
+
+def test_a_voice_fits_a_model_with_its_encoder_whatever_else_it_has() -> None:
+    voice = Voice({"flowvae_encoder": "a" * 64}, torch.zeros(2, 8), text="x")
+    voice.check_fits({"flowvae_encoder": "a" * 64, "speaker_encoder": "c" * 64})
+    with pytest.raises(UserError, match="does not fit"):
+        voice.check_fits({"flowvae_encoder": "b" * 64})
