@@ -1,0 +1,176 @@
+"""What an evaluation returns and leaves on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kalle.errors import UserError
+from kalle.evaluation.figure import FigureRow, draw
+from kalle.evaluation.metric import Aggregate, Metric
+from kalle.evaluation.scoring import Row, Scores, count_rows, summarise
+from kalle.evaluation.statistics import Estimate
+
+RESULT_NAMES = ("results.json", "items.jsonl", "report.md", "figure.png")
+PACKAGES = ("kalle-tts", "torch", "numpy", "lhotse")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every kind of evaluation shares."""
+
+    resamples: int = 1000
+    """Bootstrap resamples for the 95% intervals."""
+    bootstrap_seed: int = 0
+    figure_items: int = 4
+    """Items drawn in figure.png; 0 draws none."""
+    progress: bool = False
+    """Show a progress bar on standard error."""
+    score_recordings: bool = True
+    """Score the recordings themselves too, as the ceiling."""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """What to record beside the arguments: the test list and how many of its items were left out, hardware, seeds."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one evaluation.
+
+    ``summary[system][aggregate]`` is an Estimate; systems are "recording" (the ceiling) and what was scored.
+    ``rows`` are as ``Scores`` describes; ``counts`` as ``count_rows``.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    metrics: Mapping[str, Mapping[str, object]]
+    rows: Sequence[Row]
+    summary: Mapping[str, Mapping[str, Estimate]]
+    counts: Mapping[str, Mapping[str, Any]]
+    notes: Sequence[str]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever is known of the run as a whole, such as latent health."""
+
+    def value(self, system: str, name: str) -> float | None:
+        """The mean called ``name`` of ``system``; None when it was not measured."""
+        found = self.summary.get(system, {}).get(name)
+        return None if found is None else found.value
+
+    @property
+    def errors(self) -> int:
+        """Items that could not be made or read, over all systems."""
+        return sum(count["errors"] for count in self.counts.values())
+
+
+def finish(
+    kind: str,
+    scores: Scores,
+    config: Mapping[str, Any],
+    settings: Settings,
+    out_dir: str | Path,
+    figure_rows: Sequence[FigureRow] = (),
+    extra_rules: Iterable[Aggregate] = (),
+    notes: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> Result:
+    """Summarise ``scores`` and write results.json, items.jsonl, report.md and figure.png to ``out_dir``.
+
+    UserError, and nothing is written, when not one item could be scored.
+    """
+    out = Path(out_dir)
+    failed = [row for row in scores.rows if "error" in row]
+    if len(failed) == len(scores.rows):
+        reason = failed[0]["error"] if failed else "the list is empty"
+        raise UserError(f"nothing could be scored: {len(failed)} of {len(failed)} items failed, the first because: {reason}")
+    rules = [rule for metric in scores.metrics for rule in metric.aggregates] + list(extra_rules)
+    result = Result(
+        kind=kind,
+        config={**settings.context, **config, "resamples": settings.resamples, "bootstrap_seed": settings.bootstrap_seed},
+        versions=versions(),
+        metrics={metric.name: dict(metric.describe()) for metric in scores.metrics},
+        rows=scores.rows,
+        summary=summarise(scores.rows, rules, settings.resamples, settings.bootstrap_seed),
+        counts=count_rows(scores.rows),
+        notes=[*notes, *unmeasured(scores.metrics, scores.rows)],
+        extra=dict(extra or {}),
+    )
+    _write(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows).encode())
+    _write(out / "results.json", (_json(asdict(result), indent=2) + "\n").encode())
+    _write(out / "report.md", report(result).encode())
+    if settings.figure_items and figure_rows:
+        _write(out / "figure.png", draw(figure_rows[: settings.figure_items]))
+    return result
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write through ``path.partial``; a UserError, and no partial file, when the disk refuses."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write '{path}': {error.strerror or error}; free space or choose another folder") from None
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers; "unknown" for one that is not installed as a distribution."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def unmeasured(metrics: Sequence[Metric], rows: Sequence[Row]) -> list[str]:
+    """One line for every metric that no row holds, with what it would have needed."""
+    columns = {column for row in rows for column in row}
+    tried = {name for row in rows for name in row.get("metric_errors", {})}
+    missing = [metric for metric in metrics if not any(rule.numerator in columns for rule in metric.aggregates)]
+    reasons = {
+        metric.name: "failed on every item" if metric.name in tried else "not measured, no item offers what it needs" for metric in missing
+    }
+    return [f"{metric.name} {reasons[metric.name]} ({', '.join(sorted(metric.needs))})" for metric in missing]
+
+
+def report(result: Result) -> str:
+    """The result as Markdown: one row a system, mean and 95% interval, then counts, models and notes."""
+    names = list(dict.fromkeys(name for estimates in result.summary.values() for name in estimates))
+    lines = [f"# Evaluation: {result.kind}", "", "| system | items | errors | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for system, estimates in result.summary.items():
+        count = result.counts[system]
+        cells = [_cell(estimates.get(name), count["items"]) for name in names]
+        lines.append(f"| {system} | {count['items']} | {count['errors']} | " + " | ".join(cells) + " |")
+    lines += ["", "Means with 95% bootstrap intervals; n is given where a mean covers fewer items than the row.", ""]
+    for system, count in result.counts.items():
+        details = {key: value for key, value in count.items() if key not in ("items", "errors") and value}
+        lines += [f"- {system}: {key.replace('_', ' ')}: {_pairs(value)}" for key, value in details.items()]
+    lines += [f"- {name}: {_pairs(described)}" for name, described in result.metrics.items()]
+    lines += [f"- {key}: {_pairs(value) if isinstance(value, Mapping) else value}" for key, value in result.extra.items()]
+    lines += [f"- note: {note}" for note in result.notes]
+    lines += ["", "Settings: " + _pairs(result.config), "", "Versions: " + _pairs(result.versions), ""]
+    return "\n".join(lines)
+
+
+def _cell(value: Estimate | None, items: int) -> str:
+    if value is None:
+        return "–"
+    interval = "" if value.interval is None else f" [{value.interval[0]:.3f}, {value.interval[1]:.3f}]"
+    return f"{value.value:.3f}{interval}" + ("" if value.count == items else f" (n={value.count})")
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())

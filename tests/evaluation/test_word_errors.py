@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kalle.errors import UserError
+from kalle.evaluation.metric import MetricError, ScoreItem
+from kalle.evaluation.normalise import corpus_style, normaliser, seed_tts, whisper_english
+from kalle.evaluation.scoring import summarise
+from kalle.evaluation.wer import WER, word_errors
+
+
+class Says:
+    def __init__(self, *texts: str) -> None:
+        self.texts = list(texts)
+
+    def __call__(self, audio: np.ndarray, language: str) -> str:
+        return self.texts.pop(0)
+
+    def describe(self) -> dict[str, object]:
+        return {"model": "fake"}
+
+
+def item(text: str, language: str = "en") -> ScoreItem:
+    return ScoreItem("x", np.zeros(1600, np.float32), text, language)
+
+
+def test_regression_value_of_the_seed_tts_normaliser() -> None:
+    reference, hypothesis = "It’s a well-known don't.", "It's a well known don't"
+    assert seed_tts(reference, "en") == ["its", "a", "wellknown", "don't"]
+    assert word_errors(seed_tts(reference, "en"), seed_tts(hypothesis, "en")).rate == 0.75
+
+
+def test_chinese_is_scored_per_character_without_punctuation() -> None:
+    assert seed_tts("你好，世界。", "zh") == list("你好世界")
+    assert word_errors(list("你好世界"), list("你好世")).rate == 0.25
+
+
+def test_whisper_normaliser_unifies_what_the_protocol_does_not() -> None:
+    text, heard = "Mr. Smith can't pay twenty dollars, uh, today.", "mister smith can not pay $20 today"
+    assert whisper_english(text, "en") == whisper_english(heard, "en")
+    assert seed_tts(text, "en") != seed_tts(heard, "en")
+
+
+def test_authors_normaliser_turns_punctuation_into_spaces_and_splits_cjk() -> None:
+    assert corpus_style("Well-known, 你好 OK", "zh") == ["well", "known", "你", "好", "ok"]
+
+
+def test_both_means_and_they_differ() -> None:
+    metric = WER(Says("one two three four five six seven eight", "wrong wrong"), normalisers=["seed_tts"])
+    texts = ("one two three four five six seven eight", "nine ten")
+    rows = [{"system": "s", **metric(item(text))} for text in texts]
+    summary = summarise(rows, metric.aggregates, resamples=200, seed=0)["s"]
+    assert summary["wer_utt_mean"].value == 0.5
+    assert summary["wer_corpus"].value == pytest.approx(2 / 10)
+
+
+def test_second_normaliser_is_a_second_column() -> None:
+    row = WER(Says("it is well known"), normalisers=["seed_tts", "kalle_authors"])(item("It is well-known"))
+    assert row["wer"] == pytest.approx(2 / 3)
+    assert row["wer_kalle_authors"] == 0
+    assert row["transcript"] == "it is well known"
+
+
+def test_an_utterance_can_exceed_one_and_silence_is_all_deletions() -> None:
+    metric = WER(Says("a b c", ""), normalisers=["seed_tts"])
+    assert metric(item("x"))["wer"] == 3
+    assert metric(item("x y"))["wer"] == 1
+
+
+def test_text_of_punctuation_cannot_be_scored() -> None:
+    with pytest.raises(MetricError, match="empty after normalisation"):
+        WER(Says("anything"))(item("..."))
+
+
+def test_unknown_normaliser_lists_the_known() -> None:
+    with pytest.raises(UserError, match="seed_tts, whisper, kalle_authors"):
+        normaliser("nist")
