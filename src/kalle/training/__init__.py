@@ -1,0 +1,1 @@
+"""LightningModules of both stages, and their callbacks."""

@@ -1,0 +1,185 @@
+"""Weight folders: writing whole or not at all, strict reading, and the hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from kalle import checkpoint
+from kalle.checkpoint import (
+    dataclass_from_dict,
+    load_strict,
+    mismatches,
+    part_folder,
+    read_json,
+    read_tensors,
+    resolve_device,
+    save_part,
+    weights_hash,
+    write_json,
+    write_tensors,
+)
+from kalle.errors import UserError
+
+
+def _module() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def _names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_part_round_trip_keeps_values_and_dtypes(tmp_path):
+    module = _module()
+    module[0].half()
+    save_part(tmp_path / "name" / "lm", {"size": 3}, module)
+    assert _names(tmp_path / "name" / "lm") == ["config.json", "model.safetensors"]
+    assert read_json(tmp_path / "name" / "lm" / "config.json") == {"size": 3}
+    tensors = read_tensors(tmp_path / "name" / "lm" / "model.safetensors")
+    state = module.state_dict()
+    assert set(tensors) == set(state)
+    assert all(tensors[name].dtype == state[name].dtype and torch.equal(tensors[name], state[name]) for name in state)
+
+
+def test_part_folder_takes_the_whole_folder_or_the_part(tmp_path):
+    save_part(tmp_path / "name" / "lm", {}, _module())
+    assert part_folder(tmp_path / "name", "lm") == part_folder(tmp_path / "name" / "lm", "lm") == tmp_path / "name" / "lm"
+    save_part(tmp_path / "renamed", {}, _module())
+    assert part_folder(tmp_path / "renamed", "lm") == tmp_path / "renamed"
+    for folder, part in ((tmp_path / "name", "flowvae"), (tmp_path / "none", "lm"), (tmp_path, "lm")):
+        with pytest.raises(UserError, match="not a weight folder"):
+            part_folder(folder, part)
+
+
+def test_tensors_that_share_memory_are_stored_each(tmp_path):
+    base = torch.arange(12.0)
+    tensors = {"whole": base, "same": base, "middle": base[3:9], "turned": base.view(3, 4).t()}
+    tensors |= {"empty": torch.empty(0), "none": torch.empty(0, 2)}
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    stored = read_tensors(tmp_path / "x.safetensors")
+    assert set(stored) == set(tensors)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+
+
+def test_written_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*x.safetensors.*make room"):
+            write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert _names(tmp_path) == ["x.safetensors"]
+    assert torch.equal(read_tensors(tmp_path / "x.safetensors")["x"], torch.ones(2))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        write_tensors(tmp_path / "file" / "x.safetensors", {"x": torch.ones(2)})
+
+
+def test_an_interrupted_write_leaves_no_partial_file(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
+    assert _names(tmp_path) == []
+
+
+def test_json_is_written_whole_and_read_with_the_place_of_the_mistake(tmp_path):
+    write_json(tmp_path / "deep" / "x.json", {"name": "Käthe"})
+    assert _names(tmp_path / "deep") == ["x.json"]
+    assert "Käthe" in (tmp_path / "deep" / "x.json").read_text(encoding="utf-8")
+    for content, match in ((b"{", "not valid JSON.*line 1"), (b"[1]", "holds a list"), (b"\xff\xfe\x00", "not valid JSON")):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(UserError, match=match):
+            read_json(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="file not found"):
+        read_json(tmp_path / "none.json")
+
+
+def test_torn_tensors_are_named(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(100)})
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"not a readable safetensors file: .*torn"):
+        read_tensors(tmp_path / "torn.safetensors")
+    with pytest.raises(UserError, match="file not found"):
+        read_tensors(tmp_path / "none.safetensors")
+
+
+def test_strict_loading_lists_everything_and_changes_nothing_on_failure():
+    module = _module()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    tensors = {name: tensor + 1 for name, tensor in before.items()}
+    del tensors["0.bias"]
+    tensors["1.weight"] = torch.zeros(9)
+    tensors["2.weight"] = torch.zeros(1)
+    with pytest.raises(UserError) as caught:
+        load_strict(module, tensors, "here")
+    message = str(caught.value)
+    for words in ("'here'", "3 tensors", "missing: 0.bias (4,)", "misshapen: 1.weight is (9,), expected (4,)"):
+        assert words in message
+    assert "superfluous: 2.weight (1,)" in message
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_strict_loading_copies_every_tensor():
+    module = _module()
+    tensors = {name: torch.full_like(tensor, 2) for name, tensor in module.state_dict().items()}
+    load_strict(module, tensors, "here")
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in module.state_dict().items())
+    assert mismatches(module.state_dict(), tensors) == []
+
+
+def test_an_unknown_key_lists_the_valid_ones():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        width: int = 1
+        depth: int = 2
+
+    assert dataclass_from_dict(Config, {"depth": 5}, "x.json") == Config(1, 5)
+    with pytest.raises(UserError, match=r"unknown key 'deep', 'wide' in 'x.json'; valid keys: width, depth"):
+        dataclass_from_dict(Config, {"wide": 1, "deep": 2}, "x.json")
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="no CUDA device: got 'cuda:1'"):
+        resolve_device("cuda:1")
+    with pytest.raises(UserError, match="unknown device: got 'gpu'"):
+        resolve_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda")
+
+
+def test_the_hash_depends_on_names_shapes_and_values_only():
+    module = _module()
+    same = _module()
+    assert weights_hash(module) == weights_hash(same) == weights_hash(same.double())
+    assert len(weights_hash(module)) == 64
+    with torch.no_grad():
+        same[0].weight[0, 0] += 1e-3
+    assert weights_hash(same) != weights_hash(module)
+    flat, square = nn.ParameterDict({"x": torch.zeros(4)}), nn.ParameterDict({"x": torch.zeros(2, 2)})
+    assert weights_hash(flat) != weights_hash(square) != weights_hash(nn.ParameterDict({"y": torch.zeros(2, 2)}))

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from kalle.models.batch import WaveBatch
+from kalle.models.discriminators import DiscriminatorConfig, Discriminators
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
+from kalle.training.schedules import warmup_cosine
+from kalle.training.seeding import step_generator
+
+JUDGES = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
+LR, WARMUP, TOTAL = 1e-3, 3, 8
+
+
+@pytest.fixture
+def make(toy_flowvae_config: FlowVAEConfig) -> Callable[..., FlowVAETraining]:
+    def build(judged: bool = True, seed: int = 0, start: int = 0, **objective: Any) -> FlowVAETraining:
+        torch.manual_seed(11)
+        return FlowVAETraining(
+            FlowVAE(toy_flowvae_config),
+            optimizer=partial(torch.optim.AdamW, lr=LR),
+            scheduler=partial(warmup_cosine, warmup_steps=WARMUP, total_steps=TOTAL),
+            objective=FlowVAEObjective(discriminator_start_step=start, **objective),
+            clip=ClipSchedule(),
+            discriminators=Discriminators(JUDGES) if judged else None,
+            seed=seed,
+        )
+
+    return build
+
+
+@pytest.fixture
+def batches() -> list[WaveBatch]:
+    generator = torch.Generator().manual_seed(5)
+    return [WaveBatch(0.1 * torch.randn(2, 3200, generator=generator), ("a", "b")) for _ in range(3)]
+
+
+class Recorder(Callback):
+    """Copies of what a run went through, per batch."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.lr: list[list[float]] = []
+        self.metrics: list[dict[str, float]] = []
+        self.judges: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        self.lr.append([optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers])
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        if pl_module.discriminators is not None:
+            self.judges.append({name: tensor.clone() for name, tensor in pl_module.discriminators.state_dict().items()})
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def test_one_step_trains_reconstruction_and_prior(make, batches, fit) -> None:
+    module, recorder = make(judged=False), Recorder()
+    before = weights(module.flowvae)
+    assert fit(module, batches, 1, callbacks=[recorder]).global_step == 1
+    after = weights(module.flowvae)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    for part in ("encoder.", "decoder.", "flow."):
+        assert any(name.startswith(part) for name in changed), part
+    (metrics,) = recorder.metrics
+    assert {name.removeprefix("train/") for name in metrics} == {"mel", "kl", "gradient_norm", "total", "loss"}
+    assert all(torch.isfinite(torch.tensor(list(metrics.values()))))
+    assert metrics["train/total"] == pytest.approx(45 * metrics["train/mel"] + 32 * metrics["train/kl"], rel=1e-5)
+
+
+def test_one_step_trains_both_sides(make, batches, fit) -> None:
+    module, recorder = make(), Recorder()
+    generator, judges = weights(module.flowvae), weights(module.discriminators)
+    trainer = fit(module, batches, 1, callbacks=[recorder])
+    assert trainer.global_step == 1
+    assert any(not torch.equal(generator[name], value) for name, value in weights(module.flowvae).items())
+    assert all(not torch.equal(judges[name], value) for name, value in weights(module.discriminators).items() if name.endswith("original1"))
+    m = {name.removeprefix("train/"): value for name, value in recorder.metrics[0].items()}
+    assert set(m) == {"mel", "kl", "generator", "feature", "discriminator", "gradient_norm", "total", "loss"}
+    assert all(torch.isfinite(torch.tensor(list(m.values()))))
+    assert m["total"] == pytest.approx(45 * m["mel"] + 32 * m["kl"] + m["generator"] + m["feature"], rel=1e-5)
+
+
+def test_only_generator_updates_count_as_steps(make, batches, fit) -> None:
+    recorder = Recorder()
+    trainer = fit(make(), batches, 5, callbacks=[recorder])
+    assert recorder.steps == [1, 2, 3, 4, 5]
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 5
+    states = [next(iter(optimizer.state.values()))["step"] for optimizer in trainer.optimizers]
+    assert [int(step) for step in states] == [5, 5]
+
+
+def test_the_learning_rate_is_the_scheduled_one_at_every_step(make, batches, fit) -> None:
+    recorder = Recorder()
+    fit(make(), batches, 7, callbacks=[recorder])
+    alone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    factor = warmup_cosine(alone, WARMUP, TOTAL).lr_lambdas[0]
+    expected = [LR * factor(step) for step in range(7)]
+    assert [both[0] for both in recorder.lr] == pytest.approx(expected)
+    assert [both[1] for both in recorder.lr] == pytest.approx(expected)
+    assert expected[:4] == pytest.approx([LR / 3, 2 * LR / 3, LR, LR])
+
+
+def test_judges_may_start_late_and_warm_up_then(make, batches, fit) -> None:
+    module, recorder = make(start=3), Recorder()
+    first = {name: tensor.clone() for name, tensor in module.discriminators.state_dict().items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, batches, 5, callbacks=[recorder])
+    assert not [str(warning.message) for warning in caught if "lr_scheduler.step()" in str(warning.message)]
+    for judges in recorder.judges[:3]:
+        assert all(torch.equal(judges[name], first[name]) for name in first)
+    assert any(not torch.equal(recorder.judges[3][name], first[name]) for name in first)
+    assert "train/generator" not in recorder.metrics[2]
+    assert "train/generator" in recorder.metrics[3]
+    assert [both[1] for both in recorder.lr] == pytest.approx([LR / 3] * 4 + [2 * LR / 3])
+
+
+def test_no_warning_about_the_order_of_optimizer_and_schedule(make, batches, fit) -> None:
+    for judged in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(make(judged=judged), batches, 2)
+        assert not [str(warning.message) for warning in caught if "lr_scheduler" in str(warning.message)]
+
+
+def test_the_judges_see_no_gradient_of_the_generator_step(make, batches, fit) -> None:
+    """The judges move by their own loss alone, whatever the weights of the generator's terms."""
+    one, other = make(adversarial_weight=1.0, feature_weight=1.0), make(adversarial_weight=50.0, feature_weight=20.0)
+    fit(one, batches, 1)
+    fit(other, batches, 1)
+    for name, tensor in weights(one.discriminators).items():
+        assert torch.equal(tensor, weights(other.discriminators)[name]), name
+    assert any(not torch.equal(a, b) for a, b in zip(one.flowvae.parameters(), other.flowvae.parameters(), strict=True))
+
+
+def test_clip_schedule() -> None:
+    clip = ClipSchedule(norm=1000.0, early=100.0, early_steps=20_000)
+    assert [clip.at(step) for step in (0, 19_999, 20_000, 10**6)] == [100.0, 100.0, 1000.0, 1000.0]
+
+
+def test_gradients_are_clipped_at_the_limit_of_the_step(make, batches, fit) -> None:
+    norms: list[float] = []
+
+    class Norms(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            gradients = [p.grad for p in pl_module.flowvae.parameters() if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    module, recorder = make(judged=False), Recorder()
+    module.clip = ClipSchedule(norm=0.5, early=0.25, early_steps=1)
+    fit(module, batches, 2, callbacks=[recorder, Norms()])
+    assert norms == pytest.approx([0.25, 0.5], rel=1e-4)
+    assert all(metrics["train/gradient_norm"] > 1 for metrics in recorder.metrics)
+
+
+def test_equal_seeds_give_equal_weights(make, batches, fit) -> None:
+    runs = []
+    for seed in (4, 4, 5):
+        module = make(seed=seed)
+        torch.manual_seed(seed + len(runs))  # the global generator must have no say
+        fit(module, batches, 3)
+        runs.append(weights(module))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert any(not torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+def test_noise_is_a_function_of_seed_step_and_rank() -> None:
+    def draw(*counters: int) -> list[float]:
+        return torch.randn(4, generator=step_generator(*counters)).tolist()
+
+    assert draw(1, 2, 0) == draw(1, 2, 0)
+    different = {tuple(draw(*key)) for key in [(1, 2, 0), (1, 2, 1), (1, 3, 0), (2, 2, 0), (2, 1, 0)]}
+    assert len(different) == 5
+
+
+def test_the_noise_of_a_step_reaches_the_model(make, batches, fit) -> None:
+    seen: list[Tensor] = []
+    module = make(judged=False, seed=9)
+    original = module.flowvae.forward
+
+    def watched(wav: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Any:
+        assert generator is not None
+        output = original(wav, noise, generator)
+        seen.append(((output.z - output.posterior.mean) / output.posterior.std).detach())
+        return output
+
+    module.flowvae.forward = watched
+    fit(module, batches, 2)
+    for step, noise in enumerate(seen):
+        expected = torch.randn(noise.shape, generator=step_generator(9, step, 0))
+        torch.testing.assert_close(noise, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_autocast_keeps_losses_in_single(make, batches, fit) -> None:
+    module, dtypes = make(), {}
+    original = module.log_dict
+
+    def watched(metrics: dict[str, Tensor], **options: Any) -> None:
+        dtypes.update({name: value.dtype for name, value in metrics.items()})
+        original(metrics, **options)
+
+    module.log_dict = watched
+    recorder = Recorder()
+    fit(module, batches, 2, precision="bf16-mixed", callbacks=[recorder])
+    assert {"train/mel", "train/kl", "train/total"} <= set(dtypes)
+    assert {dtypes[name] for name in ("train/mel", "train/kl", "train/total", "train/generator", "train/feature")} == {torch.float32}
+    assert all(torch.isfinite(torch.tensor(list(metrics.values()))).all() for metrics in recorder.metrics)
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in module.parameters())
+    single = Recorder()
+    fit(make(), batches, 2, callbacks=[single])
+    assert recorder.metrics[0]["train/mel"] == pytest.approx(single.metrics[0]["train/mel"], rel=0.05)
+
+
+def test_another_mel_loss_is_used(make, batches, fit) -> None:
+    class Constant(torch.nn.Module):
+        def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+            assert real.shape == fake.shape
+            return 7.0 + 0.0 * fake.sum()
+
+    module, recorder = make(judged=False), Recorder()
+    module.mel_loss = Constant()
+    fit(module, batches, 1, callbacks=[recorder])
+    assert recorder.metrics[0]["train/mel"] == 7.0
+
+
+def test_validation_measures_whole_utterances(make, batches, fit) -> None:
+    """An odd length is no multiple of the hop; the decoded mean and the recording are compared over what both have."""
+    odd = [WaveBatch(0.1 * torch.randn(1, 3333, generator=torch.Generator().manual_seed(1)), ("x",))]
+    module = make(judged=False)
+    trainer = fit(module, batches, 3, valid=odd)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    assert {"val/mel_l1", "val/kl_per_element", "val/mean_std", "val/active_dimensions", "val/z_std"} <= set(metrics)
+    with torch.no_grad():
+        wav = module.flowvae.decode(module.flowvae.encode(odd[0].wav).mean)
+        samples = min(wav.shape[1], 3333)
+        expected = (module.log_mel(odd[0].wav[:, :samples]) - module.log_mel(wav[:, :samples])).abs().mean()
+    assert metrics["val/mel_l1"] == pytest.approx(float(expected), rel=1e-4)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from kalle.gaussian import DiagGaussian
+from kalle.models.batch import LMBatch
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.speaker import SpeakerEncoderConfig
+from kalle.training.ema import EMA
+from kalle.training.lm import KalleLMTraining, LMObjective
+from kalle.training.schedules import warmup_cosine
+from kalle.training.seeding import step_generator
+
+D = 4
+SPEAKER = SpeakerEncoderConfig(channels=16, embedding_dim=8, pooled_channels=16, attention_channels=8)
+
+
+@pytest.fixture
+def make(toy_lm_config: KalleLMConfig) -> Callable[..., KalleLMTraining]:
+    def build(speaker: bool = False, lr: float = 1e-2, steps: int = 60, seed: int = 0, **objective: Any) -> KalleLMTraining:
+        torch.manual_seed(7)
+        config = dataclasses.replace(toy_lm_config, speaker=SPEAKER if speaker else None)
+        return KalleLMTraining(
+            KalleLM(config),
+            optimizer=partial(torch.optim.AdamW, lr=lr),
+            scheduler=partial(warmup_cosine, warmup_steps=3, total_steps=steps, final_ratio=0.1),
+            objective=LMObjective(**objective),
+            seed=seed,
+        )
+
+    return build
+
+
+@pytest.fixture
+def batch() -> LMBatch:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([9, 6, 4])
+    mean = 1.5 * torch.randn(3, 9, D, generator=generator)
+    posterior = DiagGaussian(mean, torch.full_like(mean, -0.5))
+    valid = (torch.arange(9) < lengths[:, None])[..., None]
+    latents = posterior.sample(generator=generator) * valid
+    ids = torch.randint(0, 256, (3, 5), generator=generator)
+    return LMBatch(ids, torch.tensor([5, 4, 3]), latents, lengths, posterior, cut_ids=("a", "b", "c"))
+
+
+def with_speaker(batch: LMBatch, noise: bool = True) -> LMBatch:
+    generator = torch.Generator().manual_seed(8)
+    mels = torch.randn(3, 80, 40, generator=generator)
+    return dataclasses.replace(batch, speaker_mels=mels, speaker_noise=torch.randn(3, 16, generator=generator) if noise else None)
+
+
+@pytest.mark.parametrize("direction", ["prediction_posterior", "posterior_prediction"])
+def test_overfits_one_batch(direction: str, make, batch: LMBatch, fit) -> None:
+    module = make(direction=direction, steps=120)
+    with torch.no_grad():
+        before = module.losses(batch)
+    fit(module, [batch], 120)
+    with torch.no_grad():
+        after = module.losses(batch)
+    assert after["frame_kl"] < 0.2 * before["frame_kl"], (before, after)
+    assert after["total"] == pytest.approx(float(after["frame_kl"] + 0.02 * after["end_kl"]))
+
+
+def test_directions_differ(make, batch: LMBatch) -> None:
+    one, other = (make(direction=direction).losses(batch)["frame_kl"] for direction in ("prediction_posterior", "posterior_prediction"))
+    assert one != other
+
+
+def test_input_noise_preserves_variance_and_moves_nothing_else(make) -> None:
+    """z of mean m and std s gives sqrt(k) eps s + sqrt(1 - k) (z - m) + m: the same mean and std whatever k."""
+    module = make(input_noise=0.9)
+    mean, std = torch.tensor([0.0, 5.0, -3.0, 1.0]), torch.tensor([1.0, 0.1, 4.0, 2.0])
+    module.lm.set_latent_statistics(mean, std)
+    latents = mean + std * torch.randn(64, 500, D, generator=torch.Generator().manual_seed(1))
+    batch = LMBatch(torch.zeros(64, 2, dtype=torch.long), torch.full((64,), 2), latents, torch.full((64,), 500))
+    noisy = module.augmented(batch, step_generator(0, 0)).latents
+    torch.testing.assert_close(noisy.mean((0, 1)), mean, atol=0.05, rtol=0.01)
+    torch.testing.assert_close(noisy.std((0, 1)), std, atol=0, rtol=0.02)
+    kept = ((noisy - mean) * (latents - mean)).mean((0, 1)) / std.square()
+    # E sqrt(1 - k) for k ~ U(0, 0.9) is (1 - 0.1^1.5) / (1.5 * 0.9).
+    torch.testing.assert_close(kept, torch.full((D,), (1 - 0.1**1.5) / 1.35), atol=0.02, rtol=0)
+    shares = ((noisy - latents) / std).square().mean(-1)
+    assert shares.std() > 0.3, "each frame has a share of its own"
+
+
+def test_input_noise_is_for_training_and_from_the_given_generator(make, batch: LMBatch) -> None:
+    assert make(input_noise=0.0).augmented(batch, step_generator(0)) is batch
+    module = make(input_noise=0.5)
+    one, again, other = (module.augmented(batch, step_generator(seed)).latents for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(module.losses(batch)["total"], module.losses(batch)["total"])
+
+
+def test_training_noise_depends_on_the_step_not_on_global_state(make, batch: LMBatch, fit) -> None:
+    results = []
+    for seed in (1, 1, 2):
+        module = make(input_noise=0.5, seed=seed)
+        torch.manual_seed(100 + len(results))
+        fit(module, [batch, batch], 3)
+        results.append(module.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+def test_speaker_loss_and_gradient(make, batch: LMBatch, fit) -> None:
+    module = make(speaker=True, speaker_weight=0.1)
+    spoken = with_speaker(batch)
+    losses = module.losses(spoken)
+    expected = losses["frame_kl"] + 0.02 * losses["end_kl"] + 0.1 * losses["speaker_kl"]
+    torch.testing.assert_close(losses["total"], expected)
+    before = module.lm.speaker_projection.weight.detach().clone()
+    fit(module, [spoken], 2)
+    assert not torch.equal(before, module.lm.speaker_projection.weight)
+
+
+@pytest.mark.parametrize(("drop", "expected"), [(0.0, 0), (1.0, 40), (0.5, 20)])
+def test_speaker_drop(drop: float, expected: int, make, batch: LMBatch) -> None:
+    module, spoken = make(speaker=True, speaker_drop=drop), with_speaker(batch)
+    dropped = [module.augmented(spoken, step_generator(0, step)).speaker_mels is None for step in range(40)]
+    assert abs(sum(dropped) - expected) <= (0 if drop in (0.0, 1.0) else 9)
+    assert "speaker_kl" not in make(speaker=True).losses(batch)
+
+
+def test_average_of_integer_buffers(make, batch: LMBatch, fit) -> None:
+    """Batch-norm counts its batches in int64, which has no average."""
+    module, average = make(speaker=True), EMA(decay=0.9)
+    fit(module, [with_speaker(batch)], 4, callbacks=[average])
+    counters = {name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")}
+    assert counters
+    # The speaker encoder runs twice a step: once as input, once for its KL.
+    assert {int(value) for value in counters.values()} == {8}
+    assert all(value.dtype == torch.int64 for value in counters.values())
+
+
+def test_validation_swaps_texts(make, batch: LMBatch, fit) -> None:
+    module = make(steps=80)
+    # All three utterances alike but for the text: only the text can tell them apart.
+    trainer = fit(module, [batch], 80, valid=[batch], check_val_every_n_epoch=80)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    swapped = dataclasses.replace(batch, text_ids=batch.text_ids.roll(1, 0), text_lengths=batch.text_lengths.roll(1, 0))
+    with torch.no_grad():
+        module.eval()
+        assert metrics["val/frame_kl"] == pytest.approx(float(module.losses(batch)["frame_kl"]), rel=1e-4)
+        assert metrics["val/frame_kl_swapped_text"] == pytest.approx(float(module.losses(swapped)["frame_kl"]), rel=1e-4)
+    assert metrics["val/frame_kl_swapped_text"] > metrics["val/frame_kl"]
+    assert {"val/total", "val/end_kl"} <= set(metrics)
+
+
+def test_one_utterance_has_no_text_to_swap_with(make, batch: LMBatch, fit) -> None:
+    alone = LMBatch(batch.text_ids[:1], batch.text_lengths[:1], batch.latents[:1], batch.latent_lengths[:1], batch.posterior[:1])
+    trainer = fit(make(), [batch], 1, valid=[alone])
+    assert "val/frame_kl" in trainer.callback_metrics
+    assert "val/frame_kl_swapped_text" not in trainer.callback_metrics
+
+
+def test_half_precision_autocast_keeps_the_loss_in_single(make, batch: LMBatch, fit) -> None:
+    module = make()
+    seen: list[torch.Tensor] = []
+    original = module.losses
+    module.losses = lambda b: (seen.append(original(b)["total"]), original(b))[1]  # type: ignore[func-returns-value]
+    fit(module, [batch], 2, precision="bf16-mixed")
+    assert len(seen) == 2
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in seen)
+    assert float(seen[0]) == pytest.approx(float(make().losses(batch)["total"]), rel=0.05)
