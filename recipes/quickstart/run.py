@@ -21,6 +21,7 @@ from summary import write_summary
 
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.main import dispatch
+from kalle.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 logger = logging.getLogger("quickstart")
@@ -42,10 +43,10 @@ class Budget:
     """
 
     minutes: float
-    overhead_minutes: float = 4.0
-    flowvae_share: float = 0.5
-    flowvae_steps_per_minute: float = 200.0
-    lm_steps_per_minute: float = 200.0
+    overhead_minutes: float = 5.0
+    flowvae_share: float = 0.4
+    flowvae_steps_per_minute: float = 240.0
+    lm_steps_per_minute: float = 320.0
 
     @property
     def _training_minutes(self) -> float:
@@ -70,7 +71,7 @@ class Stages:
         self.state: dict[str, dict[str, object]] = read_json(self.path) if self.path.is_file() else {}
         before = self.state.setdefault("settings", settings)
         if before != settings:
-            sys.exit(f"error: '{out}' holds a quickstart with {before}, asked for is {settings}; use another --out or delete it")
+            raise UserError(f"'{out}' holds a quickstart with {before}, asked for is {settings}; use another --out or delete it")
 
     def run(self, name: str, action: Callable[[], object]) -> None:
         """Run ``action`` unless stage ``name`` is done."""
@@ -150,7 +151,14 @@ def run(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    quickstart(given.out, Budget(given.minutes), given.seed, given.asr, given.override, given.items)
+    try:
+        quickstart(given.out, Budget(given.minutes), given.seed, given.asr, given.override, given.items)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; run the same command again to continue\n")
+        return 130
     return 0
 
 

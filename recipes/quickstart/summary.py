@@ -60,7 +60,7 @@ def write_summary(out: Path, seed: int, seconds: Mapping[str, float]) -> str:
     mel_start, mel_constant = mel_start_and_constant(out / "corpus", out / "flowvae/weights", seed)
     before, after = lm_probes(out / "latents", out / "lm/weights", seed)
     scores = {kind: read_json(out / kind / "results.json")["summary"] for kind in ("reconstruction", "synthesis")}
-    mel_end = _value(scores, "reconstruction", "mean", "mel_l1")
+    mel_end = _value(scores, "reconstruction", "reconstruction", "mel_l1")
     rows = [
         ("log-mel L1, unseen recordings", mel_start, mel_end, mel_constant, f"<= {MEL_TARGET}"),
         ("LM KL per dimension (nats), unseen texts", before.frame_kl, after.frame_kl, after.constant_frame_kl, "-"),
@@ -70,7 +70,7 @@ def write_summary(out: Path, seed: int, seconds: Mapping[str, float]) -> str:
     ]
     systems = [
         ("recordings", "reconstruction", "recording"),
-        ("reconstructions", "reconstruction", "mean"),
+        ("reconstructions", "reconstruction", "reconstruction"),
         ("synthesis", "synthesis", "synthesis"),
     ]
     text = "\n".join([*_learning_table(rows), "", *_speech_table(scores, systems), "", *_footer(out, seconds)])

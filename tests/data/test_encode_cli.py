@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from kalle.cli.encode import encode_config, rewritten, run
-from kalle.cli.hydra_entry import compose
+from kalle.cli.encode import encode_config, run
+from kalle.cli.hydra_entry import compose, folder_override
 from kalle.data.encode import EncodeConfig
 from kalle.data.shards import read_info, read_items
 from kalle.errors import UserError
@@ -39,7 +39,7 @@ def test_command_encodes_a_corpus(
 
 
 def test_flowvae_is_a_path_not_a_configuration_group() -> None:
-    assert rewritten(["flowvae=a=b", "corpus=c", "flowvae.folder=d"]) == ["flowvae.folder=a=b", "corpus=c", "flowvae.folder=d"]
+    assert folder_override(["flowvae=a=b", "corpus=c", "flowvae.folder=d"], "flowvae") == ["flowvae.folder=a=b", "corpus=c", "flowvae.folder=d"]
 
 
 def test_yaml_and_dataclass_agree() -> None:

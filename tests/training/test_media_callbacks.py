@@ -57,7 +57,9 @@ def test_wandb_gets_sound_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
     calls: list[tuple[str, str, Any]] = []
     target = object.__new__(WandbLogger)
-    monkeypatch.setattr(WandbLogger, "log_audio", lambda self, key, audios, step, sample_rate: calls.append(("audio", key, (step, sample_rate))))
+    monkeypatch.setattr(
+        WandbLogger, "log_audio", lambda self, key, audios, step, sample_rate: calls.append(("audio", key, (step, sample_rate)))
+    )
     monkeypatch.setattr(WandbLogger, "log_image", lambda self, key, images, step: calls.append(("image", key, images[0].shape[0])))
     log_speech([target], "speech/0", torch.zeros(4000), 16000, 5)
     assert calls == [("audio", "speech/0", (5, [16000])), ("image", "speech/0/mel", 100)]

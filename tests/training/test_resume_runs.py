@@ -130,7 +130,8 @@ class CtrlC(Callback):
 
     def _press(self, trainer: lightning.Trainer, where: str) -> None:
         if trainer.global_step == self.step and where == self.where:
-            for _ in range(self.times):
+            while self.times:  # once, not at every batch of a validation
+                self.times -= 1
                 os.kill(os.getpid(), signal.SIGINT)
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -142,7 +143,9 @@ class CtrlC(Callback):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("where", "step", "saved"), [("train", 1, 2), ("train", 4, 5), ("validation", 4, 4)])
-def test_ctrl_c_saves_and_the_run_can_go_on(stage: str, where: str, step: int, saved: int, train: Train, tmp_path: Path, monkeypatch) -> None:
+def test_ctrl_c_saves_and_the_run_can_go_on(
+    stage: str, where: str, step: int, saved: int, train: Train, tmp_path: Path, monkeypatch
+) -> None:
     train(stage, tmp_path / "whole")
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -26,7 +27,7 @@ def test_warmup_cosine_by_hand() -> None:
     assert got[8] == pytest.approx(2 * (0.1 + 0.9 * 0.5))
     assert got[6] == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
     assert got[12:] == pytest.approx([0.2] * 3)
-    assert all(a >= b for a, b in zip(got[4:], got[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(got[4:]))
 
 
 def test_warmup_cosine_without_warmup_and_shorter_than_its_warmup() -> None:

@@ -56,12 +56,13 @@ def test_lm_run_leaves_a_folder_that_speaks(lm_overrides: list[str], toy_weights
     lm = KalleLM.from_pretrained(out / "weights")
     torch.testing.assert_close(lm.latent_mean, torch.tensor(info["mean"]))
     torch.testing.assert_close(lm.latent_std, torch.tensor(info["std"]))
-    speech = Kalle.from_pretrained(out / "weights", device="cpu").synthesize("Hi.", seed=1, max_frames=4)
-    assert speech.sample_rate == 16000
+    assert Kalle.from_pretrained(out / "weights", device="cpu").synthesize("Hi.", seed=1).sample_rate == 16000
 
 
 def test_lm_with_speaker_encoder(lm_overrides: list[str], tmp_path: Path) -> None:
-    speaker = "{_target_: kalle.models.speaker.SpeakerEncoderConfig, channels: 16, embedding_dim: 8, pooled_channels: 16, attention_channels: 8}"
+    speaker = (
+        "{_target_: kalle.models.speaker.SpeakerEncoderConfig, channels: 16, embedding_dim: 8, pooled_channels: 16, attention_channels: 8}"
+    )
     crops = "{_target_: kalle.data.latent_dataset.SpeakerConfig, crop_frames: 20, latent_dim: 16}"
     assert train("lm", lm_overrides, f"out={tmp_path}", f"lm.speaker={speaker}", f"data.speaker={crops}", "objective.speaker_drop=0.5") == 0
     assert KalleLM.from_pretrained(tmp_path / "weights").config.speaker is not None
@@ -77,16 +78,21 @@ def test_init_continues_from_weights(lm_overrides: list[str], toy_weights: Path,
     ("stage", "more", "message"),
     [
         ("lm", ["lm.latent_dim=8"], "the latents have 4 dimensions but lm.latent_dim is 8; set lm.latent_dim=4"),
-        ("lm", ["lm.backbone.vocab_size=100"], "the tokenizer has 264 tokens but the model embeds 100; set lm.backbone.vocab_size=264"),
-        ("lm", ["resume=gone.ckpt"], "no checkpoint to resume from: got resume='gone.ckpt', expected auto, never or an existing .ckpt file"),
+        ("lm", ["lm.backbone.vocab_size=100"], "the tokenizer has 265 tokens but the model embeds 100; set lm.backbone.vocab_size=265"),
+        (
+            "lm",
+            ["resume=gone.ckpt"],
+            "no checkpoint to resume from: got resume='gone.ckpt', expected auto, never or an existing .ckpt file",
+        ),
         ("lm", ["data.latents=nowhere"], "not a complete latent folder: got 'nowhere'"),
         ("lm", ["device=tpu9"], "unknown device: got 'tpu9'"),
         ("flowvae", ["data.corpus=nowhere"], "not a prepared corpus: got 'nowhere'"),
         ("flowvae", ["data.segment_samples=1000"], "segment_samples must be a positive multiple of the samples per frame (160): got 1000"),
         ("flowvae", ["flowvae.encoder.strides=[10,15]"], "encoder and decoder must agree on the samples per frame: got 150 and 160"),
         ("flowvae", ["data.hop_length=320"], "data.hop_length is 320 but the Flow-VAE has 160 samples a frame; set data.hop_length=160"),
-        ("flowvae", ["trainer.max_steps=0"], "trainer.max_steps: got 0, expected at least 1"),
-        ("flowvae", ["precision=fp7"], "precision: got 'fp7'"),
+        ("flowvae", ["precision=fp7"], "lightning.pytorch.trainer.trainer.Trainer refuses its values: Precision 'fp7' is invalid"),
+        ("flowvae", ["callbacks.checkpoint.every_steps=0"], "callbacks.checkpoint.every_steps: got 0, expected at least 1"),
+        ("lm", ["objective.end_weigth=1"], "unknown configuration key: got 'objective.end_weigth', expected one of: objective.direction, "),
     ],
 )
 def test_mistakes_are_one_line(stage: str, more: list[str], message: str, flowvae_overrides, lm_overrides, tmp_path, capsys) -> None:
@@ -94,7 +100,8 @@ def test_mistakes_are_one_line(stage: str, more: list[str], message: str, flowva
     assert train(stage, overrides, f"out={tmp_path / 'run'}", *more) == 2
     error = capsys.readouterr().err
     assert message in error, error
-    assert [line for line in error.splitlines() if line.startswith("error: ")] == [error.splitlines()[-1]]
+    assert len(error.splitlines()) == 1
+    assert error.startswith("error: ")
     assert not (tmp_path / "run" / "weights").exists()
 
 
@@ -120,12 +127,19 @@ def test_ctrl_c_is_one_line_and_130(lm_overrides: list[str], tmp_path: Path, cap
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_real_process_is_stopped_and_continues(stop: int, workers: int, lm_overrides: list[str], tmp_path: Path) -> None:
     steps = 400
-    longer = [f"trainer.max_steps={steps}", "callbacks.checkpoint.every_steps=20", "trainer.val_check_interval=50", f"data.num_workers={workers}"]
+    longer = [
+        f"trainer.max_steps={steps}",
+        "callbacks.checkpoint.every_steps=20",
+        "trainer.val_check_interval=50",
+        f"data.num_workers={workers}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 
     def start(out: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "kalle", "train", "lm", *lm_overrides, *longer, f"out={out}"]
-        return subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        )
 
     whole = start(tmp_path / "whole")
     assert whole.wait(600) == 0

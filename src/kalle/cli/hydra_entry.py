@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable
@@ -26,41 +27,53 @@ def configs_dir() -> Path:
 def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides: list[str]) -> int:
     """Hand ``overrides`` (also -m, --cfg, --help and launchers) to a ``@hydra.main`` around ``function``.
 
-    A key that does not exist is a UserError that lists the valid ones.
+    A key that does not exist, or a value that a part refuses, is a UserError.
     """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    problems: list[UserError] = []
-
-    def job(job_config: DictConfig) -> Any:
-        try:
-            return function(job_config)
-        except UserError as error:
-            # Hydra would print a line of its own before passing it on, and the rule is one line.
-            problems.append(error)
-            return None
-
-    entry = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)(job)
+    job = _Job(function)
+    many = any(word in ("-m", "--multirun") for word in overrides)
+    entry = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)(function if many else job)
     before = sys.argv
     sys.argv = [f"kalle {config_name}", *overrides]
     try:
         with _errors_propagate():
             entry()
+        if job.error is not None:
+            raise job.error
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, config_name, overrides) from None
+    except SystemExit as end:  # --help and its kind
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = before
-    if problems:
-        raise problems[0]
     return 0
 
 
-def folder_override(overrides: list[str], key: str) -> list[str]:
-    """``overrides`` with ``key=DIR`` spelt out as ``key.folder=DIR``: Hydra would take DIR for a choice in the group of that name."""
-    short = f"{key}="
-    return [f"{key}.folder={word.removeprefix(short)}" if word.startswith(short) else word for word in overrides]
+def folder_override(overrides: list[str], name: str) -> list[str]:
+    """``overrides`` with ``name=DIR`` spelt out as ``name.folder=DIR``: Hydra takes ``name=`` for a choice in the group of that name."""
+    return [f"{name}.folder={word.removeprefix(f'{name}=')}" if word.startswith(f"{name}=") else word for word in overrides]
+
+
+class _Job:
+    """Keeps the exception of a single run, for Hydra would print all overrides before it lets it go.
+
+    Not for sweeps, whose launchers may send the function to another machine.
+    """
+
+    def __init__(self, function: Callable[[DictConfig], Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.error: Exception | None = None
+
+    def __call__(self, config: DictConfig) -> Any:
+        try:
+            return self.function(config)
+        except Exception as error:
+            self.error = error
+            return None
 
 
 class _errors_propagate:
@@ -95,28 +108,54 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
             raise _readable(error, config_name, overrides) from None
 
 
-def _readable(error: Exception, config_name: str, overrides: list[str]) -> UserError:
-    first = str(error.__cause__ or error).splitlines()[0]
-    text = " ".join(str(error).splitlines()[:1])
-    match = re.search(r"Key '([^']+)' is not in struct", str(error.__cause__ or "")) or re.search(
-        r"Could not override '([^']+)'", str(error)
-    )
-    if match is None:
-        return UserError(f"configuration {config_name}: {text}; see `--cfg job` for the whole configuration")
-    wanted = next((o.split("=")[0].lstrip("+~") for o in overrides if match[1] in o.split("=")[0]), match[1])
-    return UserError(f"unknown configuration key: got '{wanted}', expected one of: {', '.join(_siblings(config_name, wanted))} ({first})")
+def _readable(error: Exception, config_name: str, overrides: list[str]) -> Exception:
+    """What the user should see of an error of Hydra's: a UserError, or ``error`` itself where it wraps a bug of ours."""
+    causes = _causes(error)
+    for cause in causes:
+        if isinstance(cause, UserError):
+            return cause
+    text = "\n".join(map(str, causes))
+    key = re.search(r"is not in struct\n\s*full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text)
+    if key is not None:
+        valid = ", ".join(_siblings(config_name, key[1], overrides))
+        return UserError(f"unknown configuration key: got '{key[1]}', expected one of: {valid}; add a new one with +{key[1]}=…")
+    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing is not None:
+        return UserError(f"no value for {missing[1]}: expected one in the command; add {missing[1]}=…")
+    if type(error).__name__ == "InstantiationException":
+        last = causes[-1]
+        if not isinstance(last, ValueError | TypeError) and "Misconfiguration" not in type(last).__name__:
+            return error
+        target = re.search(r"target '([^']+)'", str(error))
+        return UserError(f"configuration {config_name}: {target[1] if target else 'a part'} refuses its values: {last}; correct them")
+    return UserError(f"configuration {config_name}: {' '.join(str(error).split())}; see `--cfg job` for the whole configuration")
 
 
-def _siblings(config_name: str, key: str) -> list[str]:
-    """The valid keys at the deepest existing level of ``key``."""
+def _causes(error: BaseException) -> list[BaseException]:
+    """``error`` and what it was raised from, outermost first."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    return chain
+
+
+def _siblings(config_name: str, key: str, overrides: list[str]) -> list[str]:
+    """The valid keys at the deepest existing level of ``key``, under the groups that ``overrides`` choose."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
     from omegaconf import DictConfig
 
     GlobalHydra.instance().clear()
+    groups = [word for word in overrides if (configs_dir() / word.split("=")[0].lstrip("+")).is_dir()]
     with initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
-        node: Any = hydra_compose(config_name)
+        try:
+            node: Any = hydra_compose(config_name, groups)
+        except HydraException:
+            node = hydra_compose(config_name)
     prefix: list[str] = []
     for part in key.split(".")[:-1]:
         if not isinstance(node, DictConfig) or part not in node or not isinstance(node._get_node(part), DictConfig):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import lightning
     from omegaconf import DictConfig
 
+    from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM
     from kalle.text.tokenizer import Tokenizer
 
@@ -58,6 +59,7 @@ def train_flowvae(config: DictConfig) -> TrainingRun:
     _prepare(config)
     data = instantiate(config.data, _convert_="all")
     flowvae = FlowVAE(instantiate(config.flowvae, _convert_="all"))
+    _check_frames(config, flowvae)
     judges = None if config.discriminators is None else Discriminators(instantiate(config.discriminators, _convert_="all"))
     module = FlowVAETraining(
         flowvae,
@@ -71,6 +73,7 @@ def train_flowvae(config: DictConfig) -> TrainingRun:
     )
     result = _fit(config, module, data)
     flowvae.save_pretrained(result.weights)
+    _describe(result.weights, flowvae.config.sample_rate)
     return result
 
 
@@ -78,6 +81,7 @@ def train_lm(config: DictConfig) -> TrainingRun:
     """Train a language model as ``configs/train_lm.yaml`` says; ``out``/weights then speaks when ``flowvae`` was given."""
     from hydra.utils import instantiate
 
+    from kalle.data.shards import read_info
     from kalle.training.lm import KalleLMTraining
     from kalle.training.media import SpeechMedia
 
@@ -101,6 +105,7 @@ def train_lm(config: DictConfig) -> TrainingRun:
     data.tokenizer.save(result.weights / "tokenizer")
     if config.flowvae.folder is not None:
         _copy_flowvae(config.flowvae.folder, result.weights)
+    _describe(result.weights, read_info(data.latents)["sample_rate_hz"])
     return result
 
 
@@ -116,7 +121,8 @@ def _language_model(config: DictConfig, latents: Path) -> KalleLM:
     info = read_info(latents)
     if info["latent_dim"] != lm.config.latent_dim:
         raise UserError(
-            f"the latents have {info['latent_dim']} dimensions but lm.latent_dim is {lm.config.latent_dim}; set lm.latent_dim={info['latent_dim']}"
+            f"the latents have {info['latent_dim']} dimensions but lm.latent_dim is {lm.config.latent_dim}; "
+            f"set lm.latent_dim={info['latent_dim']}"
         )
     if lm.config.normalise_latents:
         import torch
@@ -125,19 +131,30 @@ def _language_model(config: DictConfig, latents: Path) -> KalleLM:
     return lm
 
 
+def _check_frames(config: DictConfig, flowvae: FlowVAE) -> None:
+    for ours, theirs, unit in (("hop_length", "hop_length", "samples a frame"), ("sample_rate_hz", "sample_rate", "samples a second")):
+        wanted = getattr(flowvae.config, theirs)
+        if config.data[ours] != wanted:
+            raise UserError(f"data.{ours} is {config.data[ours]} but the Flow-VAE has {wanted} {unit}; set data.{ours}={wanted}")
+
+
 def _check_vocabulary(lm: KalleLM, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > lm.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {lm.vocab_size}; set lm.backbone.vocab_size={tokenizer.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {lm.vocab_size}; "
+            f"set lm.backbone.vocab_size={tokenizer.vocab_size}"
         )
 
 
 def _prepare(config: DictConfig) -> None:
     """Check that nothing required is missing, then seed everything."""
+    import warnings
+
     import lightning
     import torch
     from omegaconf import OmegaConf
 
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"no value for {', '.join(missing)}: expected a folder; add {missing[0]}=DIR to the command")
@@ -201,6 +218,15 @@ def _bind_sampler(callback: Any, config: DictConfig, tokenizer: Tokenizer) -> No
 
     flowvae = FlowVAE.from_pretrained(config.flowvae.folder)
     callback.bind(speech_sampler(flowvae, tokenizer, seed=config.seed), flowvae.config.sample_rate)
+
+
+def _describe(weights: Path, sample_rate: int | None) -> None:
+    """Write the weight folder's own config.json."""
+    from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, write_json
+
+    parts = [part for part in ("flowvae", "lm", "tokenizer") if (weights / part).is_dir()]
+    values = {"format_version": FORMAT_VERSION, "parts": parts}
+    write_json(weights / CONFIG_NAME, values if sample_rate is None else {**values, "sample_rate": sample_rate})
 
 
 def _copy_flowvae(source: str, weights: Path) -> None:

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kalle.cli import hydra_entry
+from kalle.cli.hydra_entry import compose, configs_dir
+from kalle.errors import UserError
+
+
+def test_configs_inside_the_package_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "kalle"
+    (package / "cli").mkdir(parents=True)
+    monkeypatch.setattr(hydra_entry, "__file__", str(package / "cli" / "hydra_entry.py"))
+    with pytest.raises(UserError, match="no configuration folder: looked in"):
+        configs_dir()
+    beside = package.parents[1] / "configs"
+    beside.mkdir()
+    assert configs_dir() == beside
+    (package / "configs").mkdir()
+    assert configs_dir() == package / "configs"
+
+
+def test_a_bug_inside_a_part_is_not_taken_for_a_mistake() -> None:
+    from hydra.errors import InstantiationException
+
+    error = InstantiationException("Error in call to target 'a.B'")
+    error.__cause__ = ZeroDivisionError("x")
+    assert hydra_entry._readable(error, "train_lm", []) is error
+    error.__cause__ = ValueError("size: got 0")
+    assert str(hydra_entry._readable(error, "train_lm", [])) == "configuration train_lm: a.B refuses its values: size: got 0; correct them"
+    error.__cause__ = UserError("hop: got 1, expected 2; change it")
+    assert hydra_entry._readable(error, "train_lm", []) is error.__cause__
+
+
+def test_interpolations_reach_their_values() -> None:
+    config = compose("train_lm", ["out=here", "data.latents=l", "seed=9", "trainer.max_steps=77", "scheduler=warmup_cosine"])
+    assert config.data.seed == 9
+    assert config.scheduler.total_steps == 77
+    assert config.callbacks.checkpoint.folder == "here/checkpoints"

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+from kalle.cli import main as module
+from kalle.cli.main import COMMANDS, HYDRA_COMMANDS, dispatch, main
+from kalle.errors import UserError
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch):
+    """Puts ``function`` in the place of the command `train`."""
+
+    def put(function: Any) -> None:
+        fake = ModuleType("kalle.cli.train")
+        fake.run = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "kalle.cli.train", fake)
+
+    return put
+
+
+def raising(error: BaseException) -> Any:
+    def run(words: list[str]) -> int:
+        raise error
+
+    return run
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(words: list[str], capsys) -> None:
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    for name, text in COMMANDS.items():
+        assert name in out
+        assert text in out
+
+
+def test_version(capsys) -> None:
+    from kalle import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"kalle {__version__}\n"
+
+
+def test_every_command_has_a_module_that_can_be_called(capsys) -> None:
+    assert set(COMMANDS) >= HYDRA_COMMANDS
+    for name in COMMANDS:
+        found = importlib.import_module(f"kalle.cli.{name}")
+        assert hasattr(found, "run" if name in HYDRA_COMMANDS else "app") or hasattr(found, name), name
+        if name not in HYDRA_COMMANDS:
+            assert main([name, "--help"]) == 0
+            assert "Usage: kalle" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys) -> None:
+    assert main(["sing"]) == 2
+    assert one_line(capsys) == f"error: unknown command: got 'sing', expected one of {', '.join(COMMANDS)}; see `kalle --help`"
+
+
+def test_user_error_is_one_line(command, capsys) -> None:
+    command(raising(UserError("speed: got 0,\n  expected more; raise it")))
+    assert main(["train"]) == 2
+    assert one_line(capsys) == "error: speed: got 0, expected more; raise it"
+
+
+def test_ctrl_c(command, capsys) -> None:
+    command(raising(KeyboardInterrupt()))
+    assert main(["train"]) == 130
+    assert one_line(capsys) == "error: interrupted; run the same command again to continue"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "o/last.ckpt"), "error: No space left on device: 'o/last.ckpt'"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "o"), "error: Permission denied: 'o'"),
+    ],
+)
+def test_a_full_or_forbidden_disk_is_one_line(error: OSError, expected: str, command, capsys) -> None:
+    command(raising(error))
+    assert main(["train"]) == 2
+    assert one_line(capsys) == expected
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("x"), OSError("no number, no file"), AssertionError()])
+def test_a_bug_keeps_its_traceback(error: Exception, command) -> None:
+    command(raising(error))
+    with pytest.raises(type(error)):
+        main(["train"])
+
+
+def test_arguments_and_exit_code_are_handed_on(command) -> None:
+    seen: list[list[str]] = []
+    command(lambda words: seen.append(words) or 3)
+    assert main(["train", "lm", "-m", "a=1"]) == 3
+    assert seen == [["lm", "-m", "a=1"]]
+    assert dispatch(["train"]) == 3
+
+
+def test_arguments_default_to_the_process_s(command, monkeypatch) -> None:
+    command(lambda words: len(words))
+    monkeypatch.setattr(sys, "argv", ["kalle", "train", "a", "b"])
+    assert main() == 2
+
+
+def test_usage_errors_of_typer_are_one_line(capsys) -> None:
+    for words in (["say", "--no-such-option"], ["say"], ["convert", "nonsense"], ["prepare", "nonsense"]):
+        assert main(words) == 2, words
+        assert one_line(capsys).endswith("see --help")
+
+
+@pytest.mark.parametrize(("error", "code"), [(typer.Exit(4), 4), (typer.Abort(), 130)])
+def test_typer_s_own_ways_out(error: Exception, code: int, command) -> None:
+    command(raising(error))
+    assert main(["train"]) == code
+
+
+def test_logging_is_set_up_for_people() -> None:
+    main(["--version"])
+    assert logging.getLogger().handlers
+    assert module.USAGE_ERROR == 2

@@ -1,0 +1,238 @@
+"""Every file of configs/ composes and builds what it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from kalle.cli.hydra_entry import compose, configs_dir, folder_override, run_hydra
+from kalle.cli.main import main
+from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAE
+from kalle.models.lm import KalleLM
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+ROOTS = sorted(name for name in FILES if "/" not in name)
+OPTIONS = sorted(name for name in FILES if "/" in name)
+ROOTS_OF_GROUP = {
+    "callbacks": ["train_flowvae", "train_lm"],
+    "data": ["train_flowvae", "train_lm"],
+    "experiment": ["train_flowvae", "train_lm"],
+    "flowvae": ["train_flowvae"],
+    "lm": ["train_lm"],
+    "logger": ["train_flowvae", "train_lm"],
+    "optimizer": ["train_flowvae", "train_lm"],
+    "scheduler": ["train_flowvae", "train_lm"],
+    "testset": ["evaluate"],
+    "tokenizer": ["train_lm"],
+    "trainer": ["train_flowvae", "train_lm"],
+}
+REQUIRED = {
+    "train_flowvae": ["out=o", "data.corpus=c"],
+    "train_lm": ["out=o", "data.latents=l"],
+    "encode": ["out=o", "corpus=c", "flowvae.folder=f"],
+    "evaluate": ["out=o", "kind=wavs", "testset.path=t"],
+}
+
+
+def resolved(root: str, *overrides: str) -> dict[str, Any]:
+    values = OmegaConf.to_container(compose(root, [*REQUIRED[root], *overrides]), resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return values
+
+
+def suits(root: str, group: str, option: str) -> bool:
+    """Options that are named after a stage belong to its root only."""
+    stage = root.removeprefix("train_")
+    other = {"flowvae": "lm", "lm": "flowvae"}.get(stage)
+    if group == "testset" or group in ("flowvae", "lm") or other is None:
+        return True
+    return not option.endswith(other)
+
+
+def test_what_is_tested_is_everything() -> None:
+    assert configs_dir() == CONFIGS
+    assert set(ROOTS) == set(REQUIRED) and len(ROOTS) == 4  # noqa: PT018
+    assert len(OPTIONS) >= 20
+    assert {name.split("/")[0] for name in OPTIONS} == set(ROOTS_OF_GROUP)
+    for name in OPTIONS:
+        group, option = name.split("/")
+        assert any(suits(root, group, option) for root in ROOTS_OF_GROUP[group]), name
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_root_composes(root: str) -> None:
+    assert resolved(root)["out"] == "o"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_composes_under_its_roots(name: str) -> None:
+    group, option = name.split("/")
+    for root in ROOTS_OF_GROUP[group]:
+        if suits(root, group, option):
+            more = ["testset.path=t"] if group == "testset" else []
+            assert resolved(root, f"{group}={option}", *more)
+
+
+@pytest.mark.parametrize("option", [name.split("/")[1] for name in OPTIONS if name.startswith("flowvae/")])
+def test_flowvae_is_built(option: str) -> None:
+    config = compose("train_flowvae", [*REQUIRED["train_flowvae"], f"flowvae={option}"])
+    with torch.device("meta"):
+        model = FlowVAE(instantiate(config.flowvae, _convert_="all"))
+    assert model.config.hop_length == config.data.hop_length == 1280
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    low, high = {"full": (204.0, 204.9), "small": (10, 40), "nano": (1, 12), "nano_bigvgan": (1, 12)}[option]
+    assert low < millions < high
+
+
+@pytest.mark.parametrize("option", [name.split("/")[1] for name in OPTIONS if name.startswith("lm/")])
+def test_lm_is_built(option: str) -> None:
+    config = compose("train_lm", [*REQUIRED["train_lm"], f"lm={option}"])
+    with torch.device("meta"):
+        model = KalleLM(instantiate(config.lm, _convert_="all"))
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    low, high = {"full": (1238, 1241), "small": (75, 110), "nano": (3, 8)}[option]
+    assert low < millions < high
+
+
+@pytest.mark.parametrize("root", ["train_flowvae", "train_lm"])
+def test_the_parts_of_a_run_are_built(root: str) -> None:
+    """Data modules need files and are built by the tests of whole runs."""
+    config = compose(root, REQUIRED[root])
+    assert type(instantiate(config.objective)).__name__ in ("FlowVAEObjective", "LMObjective")
+    optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimizer, torch.optim.AdamW)
+    for option in ("warmup_cosine", "exponential"):
+        chosen = compose(root, [*REQUIRED[root], f"scheduler={option}"])
+        assert isinstance(instantiate(chosen.scheduler)(optimizer), torch.optim.lr_scheduler.LRScheduler)
+    callbacks = [instantiate(node, _convert_="all") for node in config.callbacks.values()]
+    assert len(callbacks) == 5
+
+
+def test_the_configuration_repeats_the_defaults_of_the_code() -> None:
+    """A number has two homes only where one is the code's default; they must agree."""
+    from kalle.models.discriminators import DiscriminatorConfig
+    from kalle.models.flowvae import FlowVAEConfig
+    from kalle.training.flowvae import ClipSchedule, FlowVAEObjective
+    from kalle.training.lm import LMObjective
+
+    stage1, stage2 = (compose(root, REQUIRED[root]) for root in ("train_flowvae", "train_lm"))
+    assert instantiate(stage1.flowvae, _convert_="all") == FlowVAEConfig()
+    assert instantiate(stage1.objective) == FlowVAEObjective()
+    assert instantiate(stage1.clip) == ClipSchedule()
+    assert instantiate(stage1.discriminators, _convert_="all") == DiscriminatorConfig()
+    assert instantiate(stage2.objective) == LMObjective()
+    for name in ("full", "small", "nano"):
+        assert set(compose("train_lm", [*REQUIRED["train_lm"], f"lm={name}"]).lm) == {
+            "_target_", "latent_dim", "normalise_latents", "speaker", "backbone",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("root", "overrides", "expected"),
+    [
+        ("train_lm", ["sed=1"], ["'sed'", "seed", "threads", "objective"]),
+        ("train_lm", ["objective.end_weigth=1"], ["'objective.end_weigth'", "objective.end_weight", "objective.input_noise"]),
+        ("train_flowvae", ["objective={mel_wieght: 1}"], ["'objective.mel_wieght'", "objective.mel_weight"]),
+        ("train_flowvae", ["flowvae=nano", "flowvae.decoder.chanels=4"], ["'flowvae.decoder.chanels'", "flowvae.decoder.n_fft"]),
+        ("train_flowvae", ["flowvae=huge"], ["huge", "full", "nano", "nano_bigvgan", "small"]),
+        ("train_lm", ["nothing/here=x"], ["nothing/here"]),
+        ("encode", ["shard_sise=4"], ["'shard_sise'", "shard_size", "batch_size"]),
+        ("evaluate", ["metrics.wer.modell=x"], ["'metrics.wer.modell'", "metrics.wer.model"]),
+        ("train_lm", ["objective=[1"], ["no viable alternative at input '[1'"]),
+    ],
+)
+def test_mistakes_in_overrides_are_one_line_and_list_what_is_valid(root: str, overrides: list[str], expected: list[str], capsys) -> None:
+    for attempt in (
+        lambda: compose(root, [*REQUIRED[root], *overrides]),
+        lambda: run_hydra(lambda config: None, root, [*REQUIRED[root], *overrides]),
+    ):
+        GlobalHydra.instance().clear()
+        with pytest.raises(UserError) as caught:
+            attempt()
+        message = str(caught.value)
+        assert "\n" not in message
+        for word in expected:
+            assert word in message, message
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["train", "lm"], "out"),
+        (["train", "lm", "out=o"], "data.latents"),
+        (["train", "flowvae", "out=o"], "data.corpus"),
+        (["encode", "corpus=c", "out=o"], "flowvae.folder"),
+        (["evaluate", "testset=asterisk", "kind=wavs", "wavs=w"], "out"),
+    ],
+)
+def test_a_missing_value_is_named(command: list[str], named: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    assert f"no value for {named}" in error
+
+
+@pytest.mark.parametrize("stage", ["flowvae", "lm"])
+def test_cfg_job_prints_the_configuration(stage: str, capsys) -> None:
+    assert main(["train", stage, "--cfg", "job", "seed=17"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert printed.seed == 17
+    assert printed.trainer.max_steps == 1000000
+
+
+def test_hydra_help(capsys) -> None:
+    assert main(["train", "lm", "--help"]) == 0
+    assert "objective" in capsys.readouterr().out
+
+
+def test_multirun(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[tuple[int, str]] = []
+    words = ["-m", "seed=1,2", "out=o", "data.latents=l", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    assert run_hydra(lambda config: seen.append((config.seed, config.data.latents)), "train_lm", words) == 0
+    assert seen == [(1, "l"), (2, "l")]
+
+
+def test_failures_of_single_runs_and_sweeps_reach_the_caller(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def bug(config: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    def mistake(config: Any) -> None:
+        raise UserError("seed: got 1, expected 2; change it")
+
+    base = ["out=o", "data.latents=l"]
+    for words in (base, ["-m", "seed=1,2", *base]):
+        with pytest.raises(ZeroDivisionError):
+            run_hydra(bug, "train_lm", words)
+        capsys.readouterr()
+        with pytest.raises(UserError, match="expected 2"):
+            run_hydra(mistake, "train_lm", words)
+        if words is base:
+            assert capsys.readouterr().err == ""
+
+
+def test_the_environment_and_arguments_are_left_as_they_were(monkeypatch) -> None:
+    import os
+    import sys
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    before = list(sys.argv)
+    run_hydra(lambda config: None, "encode", [*REQUIRED["encode"]])
+    assert sys.argv == before
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_folder_override() -> None:
+    assert folder_override(["flowvae=a=b", "seed=1", "flowvae.folder=d"], "flowvae") == ["flowvae.folder=a=b", "seed=1", "flowvae.folder=d"]

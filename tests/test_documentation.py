@@ -1,0 +1,181 @@
+"""What README.md and docs/ tell people to type exists, and the Python in it runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalle.cli.main import COMMANDS, HYDRA_COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    path
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("recipes/**/*.md"))]
+    if path.is_file()
+]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+REQUIRED = {
+    "flowvae": {"data.corpus", "out"},
+    "lm": {"data.latents", "out"},
+    "encode": {"flowvae", "corpus", "out"},
+    "evaluate": {"kind", "testset", "out"},
+}
+
+
+def blocks(*languages: str) -> list[tuple[str, str]]:
+    return [
+        (path.name, code)
+        for path in DOCUMENTS
+        for language, code in BLOCK.findall(path.read_text(encoding="utf-8"))
+        if language in languages
+    ]
+
+
+def commands() -> list[tuple[str, tuple[str, ...]]]:
+    found = []
+    for name, code in blocks("bash", "sh", "shell", "console"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words = words[1:]
+            if words:
+                found.append((name, tuple(words)))
+    return found
+
+
+def kalle_commands() -> list[tuple[str, ...]]:
+    """Commands in blocks, and those written inline with their first words only."""
+    result = {words[1:] for _, words in commands() if words[0].removeprefix(".venv/bin/") == "kalle" and len(words) > 1}
+    return sorted(result)
+
+
+def test_there_is_documentation_to_check() -> None:
+    assert ROOT / "README.md" in DOCUMENTS
+    assert len(kalle_commands()) >= 5
+    assert blocks("python")
+
+
+def test_inline_commands_exist() -> None:
+    for path in DOCUMENTS:
+        for text in re.findall(r"`(kalle [^`]+|make [a-z-]+[^`]*)`", path.read_text(encoding="utf-8")):
+            first, word = text.split()[:2]
+            if first == "make":
+                assert word in TARGETS, f"{path.name}: {text}"
+            elif word[0].isalpha():
+                assert word in COMMANDS or word == "COMMAND", f"{path.name}: {text}"
+
+
+def test_make_targets_exist() -> None:
+    used = {words[1] for _, words in commands() if words[0] == "make" and len(words) > 1}
+    assert used
+    assert used <= TARGETS
+    assert all(target in TARGETS for target in ("quickstart", "test", "test-slow", "test-gpu", "lint", "help"))
+
+
+def test_makefile_targets_are_described() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    shown = subprocess.run(["make", "help"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True).stdout
+    for target in TARGETS:
+        assert re.search(rf"^{target}\s", shown, re.MULTILINE), target
+
+
+def typer_parse(words: tuple[str, ...]) -> None:
+    """Parse ``words`` as the command would, without running it; raises what the command line would."""
+    import importlib
+
+    import typer
+    from typer.main import get_command
+
+    name, rest = words[0], list(words[1:])
+    module = importlib.import_module(f"kalle.cli.{name}")
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer()
+        app.command()(getattr(module, name))
+    command: Any = get_command(app)
+    if hasattr(command, "commands") and rest and rest[0] in command.commands:
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(name, rest)
+
+
+@pytest.mark.parametrize("words", kalle_commands(), ids=" ".join)
+def test_command_is_understood(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert words[0] in COMMANDS
+    if words[0] not in HYDRA_COMMANDS:
+        typer_parse(words)
+        return
+    from kalle.cli import hydra_entry
+
+    composed: list[Any] = []
+
+    def instead(function: Any, name: str, overrides: list[str]) -> int:
+        flags = {"--cfg", "job", "-m", "--multirun"}
+        composed.append(hydra_entry.compose(name, [word for word in overrides if word not in flags]))
+        return 0
+
+    monkeypatch.setattr(hydra_entry, "run_hydra", instead)
+    assert main(list(words)) == 0
+    assert composed
+    stage = words[1] if words[0] == "train" else words[0]
+    given = {word.split("=")[0] for word in words}
+    assert "--cfg" in words or given >= REQUIRED[stage], f"{REQUIRED[stage] - given} would be missing"
+
+
+def test_inline_overrides_exist() -> None:
+    """`key=value` in running text composes under at least one root."""
+    from kalle.cli.hydra_entry import compose
+    from kalle.errors import UserError
+
+    text = BLOCK.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
+    found = {word for word in re.findall(r"`([a-z_.]+=[\w.\-]+)`", text) if not word.startswith("kind=")}
+    assert len(found) >= 4
+    for override in found:
+        accepted = []
+        for root in ("train_lm", "train_flowvae", "encode", "evaluate"):
+            try:
+                compose(root, [override])
+            except UserError:
+                continue
+            accepted.append(root)
+        assert accepted, override
+
+
+@pytest.mark.parametrize(
+    "words", sorted({words for _, words in commands() if words[0].startswith("python") and len(words) > 1}), ids=" ".join
+)
+def test_scripts_and_their_flags_exist(words: tuple[str, ...]) -> None:
+    script = ROOT / words[1]
+    assert script.is_file()
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "HOME": str(ROOT)}
+    shown = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, env=environment, timeout=120, check=True
+    ).stdout
+    for flag in (word for word in words[2:] if word.startswith("--")):
+        assert flag in shown, flag
+
+
+@pytest.mark.parametrize("code", [code for _, code in blocks("python")], ids=lambda code: code.strip().splitlines()[0][:40])
+def test_python_runs(code: str, toy_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the toy weights in the place of every folder of weights that is named."""
+    monkeypatch.chdir(tmp_path)
+    for folder in re.findall(r'from_pretrained\(\s*"([^"]+)"', code):
+        shutil.copytree(toy_weights, tmp_path / folder, dirs_exist_ok=True)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    for name in re.findall(r'\.save\("([^"]+)"\)', code):
+        assert (tmp_path / name).is_file()
+
+
+def test_links_lead_somewhere() -> None:
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            if "://" not in target and not target.startswith("mailto:"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"

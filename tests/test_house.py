@@ -1,0 +1,104 @@
+"""The house rules that a parser can check."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "src" / "kalle").rglob("*.py"))
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 400
+
+
+def parsed() -> Iterator[tuple[Path, ast.Module]]:
+    for path in FILES:
+        yield path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(FILES) > 80
+
+
+def test_no_print() -> None:
+    found = [
+        f"{path}:{call.lineno}"
+        for path, tree in parsed()
+        for call in calls(tree)
+        if isinstance(call.func, ast.Name) and call.func.id == "print"
+    ]
+    assert not found
+
+
+def test_functions_and_files_stay_short() -> None:
+    long = [
+        f"{path}:{node.name} {node.end_lineno - node.lineno + 1}"
+        for path, tree in parsed()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+    ]
+    long += [str(path) for path, _ in parsed() if len((ROOT / path).read_text(encoding="utf-8").splitlines()) > MAX_FILE_LINES]
+    assert not long
+
+
+def test_pickles_are_never_executed() -> None:
+    """Every torch.load says weights_only=True, and training resumes with it too."""
+    loads = [(path, call) for path, tree in parsed() for call in calls(tree) if ast.unparse(call.func) == "torch.load"]
+    fits = [(path, call) for path, tree in parsed() for call in calls(tree) if ast.unparse(call.func) == "trainer.fit"]
+    assert loads
+    assert fits
+    for path, call in loads + fits:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("weights_only") == "True", f"{path}:{call.lineno}"
+
+
+def test_public_functions_have_docstrings_and_types() -> None:
+    bare = []
+    for path, tree in parsed():
+        bare += [str(path)] if ast.get_docstring(tree) is None and (ROOT / path).read_text().strip() else []
+        for node in tree.body:
+            bodies = (
+                [node] if isinstance(node, ast.FunctionDef) else [n for n in getattr(node, "body", []) if isinstance(n, ast.FunctionDef)]
+            )
+            for function in bodies:
+                if function.returns is None and not function.name.startswith("__"):
+                    bare.append(f"{path}:{function.name} has no return type")
+                if isinstance(node, ast.FunctionDef) and not function.name.startswith("_") and ast.get_docstring(function) is None:
+                    bare.append(f"{path}:{function.name} has no docstring")
+    assert not bare
+
+
+def test_no_names_of_machines_or_folders_of_theirs() -> None:
+    words = ("/work/", "/root/", "/tmp/")
+    texts = [
+        path
+        for folder in ("src", "configs", "docs", "scripts", "recipes")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".yaml", ".md")
+    ]
+    assert len(texts) > 100
+    assert not [f"{path}: {word}" for path in texts for word in words if word in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", ["lightning", "hydra", "omegaconf", "lhotse"])
+def test_heavy_libraries_stay_in_their_rooms(name: str) -> None:
+    rooms = {
+        "lightning": ("training", "data/datamodules.py", "cli"),
+        "hydra": ("cli",),
+        "omegaconf": ("cli",),
+        "lhotse": ("data",),
+    }[name]
+    outside = []
+    for path, tree in parsed():
+        inside = path.relative_to("src/kalle").as_posix()
+        imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        imported += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        if any(module.split(".")[0] == name for module in imported) and not inside.startswith(rooms):
+            outside.append(inside)
+    assert not outside

@@ -1,0 +1,119 @@
+"""What may import what, seen from outside."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kalle
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "kalle"
+EXTRAS = (
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "lhotse",
+    "jiwer",
+    "matplotlib",
+    "wandb",
+    "tensorboard",
+    "pesq",
+    "pystoi",
+    "faster_whisper",
+    "resemblyzer",
+)
+"""Top-level modules that only the extras bring."""
+CORE = ("audio", "checkpoint", "convert", "errors", "gaussian", "losses", "models", "synthesis", "text")
+
+BLOCK = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXTRAS!r}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def modules(under: tuple[str, ...] = ("",)) -> list[str]:
+    found = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        if under == ("",) or parts[0] in under:
+            found.append(".".join(["kalle", *(part for part in parts if part != "__init__")]))
+    return [name for name in found if name != "kalle.__main__"]
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=250, check=False)
+
+
+def test_import_kalle_is_light() -> None:
+    heavy = (*EXTRAS, "transformers", "torch")
+    result = python(f"import sys, kalle; print(sorted({{name.split('.')[0] for name in sys.modules}} & set({heavy!r})))")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_public_names_load_no_extra() -> None:
+    result = python(f"{BLOCK}\nimport kalle\nprint([getattr(kalle, name).__name__ for name in kalle.__all__])")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(kalle.__all__)
+
+
+def test_core_modules_need_no_extra() -> None:
+    names = modules(CORE)
+    assert len(names) > 30
+    code = f"{BLOCK}\nimport importlib, traceback\n" + (
+        "bad = []\n"
+        f"for name in {names!r}:\n"
+        "    try: importlib.import_module(name)\n"
+        "    except Exception as error: bad.append((name, repr(error)))\n"
+        "print(bad)"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_commands_of_the_core_need_no_extra() -> None:
+    code = f"{BLOCK}\nimport sys\nfrom kalle.cli.main import main\nsys.exit(max(main([name, '--help']) for name in ('say', 'convert')))"
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "--voice" in result.stdout or "Options" in result.stdout
+
+
+def test_every_module_imports() -> None:
+    names = modules()
+    assert len(names) > 80
+    result = python(f"import importlib\nfor name in {names!r}: importlib.import_module(name)")
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_surface() -> None:
+    assert kalle.__all__ == ["DiagGaussian", "FlowVAE", "Kalle", "KalleLM", "Voice"]
+    assert set(kalle.__all__) <= set(dir(kalle))
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        kalle.Nothing  # noqa: B018
+
+
+def test_import_contracts_hold() -> None:
+    linter = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    assert linter is not None, "import-linter is part of the dev extra"
+    result = subprocess.run(
+        [linter, "--no-cache"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": "src", "PATH": "/usr/bin:/bin"},
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 broken" in result.stdout
