@@ -7,8 +7,13 @@ import logging
 import sys
 from pathlib import Path
 
+import typer
+
+from kalle.cli.interrupts import interruptible
 from kalle.errors import UserError
 
+FLAGS = {"--prompt-text": "--prompt_text", "--prompt-audio": "--prompt_wav_path"}
+"""Flags of `kalle say`, which its messages name, and what they are called here."""
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 
 
@@ -40,14 +45,26 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a user's mistake on one line and leave with 2."""
+    """Print a user's mistake, or what the system refuses, on one line and leave with 2; with 130 after Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        run(arguments)
+        with interruptible():
+            run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.strerror}: '{error.filename}'" if error.filename else str(error))
+    except typer.Exit as end:
+        return end.exit_code
     return 0
+
+
+def fail(message: str) -> int:
+    """Print ``message``, its flags as this script calls them; returns the exit code of a mistake."""
+    for theirs, ours in FLAGS.items():
+        message = message.replace(theirs, ours)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

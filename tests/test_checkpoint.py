@@ -25,6 +25,7 @@ from kalle.checkpoint import (
     write_tensors,
 )
 from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAEConfig
 
 
 def _module() -> nn.Sequential:
@@ -54,7 +55,7 @@ def test_part_folder_takes_the_whole_folder_or_the_part(tmp_path):
     save_part(tmp_path / "renamed", {}, _module())
     assert part_folder(tmp_path / "renamed", "lm") == tmp_path / "renamed"
     for folder, part in ((tmp_path / "name", "flowvae"), (tmp_path / "none", "lm"), (tmp_path, "lm")):
-        with pytest.raises(UserError, match="not a weight folder"):
+        with pytest.raises(UserError, match=rf"not a weight folder: no (Flow-VAE|language model) \({part}/\) in"):
             part_folder(folder, part)
 
 
@@ -160,6 +161,36 @@ def test_an_unknown_key_lists_the_valid_ones():
     assert dataclass_from_dict(Config, {"depth": 5}, "x.json") == Config(1, 5)
     with pytest.raises(UserError, match=r"unknown key 'deep', 'wide' in 'x.json'; valid keys: width, depth"):
         dataclass_from_dict(Config, {"wide": 1, "deep": 2}, "x.json")
+
+
+def test_a_wrong_type_is_named_with_its_place():
+    good = {"latent_dim": 8, "encoder": {"channels": [1, 2], "strides": [1280]}, "flow": None, "decoder": {"kind": "istft"}}
+    assert FlowVAEConfig.from_dict(good).encoder.channels == (1, 2)
+    for values, words in (
+        ({"latent_dim": "x"}, "latent_dim is 'x', expected a whole number"),
+        ({"latent_dim": True}, "latent_dim is True"),
+        ({"encoder": 3}, "encoder is 3, expected an object"),
+        ({"encoder": {"channels": [1, "2"]}}, r"encoder\.channels is \[1, '2'\], expected a list, each a whole number"),
+        ({"flow": {"couplings": 1.5}}, r"flow\.couplings is 1\.5"),
+        ({"decoder": [1]}, r"decoder is \[1\], expected an object"),
+        ({"decoder": {"kind": ["istft"]}}, "unknown decoder.kind"),
+        ({"decoder": {"kind": "istft", "blocks": None}}, r"decoder\.blocks is None"),
+        ({"encoder": {"width": 1}}, r"unknown key 'encoder\.width' in 'x'; valid keys: encoder\.channels, "),
+    ):
+        with pytest.raises(UserError, match=words):
+            FlowVAEConfig.from_dict({**good, **values}, "x")
+    with pytest.raises(UserError, match=r"the whole is \[1\]"):
+        dataclass_from_dict(FlowVAEConfig, [1], "x")
+
+
+def test_a_missing_key_is_named():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        width: int
+        depth: int = 2
+
+    with pytest.raises(UserError, match=r"missing key 'at\.width' in 'x'"):
+        dataclass_from_dict(Config, {}, "x", "at")
 
 
 def test_devices(monkeypatch):

@@ -28,7 +28,7 @@ EXTRAS = (
     "resemblyzer",
 )
 """Top-level modules that only the extras bring."""
-CORE = ("audio", "checkpoint", "convert", "errors", "gaussian", "losses", "models", "synthesis", "text")
+CORE = ("audio", "bars", "checkpoint", "convert", "disk", "errors", "gaussian", "losses", "models", "synthesis", "text")
 
 BLOCK = f"""
 import sys

@@ -22,9 +22,16 @@ from summary import write_summary
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.main import dispatch
 from kalle.errors import UserError
+from kalle.evaluation.asr_models import find_asr_model
 
 HERE = Path(__file__).resolve().parent
 logger = logging.getLogger("quickstart")
+
+OVERHEAD_MINUTES = 6.0
+"""Encoding, speaking and scoring, whose length does not depend on the training."""
+FLOWVAE_SHARE = 0.4
+FLOWVAE_STEPS_PER_MINUTE, LM_STEPS_PER_MINUTE = 240.0, 320.0
+"""Rates of the hardware of README.md, rounded down."""
 
 SENTENCES = (
     "Please hold while I try to connect your call.",
@@ -36,52 +43,51 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Budget:
-    """Optimizer steps for a number of minutes on two CPU cores.
+    """Optimizer steps of the two trainings."""
 
-    Steps and not seconds end a stage, so that the result is a function of the seed and the minutes asked for, whatever
-    the machine; a slower one takes longer. The rates are those measured for README.md.
-    """
+    flowvae_steps: int
+    lm_steps: int
 
-    minutes: float
-    overhead_minutes: float = 5.0
-    flowvae_share: float = 0.4
-    flowvae_steps_per_minute: float = 240.0
-    lm_steps_per_minute: float = 320.0
+    @classmethod
+    def for_minutes(cls, minutes: float) -> Budget:
+        """The steps that ``minutes`` of wall time hold on two CPU cores; a UserError when there is no time to train.
 
-    @property
-    def _training_minutes(self) -> float:
-        return max(0.05, self.minutes - self.overhead_minutes)
-
-    @property
-    def flowvae_steps(self) -> int:
-        """Updates of the Flow-VAE."""
-        return max(2, round(self._training_minutes * self.flowvae_share * self.flowvae_steps_per_minute))
-
-    @property
-    def lm_steps(self) -> int:
-        """Updates of the language model."""
-        return max(2, round(self._training_minutes * (1 - self.flowvae_share) * self.lm_steps_per_minute))
+        Steps and not seconds end a stage, so that the result is a function of the seed and the minutes asked for,
+        whatever the machine; a slower one takes longer.
+        """
+        training = minutes - OVERHEAD_MINUTES
+        if not 1 <= training < float("inf"):
+            raise UserError(
+                f"minutes: got {minutes:g}, expected at least {OVERHEAD_MINUTES + 1:g} ({OVERHEAD_MINUTES:g} go to encoding and scoring)"
+            )
+        flowvae = training * FLOWVAE_SHARE * FLOWVAE_STEPS_PER_MINUTE
+        return cls(round(flowvae), round(training * (1 - FLOWVAE_SHARE) * LM_STEPS_PER_MINUTE))
 
 
 class Stages:
-    """Runs stages in order, once each, and remembers what is done and how long it took."""
+    """Runs stages in order, once each, and remembers what is done and how long it took, interruptions included."""
 
     def __init__(self, out: Path, settings: dict[str, object]) -> None:
         self.path = out / "stages.json"
-        self.state: dict[str, dict[str, object]] = read_json(self.path) if self.path.is_file() else {}
-        before = self.state.setdefault("settings", settings)
-        if before != settings:
-            raise UserError(f"'{out}' holds a quickstart with {before}, asked for is {settings}; use another --out or delete it")
+        state = read_json(self.path) if self.path.is_file() else {"settings": settings, "seconds": {}, "done": []}
+        if state["settings"] != settings:
+            raise UserError(f"'{out}' holds a quickstart with {state['settings']}, asked for is {settings}; use another --out or delete it")
+        self.settings = settings
+        self.seconds: dict[str, float] = state["seconds"]
+        self.done: list[str] = state["done"]
 
     def run(self, name: str, action: Callable[[], object]) -> None:
         """Run ``action`` unless stage ``name`` is done."""
-        if name in self.state:
-            logger.info("[%s] done before, in %.0f s", name, self.state[name]["seconds"])
+        if name in self.done:
+            logger.info("[%s] done before, in %.0f s", name, self.seconds[name])
             return
         started = time.monotonic()
-        action()
-        self.state[name] = {"seconds": round(time.monotonic() - started, 1)}
-        write_json(self.path, self.state)
+        try:
+            action()
+            self.done.append(name)
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
+            write_json(self.path, {"settings": self.settings, "seconds": self.seconds, "done": self.done})
 
     def command(self, name: str, *arguments: str) -> None:
         """Run a `kalle` command as a stage."""
@@ -90,55 +96,57 @@ class Stages:
             logger.info("[%s] kalle %s", name, shlex.join(arguments))
             code = dispatch(arguments)
             if code:
-                sys.exit(code)
+                raise UserError(f"stage '{name}' ended with exit code {code}; see above, then run the quickstart again")
 
         self.run(name, action)
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Wall time of every finished stage."""
-        return {name: float(value["seconds"]) for name, value in self.state.items() if name != "settings"}  # type: ignore[arg-type]
 
-
-def quickstart(out: Path, budget: Budget, seed: int, asr: str, extra: list[str], items: int | None) -> None:
-    """Run every stage; ``extra`` are overrides for both trainings (used by the test to make it small)."""
-    out.mkdir(parents=True, exist_ok=True)
-    stages = Stages(out, {"minutes": budget.minutes, "seed": seed})
+def quickstart(out: Path, budget: Budget, given: argparse.Namespace) -> None:
+    """Run every stage; ``given.override`` goes to both trainings."""
+    settings = {"steps": [budget.flowvae_steps, budget.lm_steps], "seed": given.seed, "override": given.override}
+    stages = Stages(out, {**settings, "asr": given.asr, "items": given.items})
+    common = [f"seed={given.seed}", *given.override]
     corpus, flowvae, latents, model = (str(out / name) for name in ("corpus", "flowvae/weights", "latents", "lm/weights"))
-    common = [f"seed={seed}", *extra]
     stages.command("prepare", "prepare", "embedded", "--corpus", str(HERE / "corpus"), "--out", corpus)
-    flowvae_run = [
-        "experiment=quickstart_flowvae",
-        f"data.corpus={corpus}",
-        f"out={out / 'flowvae'}",
-        f"trainer.max_steps={budget.flowvae_steps}",
-    ]
-    stages.command("train flowvae", "train", "flowvae", *flowvae_run, *common)
+    run = ["experiment=quickstart_flowvae", f"data.corpus={corpus}", f"out={out / 'flowvae'}", f"trainer.max_steps={budget.flowvae_steps}"]
+    stages.command("train flowvae", "train", "flowvae", *run, *common)
     stages.command("encode", "encode", f"flowvae={flowvae}", f"corpus={corpus}", f"out={latents}", "join.passes=3")
-    lm_run = [
-        "experiment=quickstart_lm",
-        f"data.latents={latents}",
-        f"flowvae={flowvae}",
-        f"out={out / 'lm'}",
-        f"trainer.max_steps={budget.lm_steps}",
-    ]
-    stages.command("train lm", "train", "lm", *lm_run, *common)
+    run = ["experiment=quickstart_lm", f"data.latents={latents}", f"flowvae={flowvae}", f"trainer.max_steps={budget.lm_steps}"]
+    stages.command("train lm", "train", "lm", *run, f"out={out / 'lm'}", *common)
     for index, sentence in enumerate(SENTENCES):
-        stages.command(
-            f"say {index}", "say", sentence, "-o", str(out / f"speech/sentence{index}.wav"), "--model", model, "--seed", str(seed + index)
+        spoken = str(out / f"speech/sentence{index}.wav")
+        stages.command(f"say {index}", "say", sentence, "-o", spoken, "--model", model, "--seed", str(given.seed + index))
+    scoring = [
+        f"testset={corpus}/cuts_test.jsonl.gz",
+        f"metrics.wer.model={given.asr}",
+        *([f"testset.limit={given.items}"] if given.items else []),
+    ]
+    if not recogniser_found(given.asr):
+        logger.warning(
+            "no speech recogniser '%s' is installed, so there will be no WER; `kalle evaluate` says which packages bring one", given.asr
         )
-    scoring = [f"testset={corpus}/cuts_test.jsonl.gz", f"metrics.wer.model={asr}", *([f"testset.limit={items}"] if items else [])]
-    stages.command("score reconstruction", "evaluate", "kind=reconstruction", f"model={flowvae}", f"out={out / 'reconstruction'}", *scoring)
-    synthesis = [f"model={model}", f"out={out / 'synthesis'}", "score_recordings=false"]
-    stages.command("score synthesis", "evaluate", "kind=synthesis", *synthesis, *scoring)
-    summary = write_summary(out, seed, stages.seconds)
-    logger.info("\n%s", summary)
+        scoring = [scoring[0], *scoring[2:], "~metrics.wer"]
+    run = [f"model={flowvae}", f"out={out / 'reconstruction'}"]
+    stages.command("score reconstruction", "evaluate", "kind=reconstruction", *run, *scoring)
+    run = [f"model={model}", f"out={out / 'synthesis'}", "score_recordings=false"]
+    stages.command("score synthesis", "evaluate", "kind=synthesis", *run, *scoring)
+    logger.info("\n%s", write_summary(out, given.seed, stages.seconds))
+
+
+def recogniser_found(model: str) -> bool:
+    """Whether ``model`` can be had here."""
+    try:
+        find_asr_model(model)
+    except UserError:
+        return False
+    return True
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15, help="wall time to aim at on two CPU cores; more gets better")
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("FLOWVAE", "LM"), help="optimizer steps instead of minutes")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--asr", default="auto", help="recogniser for the WER: a CTranslate2 Whisper folder, base, tiny.en or auto")
@@ -152,14 +160,21 @@ def run(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        quickstart(given.out, Budget(given.minutes), given.seed, given.asr, given.override, given.items)
+        budget = Budget(*given.steps) if given.steps else Budget.for_minutes(given.minutes)
+        given.out.mkdir(parents=True, exist_ok=True)
+        quickstart(given.out, budget, given)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(f"cannot use '{error.filename or given.out}': {error.strerror or error}; choose another --out", 2)
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; run the same command again to continue\n")
-        return 130
+        return _fail("interrupted; run the same command again to continue", 130)
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
 
 
 if __name__ == "__main__":

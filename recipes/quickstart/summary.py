@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def lm_probes(latents: Path, weights: Path, seed: int) -> tuple[LMProbe, LMProbe
 
 
 def write_summary(out: Path, seed: int, seconds: Mapping[str, float]) -> str:
-    """Write ``out``/summary.json and summary.md; returns the Markdown."""
+    """Write ``out``/summary.json and summary.md; returns the Markdown. ``seconds`` is the wall time of every stage before this."""
+    started = time.monotonic()
     mel_start, mel_constant = mel_start_and_constant(out / "corpus", out / "flowvae/weights", seed)
     before, after = lm_probes(out / "latents", out / "lm/weights", seed)
     scores = {kind: read_json(out / kind / "results.json")["summary"] for kind in ("reconstruction", "synthesis")}
@@ -73,9 +75,10 @@ def write_summary(out: Path, seed: int, seconds: Mapping[str, float]) -> str:
         ("reconstructions", "reconstruction", "reconstruction"),
         ("synthesis", "synthesis", "synthesis"),
     ]
+    seconds = {**seconds, "summary": round(time.monotonic() - started, 1)}
     text = "\n".join([*_learning_table(rows), "", *_speech_table(scores, systems), "", *_footer(out, seconds)])
     learning = [dict(zip(("number", "start", "end", "constant", "target"), row, strict=True)) for row in rows]
-    write_json(out / "summary.json", {"learning": learning, "speech": scores, "seconds": dict(seconds)})
+    write_json(out / "summary.json", {"learning": learning, "speech": scores, "seconds": seconds})
     (out / "summary.md").write_text(text + "\n", encoding="utf-8")
     return text
 

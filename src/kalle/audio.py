@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from kalle.disk import whole_file
 from kalle.errors import UserError
 
 Audio = NDArray[np.float32]
@@ -94,24 +93,10 @@ def write_encoded(
 
     libsndfile gets a real file, not a Python buffer: an interrupt inside its write callback would be lost and the file torn.
     """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
         # Opening it here gives the system's own reason where libsndfile has none.
         temporary.touch()
         _write_checked(temporary, samples, sample_rate_hz, file_format, subtype, compression_level)
-        os.replace(temporary, path)
-    except OSError as error:
-        _discard(temporary)
-        raise UserError(f"cannot write '{path}': {error.strerror or error}; free space or choose another folder") from None
-    except BaseException:
-        _discard(temporary)
-        raise
-
-
-def _discard(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def _write_checked(path: Path, samples: NDArray[Any], rate_hz: int, file_format: str, subtype: str, level: float | None) -> None:

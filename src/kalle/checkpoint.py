@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import types
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kalle.disk import unwritable, whole_file, write_whole
 from kalle.errors import UserError
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
+PART_NAMES = {"flowvae": "Flow-VAE", "lm": "language model"}
+"""What people call the parts."""
 
 
 def part_folder(folder: str | Path, part: str) -> Path:
@@ -33,7 +37,8 @@ def part_folder(folder: str | Path, part: str) -> Path:
         if (candidate / CONFIG_NAME).is_file() and (candidate / WEIGHTS_NAME).is_file():
             return candidate
     raise UserError(
-        f"not a weight folder with a {part}: got '{root}', expected {part}/{CONFIG_NAME} and {part}/{WEIGHTS_NAME} in it; "
+        f"not a weight folder: no {PART_NAMES.get(part, part)} ({part}/) in '{root}', "
+        f"expected {part}/{CONFIG_NAME} and {part}/{WEIGHTS_NAME}; "
         "give the folder that `kalle convert release --out` or a training run wrote"
     )
 
@@ -52,11 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write ``value`` as indented JSON through a temporary file, so that no torn file is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write ``value`` as indented JSON, whole or not at all; a UserError when the disk refuses."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -87,25 +89,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         storage = tensor.untyped_storage().data_ptr()
         separate[name] = tensor.clone(memory_format=torch.contiguous_format) if storage in storages else tensor.contiguous()
         storages.add(storage)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(separate, temporary, metadata={"format": "pt"})
+        try:
+            save_file(separate, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise unwritable(path, str(error)) from None
         temporary.chmod(mode)  # safetensors writes for the owner alone, whatever the umask says
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary.is_file():
-            temporary.unlink()
-        if isinstance(error, (SafetensorError, OSError)):
-            raise unwritable(path, getattr(error, "strerror", None) or str(error)) from None
-        raise
-
-
-def unwritable(path: Path, reason: str) -> UserError:
-    """The error for a file that cannot be written."""
-    return UserError(f"cannot write '{path}': {reason}; make room on the disk or choose another folder, then run again")
 
 
 def mismatches(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
@@ -138,13 +129,56 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     module.load_state_dict(dict(given), strict=False)
 
 
-def dataclass_from_dict(cls: type, values: Mapping[str, Any], source: str | Path) -> Any:
-    """Build the frozen config dataclass ``cls``; an unknown key is an error that lists the valid ones."""
-    valid = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(set(values) - set(valid))
+def dataclass_from_dict(cls: type, values: Any, source: str | Path, key: str = "") -> Any:
+    """Build the frozen config dataclass ``cls``, those inside it included, from the values of a JSON object.
+
+    A UserError for an unknown key (it lists the valid ones), a missing one, or a value of another type. ``key`` says where in ``source``
+    the object stands.
+    """
+    prefix = f"{key}." if key else ""
+    if not isinstance(values, Mapping):
+        raise UserError(f"bad value in '{source}': {key or 'the whole'} is {values!r}, expected an object {{...}}; mend the file")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(str(name) for name in values if name not in fields)
     if unknown:
-        raise UserError(f"unknown key {', '.join(map(repr, unknown))} in '{source}'; valid keys: {', '.join(valid)}")
-    return cls(**values)
+        listed, valid = (", ".join(f"{quote}{prefix}{name}{quote}" for name in names) for quote, names in (("'", unknown), ("", fields)))
+        raise UserError(f"unknown key {listed} in '{source}'; valid keys: {valid}")
+    required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    missing = [f"'{prefix}{name}'" for name in required if name not in values]
+    if missing:
+        raise UserError(f"missing key {', '.join(missing)} in '{source}', expected a value; mend the file")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _typed(value, hints[name], source, prefix + name) for name, value in values.items()})
+
+
+def _typed(value: Any, hint: Any, source: str | Path, key: str) -> Any:
+    """``value`` if it is of the type ``hint``; a mapping becomes the dataclass that ``hint`` allows."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if any(_fits(value, choice) for choice in choices):
+        return value
+    inner = [choice for choice in choices if dataclasses.is_dataclass(choice)]
+    if len(inner) == 1:
+        return dataclass_from_dict(typing.cast("type", inner[0]), value, source, key)
+    expected = " or ".join(_spoken(choice) for choice in choices)
+    raise UserError(f"bad value in '{source}': {key} is {value!r}, expected {expected}; mend the file")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:  # tuple[X, ...], a list in JSON
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _spoken(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_spoken(typing.get_args(hint)[0])}"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(hint, "an object {...}")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

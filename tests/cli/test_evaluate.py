@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 import torch
 
 from kalle.audio import write_audio
+from kalle.cli import evaluate as module
 from kalle.cli.evaluate import run, testset_path
 from kalle.cli.hydra_entry import compose, configs_dir
+from kalle.cli.main import main
 from kalle.errors import UserError
 from kalle.models.flowvae import EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
@@ -96,6 +100,27 @@ def test_mistakes_are_user_errors_and_leave_nothing(arguments: list[str], words:
         run([*arguments, *complete, *LIGHT])
     assert "\n" not in str(raised.value)
     assert not out.exists()
+
+
+def test_an_impossible_folder_is_refused_before_anything_is_scored(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_score", lambda *_: pytest.fail("scored"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(UserError, match=r"cannot write .*choose another path") as caught:
+            run(["kind=wavs", f"wavs={tmp_path}", f"testset={corpus}", f"out={out}", *LIGHT])
+        assert "room" not in str(caught.value)
+
+
+def test_a_full_disk_ends_the_run_with_one_line(corpus: Path, weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["kind=reconstruction", f"model={weights}", f"testset={corpus}", f"out={tmp_path / 'out'}", "device=cpu", *LIGHT[:2]]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        assert main(["evaluate", *words]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.fullmatch(r"error: cannot write '.*0\.wav': .*make room on the disk.*\n", capfd.readouterr().err)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_missing_recogniser_names_its_packages(corpus: Path, tmp_path: Path) -> None:

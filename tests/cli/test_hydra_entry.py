@@ -39,3 +39,15 @@ def test_interpolations_reach_their_values() -> None:
     assert config.data.seed == 9
     assert config.scheduler.total_steps == 77
     assert config.callbacks.checkpoint.folder == "here/checkpoints"
+
+
+def test_hydra_s_plain_errors_are_mistakes_and_the_job_s_are_bugs() -> None:
+    def bug(config: object) -> None:
+        raise ValueError("a bug")
+
+    words = ["out=o", "data.latents=l"]
+    with pytest.raises(UserError, match="Config group override must be a string or a list"):
+        hydra_entry.run_hydra(bug, "train_lm", [*words, "logger=null"])
+    with pytest.raises(ValueError, match="a bug") as caught:
+        hydra_entry.run_hydra(bug, "train_lm", words)
+    assert not isinstance(caught.value, UserError)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib.util
 import shutil
 from pathlib import Path
@@ -96,6 +97,34 @@ def test_mistakes_are_one_line_and_leave_nothing(infer, ckpt: Path, prompt: Path
         assert message in error
         assert error.rstrip().splitlines()[-1].startswith("error: ")
     assert not out.exists()
+
+
+def test_messages_name_the_script_s_own_flags(infer, ckpt: Path, prompt: Path, tmp_path: Path, capsys) -> None:
+    common = ["--target_text", "Hi.", "--output", str(tmp_path / "out.wav"), "--ckpt", str(ckpt), "--device", "cpu"]
+    for flags, words in (
+        (["--prompt_wav_path", str(prompt)], "(--prompt_text)"),
+        (["--prompt_text", "Tone."], "got --prompt_text and no --prompt_wav_path"),
+        (["--prompt_wav_path", "none.wav", "--prompt_text", "Tone."], "check --prompt_wav_path"),
+    ):
+        assert infer.main([*flags, *common]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: Permission denied: 'x'\n"),
+        (OSError("odd"), 2, "error: odd\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted; run the same command again\n"),
+    ],
+)
+def test_the_system_s_errors_are_one_line(infer, capfd, monkeypatch, error: BaseException, code: int, line: str) -> None:
+    def raising(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(infer, "run", raising)
+    assert infer.main([]) == code
+    assert capfd.readouterr() == ("", line)
 
 
 def test_missing_released_files_are_named(ckpt: Path) -> None:

@@ -108,7 +108,7 @@ def test_prompt_and_voice_file_speak_alike(model: Path, tmp_path: Path, recordin
         (["Hi", "--max-seconds", "0"], "bad length cap: got 0.0 s"),
         (["Hi", "--device", "abacus"], "unknown device: got 'abacus'"),
         (["Hi", "--dtype", "int3"], "unknown dtype: got 'int3'"),
-        (["Hi", "--model", "EMPTY"], "not a weight folder"),
+        (["Hi", "--model", "EMPTY"], "not a weight folder: no Flow-VAE (flowvae/) in 'empty'"),
         (["Hi", "--model", "none"], "no such weight folder: got 'none'"),
         (["Hi", "--seed", "x"], "--seed"),
         (["Hi", "-o", "out.mp3"], "expected .wav or .flac"),
@@ -132,6 +132,17 @@ def test_bad_input_is_one_line_and_leaves_no_file(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ctrl_c_is_one_line(model: Path, tmp_path: Path, capfd, monkeypatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Kalle, "synthesize", interrupted)
+    capfd.readouterr()
+    assert say(model, "Hi", "-o", tmp_path / "out.wav") == 130
+    assert capfd.readouterr() == ("", "error: interrupted; run the same command again\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_speech_that_never_began_is_an_error(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:

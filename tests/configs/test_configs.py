@@ -54,7 +54,7 @@ def suits(root: str, group: str, option: str) -> bool:
     other = {"flowvae": "lm", "lm": "flowvae"}.get(stage)
     if group == "testset" or group in ("flowvae", "lm") or other is None:
         return True
-    return not option.endswith(other)
+    return other not in option.split("_")
 
 
 def test_what_is_tested_is_everything() -> None:
@@ -98,8 +98,17 @@ def test_lm_is_built(option: str) -> None:
     with torch.device("meta"):
         model = KalleLM(instantiate(config.lm, _convert_="all"))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    low, high = {"full": (1238, 1241), "small": (75, 110), "nano": (3, 8)}[option]
+    low, high = {"full": (1238, 1241), "small": (75, 110), "nano": (3, 8), "nano_speaker": (3, 8)}[option]
     assert low < millions < high
+
+
+def test_speaker_variant_fits_its_data() -> None:
+    config = compose("train_lm", [*REQUIRED["train_lm"], "lm=nano_speaker", "data=lm_speaker"])
+    model, plain = (KalleLM(instantiate(lm, _convert_="all")) for lm in (config.lm, compose("train_lm", ["lm=nano"]).lm))
+    assert model.speaker_encoder is not None
+    assert config.data.speaker.latent_dim == model.hidden_size
+    assert set(plain.state_dict()) < set(model.state_dict())
+    assert instantiate(config.data.speaker).crop_frames == 200
 
 
 @pytest.mark.parametrize("root", ["train_flowvae", "train_lm"])
@@ -161,6 +170,7 @@ def test_mistakes_in_overrides_are_one_line_and_list_what_is_valid(root: str, ov
         assert "\n" not in message
         for word in expected:
             assert word in message, message
+        assert "with +" not in message, "a new key would be one that nothing reads"
     assert capsys.readouterr().err == ""
 
 

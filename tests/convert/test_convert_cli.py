@@ -15,10 +15,23 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 
 
 def _release(out: Path, *extra: str) -> int:
-    return main([
-        "convert", "release", "--flowvae", str(REFERENCE / "flowvae_tiny.pt"), "--flowvae-config", str(REFERENCE / "flowvae_tiny.json"),
-        "--lm", str(REFERENCE / "lm_tiny.pt"), "--lm-config", str(REFERENCE / "lm_tiny.json"), "--out", str(out), *extra,
-    ])
+    return main(
+        [
+            "convert",
+            "release",
+            "--flowvae",
+            str(REFERENCE / "flowvae_tiny.pt"),
+            "--flowvae-config",
+            str(REFERENCE / "flowvae_tiny.json"),
+            "--lm",
+            str(REFERENCE / "lm_tiny.pt"),
+            "--lm-config",
+            str(REFERENCE / "lm_tiny.json"),
+            "--out",
+            str(out),
+            *extra,
+        ]
+    )
 
 
 def test_release_and_back(tmp_path, capsys):

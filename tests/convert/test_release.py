@@ -112,7 +112,9 @@ def test_nan_and_shared_memory_are_kept(tmp_path):
 @pytest.mark.parametrize("alone", ["flowvae", "lm", "tokenizer"])
 def test_any_part_alone(tmp_path, tokenizer_folder, alone):
     files = {
-        "flowvae": (FLOWVAE, FLOWVAE_JSON, None), "lm": (None, None, LM, LM_JSON), "tokenizer": (None, None, None, None, tokenizer_folder),
+        "flowvae": (FLOWVAE, FLOWVAE_JSON, None),
+        "lm": (None, None, LM, LM_JSON),
+        "tokenizer": (None, None, None, None, tokenizer_folder),
     }
     convert_release(tmp_path / "name", *files[alone])
     config = read_json(tmp_path / "name" / "config.json")
@@ -130,7 +132,10 @@ def test_a_part_is_added_and_the_rest_kept(tmp_path, tokenizer_folder):
     before = (out / "flowvae" / "model.safetensors").read_bytes()
     convert_release(out, None, None, LM, LM_JSON, tokenizer_folder)
     assert read_json(out / "config.json") == {
-        "format_version": 1, "parts": ["flowvae", "lm", "tokenizer"], "sample_rate": 16000, "voice": "anna",
+        "format_version": 1,
+        "parts": ["flowvae", "lm", "tokenizer"],
+        "sample_rate": 16000,
+        "voice": "anna",
     }
     assert (out / "flowvae" / "model.safetensors").read_bytes() == before
     with pytest.raises(UserError, match=r"already there: .* has lm"):
@@ -180,8 +185,11 @@ def golden_own(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"decoder": ISTFTConfig(channels=8, blocks=1)}, "istft"), ({"flow": None}, "no flow"),
-     ({"flow": FlowConfig(hidden_channels=8, couplings=2)}, "couplings")],
+    [
+        ({"decoder": ISTFTConfig(channels=8, blocks=1)}, "istft"),
+        ({"flow": None}, "no flow"),
+        ({"flow": FlowConfig(hidden_channels=8, couplings=2)}, "couplings"),
+    ],
 )
 def test_what_the_release_cannot_express_is_refused(tmp_path, change, match):
     config = FlowVAEConfig.from_dict(read_json(_converted(tmp_path) / "flowvae" / "config.json"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kalle.convert.files import MARKER
 from kalle.convert.release import convert_release, convert_to_release
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
@@ -52,8 +53,10 @@ def test_every_lm_tensor_that_does_not_fit_is_listed(tmp_path):
     torch.save(released, tmp_path / "model.pt")
     message = _fails(tmp_path, None, None, tmp_path / "model.pt", LM_JSON, match="4 tensors")
     for line in (
-        "missing: audio_linear.bias (64,)", "missing: base_model.model.norm.weight (64,)",
-        "misshapen: distribution_linear.bias is (3,), expected (16,)", "superfluous: base_model.model.layers.7.mlp.up_proj.weight (2, 2)",
+        "missing: audio_linear.bias (64,)",
+        "missing: base_model.model.norm.weight (64,)",
+        "misshapen: distribution_linear.bias is (3,), expected (16,)",
+        "superfluous: base_model.model.layers.7.mlp.up_proj.weight (2, 2)",
     ):
         assert line in message
     assert "model.pt" in message
@@ -66,8 +69,12 @@ def test_every_flowvae_tensor_that_does_not_fit_is_listed(tmp_path):
     released["flow.flows.1.pre.weight"] = torch.zeros(2)
     torch.save({"generator": released}, tmp_path / "flowvae.pt")
     message = _fails(tmp_path, tmp_path / "flowvae.pt", FLOWVAE_JSON, None, match="4 tensors")
-    for line in ("missing: conv_pre.bias", "missing: flow.flows.0.pre.weight", "misshapen: conv_post.bias is (4,), expected (1,)",
-                 "superfluous: flow.flows.1.pre.weight (2,)"):
+    for line in (
+        "missing: conv_pre.bias",
+        "missing: flow.flows.0.pre.weight",
+        "misshapen: conv_post.bias is (4,), expected (1,)",
+        "superfluous: flow.flows.1.pre.weight (2,)",
+    ):
         assert line in message
 
 
@@ -119,8 +126,13 @@ def test_torn_and_foreign_files_are_named(tmp_path, content):
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [([1, 2], "holds a list"), ({"state": {}}, "keys state"), ({"generator": {}, "step": 3}, "keys generator, step"),
-     ({"generator": 3}, "keys generator"), ({"generator": {"conv_pre.bias": 3}}, r"conv_pre.bias \(int\)")],
+    [
+        ([1, 2], "holds a list"),
+        ({"state": {}}, "keys state"),
+        ({"generator": {}, "step": 3}, "keys generator, step"),
+        ({"generator": 3}, "keys generator"),
+        ({"generator": {"conv_pre.bias": 3}}, r"conv_pre.bias \(int\)"),
+    ],
 )
 def test_other_contents_are_not_the_released_format(tmp_path, content, match):
     torch.save(content, tmp_path / "flowvae.pt")
@@ -245,6 +257,10 @@ def test_what_a_killed_run_left_is_replaced(tmp_path):
     left = tmp_path / "name.partial" / "flowvae"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"in the way: got .*name\.partial'.*move it"):
+        convert_release(tmp_path / "name", FLOWVAE, FLOWVAE_JSON, None)
+    assert (left / "model.safetensors").read_bytes() == b"half", "not known to be ours"
+    (tmp_path / "name.partial" / MARKER).touch()
     convert_release(tmp_path / "name", FLOWVAE, FLOWVAE_JSON, None)
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
     FlowVAE.from_pretrained(tmp_path / "name")

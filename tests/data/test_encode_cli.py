@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kalle
 from kalle.cli.encode import encode_config, run
 from kalle.cli.hydra_entry import compose, folder_override
 from kalle.data.encode import EncodeConfig
@@ -38,8 +43,30 @@ def test_command_encodes_a_corpus(
     assert not (tmp_path / "outputs").exists(), "Hydra leaves no folder of its own"
 
 
+def little_disk() -> None:
+    """Files of more than 4 kB cannot be written."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def test_a_full_disk_is_one_line(toy_corpus: Path, toy_weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    words = [f"flowvae={toy_weights}", f"corpus={toy_corpus}", f"out={out}", "device=cpu", "speaker_mels=true", "shard_size=100"]
+    command = [sys.executable, "-m", "kalle", "encode", *words]
+    source = Path(kalle.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=little_disk, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: cannot write '{out}': File too large, expected room for it; make room on the disk")
+    assert not list(tmp_path.rglob("*.tar"))
+
+
 def test_flowvae_is_a_path_not_a_configuration_group() -> None:
-    assert folder_override(["flowvae=a=b", "corpus=c", "flowvae.folder=d"], "flowvae") == ["flowvae.folder=a=b", "corpus=c", "flowvae.folder=d"]
+    assert folder_override(["flowvae=a=b", "corpus=c", "flowvae.folder=d"], "flowvae") == [
+        "flowvae.folder=a=b",
+        "corpus=c",
+        "flowvae.folder=d",
+    ]
 
 
 def test_yaml_and_dataclass_agree() -> None:

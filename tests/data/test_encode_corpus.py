@@ -206,8 +206,19 @@ def test_full_disk(make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ShardFolder, "write", full)
-    with pytest.raises(UserError, match="no disk space left"):
+    with pytest.raises(UserError, match=r"cannot write .*make room on the disk"):
         encode_corpus(CorpusEncoder(tiny_flowvae, EncodeConfig()), {"train": make_cuts([4000])}, tmp_path / "out")
+
+
+def test_an_impossible_folder_is_refused_before_anything_is_encoded(
+    make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CorpusEncoder, "records", lambda *_: pytest.fail("encoded"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(UserError, match=r"cannot write .*choose another path") as caught:
+            encode_corpus(CorpusEncoder(tiny_flowvae, EncodeConfig()), {"train": make_cuts([4000])}, out)
+        assert "room" not in str(caught.value)
 
 
 def test_nothing_to_encode(make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import soundfile
 from typer.testing import CliRunner
 
+from kalle.cli.main import main
 from kalle.cli.prepare import app
 from kalle.data import prepare
 from kalle.data.corpus_cuts import load_cuts
@@ -67,7 +70,7 @@ def test_embedded_is_found_without_being_told(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_says_how_to_go_on_and_the_next_run_does(
-    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     real, seen = prepare.check_item, []
 
@@ -78,13 +81,27 @@ def test_an_interrupt_says_how_to_go_on_and_the_next_run_does(
         return real(item, options, out)
 
     monkeypatch.setattr(prepare, "check_item", interrupted)
-    result = CliRunner().invoke(app, ["folder", str(recordings), "--out", str(tmp_path / "out")])
-    assert isinstance(result.exception, UserError)
-    assert "run the same command again" in str(result.exception)
+    capfd.readouterr()
+    assert main(["prepare", "folder", str(recordings), "--out", str(tmp_path / "out")]) == 130
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: interrupted: .*run the same command again.*\n", err)
     monkeypatch.undo()
     output = run("folder", recordings, "--out", tmp_path / "out")
     assert "continued: 4 items" in output
     assert "6 of 6 items kept" in output
+
+
+def test_a_full_disk_is_one_line(recordings: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
+    try:
+        assert main(["prepare", "folder", str(recordings), "--out", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: cannot write '.*': File too large, .*make room on the disk.*\n", err)
 
 
 @pytest.mark.parametrize(

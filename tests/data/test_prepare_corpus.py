@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -253,14 +254,14 @@ def test_line_separators_inside_a_text_do_not_tear_the_journal(tmp_path: Path) -
 @pytest.mark.parametrize("stage", ["cuts_valid.jsonl.gz", "report.json", ".completed"])
 def test_interrupt_while_writing_leaves_no_half_file_and_no_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     source = corpus(tmp_path / "in")
-    real = prepare_files.os.replace
+    real = os.replace
 
     def replace(old: Path, new: Path) -> None:
         if Path(new).name == stage:
             raise KeyboardInterrupt
         real(old, new)
 
-    monkeypatch.setattr(prepare_files.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(source, tmp_path / "out", OPTIONS)
     monkeypatch.undo()
@@ -282,8 +283,8 @@ def no_room_for_converted_audio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_room_for_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = prepare_files.write_text
-    monkeypatch.setattr(prepare, "write_text", lambda path, text: full_disk() if path.suffix == ".md" else real(path, text))
+    real = prepare.write_whole
+    monkeypatch.setattr(prepare, "write_whole", lambda path, text: full_disk() if path.suffix == ".md" else real(path, text))
 
 
 def no_room_for_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +310,7 @@ def test_full_disk_is_one_line_and_leaves_no_partial_file(tmp_path: Path, monkey
     soundfile.write(tmp_path / "a.wav", np.stack([speech(), speech()], 1), 16000)
     source = Source("stereo", [SourceItem("a", tmp_path / "a.wav", "text", split="train")])
     fault(monkeypatch)
-    with pytest.raises(UserError, match=r"No space left on device.*free space") as caught:
+    with pytest.raises(UserError, match=r"No space left on device.*make room on the disk") as caught:
         prepare_corpus(source, tmp_path / "out", OPTIONS)
     monkeypatch.undo()
     assert "\n" not in str(caught.value)
@@ -321,7 +322,7 @@ def test_full_disk_is_one_line_and_leaves_no_partial_file(tmp_path: Path, monkey
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot write the corpus to .*out.*choose another --out"):
+    with pytest.raises(UserError, match=r"cannot write .*out.*choose another path"):
         prepare_corpus(corpus(tmp_path / "in"), tmp_path / "out", OPTIONS)
     assert (tmp_path / "out").read_text() == "mine"
 

@@ -9,7 +9,7 @@ from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 
 from kalle.audio import read_audio, write_audio
-from kalle.data.testlist import count_words, language_code, load_test_items, read_test_list
+from kalle.data.testlist import count_words, language_code, read_test_list
 from kalle.errors import UserError
 
 
@@ -68,7 +68,7 @@ def test_jsonl_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
         ("b", tmp_path / "sub/b.wav", "en"),
     ]
     assert found.left_out == {"of another split": 1, "fewer than 4 words": 1, "beyond the limit": 1}
-    last = load_test_items(path)[-1]
+    last = read_test_list(path).items[-1]
     assert (last.prompt_text, last.prompt_path) == ("p", tmp_path / "p.wav")
 
 

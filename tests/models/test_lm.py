@@ -14,13 +14,18 @@ from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig
 
 BACKBONE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "vocab_size": 40, "max_position_embeddings": 256, "rope_theta": 10000.0,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 40,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
 }
 CONFIG = KalleLMConfig(backbone=BACKBONE, latent_dim=4)
-SPEAKER = dataclasses.replace(
-    CONFIG, speaker=SpeakerEncoderConfig(channels=8, embedding_dim=12, pooled_channels=16, attention_channels=8)
-)
+SPEAKER = dataclasses.replace(CONFIG, speaker=SpeakerEncoderConfig(channels=8, embedding_dim=12, pooled_channels=16, attention_channels=8))
 EXACT = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -44,8 +49,11 @@ def _batch(text_lengths, latent_lengths, speaker: bool = False, seed: int = 0) -
 def _single(batch: LMBatch, row: int) -> LMBatch:
     text, frames = int(batch.text_lengths[row]), int(batch.latent_lengths[row])
     return LMBatch(
-        batch.text_ids[row : row + 1, :text], batch.text_lengths[row : row + 1], batch.latents[row : row + 1, :frames],
-        batch.latent_lengths[row : row + 1], speaker_mels=None if batch.speaker_mels is None else batch.speaker_mels[row : row + 1],
+        batch.text_ids[row : row + 1, :text],
+        batch.text_lengths[row : row + 1],
+        batch.latents[row : row + 1, :frames],
+        batch.latent_lengths[row : row + 1],
+        speaker_mels=None if batch.speaker_mels is None else batch.speaker_mels[row : row + 1],
     )
 
 

@@ -75,8 +75,13 @@ def _speaker_batch(io) -> LMBatch:
         latents[row, :length] = io["audio_latents"][row][io["audio_mask"][row].bool()]
         targets[row, :length] = io["labels"][row, text - 1 : text - 1 + length]
     return LMBatch(
-        io["input_ids"][:, : int(text_lengths.max())], text_lengths, latents, latent_lengths,
-        posterior=DiagGaussian.from_parameters(targets), speaker_mels=io["mels"], speaker_noise=io["speaker_noise"],
+        io["input_ids"][:, : int(text_lengths.max())],
+        text_lengths,
+        latents,
+        latent_lengths,
+        posterior=DiagGaussian.from_parameters(targets),
+        speaker_mels=io["mels"],
+        speaker_noise=io["speaker_noise"],
     )
 
 

@@ -72,8 +72,16 @@ def test_full_size_speaker_encoder_is_read_from_shapes(released_shapes):
 
 @pytest.mark.parametrize(
     "name",
-    ["flow.flows.1.pre.weight", "flow.flows.00.pre.weight", "audio_encoder.generator.4.layer.bias", "audio_encoder.generator.3.layer.bias",
-     "audio_encoder.generator.4.layers.0.1.bias", "conv_pre.weight", "ups.0.1.bias", "generator.conv_pre.bias"],
+    [
+        "flow.flows.1.pre.weight",
+        "flow.flows.00.pre.weight",
+        "audio_encoder.generator.4.layer.bias",
+        "audio_encoder.generator.3.layer.bias",
+        "audio_encoder.generator.4.layers.0.1.bias",
+        "conv_pre.weight",
+        "ups.0.1.bias",
+        "generator.conv_pre.bias",
+    ],
 )
 def test_flowvae_names_without_a_counterpart_are_listed(name):
     with pytest.raises(UserError, match="2 tensors of unknown name") as caught:

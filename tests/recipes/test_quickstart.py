@@ -17,7 +17,7 @@ RUN = ROOT / "recipes/quickstart/run.py"
 
 
 def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, str(RUN), "--minutes", "0.1", "--items", "3", "--out", str(out), *more]
+    return [sys.executable, str(RUN), "--steps", "10", "10", "--items", "3", "--out", str(out), *more]
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -36,9 +36,12 @@ def test_budget_is_a_function_of_the_minutes() -> None:
         from run import Budget
     finally:
         sys.path.remove(str(RUN.parent))
-    short, long = Budget(15), Budget(60)
+    short, long = Budget.for_minutes(15), Budget.for_minutes(60)
     assert long.flowvae_steps > 3 * short.flowvae_steps
     assert long.lm_steps > 3 * short.lm_steps
+    for minutes in (float("nan"), float("inf"), 0.0, -1.0, 5.5):
+        with pytest.raises(ValueError, match="minutes"):
+            Budget.for_minutes(minutes)
 
 
 @pytest.mark.slow
@@ -56,7 +59,7 @@ def test_the_chain_runs_resumes_and_repeats(tmp_path: Path) -> None:
 
     interrupted = subprocess.Popen(command(second), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300
-    while not (second / "flowvae/config/config.yaml").exists():
+    while not (second / "flowvae/config.yaml").exists():
         assert interrupted.poll() is None, "the quickstart ended before it could be interrupted"
         assert time.monotonic() < deadline, "the quickstart never started to train"
         time.sleep(0.1)
@@ -69,7 +72,7 @@ def test_the_chain_runs_resumes_and_repeats(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_another_seed_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "stages.json").write_text(json.dumps({"settings": {"minutes": 0.1, "seed": 0}}))
+    (tmp_path / "stages.json").write_text(json.dumps({"settings": {"seed": 0}, "seconds": {}, "done": []}))
     done = subprocess.run(command(tmp_path, "--seed", "1"), capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode != 0
     assert "error:" in done.stderr

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from kalle.errors import UserError
+from kalle.evaluation.probe import probe
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM, KalleLMConfig
@@ -151,6 +153,25 @@ def test_validation_swaps_texts(make, batch: LMBatch, fit) -> None:
         assert metrics["val/frame_kl_swapped_text"] == pytest.approx(float(module.losses(swapped)["frame_kl"]), rel=1e-4)
     assert metrics["val/frame_kl_swapped_text"] > metrics["val/frame_kl"]
     assert {"val/total", "val/end_kl"} <= set(metrics)
+
+
+def test_validation_averages_over_frames(make, batch: LMBatch, fit) -> None:
+    """Batches of few long and of many short utterances weigh by their frames: the number that the probe reports."""
+    short = LMBatch(batch.text_ids[1:], batch.text_lengths[1:], batch.latents[1:, :6], torch.tensor([2, 1]), batch.posterior[1:, :6])
+    long = LMBatch(batch.text_ids[:1], batch.text_lengths[:1], batch.latents[:1], batch.latent_lengths[:1], batch.posterior[:1])
+    module = make(lr=0.0)
+    metrics = fit(module, [batch], 1, valid=[short, long]).callback_metrics
+    module.eval()
+    with torch.no_grad():
+        a, b = module.losses(short), module.losses(long)
+    assert float(metrics["val/frame_kl"]) == pytest.approx(float(3 * a["frame_kl"] + 9 * b["frame_kl"]) / 12, rel=1e-5)
+    assert float(metrics["val/end_kl"]) == pytest.approx(float(2 * a["end_kl"] + b["end_kl"]) / 3, rel=1e-5)
+    assert float(metrics["val/frame_kl"]) == pytest.approx(probe(module.lm, [short, long]).frame_kl, rel=1e-5)
+
+
+def test_the_direction_is_checked_at_once() -> None:
+    with pytest.raises(UserError, match=r"objective.direction: got 'foo', expected prediction_posterior or posterior_prediction"):
+        LMObjective(direction="foo")  # type: ignore[arg-type]
 
 
 def test_one_utterance_has_no_text_to_swap_with(make, batch: LMBatch, fit) -> None:

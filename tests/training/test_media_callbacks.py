@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,17 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from kalle.models.batch import WaveBatch
+from kalle.gaussian import DiagGaussian
+from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.synthesis.sampling import StopRule
 from kalle.text.tokenizer import Tokenizer
+from kalle.training.ema import EMA
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
 from kalle.training.lm import KalleLMTraining, LMObjective
 from kalle.training.media import ReconstructionMedia, SpeechMedia, log_speech, mel_picture
 from kalle.training.sampling import speech_sampler
+from kalle.training.schedules import exponential
 
 
 def trainer_with(loggers: list[Any], step: int = 5, **changes: Any) -> Any:
@@ -98,13 +103,46 @@ def lm_module(toy_lm_config: KalleLMConfig) -> KalleLMTraining:
 
 def test_texts_are_spoken_by_the_bound_sampler(lm_module: KalleLMTraining, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     board, media = TensorBoardLogger(tmp_path, name="tb", version=""), SpeechMedia(["one", "mute"])
-    media.on_validation_epoch_end(trainer_with([board], 1), lm_module)
+
+    def validate(step: int) -> None:
+        for index in range(3):
+            media.on_validation_batch_end(trainer_with([board], step, num_val_batches=[3]), lm_module, None, None, index)  # type: ignore[arg-type]
+
+    validate(1)
     media.bind(lambda module, text: torch.zeros(0 if text == "mute" else 4000), 16000)
     caplog.set_level("INFO")
-    media.on_validation_epoch_end(trainer_with([board], 2), lm_module)
+    validate(2)
     board.finalize("success")
     assert tags(tmp_path / "tb") == {"speech/0": [2], "speech/0/mel": [2]}
-    assert "'mute' ended before its first frame" in caplog.text
+    assert caplog.text.count("'mute' ended before its first frame") == 1
+
+
+@pytest.mark.parametrize("speaks_first", [True, False])
+def test_the_averaged_weights_speak(speaks_first: bool, toy_lm_config: KalleLMConfig, fit) -> None:
+    """Whatever the order of the callbacks; the average is in place during validation only."""
+    torch.manual_seed(0)
+    module = KalleLMTraining(KalleLM(toy_lm_config), partial(torch.optim.AdamW, lr=1e-2), partial(exponential, decay=1.0), LMObjective())
+    mean = torch.randn(2, 5, toy_lm_config.latent_dim)
+    lengths = torch.tensor([5, 5])
+    batch = LMBatch(torch.ones(2, 3, dtype=torch.long), torch.tensor([3, 3]), mean, lengths, DiagGaussian(mean, -torch.ones_like(mean)))
+    spoken: list[torch.Tensor] = []
+    trained: list[torch.Tensor] = []
+
+    class Raw(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            trained.append(pl_module.lm.audio_linear.weight.detach().clone())
+
+    def sampler(speaking: KalleLMTraining, text: str) -> torch.Tensor:
+        spoken.append(speaking.lm.audio_linear.weight.detach().clone())
+        return torch.zeros(0)
+
+    media, average = SpeechMedia(["x"]), EMA(0.9)
+    media.bind(sampler, 16000)
+    callbacks = [media, average] if speaks_first else [average, media]
+    fit(module, [batch], 3, valid=[batch, batch], callbacks=[Raw(), *callbacks])
+    assert len(spoken) == len(trained) == 3
+    assert torch.equal(spoken[-1], module.lm.audio_linear.weight), "the end leaves the average in the module"
+    assert not torch.equal(spoken[-1], trained[-1])
 
 
 def test_the_sampler_speaks_with_the_current_weights(lm_module: KalleLMTraining, flowvae_module: FlowVAETraining) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from safetensors.torch import load_file
 from kalle.cli.hydra_entry import compose
 from kalle.cli.train import TrainingRun, train_flowvae, train_lm
 from kalle.errors import UserError
-from kalle.training import checkpointing
 from kalle.training.checkpointing import LAST, LastCheckpoint, resume_path
 
 Train = Callable[..., TrainingRun]
@@ -176,22 +176,49 @@ def _add_callback(patch: pytest.MonkeyPatch, callback: Callback) -> None:
     patch.setattr(module, "_callbacks", lambda config: [callback, *original(config)])
 
 
-def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / LAST).write_bytes(b"old")
-    callback = LastCheckpoint(str(tmp_path), 1)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_ends_with_its_epochs_is_complete_too(stage: str, train: Train, tmp_path: Path) -> None:
+    more = ("trainer.max_steps=-1", "trainer.max_epochs=2", "callbacks.checkpoint.every_steps=1000")
+    more += ("trainer.val_check_interval=1000", *(["scheduler.total_steps=20"] if stage == "lm" else []))
+    run = train(stage, tmp_path / "run", *more)
+    state, last = checkpoint(tmp_path / "run"), tmp_path / "run" / "weights" / stage / "model.safetensors"
+    assert state["global_step"] == run.trainer.global_step == 2 * run.trainer.num_training_batches
+    current, average = state["current_model_state"], state["state_dict"]
+    assert any(not torch.equal(current[name], average[name]) for name in current), "the weights in training, not their average twice"
+    before = load_file(last)
+    shutil.rmtree(tmp_path / "run" / "weights")
+    again = train(stage, tmp_path / "run", *more)
+    assert again.trainer.global_step == run.trainer.global_step
+    assert_equal(before, load_file(last))
 
-    class FullDisk:
-        is_global_zero, global_step = True, 7
 
-        def save_checkpoint(self, path: Path) -> None:
-            path.write_bytes(b"ha")
-            raise OSError(28, "No space left on device")
+def test_a_full_disk_is_one_line_and_keeps_the_old_checkpoint(train: Train, tmp_path: Path) -> None:
+    train("lm", tmp_path / "run", "trainer.max_steps=2")
+    path = tmp_path / "run" / "checkpoints" / LAST
+    old = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, before[1]))
+    try:
+        with pytest.raises(UserError, match=rf"cannot write '{path}': .*make room on the disk or choose another folder"):
+            train("lm", tmp_path / "run", "trainer.max_steps=4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in path.parent.iterdir()] == [LAST]
+    assert path.read_bytes() == old
 
-    with pytest.raises(OSError, match="No space"):
-        callback._save(FullDisk())  # type: ignore[arg-type]
-    assert [path.name for path in tmp_path.iterdir()] == [LAST]
-    assert (tmp_path / LAST).read_bytes() == b"old"
-    assert checkpointing.LAST == "last.ckpt"
+
+def test_checkpoints_are_written_where_they_belong(train: Train, tmp_path: Path, monkeypatch) -> None:
+    """Neither a copy in memory nor one in the system's temporary folder, which may be small."""
+    written: list[Any] = []
+    original = torch.save
+
+    def save(state: Any, file: Any, *rest: Any, **more: Any) -> None:
+        written.append(getattr(file, "name", file))
+        original(state, file, *rest, **more)
+
+    monkeypatch.setattr(torch, "save", save)
+    train("lm", tmp_path / "run", "trainer.max_steps=2")
+    assert [str(name) for name in written] == [str(tmp_path / "run" / "checkpoints" / f"{LAST}.partial")]
 
 
 def test_every_steps_must_be_positive(tmp_path: Path) -> None:

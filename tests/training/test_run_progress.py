@@ -34,6 +34,15 @@ def test_log_lines_tell_step_loss_and_time(trainer: Any, caplog: pytest.LogCaptu
     assert "step 120/200, loss 1.500, 4.0 min left" in caplog.text
 
 
+def test_a_run_of_epochs_knows_its_steps(trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    trainer.max_steps, trainer.estimated_stepping_batches = -1, 150
+    line = RunProgress(log_every_seconds=0)
+    line.on_train_start(trainer, None)  # type: ignore[arg-type]
+    line.on_train_batch_end(trainer, None)  # type: ignore[arg-type]
+    assert "step 100/150" in caplog.text
+
+
 def test_validation_is_reported(trainer: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     trainer.callback_metrics = {"train/loss": torch.tensor(2.0), "val/mel_l1": torch.tensor(0.25)}

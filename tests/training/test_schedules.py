@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from kalle.errors import UserError
 from kalle.training.schedules import exponential, warmup_cosine
 
 
@@ -39,3 +40,10 @@ def test_exponential_by_hand() -> None:
     assert rates(lambda optimizer: exponential(optimizer, 0.5), 4) == pytest.approx([2.0, 1.0, 0.5, 0.25])
     assert rates(lambda optimizer: exponential(optimizer, 1.0, warmup_steps=2), 4) == pytest.approx([1.0, 2.0, 2.0, 2.0])
     assert rates(lambda optimizer: exponential(optimizer, 0.5, warmup_steps=2), 3) == pytest.approx([1.0, 1.0, 0.5])
+
+
+def test_a_cosine_needs_an_end() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for steps in (0, -1):
+        with pytest.raises(UserError, match=rf"scheduler.total_steps: got {steps}, expected at least 1"):
+            warmup_cosine(optimizer, 1, steps)

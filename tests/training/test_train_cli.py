@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from kalle.checkpoint import read_json
@@ -45,8 +46,11 @@ def test_flowvae_run_leaves_weights_logs_and_configuration(flowvae_overrides: li
     assert any(row.get("lr-AdamW") for row in rows(out))
     assert list((out / "tensorboard").glob("events*"))
     assert list((out / "wandb").glob("offline-run-*"))
-    assert (out / "config" / "config.yaml").is_file()
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "config", "csv", "tensorboard", "wandb", "weights"]
+    saved = OmegaConf.load(out / "config.yaml")
+    assert saved.data.corpus == str(toy_corpus)
+    assert saved.callbacks.checkpoint.folder == f"{out}/checkpoints"
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "config.yaml", "csv", "tensorboard", "wandb", "weights"]
+    assert read_json(out / "weights" / "config.json") == {"format_version": 1, "parts": ["flowvae"], "sample_rate": 16000}
 
 
 def test_lm_run_leaves_a_folder_that_speaks(lm_overrides: list[str], toy_weights: Path, toy_latents: Path, tmp_path: Path) -> None:
@@ -57,15 +61,24 @@ def test_lm_run_leaves_a_folder_that_speaks(lm_overrides: list[str], toy_weights
     torch.testing.assert_close(lm.latent_mean, torch.tensor(info["mean"]))
     torch.testing.assert_close(lm.latent_std, torch.tensor(info["std"]))
     assert Kalle.from_pretrained(out / "weights", device="cpu").synthesize("Hi.", seed=1).sample_rate == 16000
+    described = {"format_version": 1, "parts": ["flowvae", "lm", "tokenizer"], "sample_rate": 16000}
+    assert read_json(out / "weights" / "config.json") == described
 
 
-def test_lm_with_speaker_encoder(lm_overrides: list[str], tmp_path: Path) -> None:
-    speaker = (
-        "{_target_: kalle.models.speaker.SpeakerEncoderConfig, channels: 16, embedding_dim: 8, pooled_channels: 16, attention_channels: 8}"
-    )
-    crops = "{_target_: kalle.data.latent_dataset.SpeakerConfig, crop_frames: 20, latent_dim: 16}"
-    assert train("lm", lm_overrides, f"out={tmp_path}", f"lm.speaker={speaker}", f"data.speaker={crops}", "objective.speaker_drop=0.5") == 0
-    assert KalleLM.from_pretrained(tmp_path / "weights").config.speaker is not None
+def test_without_a_flowvae_the_folder_says_so(lm_overrides: list[str], tmp_path: Path) -> None:
+    assert train("lm", lm_overrides, f"out={tmp_path}", "trainer.max_steps=1") == 0
+    assert read_json(tmp_path / "weights" / "config.json")["parts"] == ["lm", "tokenizer"]
+
+
+def test_speaker_variant_speaks_with_a_drawn_voice(lm_overrides: list[str], toy_weights: Path, tmp_path: Path) -> None:
+    variant = [word.replace("lm=nano", "lm=nano_speaker") for word in lm_overrides]
+    more = ["data=lm_speaker", "data.speaker.crop_frames=20", "objective.speaker_drop=0.5", "trainer.max_steps=2"]
+    assert train("lm", variant, f"out={tmp_path}", f"flowvae={toy_weights}", *more) == 0
+    kalle = Kalle.from_pretrained(tmp_path / "weights", device="cpu")
+    assert kalle.lm.speaker_encoder is not None
+    one, other = (kalle.synthesize("Hi.", kalle.random_voice(seed), seed=1, max_seconds=0.1).audio for seed in (3, 4))
+    assert len(one)
+    assert one.shape != other.shape or (one != other).any()
 
 
 def test_init_continues_from_weights(lm_overrides: list[str], toy_weights: Path, tmp_path: Path) -> None:
@@ -120,6 +133,21 @@ def test_ctrl_c_is_one_line_and_130(lm_overrides: list[str], tmp_path: Path, cap
     assert train("lm", lm_overrides, f"out={tmp_path}") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; run the same command again to continue"
     assert torch.load(tmp_path / "checkpoints" / LAST, weights_only=True)["global_step"] == 2
+
+
+def test_ctrl_c_before_the_first_step_is_130_too(lm_overrides: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+    from kalle.training.progress import RunProgress
+
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(RunProgress, "on_fit_start", press)
+    try:
+        assert train("lm", lm_overrides, f"out={tmp_path}") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores Ctrl-C from then on
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; run the same command again to continue"
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kalle.cli.interrupts import interruptible
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
 
@@ -22,7 +24,8 @@ def release(
     """Turn released files into a weight folder; any part alone works."""
     from kalle.convert.release import convert_release
 
-    convert_release(out, flowvae, flowvae_config, lm, lm_config, tokenizer)
+    with interruptible():
+        convert_release(out, flowvae, flowvae_config, lm, lm_config, tokenizer)
     typer.echo(str(out))
 
 
@@ -34,7 +37,8 @@ def to_release(
     """Write a weight folder in the released format."""
     from kalle.convert.release import convert_to_release
 
-    convert_to_release(folder, out)
+    with interruptible():
+        convert_to_release(folder, out)
     typer.echo(str(out))
 
 
@@ -51,7 +55,8 @@ def tokenizer(
 
     if (out / TOKENIZER_NAME).exists():
         raise UserError(f"already there: got '{out / TOKENIZER_NAME}', expected a new folder; remove it or choose another --out")
-    built = llama3_tokenizer(model)
-    with staged(out.absolute()) as staging:
-        built.save(staging)
+    with interruptible():
+        built = llama3_tokenizer(model)
+        with staged(out.absolute()) as staging:
+            built.save(staging)
     typer.echo(str(out))

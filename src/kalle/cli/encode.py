@@ -21,8 +21,8 @@ def run(overrides: list[str]) -> int:
 def encode(config: DictConfig) -> dict[str, Any]:
     """Encode the corpus that ``config`` names; returns the info.json of the latent folder."""
     from omegaconf import OmegaConf
-    from rich.progress import Progress
 
+    from kalle.bars import progress_bar
     from kalle.checkpoint import resolve_device
     from kalle.data.corpus_cuts import load_cuts
     from kalle.data.encode import CorpusEncoder, encode_corpus
@@ -33,14 +33,12 @@ def encode(config: DictConfig) -> dict[str, Any]:
     OmegaConf.resolve(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        from kalle.errors import UserError
-
         raise UserError(f"kalle encode: no value for {', '.join(missing)}, expected flowvae=DIR corpus=DIR out=DIR; add {missing[0]}=DIR")
     options = encode_config(config)
     flowvae = FlowVAE.from_pretrained(config.flowvae.folder, device=resolve_device(config.device))
     splits = {split: load_cuts(config.corpus, split) for split in config.splits}
     encoder = CorpusEncoder(flowvae, options, SpeakerMel() if options.speaker_mels else None)
-    with Progress(transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("encode", total=None)
         return encode_corpus(encoder, splits, config.out, lambda done, total: bar.update(task, completed=done, total=total))
 

@@ -42,6 +42,7 @@ def evaluate(config: DictConfig) -> Result:
     from omegaconf import OmegaConf
 
     from kalle.data.testlist import read_test_list
+    from kalle.disk import output_folder
     from kalle.errors import UserError
 
     missing = sorted(OmegaConf.missing_keys(config))
@@ -53,10 +54,12 @@ def evaluate(config: DictConfig) -> Result:
     if config[needed] is None:
         raise UserError(f"kind={config.kind}: got no {needed}, expected {needed}=DIR; add it")
     test_list = read_test_list(config.testset.path, config.testset.min_words, config.testset.limit)
-    result = _score(config, test_list)
-    logger.info("%s", (Path(config.out) / "report.md").read_text(encoding="utf-8"))
+    out = Path(config.out)
+    with output_folder(out):
+        result = _score(config, test_list)
+    logger.info("%s", (out / "report.md").read_text(encoding="utf-8"))
     if result.errors:
-        logger.warning("%d items could not be scored; see error in %s", result.errors, Path(config.out) / "items.jsonl")
+        logger.warning("%d items could not be scored; see error in %s", result.errors, out / "items.jsonl")
     return result
 
 

@@ -45,6 +45,10 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
             raise job.error
     except (HydraException, OmegaConfBaseException) as error:
         raise _readable(error, config_name, overrides) from None
+    except ValueError as error:
+        if many or isinstance(error, UserError) or error is job.error:
+            raise
+        raise _readable(error, config_name, overrides) from None  # Hydra's own, for logger=null and its kind
     except SystemExit as end:  # --help and its kind
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
@@ -118,7 +122,7 @@ def _readable(error: Exception, config_name: str, overrides: list[str]) -> Excep
     key = re.search(r"is not in struct\n\s*full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text)
     if key is not None:
         valid = ", ".join(_siblings(config_name, key[1], overrides))
-        return UserError(f"unknown configuration key: got '{key[1]}', expected one of: {valid}; add a new one with +{key[1]}=…")
+        return UserError(f"unknown configuration key: got '{key[1]}', expected one of: {valid}; correct it")
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing is not None:
         return UserError(f"no value for {missing[1]}: expected one in the command; add {missing[1]}=…")

@@ -84,9 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        return _fail(f"{error.strerror}: '{error.filename}'" if error.filename else f"{error.strerror or error}")
+        return _fail(_refusal(error))
     except Exception as error:
         return _fail_usage(error)
+
+
+def _refusal(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.filename is None:
+        return f"the system refuses: {reason}; make room on the disk or choose another folder"
+    return f"cannot use '{error.filename}': {reason}; choose another file or folder, or change its permissions"
 
 
 def _fail_usage(error: Exception) -> int:

@@ -52,9 +52,9 @@ def asterisk(
         valid_share=PROMPT_SPLIT.valid_share if valid_share is None else valid_share,
         test_share=PROMPT_SPLIT.test_share if test_share is None else test_share,
     )
-    with _interruptible(out):
+    with _resumable(out, "decode") as track:
         packages = find_packages(debs, names) if debs is not None else _fetched(out / "packages", names, find_packages, download_packages)
-        build_prompts(packages, language, out, kbps, policy, _tracked("decode"))
+        build_prompts(packages, language, out, kbps, policy, track)
     _prepare(read_embedded(out), out, min_seconds, max_seconds)
 
 
@@ -134,20 +134,20 @@ def _prepare(
     from kalle.data.prepare_split import SplitPolicy
 
     options = PrepareOptions(min_seconds=min_seconds, max_seconds=max_seconds, split=SplitPolicy(valid_share, test_share, seed))
-    with _interruptible(out):
-        prepared = prepare_corpus(source, out, options, _tracked("check"))
+    with _resumable(out, "check") as track:
+        prepared = prepare_corpus(source, out, options, track)
     _show(prepared.report, out, prepared.unchanged, prepared.resumed_items)
 
 
 @contextmanager
-def _interruptible(out: Path) -> Iterator[None]:
-    """Ctrl-C as one line that says how to go on."""
-    from kalle.errors import UserError
+def _resumable(out: Path, label: str) -> Iterator[Callable[[list[Any]], Iterable[Any]]]:
+    """Yields what puts a progress bar around a list; Ctrl-C is one line that says how to go on."""
+    from kalle.bars import progress_bar
+    from kalle.cli.interrupts import interruptible
 
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise UserError(f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped") from None
+    again = f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped"
+    with interruptible(again), progress_bar() as bar:
+        yield lambda items: bar.track(items, description=label)
 
 
 def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int) -> None:
@@ -175,18 +175,6 @@ def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int
     empty = [split for split, row in report["splits"].items() if not row["items"]]
     if empty:
         console.print(f"note: no items in {' and '.join(empty)}; raise the share, or give a split in the list", markup=False)
-
-
-def _tracked(label: str) -> Callable[[list[Any]], Iterable[Any]]:
-    """A progress bar with the remaining time around a list."""
-
-    def track_items(items: list[Any]) -> Iterable[Any]:
-        from rich.console import Console
-        from rich.progress import track
-
-        return track(items, description=label, console=Console(stderr=True), transient=True)
-
-    return track_items
 
 
 def _fetched(folder: Path, names: list[str], find: Callable[..., list[Path]], download: Callable[..., list[Path]]) -> list[Path]:

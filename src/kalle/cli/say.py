@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kalle.cli.interrupts import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,13 +35,14 @@ def say(
     max_seconds: Annotated[float | None, typer.Option(help="Length cap; by default what slow speech of the text does not reach.")] = None,
 ) -> None:
     """Speak a text into a file, in a voice that the model makes up, a recording's or a stored one."""
-    spoken = read_text(text)
-    check_request(spoken, output, prompt_audio, prompt_text, voice)
-    from kalle.synthesis.kalle import Kalle
+    with interruptible():
+        spoken = read_text(text)
+        check_request(spoken, output, prompt_audio, prompt_text, voice)
+        from kalle.synthesis.kalle import Kalle
 
-    kalle = Kalle.from_pretrained(model, device, dtype)
-    chosen = choose_voice(kalle, prompt_audio, prompt_text, voice)
-    speak_to_file(kalle, spoken, output, chosen, seed, temperature, max_seconds)
+        kalle = Kalle.from_pretrained(model, device, dtype)
+        chosen = choose_voice(kalle, prompt_audio, prompt_text, voice)
+        speak_to_file(kalle, spoken, output, chosen, seed, temperature, max_seconds)
 
 
 def speak_to_file(

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kalle.cli.train_checks import (
+    check_encoder,
+    check_frames,
+    check_latents,
+    check_manual_optimisation,
+    check_run,
+    check_speaker,
+    check_vocabulary,
+)
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +31,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGES = ("flowvae", "lm")
+SPLITS = ("train", "valid")
+"""What a run reads: opened before anything is built or written."""
 WEIGHTS_FOLDER = "weights"
+USAGE = """usage: kalle train flowvae data.corpus=DIR out=DIR [KEY=VALUE ...]
+       kalle train lm data.latents=DIR out=DIR [flowvae=DIR] [KEY=VALUE ...]
+
+`kalle train flowvae --help` and `kalle train lm --help` list every key; --cfg job prints the configuration of a run.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,9 @@ def run(overrides: list[str]) -> int:
     """The first word names the stage; the rest are Hydra overrides. Returns the exit status."""
     from kalle.cli.hydra_entry import folder_override, run_hydra
 
+    if overrides and overrides[0] in ("-h", "--help"):
+        sys.stdout.write(USAGE)
+        return 0
     if not overrides or overrides[0] not in STAGES:
         got = repr(overrides[0]) if overrides else "nothing"
         raise UserError(
@@ -56,10 +76,14 @@ def train_flowvae(config: DictConfig) -> TrainingRun:
     from kalle.models.flowvae import FlowVAE
     from kalle.training.flowvae import FlowVAETraining
 
+    check_run(config)
+    check_manual_optimisation(config)
     _prepare(config)
     data = instantiate(config.data, _convert_="all")
+    for split in SPLITS:
+        data.reader(split)
     flowvae = FlowVAE(instantiate(config.flowvae, _convert_="all"))
-    _check_frames(config, flowvae)
+    check_frames(config, flowvae)
     judges = None if config.discriminators is None else Discriminators(instantiate(config.discriminators, _convert_="all"))
     module = FlowVAETraining(
         flowvae,
@@ -71,7 +95,7 @@ def train_flowvae(config: DictConfig) -> TrainingRun:
         mel_loss=None if config.mel_loss is None else instantiate(config.mel_loss, _convert_="all"),
         seed=config.seed,
     )
-    result = _fit(config, module, data)
+    result = _fit(config, module, data, _callbacks(config))
     flowvae.save_pretrained(result.weights)
     _describe(result.weights, flowvae.config.sample_rate)
     return result
@@ -82,13 +106,17 @@ def train_lm(config: DictConfig) -> TrainingRun:
     from hydra.utils import instantiate
 
     from kalle.data.shards import read_info
+    from kalle.models.flowvae import FlowVAE
     from kalle.training.lm import KalleLMTraining
-    from kalle.training.media import SpeechMedia
 
+    check_run(config)
     _prepare(config)
     data = instantiate(config.data, _convert_="all")
-    lm = _language_model(config, data.latents)
-    _check_vocabulary(lm, data.tokenizer)
+    for split in SPLITS:
+        data.dataset(split)
+    info = read_info(data.latents)
+    lm = _language_model(config, info, data.tokenizer)
+    check_speaker(lm, data.speaker)
     module = KalleLMTraining(
         lm,
         optimizer=instantiate(config.optimizer),
@@ -97,67 +125,47 @@ def train_lm(config: DictConfig) -> TrainingRun:
         seed=config.seed,
     )
     callbacks = _callbacks(config)
-    for callback in callbacks:
-        if isinstance(callback, SpeechMedia) and config.flowvae.folder is not None:
-            _bind_sampler(callback, config, data.tokenizer)
+    if config.flowvae.folder is not None:
+        flowvae = FlowVAE.from_pretrained(config.flowvae.folder)
+        check_encoder(flowvae, config.flowvae.folder, info, data.latents)
+        _bind_sampler(callbacks, flowvae, data.tokenizer, config.seed)
     result = _fit(config, module, data, callbacks)
     lm.save_pretrained(result.weights)
     data.tokenizer.save(result.weights / "tokenizer")
     if config.flowvae.folder is not None:
         _copy_flowvae(config.flowvae.folder, result.weights)
-    _describe(result.weights, read_info(data.latents)["sample_rate_hz"])
+    _describe(result.weights, info["sample_rate_hz"])
     return result
 
 
-def _language_model(config: DictConfig, latents: Path) -> KalleLM:
+def _language_model(config: DictConfig, info: dict[str, Any], tokenizer: Tokenizer) -> KalleLM:
+    """The model that ``config`` describes or starts from, checked against the latents of ``info``."""
+    import torch
     from hydra.utils import instantiate
 
-    from kalle.data.shards import read_info
     from kalle.models.lm import KalleLM
 
     if config.init is not None:
-        return KalleLM.from_pretrained(config.init).train()
-    lm = KalleLM(instantiate(config.lm, _convert_="all"))
-    info = read_info(latents)
-    if info["latent_dim"] != lm.config.latent_dim:
-        raise UserError(
-            f"the latents have {info['latent_dim']} dimensions but lm.latent_dim is {lm.config.latent_dim}; "
-            f"set lm.latent_dim={info['latent_dim']}"
-        )
-    if lm.config.normalise_latents:
-        import torch
-
+        lm = KalleLM.from_pretrained(config.init).train()
+    else:
+        # Before the model is built, because transformers has something to say about token ids beyond the vocabulary.
+        check_vocabulary(config.lm.backbone.get("vocab_size", tokenizer.vocab_size), tokenizer)
+        lm = KalleLM(instantiate(config.lm, _convert_="all"))
+    check_vocabulary(lm.vocab_size, tokenizer)
+    check_latents(lm, info, config.init)
+    if config.init is None and lm.config.normalise_latents:
         lm.set_latent_statistics(torch.tensor(info["mean"]), torch.tensor(info["std"]))
     return lm
 
 
-def _check_frames(config: DictConfig, flowvae: FlowVAE) -> None:
-    for ours, theirs, unit in (("hop_length", "hop_length", "samples a frame"), ("sample_rate_hz", "sample_rate", "samples a second")):
-        wanted = getattr(flowvae.config, theirs)
-        if config.data[ours] != wanted:
-            raise UserError(f"data.{ours} is {config.data[ours]} but the Flow-VAE has {wanted} {unit}; set data.{ours}={wanted}")
-
-
-def _check_vocabulary(lm: KalleLM, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > lm.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model embeds {lm.vocab_size}; "
-            f"set lm.backbone.vocab_size={tokenizer.vocab_size}"
-        )
-
-
 def _prepare(config: DictConfig) -> None:
-    """Check that nothing required is missing, then seed everything."""
+    """Threads, seeds and what the libraries say."""
     import warnings
 
     import lightning
     import torch
-    from omegaconf import OmegaConf
 
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"no value for {', '.join(missing)}: expected a folder; add {missing[0]}=DIR to the command")
     # Its own handler would repeat every line of ours, and what it says about devices and steps we say ourselves.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.threads is not None:
@@ -174,11 +182,11 @@ def _callbacks(config: DictConfig) -> list[Any]:
     return [instantiate(node, _convert_="all") for node in wanted]
 
 
-def _fit(config: DictConfig, module: lightning.LightningModule, data: Any, callbacks: list[Any] | None = None) -> TrainingRun:
+def _fit(config: DictConfig, module: lightning.LightningModule, data: Any, callbacks: list[Any]) -> TrainingRun:
     from hydra.utils import instantiate
 
     from kalle.checkpoint import resolve_device
-    from kalle.training.checkpointing import resume_path
+    from kalle.training.checkpointing import check_checkpoint, resume_path
 
     out = Path(config.out)
     device = resolve_device(config.device)
@@ -191,33 +199,49 @@ def _fit(config: DictConfig, module: lightning.LightningModule, data: Any, callb
         devices=[device.index] if device.index is not None else config.trainer.devices,
         precision=precision,
         logger=[instantiate(node) for node in config.logger] if config.logger else False,
-        callbacks=_callbacks(config) if callbacks is None else callbacks,
+        callbacks=callbacks,
         default_root_dir=str(out),
         _convert_="all",
     )
     checkpoint = resume_path(config.resume, out / "checkpoints")
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, module)
     parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    end = f"step {trainer.max_steps}" if trainer.max_steps > 0 else f"the end of epoch {trainer.max_epochs}"
     logger.info(
-        "training %.1f M parameters on %s (%s) to step %d, %s; results in '%s'",
-        parameters / 1e6, device, precision, trainer.max_steps, f"continuing from '{checkpoint}'" if checkpoint else "from the start", out,
+        "training %.1f M parameters on %s (%s) to %s, %s; results in '%s'",
+        parameters / 1e6, device, precision, end, f"continuing from '{checkpoint}'" if checkpoint else "from the start", out,
     )  # fmt: skip
+    if trainer.is_global_zero:
+        _save_config(config, out / "config.yaml")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
-    except (RuntimeError, SystemExit):
+    except (RuntimeError, SystemExit) as error:
         # Lightning answers Ctrl-C with exit code 1, and data workers that got it too die under the trainer.
-        if not trainer.interrupted or not any(getattr(callback, "stop_asked", False) for callback in trainer.callbacks):
+        asked = any(getattr(callback, "stop_asked", False) for callback in trainer.callbacks)
+        if not isinstance(error.__context__, KeyboardInterrupt) and not (trainer.interrupted and asked):
             raise
         raise KeyboardInterrupt from None
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainingRun(module, trainer, out / WEIGHTS_FOLDER, metrics)
 
 
-def _bind_sampler(callback: Any, config: DictConfig, tokenizer: Tokenizer) -> None:
-    from kalle.models.flowvae import FlowVAE
+def _save_config(config: DictConfig, path: Path) -> None:
+    """The configuration with every reference resolved, as a record of the run."""
+    from omegaconf import OmegaConf
+
+    from kalle.disk import write_whole
+
+    write_whole(path, OmegaConf.to_yaml(config, resolve=True))
+
+
+def _bind_sampler(callbacks: list[Any], flowvae: FlowVAE, tokenizer: Tokenizer, seed: int) -> None:
+    from kalle.training.media import SpeechMedia
     from kalle.training.sampling import speech_sampler
 
-    flowvae = FlowVAE.from_pretrained(config.flowvae.folder)
-    callback.bind(speech_sampler(flowvae, tokenizer, seed=config.seed), flowvae.config.sample_rate)
+    for callback in callbacks:
+        if isinstance(callback, SpeechMedia):
+            callback.bind(speech_sampler(flowvae, tokenizer, seed=seed), flowvae.config.sample_rate)
 
 
 def _describe(weights: Path, sample_rate: int | None) -> None:

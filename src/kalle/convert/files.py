@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalle.checkpoint import unwritable
+from kalle.disk import unwritable
 from kalle.errors import UserError
 
 PARTIAL = ".partial"
+MARKER = ".kalle-partial"
+"""In every folder that is being filled, so that a folder of somebody else's is not taken for one."""
 
 
 def read_pickle(path: Path) -> Mapping[str, Any]:
@@ -78,22 +80,27 @@ def write_pickle(path: Path, value: Mapping[str, Any]) -> None:
 def staged(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes ``out`` on success; on failure nothing stays.
 
-    What was put into it is moved into an ``out`` that exists already, config.json last. OSError becomes a UserError.
+    What was put into it is moved into an ``out`` that exists already, config.json last. OSError becomes a UserError, and so does a folder
+    in the way that no killed run left behind.
     """
     staging = out.with_name(out.name + PARTIAL)
+    if staging.exists() and not (staging / MARKER).is_file():
+        raise UserError(f"in the way: got '{staging}', which kalle did not make, expected no such folder; move it or choose another --out")
     made = _make_parents(out.parent)
     try:
         # What a killed run left behind; it was never a finished folder.
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
+        (staging / MARKER).touch()
         yield staging
+        (staging / MARKER).unlink()
         _publish(staging, out)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:
             folder.rmdir()
         if isinstance(error, OSError):
-            raise unwritable(Path(error.filename or out), error.strerror or str(error)) from None
+            raise unwritable(Path(error.filename or out), error) from None
         raise
 
 
@@ -103,7 +110,7 @@ def _make_parents(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(folder, error.strerror or str(error)) from None
+        raise unwritable(folder, error) from None
     return missing
 
 

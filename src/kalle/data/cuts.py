@@ -11,7 +11,7 @@ from pathlib import Path
 from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
 
-from kalle.data.prepare_files import whole_file
+from kalle.disk import whole_file
 
 
 def cuts_path(folder: Path, split: str) -> Path:

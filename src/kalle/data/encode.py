@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import nn
 from kalle.checkpoint import weights_hash, write_json
 from kalle.data.joining import JoinConfig, Utterance, joined, singles
 from kalle.data.shards import COMPLETED_NAME, INFO_NAME, LATENTS, SPEAKER_MELS, LatentRecord, ShardFolder, iter_posteriors, read_info
+from kalle.disk import output_folder
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import constant_gaussian_baseline
@@ -148,7 +147,7 @@ def encode_corpus(
     if not total:
         raise UserError("nothing to encode: got no cuts, expected at least one; run `kalle prepare` on the corpus")
     recorded: dict[str, list[dict[str, Any]]] = {split: [] for split in plan}
-    with disk_errors(root):
+    with output_folder(root):
         for split, utterances in plan.items():
             folder = ShardFolder(root, split, (LATENTS, SPEAKER_MELS) if encoder.config.speaker_mels else (LATENTS,))
             size = encoder.config.shard_size
@@ -252,16 +251,3 @@ def _finish(
     write_json(root / INFO_NAME, info)
     (root / COMPLETED_NAME).touch()
     return read_info(root)
-
-
-@contextmanager
-def disk_errors(root: Path) -> Iterator[None]:
-    """Turn a full disk or a forbidden folder into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"no disk space left for '{root}'; free some and run again: finished shards are kept") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"cannot write '{root}': {error.strerror}; give another out=") from None
-        raise

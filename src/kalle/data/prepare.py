@@ -14,9 +14,10 @@ from lhotse import MonoCut
 from kalle.data.corpora.items import Rejection, Source, SourceItem
 from kalle.data.cuts import cuts_path, make_cut, write_cuts
 from kalle.data.prepare_check import Kept, PrepareOptions, check_item
-from kalle.data.prepare_files import Journal, disk_errors, write_text
+from kalle.data.prepare_files import Journal
 from kalle.data.prepare_split import SPLITS
 from kalle.data.report import build_report, markdown
+from kalle.disk import output_folder, write_whole
 from kalle.errors import UserError
 
 COMPLETED_NAME = ".completed"
@@ -47,8 +48,7 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
     finished = _finished_report(out, fingerprint)
     if finished is not None:
         return Prepared(out, finished, unchanged=True, resumed_items=0)
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with output_folder(out):
         (out / COMPLETED_NAME).unlink(missing_ok=True)
         journal = Journal(out / JOURNAL_NAME, fingerprint)
         try:
@@ -113,8 +113,8 @@ def _finish(
     source: Source, out: Path, options: PrepareOptions, fingerprint: str, kept: list[Kept], rejected: list[Rejection]
 ) -> dict[str, Any]:
     report = build_report(source, options, kept, rejected)
-    write_text(out / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_text(out / REPORT_MD, markdown(report))
+    write_whole(out / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(out / REPORT_MD, markdown(report))
     if not any(item.split == "train" for item in kept):
         counts = ", ".join(f"{count} {reason}" for reason, count in report["rejected_by_reason"].items()) or "none rejected"
         raise UserError(
@@ -123,7 +123,7 @@ def _finish(
         )
     for split in SPLITS:
         write_cuts(cuts_path(out, split), (_cut(item, options.sample_rate_hz) for item in kept if item.split == split))
-    write_text(out / COMPLETED_NAME, fingerprint + "\n")
+    write_whole(out / COMPLETED_NAME, fingerprint + "\n")
     return report
 
 

@@ -1,49 +1,19 @@
-"""Files written whole or not at all, and the line-by-line journal that lets an interrupted step go on."""
+"""JSONL and text files of a corpus, and the line-by-line journal that lets an interrupted step go on."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kalle.disk import write_whole
 from kalle.errors import UserError
 
 
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn an OSError of the disk (full, read-only, no permission) into a UserError that names ``out``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write the corpus to '{out}': {error.strerror or error}; free space or choose another --out") from None
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes ``path`` on success; on any failure it is removed and ``path`` is untouched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text through `whole_file`."""
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line through `whole_file`."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write one JSON object a line, the file whole or not at all."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ OUT/info.json, OUT/.completed       written when every shard is there
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -105,7 +106,7 @@ class ShardFolder:
         partial.mkdir(parents=True)
         try:
             fields = dict.fromkeys(self.fields, "numpy")
-            with SharWriter(str(partial), fields=fields, shard_size=2**31, shard_offset=number) as writer:
+            with _shar_writer(str(partial), fields=fields, shard_size=2**31, shard_offset=number) as writer:
                 for record in records:
                     writer.write(record.to_cut())
             (self.root / self.split).mkdir(exist_ok=True)
@@ -129,6 +130,23 @@ class ShardFolder:
             raise UserError(
                 f"'{folder}' holds files of another run: {', '.join(strange[:5])}; give a new out=, or delete the folder to encode again"
             )
+
+
+@contextlib.contextmanager
+def _shar_writer(*arguments: Any, **options: Any) -> Iterator[SharWriter]:
+    """A SharWriter that leaves no stream open on failure: its destructors would write again, and print what the disk says to that."""
+    writer = SharWriter(*arguments, **options)
+    try:
+        with writer:
+            yield writer
+    except BaseException:
+        for part in writer.writers.values():
+            shard = getattr(part, "tar_writer", part)
+            for stream in (getattr(shard, "tarstream", None), shard.stream, getattr(shard.stream, "file", None)):
+                if stream is not None:
+                    with contextlib.suppress(OSError, ValueError):
+                        stream.close()
+        raise
 
 
 @dataclass(frozen=True)

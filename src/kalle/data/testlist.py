@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +14,6 @@ import numpy as np
 
 from kalle.audio import Audio, read_audio, resample
 from kalle.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 LANGUAGE_NAMES: Mapping[str, str] = {
     "english": "en",
@@ -82,14 +79,6 @@ class TestList:
     source: Path
     items: list[TestItem]
     left_out: dict[str, int]
-
-
-def load_test_items(path: str | Path, min_words: int = 4, limit: int | None = None) -> list[TestItem]:
-    """The items of ``read_test_list``; the number left out is logged."""
-    test_list = read_test_list(path, min_words, limit)
-    if test_list.left_out:
-        logger.info("%s: left out %s", path, ", ".join(f"{count} ({reason})" for reason, count in test_list.left_out.items()))
-    return test_list.items
 
 
 def read_test_list(path: str | Path, min_words: int = 4, limit: int | None = None) -> TestList:

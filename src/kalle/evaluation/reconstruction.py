@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kalle.audio import Audio, resample, write_audio
+from kalle.bars import progress_bar
 from kalle.data.testlist import TestItem
 from kalle.errors import UserError
 from kalle.evaluation.figure import FigureRow
 from kalle.evaluation.metric import RATE_HZ, Metric, ScoreItem
-from kalle.evaluation.progress import track
 from kalle.evaluation.references import RECORDING_SYSTEM
 from kalle.evaluation.result import Result, Settings, finish
 from kalle.evaluation.scoring import Scores, counted
@@ -48,9 +48,10 @@ def evaluate_reconstruction(
     """
     settings, scores = settings or Settings(), Scores(metrics)
     run = _Run(flowvae, scores, Path(out_dir), sample, seed, settings)
-    for index, item in track(list(enumerate(items)), "reconstruction", settings.progress):
-        with counted(scores, MEAN_SYSTEM, item):
-            run.item(index, item)
+    with progress_bar(settings.progress) as bar:
+        for index, item in bar.track(list(enumerate(items)), description="reconstruction"):
+            with counted(scores, MEAN_SYSTEM, item):
+                run.item(index, item)
     config = {"sample": sample, "seed": seed, "device": str(next(flowvae.parameters()).device), "torch_threads": torch.get_num_threads()}
     extra = {"latent_health": run.health()} if run.posteriors else {}
     return finish("reconstruction", scores, config, settings, out_dir, run.figure_rows, extra=extra)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kalle.disk import write_whole
 from kalle.errors import UserError
 from kalle.evaluation.figure import FigureRow, draw
 from kalle.evaluation.metric import Aggregate, Metric
@@ -100,24 +100,12 @@ def finish(
         notes=[*notes, *unmeasured(scores.metrics, scores.rows)],
         extra=dict(extra or {}),
     )
-    _write(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows).encode())
-    _write(out / "results.json", (_json(asdict(result), indent=2) + "\n").encode())
-    _write(out / "report.md", report(result).encode())
+    write_whole(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows))
+    write_whole(out / "results.json", _json(asdict(result), indent=2) + "\n")
+    write_whole(out / "report.md", report(result))
     if settings.figure_items and figure_rows:
-        _write(out / "figure.png", draw(figure_rows[: settings.figure_items]))
+        write_whole(out / "figure.png", draw(figure_rows[: settings.figure_items]))
     return result
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write through ``path.partial``; a UserError, and no partial file, when the disk refuses."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write '{path}': {error.strerror or error}; free space or choose another folder") from None
 
 
 def _json(value: object, indent: int | None = None) -> str:

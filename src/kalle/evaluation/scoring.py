@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kalle.data.testlist import TestItem
+from kalle.disk import DiskError
 from kalle.errors import UserError
 from kalle.evaluation.metric import Aggregate, Metric, MetricError, ScoreItem
 from kalle.evaluation.statistics import Estimate, aggregate
@@ -65,9 +66,14 @@ class Scores:
 
 @contextmanager
 def counted(scores: Scores, system: str, item: TestItem) -> Iterator[None]:
-    """Turn a UserError about one item (a missing wav, say) into its error row, so that the other items are still scored."""
+    """Turn a UserError about one item (a missing wav, say) into its error row, so that the other items are still scored.
+
+    A DiskError is not about the item, and passes.
+    """
     try:
         yield
+    except DiskError:
+        raise
     except UserError as error:
         scores.fail(system, item, error)
 

@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from kalle.audio import resample, write_audio
+from kalle.bars import progress_bar
 from kalle.data.testlist import TestItem
 from kalle.errors import UserError
 from kalle.evaluation.figure import FigureRow
 from kalle.evaluation.metric import RATE_HZ, Aggregate, Metric
-from kalle.evaluation.progress import track
 from kalle.evaluation.reconstruction import item_seed
 from kalle.evaluation.references import RECORDING_SYSTEM, References, other_recordings, read_references
 from kalle.evaluation.result import Result, Settings, finish
@@ -76,8 +76,9 @@ def evaluate_synthesis(
         raise UserError(f"a voice and prompts={config.prompts}: got both, expected one; use prompts=none with a voice")
     run = _Run(kalle, scores, Path(out_dir), config, voice, settings)
     others = other_recordings(items)
-    for index, item in track(list(enumerate(items)), SYSTEM, settings.progress):
-        run.item(index, item, others[index])
+    with progress_bar(settings.progress) as bar:
+        for index, item in bar.track(list(enumerate(items)), description=SYSTEM):
+            run.item(index, item, others[index])
     described = {
         **asdict(config),
         "voice_given": voice is not None,

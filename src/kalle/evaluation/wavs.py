@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kalle.audio import Audio, read_audio
+from kalle.bars import progress_bar
 from kalle.data.testlist import TestItem
 from kalle.errors import UserError
 from kalle.evaluation.figure import FigureRow
 from kalle.evaluation.metric import RATE_HZ, Metric
-from kalle.evaluation.progress import track
 from kalle.evaluation.references import RECORDING_SYSTEM, other_recordings, read_references
 from kalle.evaluation.result import Result, Settings, finish
 from kalle.evaluation.scoring import Scores, counted
@@ -39,14 +39,15 @@ def evaluate_wavs(
         raise UserError(f"folder of wavs not found: got '{folder}', expected a folder with ID.wav for the list's ids; check the path")
     rows: list[FigureRow] = []
     others = other_recordings(items)
-    for index, item in track(list(enumerate(items)), SYSTEM, settings.progress):
-        references = read_references(scores, item, others[index], settings.score_recordings)
-        with counted(scores, SYSTEM, item):
-            audio, path = _read(root, item)
-            scores.add(SYSTEM, references.score_item(item, audio, aligned), {"wav": str(path)})
-            if len(rows) < settings.figure_items:
-                recording = {} if references.recording is None else {RECORDING_SYSTEM: references.recording}
-                rows.append(FigureRow(item.text, {**recording, SYSTEM: audio}))
+    with progress_bar(settings.progress) as bar:
+        for index, item in bar.track(list(enumerate(items)), description=SYSTEM):
+            references = read_references(scores, item, others[index], settings.score_recordings)
+            with counted(scores, SYSTEM, item):
+                audio, path = _read(root, item)
+                scores.add(SYSTEM, references.score_item(item, audio, aligned), {"wav": str(path)})
+                if len(rows) < settings.figure_items:
+                    recording = {} if references.recording is None else {RECORDING_SYSTEM: references.recording}
+                    rows.append(FigureRow(item.text, {**recording, SYSTEM: audio}))
     if items and not any(row["system"] == SYSTEM and "error" not in row for row in scores.rows):
         wanted = f"{items[0].file_stem}.wav"
         raise UserError(f"no wav to score: got none of {len(items)} in '{folder}', expected files such as {wanted}; check the folder")

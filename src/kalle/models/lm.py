@@ -46,6 +46,9 @@ class KalleLMConfig:
     normalise_latents: bool = False
     """Keep per-dimension mean and std of the latents in the weights, feed normalised latents and predict in those units."""
 
+    def __post_init__(self) -> None:
+        check_backbone(self.backbone, "lm.backbone")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in config.json."""
         return dataclasses.asdict(dataclasses.replace(self, backbone=dict(self.backbone)))
@@ -73,7 +76,7 @@ def check_backbone(values: Mapping[str, Any], source: str | Path) -> None:
     try:
         _llama_config(values)
     except Exception as error:  # its validators raise subclasses of Exception alone
-        raise UserError(f"bad Llama configuration in '{source}': {' '.join(str(error).split())}; mend the file") from None
+        raise UserError(f"bad Llama configuration in '{source}': {' '.join(str(error).split())}; correct it") from None
 
 
 def _llama_config(values: Mapping[str, Any]) -> LlamaConfig:

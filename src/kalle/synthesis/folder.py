@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, read_json
 from kalle.errors import UserError
@@ -18,7 +16,7 @@ VOICES_FOLDER = "voices"
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """What NAME/config.json may say; every key is optional."""
+    """What NAME/config.json says about speaking; every key is optional."""
 
     stop: StopRule = field(default_factory=StopRule)
     """The stop rule calibrated for these weights."""
@@ -30,10 +28,30 @@ class FolderConfig:
     """Samples per second of the audio; None leaves it to the Flow-VAE."""
 
 
+@dataclass(frozen=True)
+class _StoredStop(StopRule):
+    """A stop rule with the rates that its calibration measured; they are for people."""
+
+    false_stop_rate: float | None = None
+    missed_stop_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Every key that NAME/config.json may hold."""
+
+    format_version: int = FORMAT_VERSION
+    parts: tuple[str, ...] = ()
+    stop: _StoredStop | None = None
+    language: str | None = None
+    voice: str | None = None
+    sample_rate: int | None = None
+
+
 def read_folder(folder: str | Path) -> FolderConfig:
     """Check that ``folder`` is a weight folder that can speak and read its config.json.
 
-    UserError when the folder, a part or the tokenizer is missing, or the format is newer than this program.
+    UserError when the folder, a part or the tokenizer is missing, the format is newer than this program, or a key or value is not known.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -49,7 +67,7 @@ def read_folder(folder: str | Path) -> FolderConfig:
             "copy the tokenizer folder of these weights there, or convert again with --tokenizer DIR"
         )
     path = root / CONFIG_NAME
-    return _parse(read_json(path), path) if path.is_file() else FolderConfig()
+    return _read_config(path) if path.is_file() else FolderConfig()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -57,17 +75,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer.load(Path(folder) / TOKENIZER_FOLDER)
 
 
-def _parse(values: Mapping[str, Any], path: Path) -> FolderConfig:
+def _read_config(path: Path) -> FolderConfig:
+    values = read_json(path)
     version = values.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(f"unknown format in '{path}': got format_version {version!r}, expected at most {FORMAT_VERSION}; update kalle")
-    stop = values.get("stop") or {}
-    if not isinstance(stop, Mapping):
-        raise UserError(f"bad value in '{path}': stop is {stop!r}, expected an object such as {{\"threshold\": 0.5}}; mend the file")
-    known = {key: value for key, value in stop.items() if key in ("threshold", "min_index")}
-    return FolderConfig(
-        stop=dataclass_from_dict(StopRule, known, path),
-        language=values.get("language"),
-        voice=values.get("voice"),
-        sample_rate=values.get("sample_rate"),
-    )
+    stored: _Stored = dataclass_from_dict(_Stored, values, path)
+    stop = StopRule() if stored.stop is None else StopRule(stored.stop.threshold, stored.stop.min_index)
+    return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate)

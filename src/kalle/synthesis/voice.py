@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kalle.checkpoint import unwritable
+from kalle.disk import write_whole
 from kalle.errors import UserError
 
 FORMAT = "kalle-voice-1"
@@ -52,7 +50,7 @@ class Voice:
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS if getattr(self, name) is not None}
         metadata = {name: getattr(self, name) for name in _NOTES if getattr(self, name) is not None}
         metadata |= {"format": FORMAT} | {f"bound_to.{name}": value for name, value in self.bound_to.items()}
-        write_atomically(Path(path), save(tensors, metadata=metadata))
+        write_whole(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Voice:
@@ -87,17 +85,3 @@ class Voice:
 def spoken_name(name: str) -> str:
     """The name of an encoder as people read it."""
     return {FLOWVAE_ENCODER: "Flow-VAE encoder", SPEAKER_ENCODER: "speaker encoder"}.get(name, name)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file through ``path.partial``; a UserError, and no partial file, when the disk refuses."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise unwritable(path, error.strerror or str(error)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

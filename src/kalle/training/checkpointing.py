@@ -10,13 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
 
+from kalle.checkpoint import mismatches
+from kalle.disk import whole_file
 from kalle.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
+
+
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames; Lightning's own builds the file in memory and then in the system's temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
+        """Replace ``path`` as a whole; a UserError, the old file intact and nothing else left when there is no room for it."""
+        with whole_file(Path(path)) as partial, partial.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # its archive cannot be closed after a write that failed
+                if not isinstance(error.__context__, OSError):
+                    raise
+                raise error.__context__ from None
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class LastCheckpoint(Checkpoint):
@@ -36,6 +57,10 @@ class LastCheckpoint(Checkpoint):
         self._between_updates = False
         self._handler_before: Any = None
 
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Have checkpoints written where they belong."""
+        trainer.strategy.checkpoint_io = DirectCheckpointIO()
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Begin to listen for Ctrl-C; a resumed run stands where its checkpoint was written."""
         self.stop_asked, self._saved_step, self._between_updates = False, trainer.global_step, True
@@ -49,8 +74,8 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any) -> None:
         """Save when due, and stop when asked to."""
         self._between_updates = True
-        due = trainer.global_step % self.every_steps == 0 or trainer.global_step == trainer.max_steps or self.stop_asked
-        if due and trainer.global_step != self._saved_step:
+        due = trainer.global_step % self.every_steps == 0 or self.stop_asked
+        if (due or _at_the_end(trainer)) and trainer.global_step != self._saved_step:
             self._save(trainer)
         if self.stop_asked:
             raise KeyboardInterrupt
@@ -78,15 +103,8 @@ class LastCheckpoint(Checkpoint):
             self._release()
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        partial = self.path.with_name(f"{LAST}.partial")
-        try:
-            trainer.save_checkpoint(partial)
-            if trainer.is_global_zero:
-                os.replace(partial, self.path)
-        finally:
-            if trainer.is_global_zero:
-                partial.unlink(missing_ok=True)
-        self._saved_step = trainer.global_step
+        self._saved_step = trainer.global_step  # whether it succeeds or not: a full disk is not asked twice
+        trainer.save_checkpoint(self.path)
 
     def _ask_to_stop(self, signal_number: int, frame: Any) -> None:
         if self.stop_asked:
@@ -101,6 +119,13 @@ class LastCheckpoint(Checkpoint):
             self._handler_before = None
 
 
+def _at_the_end(trainer: lightning.Trainer) -> bool:
+    """Whether no update follows the one just made."""
+    epochs = trainer.max_epochs
+    last_epoch = epochs is not None and 0 < epochs <= trainer.current_epoch + 1
+    return trainer.global_step == trainer.max_steps or trainer.should_stop or (last_epoch and trainer.is_last_batch)
+
+
 def resume_path(resume: str, folder: Path) -> Path | None:
     """The checkpoint that ``resume`` ("auto", "never" or a path) means for a run with checkpoints in ``folder``."""
     if resume == "never":
@@ -112,3 +137,21 @@ def resume_path(resume: str, folder: Path) -> Path | None:
     if not path.is_file():
         raise UserError(f"no checkpoint to resume from: got resume='{resume}', expected auto, never or an existing .ckpt file")
     return path
+
+
+def check_checkpoint(path: Path, module: nn.Module) -> None:
+    """A UserError when ``path`` is not a checkpoint of a run like ours, or when its tensors are not those of ``module``."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = checkpoint["state_dict"]
+    except Exception as error:  # torch.load and what it reads raise whatever they like
+        raise UserError(
+            f"not a checkpoint: got '{path}', expected a .ckpt file that a training run wrote ({type(error).__name__}); "
+            "choose another file or resume=never"
+        ) from None
+    problems = mismatches(module.state_dict(), state)
+    if problems:
+        raise UserError(
+            f"'{path}' holds another model ({len(problems)} tensors differ; {problems[0]}); choose out=NEW or resume=never, "
+            "or train with its configuration"
+        )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kalle.errors import UserError
 from kalle.losses.adversarial import discriminator_loss, feature_matching_loss, generator_loss
 from kalle.losses.latent import Reduction, flow_kl, latent_health
 from kalle.losses.spectral import LogMel, MelConfig, MelL1, mel_l1
@@ -36,6 +37,10 @@ class FlowVAEObjective:
     feature_weight: float = 1.0
     discriminator_start_step: int = 0
     """First step at which the discriminators train and judge."""
+
+    def __post_init__(self) -> None:
+        if self.kl_reduction not in ("mean", "sum_dim"):
+            raise UserError(f"objective.kl_reduction: got {self.kl_reduction!r}, expected mean or sum_dim; correct it")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import lightning
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from kalle.errors import UserError
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
 from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM
@@ -34,6 +35,11 @@ class LMObjective:
     input_noise: float = 0.0
     """Largest share k of noise mixed into the input latents, sqrt(k) eps + sqrt(1 - k) z with k ~ U(0, input_noise) per frame
     (CALM, arXiv 2509.06926); in units of the latents' own standard deviation. Training only."""
+
+    def __post_init__(self) -> None:
+        valid = get_args(Direction)
+        if self.direction not in valid:
+            raise UserError(f"objective.direction: got {self.direction!r}, expected {' or '.join(valid)}; correct it")
 
 
 class KalleLMTraining(lightning.LightningModule):
@@ -94,10 +100,14 @@ class KalleLMTraining(lightning.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: LMBatch, batch_idx: int) -> None:
-        """Losses on held-out utterances, and the same with every text swapped for another's."""
-        losses = self.losses(batch)
-        metrics = {f"val/{name}": value for name, value in losses.items()}
+        """Losses on held-out utterances, and the same with every text swapped for another's.
+
+        The KL is averaged over the frames of the whole split, everything else over its utterances.
+        """
+        metrics = {f"val/{name}": value for name, value in self.losses(batch).items()}
         if len(batch.text_ids) > 1:
             swapped = dataclasses.replace(batch, text_ids=batch.text_ids.roll(1, 0), text_lengths=batch.text_lengths.roll(1, 0))
             metrics["val/frame_kl_swapped_text"] = self.losses(swapped)["frame_kl"]
-        self.log_dict(metrics, batch_size=len(batch.text_ids), sync_dist=True)
+        frames = int(batch.latent_lengths.sum())
+        for name, value in metrics.items():
+            self.log(name, value, batch_size=frames if "frame_kl" in name else len(batch.text_ids), sync_dist=True)

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from kalle.losses.spectral import LogMel, MelConfig
-from kalle.models.batch import WaveBatch
+from kalle.models.batch import LMBatch, WaveBatch
 from kalle.training.flowvae import FlowVAETraining
 from kalle.training.lm import KalleLMTraining
 
@@ -87,9 +87,18 @@ class SpeechMedia(Callback):
         self._sampler, self._sample_rate = sampler, sample_rate
 
     @torch.no_grad()
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Speak every text."""
-        if self._sampler is None or trainer.sanity_checking or not trainer.is_global_zero:
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: LMBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Speak every text after the last batch: at the end of the epoch averaged weights may have been taken out already."""
+        last = batch_idx + 1 == trainer.num_val_batches[dataloader_idx]
+        if not last or self._sampler is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, KalleLMTraining)
         for index, text in enumerate(self.texts):

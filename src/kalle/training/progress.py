@@ -22,16 +22,17 @@ class RunProgress(Callback):
         self._bar: Progress | None = None
         self._task: Any = None
         self._started = self._logged = 0.0
-        self._first_step = 0
+        self._first_step = self._steps = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Open the bar, at the step where a resumed run stands."""
         self._started = self._logged = time.monotonic()
         self._first_step = trainer.global_step
+        self._steps = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
         if trainer.is_global_zero and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns)
-            self._task = self._bar.add_task("train", total=trainer.max_steps, completed=trainer.global_step)
+            self._task = self._bar.add_task("train", total=self._steps, completed=trainer.global_step)
             self._bar.start()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
@@ -42,7 +43,7 @@ class RunProgress(Callback):
             self._bar.update(self._task, completed=trainer.global_step, description=f"train loss {self._loss(trainer)}")
         elif time.monotonic() - self._logged >= self.log_every_seconds:
             self._logged = time.monotonic()
-            logger.info("step %d/%d, loss %s, %s left", trainer.global_step, trainer.max_steps, self._loss(trainer), self._left(trainer))
+            logger.info("step %d/%d, loss %s, %s left", trainer.global_step, self._steps, self._loss(trainer), self._left(trainer))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Say what validation found."""
@@ -69,5 +70,5 @@ class RunProgress(Callback):
 
     def _left(self, trainer: lightning.Trainer) -> str:
         done = max(1, trainer.global_step - self._first_step)
-        seconds = (time.monotonic() - self._started) / done * (trainer.max_steps - trainer.global_step)
+        seconds = (time.monotonic() - self._started) / done * (self._steps - trainer.global_step)
         return f"{seconds / 60:.1f} min"

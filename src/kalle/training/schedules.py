@@ -7,9 +7,16 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from kalle.errors import UserError
+
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int, final_ratio: float = 0.0) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps``, then a half cosine down to ``final_ratio`` of the peak at ``total_steps``; constant after."""
+    """Linear warm-up over ``warmup_steps``, then a half cosine down to ``final_ratio`` of the peak at ``total_steps``; constant after.
+
+    A UserError for less than one step.
+    """
+    if total_steps < 1:
+        raise UserError(f"scheduler.total_steps: got {total_steps}, expected at least 1; give the number of updates of the whole run")
 
     def factor(step: int) -> float:
         if step < warmup_steps:

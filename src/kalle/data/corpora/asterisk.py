@@ -17,8 +17,9 @@ from kalle.audio import AudioError, load_channels, write_encoded
 from kalle.data.corpora.debian import read_package
 from kalle.data.corpora.folder import REJECTED_NAME, TRANSCRIPTS_NAME
 from kalle.data.corpora.items import spoken_text
-from kalle.data.prepare_files import disk_errors, safe_id, write_jsonl, write_text
+from kalle.data.prepare_files import safe_id, write_jsonl
 from kalle.data.prepare_split import SplitPolicy, normalised
+from kalle.disk import disk_errors, write_whole
 from kalle.errors import UserError
 
 BUILD_NAME = "build.json"
@@ -113,7 +114,7 @@ def _build(
     if _read_build(out) != build:
         shutil.rmtree(out / "audio", ignore_errors=True)
         (out / TRANSCRIPTS_NAME).unlink(missing_ok=True)
-        write_text(out / BUILD_NAME, json.dumps(build, indent=2) + "\n")
+        write_whole(out / BUILD_NAME, json.dumps(build, indent=2) + "\n")
     elif (out / TRANSCRIPTS_NAME).is_file():
         return False
     files = {name: content for package in packages for name, content in read_package(package).items()}
@@ -126,8 +127,8 @@ def _build(
         (rejected if "reason" in row else kept).append(row)
     for row in kept:
         row["split"] = policy.assign(row["text"])
-    write_text(out / "ATTRIBUTION.md", _attribution(language, kbps, build))
-    write_text(out / "LICENSE", _licence(files, language))
+    write_whole(out / "ATTRIBUTION.md", _attribution(language, kbps, build))
+    write_whole(out / "LICENSE", _licence(files, language))
     write_jsonl(out / REJECTED_NAME, sorted(rejected, key=lambda row: row["id"]))
     write_jsonl(out / TRANSCRIPTS_NAME, kept)
     return True

@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from kalle.disk import output_folder
 from kalle.errors import UserError
 
 AR_MAGIC = b"!<arch>\n"
@@ -26,10 +27,14 @@ def find_packages(folder: Path, names: list[str]) -> list[Path]:
 
 
 def download_packages(folder: Path, names: list[str]) -> list[Path]:
-    """Fetch the packages into ``folder`` with ``apt-get download``; a UserError where apt is absent or fails."""
+    """Fetch the packages into ``folder`` with ``apt-get download``; a UserError where apt is absent or fails, or the disk refuses."""
     if shutil.which("apt-get") is None:
         raise UserError(f"apt-get not found, which fetches {', '.join(names)}; download these .deb files elsewhere and give --debs DIR")
-    folder.mkdir(parents=True, exist_ok=True)
+    with output_folder(folder):
+        return _download(folder, names)
+
+
+def _download(folder: Path, names: list[str]) -> list[Path]:
     staging = folder / "download.partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()

@@ -121,15 +121,11 @@ class FlowVAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "flowvae/config.json") -> FlowVAEConfig:
-        """The inverse of ``to_dict``; an unknown key or decoder kind is a UserError that lists the valid ones."""
+        """The inverse of ``to_dict``; a UserError for an unknown key or decoder kind (it lists the valid ones) or a wrong type."""
         given = dict(values)
-        if "encoder" in given:
-            given["encoder"] = dataclass_from_dict(EncoderConfig, given["encoder"], source)
-        if given.get("flow") is not None:
-            given["flow"] = dataclass_from_dict(FlowConfig, given["flow"], source)
-        if "decoder" in given:
+        if isinstance(given.get("decoder"), Mapping):
             kind = given["decoder"].get("kind", "bigvgan")
-            if kind not in DECODER_CONFIGS:
+            if kind not in tuple(DECODER_CONFIGS):
                 raise UserError(f"unknown decoder.kind in '{source}': got {kind!r}, expected one of {', '.join(DECODER_CONFIGS)}")
-            given["decoder"] = dataclass_from_dict(DECODER_CONFIGS[kind], given["decoder"], source)
+            given["decoder"] = dataclass_from_dict(DECODER_CONFIGS[kind], given["decoder"], source, "decoder")
         return dataclass_from_dict(cls, given, source)

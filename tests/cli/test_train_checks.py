@@ -1,0 +1,135 @@
+"""What `kalle train` refuses: in one line, with exit code 2, and before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kalle.cli.main import main
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.training.checkpointing import LAST
+
+CROPS = "{_target_: kalle.data.latent_dataset.SpeakerConfig, crop_frames: 20, latent_dim: 16}"
+
+
+def refused(stage: str, overrides: list[str], out: Path, capsys) -> str:
+    """The line on stderr of a run that must end with code 2."""
+    capsys.readouterr()
+    assert main(["train", stage, *overrides, f"out={out}"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "message"),
+    [
+        ("lm", ["optimizer.lr=abc"], "optimizer: got lr=abc, "),
+        ("lm", ["optimizer.betas=[0.9]"], "optimizer: got lr="),
+        ("lm", ["optimizer.lr=-1"], "expected values it can work with (Invalid learning rate: -1); correct optimizer.*"),
+        ("lm", ["scheduler.warmup_steps=many"], "scheduler: got warmup_steps=many, "),
+        ("flowvae", ["scheduler.decay=fast"], "scheduler: got decay=fast, "),
+        ("lm", ["trainer.max_steps=0"], "trainer.max_steps: got 0, expected at least 1"),
+        ("lm", ["trainer.max_steps=-1"], "trainer.max_steps: got -1, expected at least 1 (or -1 with trainer.max_epochs)"),
+        ("flowvae", ["trainer.max_steps=-5", "trainer.max_epochs=2"], "trainer.max_steps: got -5, expected at least 1"),
+        ("flowvae", ["trainer.max_steps=long"], "trainer.max_steps: got long, expected at least 1"),
+        ("lm", ["trainer.max_steps=-1", "trainer.max_epochs=2"], "scheduler.total_steps: got -1, expected at least 1"),
+        ("flowvae", ["trainer.gradient_clip_val=1.0"], "trainer.gradient_clip_val: got 1.0, expected null"),
+        ("flowvae", ["trainer.gradient_clip_val=1.0"], "set clip.norm=1.0"),
+        ("flowvae", ["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches: got 2, expected 1"),
+        ("flowvae", ["trainer.accumulate_grad_batches=2"], "clip.norm"),
+        ("lm", ["objective.direction=foo"], "objective.direction: got 'foo', expected prediction_posterior or posterior_prediction"),
+        ("flowvae", ["objective.kl_reduction=foo"], "objective.kl_reduction: got 'foo', expected mean or sum_dim"),
+        ("flowvae", ["objective.kl_reduction=none"], "objective.kl_reduction: got 'none', expected mean or sum_dim"),
+        ("lm", ["+lm.backbone.num_hidden_layer=3"], "unknown key 'num_hidden_layer' in 'lm.backbone'; valid keys: "),
+        ("lm", ["lm.backbone.vocab_size=100"], "the tokenizer has 265 tokens but the model embeds 100; set lm.backbone.vocab_size=265"),
+        ("lm", [f"data.speaker={CROPS}"], "speaker: got data.speaker but no speaker encoder, expected both or neither"),
+        ("flowvae", ["data.corpus=/nonexist"], "not a prepared corpus: got '/nonexist'"),
+        ("lm", ["data.latents=/nonexist"], "not a complete latent folder: got '/nonexist'"),
+    ],
+)
+@pytest.mark.parametrize("logger", ["logger=tensorboard"])
+def test_refusals_leave_nothing(stage: str, more: list[str], message: str, logger: str, flowvae_overrides, lm_overrides, tmp_path, capsys):
+    overrides = flowvae_overrides if stage == "flowvae" else lm_overrides
+    error = refused(stage, [*overrides, logger, *more], tmp_path / "run", capsys)
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_vocabulary_is_checked_before_transformers_has_its_say(lm_overrides: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+    """It writes a line of its own about token ids beyond the vocabulary."""
+    import kalle.models.lm
+
+    def speak(values: object) -> None:
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr(kalle.models.lm, "_llama_config", speak)
+    assert "set lm.backbone.vocab_size=265" in refused("lm", [*lm_overrides, "lm.backbone.vocab_size=100"], tmp_path / "run", capsys)
+
+
+def test_the_flowvae_must_have_made_the_latents(lm_overrides, toy_flowvae_config: FlowVAEConfig, tmp_path: Path, capsys) -> None:
+    from kalle.checkpoint import weights_hash
+
+    torch.manual_seed(99)
+    other = FlowVAE(toy_flowvae_config)
+    other.save_pretrained(tmp_path / "other")
+    error = refused("lm", [*lm_overrides, f"flowvae={tmp_path / 'other'}"], tmp_path / "run", capsys)
+    assert "come from another Flow-VAE" in error
+    assert weights_hash(other.encoder)[:12] in error
+    assert "give the Flow-VAE they were encoded with" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_must_have_the_dimensions_of_the_latents(lm_overrides, toy_lm_config: KalleLMConfig, tmp_path: Path, capsys) -> None:
+    import dataclasses
+
+    KalleLM(dataclasses.replace(toy_lm_config, latent_dim=7)).save_pretrained(tmp_path / "seven")
+    error = refused("lm", [*lm_overrides, f"init={tmp_path / 'seven'}"], tmp_path / "run", capsys)
+    assert f"the latents have 4 dimensions but that of init='{tmp_path / 'seven'}' is 7" in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["data.speaker=null"], "speaker: got a speaker encoder but data.speaker=null, expected both or neither; add data=lm_speaker"),
+        (["data.speaker.latent_dim=8"], "data.speaker.latent_dim is 8 but the model is 16 wide; set data.speaker.latent_dim=16"),
+    ],
+)
+def test_a_speaker_encoder_needs_its_data(more: list[str], message: str, lm_overrides: list[str], tmp_path: Path, capsys) -> None:
+    with_speaker = [word.replace("lm=nano", "lm=nano_speaker") for word in lm_overrides] + ["data=lm_speaker"]
+    assert message in refused("lm", [*with_speaker, *more], tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("stage", ["flowvae", "lm"])
+def test_another_architecture_in_the_same_folder(stage: str, flowvae_overrides, lm_overrides, tmp_path: Path, capsys) -> None:
+    overrides = [*(flowvae_overrides if stage == "flowvae" else lm_overrides), "trainer.max_steps=2"]
+    assert main(["train", stage, *overrides, f"out={tmp_path}"]) == 0
+    before = (tmp_path / "checkpoints" / LAST).read_bytes()
+    other = "flowvae.decoder.channels=16" if stage == "flowvae" else "lm.backbone.num_hidden_layers=1"
+    error = refused(stage, [*overrides, other], tmp_path, capsys)
+    assert f"'{tmp_path / 'checkpoints' / LAST}' holds another model" in error
+    assert "choose out=NEW or resume=never" in error
+    assert (tmp_path / "checkpoints" / LAST).read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"not a checkpoint", b"", {"weights": 1}, [1]])
+def test_resume_from_something_else(content: object, lm_overrides: list[str], tmp_path: Path, capsys) -> None:
+    path = tmp_path / "file.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    error = refused("lm", [*lm_overrides, f"resume={path}"], tmp_path / "run", capsys)
+    assert f"not a checkpoint: got '{path}', expected a .ckpt file that a training run wrote" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_says_what_can_be_trained(capsys) -> None:
+    for word in ("--help", "-h"):
+        assert main(["train", word]) == 0
+        assert "kalle train flowvae data.corpus=DIR out=DIR" in capsys.readouterr().out
+    assert main(["train", "opera"]) == 2

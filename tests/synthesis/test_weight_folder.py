@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalle.checkpoint import write_json
+from kalle.errors import UserError
+from kalle.synthesis.folder import FolderConfig, read_folder
+from kalle.synthesis.sampling import StopRule
+
+
+def config(folder: Path, values: dict[str, Any]) -> FolderConfig:
+    write_json(folder / "config.json", values)
+    return read_folder(folder)
+
+
+def test_every_known_key_is_read(weight_folder: Path) -> None:
+    stop = {"threshold": 1, "min_index": 5, "false_stop_rate": 0.01, "missed_stop_rate": 0}
+    values = {"format_version": 1, "parts": ["flowvae", "lm", "tokenizer"], "stop": stop, "language": "en"} | {
+        "voice": "ann",
+        "sample_rate": 8000,
+    }
+    assert config(weight_folder, values) == FolderConfig(StopRule(1, 5), "en", "ann", 8000)
+    assert config(weight_folder, {"stop": None, "language": None}) == config(weight_folder, {}) == FolderConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bogus": 1}, r"unknown key 'bogus' in .*config\.json'; valid keys: format_version, parts, stop, language, voice, sample_rate"),
+        ({"stop": {"tresh": 1}}, r"unknown key 'stop\.tresh' .*valid keys: stop\.threshold, stop\.min_index, stop\.false_stop_rate"),
+        ({"stop": {"threshold": "x"}}, r"stop\.threshold is 'x', expected a number"),
+        ({"stop": {"min_index": 1.5}}, r"stop\.min_index is 1\.5, expected a whole number"),
+        ({"stop": 3}, r"stop is 3, expected an object"),
+        ({"language": 1}, "language is 1, expected a text or null"),
+        ({"parts": "lm"}, "parts is 'lm', expected a list, each a text"),
+        ({"sample_rate": True}, "sample_rate is True, expected a whole number or null"),
+        ({"format_version": 99}, "update kalle"),
+        ({"format_version": "1"}, "update kalle"),
+    ],
+)
+def test_a_typo_or_a_wrong_type_is_named(weight_folder: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(weight_folder, values)
