@@ -163,6 +163,14 @@ def _typed(value: Any, hint: Any, source: str | Path, key: str) -> Any:
     raise UserError(f"bad value in '{source}': {key} is {value!r}, expected {expected}; mend the file")
 
 
+def check_fields(config: Any, key: str) -> None:
+    """A UserError that names the first field of the dataclass instance ``config`` whose value is not of its annotated type."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if not any(_fits(value, choice) for choice in choices):
+            raise UserError(f"{key}.{name}: got {value!r}, expected {' or '.join(map(_spoken, choices))}; correct it")
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -177,6 +185,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _spoken(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list, each {_spoken(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(hint, "an object {...}")
 

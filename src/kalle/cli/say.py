@@ -71,7 +71,7 @@ def report(speech: Speech, output: Path, elapsed_seconds: float) -> str:
     """What `kalle say` prints, one fact a line; ``elapsed_seconds`` covers synthesis without loading and writing."""
     ending = {"end": "end (the model ended the speech)"}.get(
         speech.stop_reason,
-        f"{speech.stop_reason} (cut at the length cap of {speech.max_frames} frames; raise --max-seconds or try another --seed)",
+        f"{speech.stop_reason} (cut at the length cap of {speech.max_frames} frames; allow more seconds or try another --seed)",
     )
     return "\n".join(
         [

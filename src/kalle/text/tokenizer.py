@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from kalle.disk import whole_file
 from kalle.errors import UserError
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -79,11 +79,8 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``folder``/tokenizer.json, which ``load`` and ``tokenizers.Tokenizer.from_file`` read."""
-        path = Path(folder) / TOKENIZER_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        self._backend.save(str(temporary), pretty=False)
-        os.replace(temporary, path)
+        with whole_file(Path(folder) / TOKENIZER_NAME) as temporary:
+            self._backend.save(str(temporary), pretty=False)
 
     @property
     def vocab_size(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kalle.errors import UserError
+from kalle.checkpoint import check_fields
 from kalle.losses.adversarial import discriminator_loss, feature_matching_loss, generator_loss
-from kalle.losses.latent import Reduction, flow_kl, latent_health
+from kalle.losses.latent import flow_kl, latent_health
 from kalle.losses.spectral import LogMel, MelConfig, MelL1, mel_l1
 from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import Discriminators
@@ -31,7 +31,7 @@ class FlowVAEObjective:
     """Weights and reductions of the terms. The defaults are the paper's weights with BigVGAN's own mel factor."""
 
     kl_weight: float = 32.0
-    kl_reduction: Reduction = "mean"
+    kl_reduction: Literal["mean", "sum_dim"] = "mean"
     mel_weight: float = 45.0
     adversarial_weight: float = 1.0
     feature_weight: float = 1.0
@@ -39,8 +39,7 @@ class FlowVAEObjective:
     """First step at which the discriminators train and judge."""
 
     def __post_init__(self) -> None:
-        if self.kl_reduction not in ("mean", "sum_dim"):
-            raise UserError(f"objective.kl_reduction: got {self.kl_reduction!r}, expected mean or sum_dim; correct it")
+        check_fields(self, "objective")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,9 @@ class ClipSchedule:
     norm: float = 1000.0
     early: float = 100.0
     early_steps: int = 20_000
+
+    def __post_init__(self) -> None:
+        check_fields(self, "clip")
 
     def at(self, step: int) -> float:
         """The limit at ``step``."""

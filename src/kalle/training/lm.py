@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import lightning
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kalle.errors import UserError
+from kalle.checkpoint import check_fields
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
 from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM
@@ -37,9 +37,7 @@ class LMObjective:
     (CALM, arXiv 2509.06926); in units of the latents' own standard deviation. Training only."""
 
     def __post_init__(self) -> None:
-        valid = get_args(Direction)
-        if self.direction not in valid:
-            raise UserError(f"objective.direction: got {self.direction!r}, expected {' or '.join(valid)}; correct it")
+        check_fields(self, "objective")
 
 
 class KalleLMTraining(lightning.LightningModule):
