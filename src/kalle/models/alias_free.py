@@ -21,8 +21,12 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        alpha, beta = (parameter.exp()[:, None] for parameter in (self.alpha, self.beta))
-        return x + torch.sin(alpha * x).square() / (beta + _EPSILON)
+        return snake_beta(x, self.alpha.exp()[:, None], self.beta.exp()[:, None])
+
+
+def snake_beta(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """x + sin²(αx)/β, element by element."""
+    return x + torch.sin(alpha * x).square() / (beta + _EPSILON)
 
 
 def anti_aliased_snake(channels: int) -> nn.Module:

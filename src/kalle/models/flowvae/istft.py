@@ -14,6 +14,8 @@ from kalle.models.flowvae.config import ISTFTConfig
 
 _MAX_LOG_MAGNITUDE = 5.0
 """exp(5) is far above what a full-scale signal needs; the limit keeps an early step from overflowing."""
+MIN_ENVELOPE = 1e-8
+"""What the overlapped samples are divided by at least."""
 _INITIAL_LOG_MAGNITUDE = -3.0
 """Start near silence: at exp(0) the first outputs are noise tens of decibels too loud."""
 
@@ -33,9 +35,13 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((channels,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.norm(self.depthwise(x).transpose(1, 2))
+        return x + self.mix(self.depthwise(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What follows the depthwise convolution, frame by frame: (B, C, N) -> (B, C, N)."""
+        inner = self.norm(x.transpose(1, 2))
         inner = self.narrow(F.gelu(self.widen(inner)))
-        return x + (self.scale * inner).transpose(1, 2)
+        return (self.scale * inner).transpose(1, 2)
 
 
 class ISTFTHead(nn.Module):
@@ -51,20 +57,34 @@ class ISTFTHead(nn.Module):
             self.project.bias[: n_fft // 2 + 1].fill_(_INITIAL_LOG_MAGNITUDE)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
+    @property
+    def trim(self) -> int:
+        """Samples cut from the beginning of what the frames cover.
+
+        N frames cover (N - 1) * hop + n_fft samples; the surplus of n_fft - hop is cut evenly, leaving N * hop.
+        """
+        return (self.n_fft - self.hop_length) // 2
+
     def forward(self, x: Tensor) -> Tensor:
+        frames = self.frames(x)
+        kept = slice(self.trim, self.trim + frames.shape[1] * self.hop_length)
+        return self.overlap_add(frames)[:, kept] / self.envelope(frames.shape[1])[:, kept].clamp(min=MIN_ENVELOPE)
+
+    def frames(self, x: Tensor) -> Tensor:
+        """Windowed frames (B, N, n_fft) of the hidden frames (B, C, N)."""
         log_magnitude, phase = self.project(x.transpose(1, 2)).float().chunk(2, dim=-1)
         magnitude = log_magnitude.clamp(max=_MAX_LOG_MAGNITUDE).exp()
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
-        frames = torch.fft.irfft(spectrum, n=self.n_fft, dim=-1) * self.window
-        return self._overlap_add(frames) / self._overlap_add(self.window.square().expand_as(frames[:1])).clamp(min=1e-8)
+        return torch.fft.irfft(spectrum, n=self.n_fft, dim=-1) * self.window
 
-    def _overlap_add(self, frames: Tensor) -> Tensor:
-        # N frames cover (N - 1) * hop + n_fft samples; the surplus of n_fft - hop is cut evenly, leaving N * hop.
-        count = frames.shape[1]
-        length = (count - 1) * self.hop_length + self.n_fft
-        folded = F.fold(frames.transpose(1, 2), (1, length), (1, self.n_fft), stride=(1, self.hop_length))[:, 0, 0]
-        trim = (self.n_fft - self.hop_length) // 2
-        return folded[:, trim : trim + count * self.hop_length]
+    def overlap_add(self, frames: Tensor) -> Tensor:
+        """All that the frames (B, N, n_fft) cover, (B, (N - 1) * hop + n_fft)."""
+        length = (frames.shape[1] - 1) * self.hop_length + self.n_fft
+        return F.fold(frames.transpose(1, 2), (1, length), (1, self.n_fft), stride=(1, self.hop_length))[:, 0, 0]
+
+    def envelope(self, count: int) -> Tensor:
+        """The sum of squared windows under ``count`` overlapped frames, (1, (count - 1) * hop + n_fft)."""
+        return self.overlap_add(self.window.square().expand(1, count, -1))
 
 
 class ISTFTDecoder(nn.Module):
@@ -82,9 +102,17 @@ class ISTFTDecoder(nn.Module):
         self.head = ISTFTHead(config.channels, config.n_fft, config.hop_length_stft)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = F.gelu(self.conv_in(z)).transpose(1, 2)
-        batch, frames, channels = x.shape
-        x = self.spread(x).view(batch, frames * self.upsample, channels).transpose(1, 2)
+        x = self.widen(self.conv_in(z))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x.transpose(1, 2)).transpose(1, 2))
+        return self.head(self.normalise(x))
+
+    def widen(self, x: Tensor) -> Tensor:
+        """Latent frames after the first convolution to the STFT's rate: (B, C, T) -> (B, C, T * upsample)."""
+        x = F.gelu(x).transpose(1, 2)
+        batch, frames, channels = x.shape
+        return self.spread(x).view(batch, frames * self.upsample, channels).transpose(1, 2)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The last layer norm, over channels: (B, C, N) -> (B, C, N)."""
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
