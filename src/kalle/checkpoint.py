@@ -7,14 +7,15 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kalle.disk import unwritable, whole_file, write_whole
 from kalle.errors import UserError
@@ -22,6 +23,7 @@ from kalle.errors import UserError
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
+Module = TypeVar("Module", bound=nn.Module)
 PART_NAMES = {"flowvae": "Flow-VAE", "lm": "language model"}
 """What people call the parts."""
 
@@ -62,7 +64,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, on the CPU; a UserError when it is missing or torn."""
+    """All tensors of one safetensors file, on the CPU; a UserError when it is missing or torn.
+
+    They are mapped, not read: the bytes come from the disk when they are first used, and a change stays in memory.
+    """
     if not path.is_file():
         raise UserError(f"file not found: got '{path}', expected a safetensors file; check the path")
     try:
@@ -119,14 +124,58 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     shared = set(tied)
     expected = {name: tensor for name, tensor in module.state_dict().items() if name not in shared}
     given = {name: tensor for name, tensor in tensors.items() if name not in shared}
-    problems = mismatches(expected, given)
+    require_fit(expected, given, source)
+    module.load_state_dict(dict(given), strict=False)
+
+
+def require_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: str | Path) -> None:
+    """A UserError that lists every tensor of ``got`` missing, superfluous or misshapen."""
+    problems = mismatches(expected, got)
     if problems:
         raise UserError(
             f"the weights in '{source}' do not fit the model ({len(problems)} tensors): "
             + "; ".join(problems)
             + "; use the configuration the weights were made with"
         )
-    module.load_state_dict(dict(given), strict=False)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Inside it ``torch.empty``, from which layers take their weights, gives tensors without memory, so that nothing is drawn for them.
+
+    What is computed, such as a window or the frequencies of the rotary embedding, is as ever: the weight file does not hold it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.empty and "out" not in given:
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
+def load_module(
+    build: Callable[[], Module],
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Module:
+    """The module that ``build`` makes with the weights in ``folder``, in evaluation mode; a UserError when they do not fit it.
+
+    Nothing is drawn at random and, on the CPU, nothing copied that has its dtype already: the weights are the mapped file. A tensor has the
+    dtype that ``build`` gives it, or the one of the first prefix of its name in ``dtypes``; what the file does not hold keeps its own.
+    """
+    resolved = resolve_device(device)
+    with _Unfilled():
+        module = build()
+    expected, tensors = module.state_dict(), read_tensors(folder / WEIGHTS_NAME)
+    require_fit(expected, tensors, folder)
+    for name, tensor in tensors.items():
+        if expected[name].is_floating_point():
+            dtype = next((dtype for prefix, dtype in (dtypes or {}).items() if name.startswith(prefix)), expected[name].dtype)
+            tensors[name] = tensor.to(resolved).to(dtype)
+    module.load_state_dict(tensors, assign=True)
+    homeless = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not homeless, f"no values for {homeless}"
+    return module.to(resolved).eval()
 
 
 def dataclass_from_dict(cls: type, values: Any, source: str | Path, key: str = "") -> Any:
@@ -211,8 +260,13 @@ def weights_hash(module: nn.Module) -> str:
     voices carry the hash of ``FlowVAE.encoder``: it says which encoder their latents come from. Weights that were rounded to half
     precision hash differently from the fp32 ones they came from.
     """
+    return tensors_hash(module.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """``weights_hash`` of the state ``tensors`` of a module, by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()

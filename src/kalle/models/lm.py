@@ -13,20 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from kalle.checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    dataclass_from_dict,
-    load_strict,
-    part_folder,
-    read_json,
-    read_tensors,
-    resolve_device,
-    save_part,
-)
+from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part_folder, read_json, save_part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
+from kalle.models.lm_state import LMState
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
 
 PART = "lm"
@@ -84,19 +75,6 @@ def _llama_config(values: Mapping[str, Any]) -> LlamaConfig:
     return LlamaConfig(**copy.deepcopy(dict(values)))
 
 
-@dataclass(frozen=True)
-class LMState:
-    """What ``step`` needs of the past: keys and values of every layer, extended in place."""
-
-    cache: DynamicCache
-    """Per layer, keys and values of shape (B, kv_heads, positions, head_dim)."""
-
-    @property
-    def length(self) -> int:
-        """Positions seen so far."""
-        return int(self.cache.get_seq_length())
-
-
 class KalleLM(nn.Module):
     """Shapes: B batch, L text positions, T latent frames, D latent_dim, H hidden size.
 
@@ -141,10 +119,8 @@ class KalleLM(nn.Module):
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> KalleLM:
         """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32."""
         part = part_folder(folder, PART)
-        model = cls(KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME)))
-        load_strict(model, read_tensors(part / WEIGHTS_NAME), part)
-        nn.Module.to(model.backbone, dtype)
-        return model.to(resolve_device(device)).eval()
+        config = KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
+        return load_module(lambda: cls(config), part, device, {"backbone.": dtype})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``folder``/lm/{config.json, model.safetensors} (``folder`` itself when it is named lm)."""
@@ -179,16 +155,18 @@ class KalleLM(nn.Module):
         ``text_ids`` (B, L) int64 without padding, ``prompt_latents`` (B, P, D), ``speaker_latent`` (B, H).
         Returns the distribution (B, D) and the state for ``step``.
         """
-        parts = [self.backbone.embed_tokens(text_ids)]
-        if speaker_latent is not None:
-            parts.insert(0, speaker_latent[:, None])
-        if prompt_latents is not None:
-            parts.append(self._embed_latents(prompt_latents))
-        dtype = self.backbone.embed_tokens.weight.dtype
-        return self._extend(torch.cat([part.to(dtype) for part in parts], dim=1), LMState(DynamicCache()))
+        return self._extend(self._context(text_ids, prompt_latents, speaker_latent), LMState(DynamicCache()))
+
+    def predict(self, text_ids: Tensor, latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> DiagGaussian:
+        """The distribution (B, D) of the frame after ``latents``, from the whole context and with no cache; shapes as in ``prefill``."""
+        embeddings = self._context(text_ids, latents, speaker_latent)
+        return self._head(self.backbone(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1])
 
     def step(self, z: Tensor, state: LMState) -> tuple[DiagGaussian, LMState]:
-        """Append the frame ``z`` (B, D) and predict the next: the distribution (B, D) and the (same, extended) state."""
+        """Append the frame ``z`` (B, D) and predict the next: the distribution (B, D) and the (same, extended) state.
+
+        The rows of ``state`` may differ in length, see ``LMState.join``.
+        """
         return self._extend(self._embed_latents(z[:, None]), state)
 
     def encode_speaker(self, mels: Tensor) -> DiagGaussian:
@@ -205,8 +183,25 @@ class KalleLM(nn.Module):
         distribution = self.encode_speaker(batch.speaker_mels)
         return (distribution.mean if batch.speaker_noise is None else distribution.sample(batch.speaker_noise)), distribution
 
+    def _context(self, text_ids: Tensor, latents: Tensor | None, speaker_latent: Tensor | None) -> Tensor:
+        """Embeddings (B, W, H) of ``[speaker] text latents``."""
+        parts = [self.backbone.embed_tokens(text_ids)]
+        if speaker_latent is not None:
+            parts.insert(0, speaker_latent[:, None])
+        if latents is not None:
+            parts.append(self._embed_latents(latents))
+        dtype = self.backbone.embed_tokens.weight.dtype
+        return torch.cat([part.to(dtype) for part in parts], dim=1)
+
     def _extend(self, embeddings: Tensor, state: LMState) -> tuple[DiagGaussian, LMState]:
-        hidden = self.backbone(inputs_embeds=embeddings, past_key_values=state.cache, use_cache=True).last_hidden_state
+        new = embeddings.shape[1]
+        hidden = self.backbone(
+            inputs_embeds=embeddings,
+            attention_mask=state.attention_mask(new),
+            position_ids=state.position_ids(new),
+            past_key_values=state.cache,
+            use_cache=True,
+        ).last_hidden_state
         return self._head(hidden[:, -1]), state
 
     def _embed_latents(self, z: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kalle.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_strict, part_folder, read_json, read_tensors, resolve_device, save_part
+from kalle.checkpoint import CONFIG_NAME, load_module, part_folder, read_json, save_part
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae.bigvgan import BigVGANDecoder
 from kalle.models.flowvae.config import BigVGANConfig, FlowVAEConfig
@@ -51,9 +51,8 @@ class FlowVAE(nn.Module):
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> FlowVAE:
         """Load ``folder`` (NAME or NAME/flowvae), in evaluation mode; a UserError lists every tensor that does not fit."""
         part = part_folder(folder, PART)
-        model = cls(FlowVAEConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME)))
-        load_strict(model, read_tensors(part / WEIGHTS_NAME), part)
-        return model.to(resolve_device(device), dtype).eval()
+        config = FlowVAEConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
+        return load_module(lambda: cls(config), part, device, {"": dtype})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``folder``/flowvae/{config.json, model.safetensors} (``folder`` itself when it is named flowvae)."""

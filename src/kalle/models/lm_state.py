@@ -1,0 +1,101 @@
+"""What the language model keeps of the past: keys and values of rows that may differ in length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class LMState:
+    """What ``KalleLM.step`` needs of B rows: keys and values of every layer, extended in place by each step.
+
+    Rows end in the same column; a shorter row is padded on its left, so that a new position of every row goes into the
+    same new column. W columns. Only ``step`` changes a state; ``join`` and ``select`` copy, or return a state that needs no change.
+    """
+
+    cache: DynamicCache
+    """Per layer, keys and values of shape (B, kv_heads, W, head_dim)."""
+    padding: Tensor | None = None
+    """(B,) int64: columns at the left of each row that hold nothing; None where no row has any."""
+
+    @property
+    def length(self) -> int:
+        """Columns W: positions of the longest row."""
+        return int(self.cache.get_seq_length())
+
+    @property
+    def rows(self) -> int:
+        """Number of rows B; 0 before the first position."""
+        return len(self._layers()[0][0]) if self.length else 0
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of each row seen so far."""
+        padding = [0] * self.rows if self.padding is None else self.padding.tolist()
+        return tuple(self.length - left for left in padding)
+
+    def attention_mask(self, new: int) -> Tensor | None:
+        """(B, W + new) bool, True where a column is valid once ``new`` more exist; None where all are."""
+        if self.padding is None:
+            return None
+        return torch.arange(self.length + new, device=self.padding.device) >= self.padding[:, None]
+
+    def position_ids(self, new: int) -> Tensor | None:
+        """(B, new) int64, the positions of the next ``new`` columns counted from each row's own start; None where all rows agree."""
+        if self.padding is None:
+            return None
+        return torch.arange(self.length, self.length + new, device=self.padding.device) - self.padding[:, None]
+
+    @classmethod
+    def join(cls, states: Sequence[LMState]) -> LMState:
+        """One state with the rows of all ``states`` in order, each of which must have seen something."""
+        assert states, "join of no states"
+        assert all(state.length for state in states), "join of states without positions"
+        if len(states) == 1:
+            return states[0]
+        width = max(state.length for state in states)
+        cache = DynamicCache()
+        for number, layers in enumerate(zip(*(state._layers() for state in states), strict=True)):
+            keys, values = (_align_right(parts, width) for parts in zip(*layers, strict=True))
+            cache.update(keys, values, number)
+        return cls._padded([length for state in states for length in state.lengths], cache)
+
+    def select(self, rows: Sequence[int]) -> LMState:
+        """The given rows in the given order, without the columns that none of them needs."""
+        assert rows, "select of no rows"
+        if list(rows) == list(range(self.rows)):
+            return self
+        lengths = self.lengths
+        lengths = tuple(lengths[row] for row in rows)
+        width = max(lengths)
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self._layers()):
+            index = torch.tensor(list(rows), device=keys.device)
+            cache.update(keys[index, :, -width:], values[index, :, -width:], number)
+        return self._padded(lengths, cache)
+
+    @classmethod
+    def _padded(cls, lengths: Sequence[int], cache: DynamicCache) -> LMState:
+        state = cls(cache)
+        padding = [state.length - length for length in lengths]
+        return cls(cache, torch.tensor(padding, device=state._layers()[0][0].device)) if any(padding) else state
+
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        layers: list[Any] = self.cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
+
+
+def _align_right(parts: Sequence[Tensor], width: int) -> Tensor:
+    """``parts`` (B_i, heads, W_i, head_dim) below one another (sum B_i, heads, width, head_dim), zeros at the left."""
+    joined = parts[0].new_zeros(sum(len(part) for part in parts), parts[0].shape[1], width, parts[0].shape[3])
+    row = 0
+    for part in parts:
+        joined[row : row + len(part), :, width - part.shape[2] :] = part
+        row += len(part)
+    return joined
