@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
 
@@ -7,7 +8,17 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.audio import AudioError, clipped_share, read_audio, resample, rms_dbfs, to_pcm16, write_audio
+from kalle.audio import (
+    AudioError,
+    audio_writer,
+    clipped_share,
+    from_pcm16,
+    read_audio,
+    resample,
+    rms_dbfs,
+    to_pcm16,
+    write_audio,
+)
 from kalle.errors import UserError
 
 
@@ -156,3 +167,31 @@ def test_clipped_share_counts_runs_not_peaks() -> None:
 def test_rms_dbfs() -> None:
     assert rms_dbfs(tone()) == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.01)
     assert rms_dbfs(np.zeros(10, np.float32)) == float("-inf")
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_a_file_written_piece_by_piece_is_the_one_written_at_once(tmp_path: Path, suffix: str) -> None:
+    audio = np.random.default_rng(0).uniform(-1, 1, 5000).astype(np.float32)
+    write_audio(tmp_path / f"once{suffix}", audio, 16000)
+    with audio_writer(tmp_path / "new" / f"pieces{suffix}", 16000) as append:
+        for piece in np.split(audio, [0, 100, 4000]):
+            append(piece)
+        assert not (tmp_path / "new" / f"pieces{suffix}").exists()
+    assert np.array_equal(read_audio(tmp_path / "new" / f"pieces{suffix}"), read_audio(tmp_path / f"once{suffix}"))
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    with contextlib.suppress(KeyboardInterrupt), audio_writer(tmp_path / "a.wav", 16000) as append:
+        append(np.zeros(100))
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match=r"expected \.wav or \.flac"), audio_writer(tmp_path / "a.mp3", 16000):
+        pass
+    monkeypatch.setattr("kalle.audio.LONGEST_WAV_BYTES", 300)
+    with pytest.raises(UserError, match="too long for a WAV"), audio_writer(tmp_path / "a.wav", 16000) as append:
+        append(np.zeros(151))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_survive_the_way_to_sixteen_bits_and_back() -> None:
+    every = np.arange(-32767, 32768).astype(np.int16)
+    assert np.array_equal(to_pcm16(from_pcm16(every)), every)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ Audio = NDArray[np.float32]
 PCM16_SCALE = 32767.0
 # Raw G.722 has no header, so a decoder cannot guess it from the content.
 HEADERLESS = {".g722": "g722"}
+LONGEST_WAV_BYTES = 2**32 - 4096
+"""A WAV file counts its bytes in 32 bits."""
 WRITABLE = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16")}
 
 
@@ -84,6 +88,41 @@ def write_audio(path: str | Path, audio: NDArray[np.floating], sample_rate_hz: i
 def to_pcm16(audio: NDArray[np.floating]) -> NDArray[np.int16]:
     """Samples in [-1, 1] (S,) as int16 (S,), rounded to the nearest and clipped."""
     return np.clip(np.rint(np.asarray(audio, dtype=np.float64) * PCM16_SCALE), -32768, 32767).astype(np.int16)
+
+
+def from_pcm16(samples: NDArray[np.int16]) -> Audio:
+    """16-bit samples (S,) as floats (S,) that ``to_pcm16`` turns into the same samples again."""
+    return np.asarray(samples, dtype=np.float32) / np.float32(PCM16_SCALE)
+
+
+@contextmanager
+def audio_writer(path: Path, sample_rate_hz: int) -> Iterator[Callable[[NDArray[np.floating]], None]]:
+    """Yield a function that appends mono samples (S,) in [-1, 1] to a 16-bit WAV or FLAC file, which appears when the block ends well.
+
+    For audio that is too long to be held in memory. UserError for another suffix; a DiskError when the disk refuses.
+    """
+    kind = WRITABLE.get(path.suffix.lower())
+    if kind is None:
+        raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {' or '.join(WRITABLE)}; rename the output")
+    written = 0
+    with whole_file(path) as temporary:
+        temporary.touch()
+        try:
+            with soundfile.SoundFile(temporary, "w", sample_rate_hz, channels=1, format=kind[0], subtype=kind[1]) as file:
+
+                def append(audio: NDArray[np.floating]) -> None:
+                    nonlocal written
+                    written += len(audio)
+                    if kind[0] == "WAV" and 2 * written > LONGEST_WAV_BYTES:
+                        raise UserError(f"too long for a WAV file: '{path}' would pass {LONGEST_WAV_BYTES} bytes; write a .flac file")
+                    file.write(to_pcm16(audio))
+
+                yield append
+            complete = soundfile.info(temporary).frames == written
+        except (soundfile.LibsndfileError, AssertionError):
+            complete = False
+        if not complete:
+            raise OSError(errno.ENOSPC, "the disk did not take the whole file")
 
 
 def write_encoded(

@@ -158,3 +158,22 @@ def test_drop_last_frame_always_drops_it_at_the_cap_and_not_twice_at_the_end(lm_
 def test_bad_values_are_refused_before_the_first_frame(lm_tiny, io, options, message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate(lm_tiny, io("lm_tiny")["input_ids"], **options)
+
+
+class After:
+    """A watcher that ends the row at one index."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.seen = index, []
+
+    def see(self, frame: Frame, index: int) -> str | None:
+        self.seen.append(index)
+        return "silence" if index == self.index else None
+
+
+def test_a_watcher_sees_every_frame_and_ends_the_speech_with_it(lm_tiny, io) -> None:
+    ids, watcher = io("lm_tiny")["input_ids"], After(3)
+    generation = generate(lm_tiny, ids, generator=torch.Generator().manual_seed(0), stop=None, max_frames=9, watcher=watcher)
+    assert len(list(generation)) == 4
+    assert generation.stop_reason == "silence"
+    assert watcher.seen == [0, 1, 2, 3]

@@ -17,12 +17,17 @@ def test_save_and_load_keep_everything(tmp_path) -> None:
         "en",
         "CC-BY",
         "agreed in writing",
+        name="Änna",
+        description="two\nlines",
+        source="recording",
+        seed=2**62,
+        seconds=1.25,
     )
     voice.save(tmp_path / "deep" / "v.safetensors")
     loaded = Voice.load(tmp_path / "deep" / "v.safetensors")
     assert torch.equal(loaded.prompt_latents, voice.prompt_latents)
     assert torch.equal(loaded.speaker_latent, voice.speaker_latent)
-    for name in ("bound_to", "text", "language", "licence", "consent"):
+    for name in ("bound_to", "text", "language", "licence", "consent", "name", "description", "source", "seed", "seconds"):
         assert getattr(loaded, name) == getattr(voice, name)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["v.safetensors"]
 
@@ -62,3 +67,41 @@ def test_a_voice_fits_a_model_with_its_encoder_whatever_else_it_has() -> None:
     voice.check_fits({"flowvae_encoder": "a" * 64, "speaker_encoder": "c" * 64})
     with pytest.raises(UserError, match="does not fit"):
         voice.check_fits({"flowvae_encoder": "b" * 64})
+
+
+def test_files_of_the_first_version_are_read(tmp_path) -> None:
+    metadata = {"format": "kalle-voice-1", "bound_to.flowvae_encoder": "a" * 64, "text": "one", "later": "x"}
+    save_file({"prompt_latents": torch.ones(2, 8)}, tmp_path / "v.safetensors", metadata)
+    voice = Voice.load(tmp_path / "v.safetensors")
+    assert (voice.text, voice.name, voice.seed, voice.seconds, voice.kind) == ("one", None, None, None, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"prompt_latents": torch.full((2, 8), float("nan"))}, "16 NaN or infinite values in its prompt latents"),
+        ({"prompt_latents": torch.zeros(8)}, r"prompt latents of shape \(8,\), expected \(P, D\)"),
+        ({"prompt_latents": torch.zeros(0, 8)}, r"prompt latents of shape \(0, 8\)"),
+        ({"prompt_latents": torch.zeros(2, 8).half()}, "prompt latents in torch.float16"),
+        ({"speaker_latent": torch.zeros(1, 8)}, r"speaker latent of shape \(1, 8\), expected \(H,\)"),
+        ({"speaker_latent": torch.tensor([float("inf")])}, "1 NaN or infinite values in its speaker latent"),
+        ({"other": torch.zeros(3)}, "an empty voice"),
+    ],
+)
+def test_damaged_tensors(tmp_path, tensors, message: str) -> None:
+    save_file(tensors, tmp_path / "v.safetensors", {"format": "kalle-voice-1", "text": "one"})
+    with pytest.raises(UserError, match=rf"a damaged voice: .*{message}"):
+        Voice.load(tmp_path / "v.safetensors")
+
+
+def test_damaged_notes(tmp_path) -> None:
+    save_file({"speaker_latent": torch.ones(3)}, tmp_path / "v.safetensors", {"format": "kalle-voice-1", "seed": "x"})
+    with pytest.raises(UserError, match="its seed is 'x', expected a number"):
+        Voice.load(tmp_path / "v.safetensors")
+    with pytest.raises(UserError, match="its consent is not Unicode text"):
+        Voice({}, speaker_latent=torch.ones(3), consent="\udc80")
+
+
+def test_a_voice_that_does_not_say_where_it_is_from_fits_nothing() -> None:
+    with pytest.raises(UserError, match="does not say which Flow-VAE encoder made it"):
+        Voice({}, torch.zeros(2, 8), text="x").check_fits({"flowvae_encoder": "a" * 64})

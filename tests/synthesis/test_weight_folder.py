@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from kalle.checkpoint import write_json
+from kalle.checkpoint import read_json, write_json
 from kalle.errors import UserError
-from kalle.synthesis.folder import FolderConfig, read_folder
+from kalle.synthesis.folder import FolderConfig, StoredStop, read_folder, write_stop
 from kalle.synthesis.sampling import StopRule
 
 
@@ -44,3 +44,26 @@ def test_every_known_key_is_read(weight_folder: Path) -> None:
 def test_a_typo_or_a_wrong_type_is_named(weight_folder: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(weight_folder, values)
+
+
+def test_a_calibrated_stop_is_stored_beside_the_other_keys(weight_folder: Path) -> None:
+    before = read_json(weight_folder / "config.json")
+    write_stop(weight_folder, StoredStop(0.12, 2, 0.01, 0.02, 50))
+    after = read_json(weight_folder / "config.json")
+    assert after.pop("stop") == {"threshold": 0.12, "min_index": 2, "false_stop_rate": 0.01, "missed_stop_rate": 0.02, "utterances": 50}
+    assert after == before
+    assert read_folder(weight_folder).stop == StopRule(0.12, 2)
+    assert sorted(path.name for path in weight_folder.iterdir()) == ["config.json", "flowvae", "lm", "tokenizer"]
+
+
+def test_a_folder_without_config_gets_one_with_the_stop(weight_folder: Path) -> None:
+    (weight_folder / "config.json").unlink()
+    write_stop(weight_folder, StoredStop(0.12, 2))
+    assert read_folder(weight_folder).stop == StopRule(0.12, 2)
+
+
+def test_a_broken_config_is_left_as_it_is(weight_folder: Path) -> None:
+    (weight_folder / "config.json").write_text('{"bogus": 1}')
+    with pytest.raises(UserError, match="unknown key 'bogus'"):
+        write_stop(weight_folder, StoredStop(0.12))
+    assert (weight_folder / "config.json").read_text() == '{"bogus": 1}'

@@ -42,3 +42,23 @@ def test_empty_text_is_refused(text: str) -> None:
         prompt_ids(BYTES, text)
     with pytest.raises(UserError, match="the prompt text is empty"):
         prompt_ids(BYTES, "words", text)
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff \u202e\u202c"])
+def test_invisible_text_is_empty(text: str) -> None:
+    with pytest.raises(UserError, match="the text is empty"):
+        prompt_ids(BYTES, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a\x00b", r"a control character \(U\+0000 at character 2\)"), ("\x1b[31mred", r"U\+001B"), ("ab\ud800", "half of a surrogate pair")],
+)
+def test_what_nobody_can_speak_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prompt_ids(BYTES, text)
+
+
+@pytest.mark.parametrize("text", ["tab\tand\nlines\r\n\x0c\x85", "😀👩\u200d👩", "\u202bשלום\u202c", "中文 and английский"])
+def test_everything_else_reaches_the_model(text: str) -> None:
+    assert bytes(prompt_ids(BYTES, text).tolist()[1:-2]).decode() == text.strip()

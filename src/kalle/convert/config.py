@@ -16,6 +16,7 @@ from kalle.models.speaker import SpeakerEncoderConfig
 RELEASED_BACKBONE: Mapping[str, Any] = {
     "attention_bias": False,
     "bos_token_id": 128000,
+    "dtype": "float16",
     "eos_token_id": [128001, 128008, 128009],
     "head_dim": 64,
     "hidden_act": "silu",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, read_json
+from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, read_json, write_json
 from kalle.errors import UserError
 from kalle.synthesis.sampling import StopRule
 from kalle.text.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -29,11 +30,15 @@ class FolderConfig:
 
 
 @dataclass(frozen=True)
-class _StoredStop(StopRule):
-    """A stop rule with the rates that its calibration measured; they are for people."""
+class StoredStop(StopRule):
+    """A stop rule with what its calibration measured; that is for people."""
 
     false_stop_rate: float | None = None
+    """Share of held-out utterances that the rule would have cut."""
     missed_stop_rate: float | None = None
+    """Share of held-out utterances whose end the rule would have missed."""
+    utterances: int | None = None
+    """How many utterances that were."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class _Stored:
 
     format_version: int = FORMAT_VERSION
     parts: tuple[str, ...] = ()
-    stop: _StoredStop | None = None
+    stop: StoredStop | None = None
     language: str | None = None
     voice: str | None = None
     sample_rate: int | None = None
@@ -68,6 +73,17 @@ def read_folder(folder: str | Path) -> FolderConfig:
         )
     path = root / CONFIG_NAME
     return _read_config(path) if path.is_file() else FolderConfig()
+
+
+def write_stop(folder: str | Path, stop: StoredStop) -> None:
+    """Store ``stop`` in the config.json of the weight folder ``folder`` and leave its other keys alone.
+
+    UserError as ``read_folder``, and when the file cannot be written.
+    """
+    read_folder(folder)
+    path = Path(folder) / CONFIG_NAME
+    values = read_json(path) if path.is_file() else {"format_version": FORMAT_VERSION}
+    write_json(path, values | {"stop": dataclasses.asdict(stop)})
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

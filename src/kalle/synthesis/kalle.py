@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
+import threading
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -12,33 +13,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kalle.audio import read_audio, resample
 from kalle.checkpoint import resolve_device, weights_hash
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
+from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.models.lm import KalleLM
-from kalle.models.speaker import SpeakerMel
+from kalle.synthesis.batching import DEFAULT_FRAME_BUDGET
 from kalle.synthesis.folder import VOICES_FOLDER, FolderConfig, load_tokenizer, read_folder
 from kalle.synthesis.length import cap_frames
-from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.sampling import StopRule
-from kalle.synthesis.speak import Request, speak
+from kalle.synthesis.quirks import RELEASED_STEPS, ReleaseQuirks
+from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES, DEFAULT_RETRIES, SpeechRequest
+from kalle.synthesis.retry import speak_with_retries
+from kalle.synthesis.row import StopRule
+from kalle.synthesis.speak import Request
+from kalle.synthesis.speak_batch import speak_batch
+from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, Voice
-from kalle.text.prompt import check_text, prompt_ids
+from kalle.synthesis.voicing import check_seed, check_voice, random_voice, voice_from_audio
+from kalle.synthesis.weights import resolve_weights
+from kalle.text.prompt import prompt_ids
 from kalle.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from kalle.synthesis.speech import Speech
 
 Setting = TypeVar("Setting")
-LOGGER = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LONGEST_PROMPT_SECONDS = 60.0
-RANDOM_VOICE_TEXTS = {
-    "en": "The sun came up slowly over the quiet harbour, and the first boats went out.",
-    "zh": "太阳慢慢升起，安静的港口里，第一批小船出发了。",
-}
-"""What a random voice says once, by language, to be heard again as its prompt."""
 
 
 class Kalle:
@@ -51,20 +51,24 @@ class Kalle:
         self.flowvae, self.lm, self.tokenizer = flowvae, lm, tokenizer
         self.config = config or FolderConfig()
         self.folder = folder
+        self._decoders: dict[int | None, StreamingDecoder] = {}
+        self._lock = threading.Lock()
         self._check_parts()
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Kalle:
-        """Load the weight folder ``folder`` (see docs/architecture.md).
+    def from_pretrained(cls, folder_or_hub_id: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Kalle:
+        """Load a weight folder (see docs/architecture.md), a folder with the released files, or a hub id OWNER/NAME.
 
+        Released files are converted beside themselves the first time; what a hub id names is fetched the first time.
         ``device`` "auto" is CUDA where there is one. ``dtype`` is that of the language model's backbone: "auto" is fp32 on
         the CPU and bfloat16 on CUDA; its heads and the Flow-VAE are fp32 always. UserError for anything that isn't there.
         """
         resolved = resolve_device(device)
         precision = resolve_dtype(dtype, resolved)
+        folder = resolve_weights(folder_or_hub_id)
         config = read_folder(folder)
         flowvae, lm = FlowVAE.from_pretrained(folder, resolved), KalleLM.from_pretrained(folder, resolved, precision)
-        return cls(flowvae, lm, load_tokenizer(folder), config, Path(folder))
+        return cls(flowvae, lm, load_tokenizer(folder), config, folder)
 
     @property
     def sample_rate(self) -> int:
@@ -106,38 +110,18 @@ class Kalle:
         speaker encoder it gives a speaker latent (the mean), and the transcript may be missing. UserError for
         unusable audio, or for a missing transcript the model cannot do without.
         """
-        if text is None and not self.has_speaker_encoder:
-            raise UserError(
-                "a prompt without its transcript: got audio and no text, but this model has no speaker encoder; "
-                "give the words that are spoken in it (--prompt-text)"
-            )
-        if text is not None:
-            check_text(text, "prompt text")
-        wav = torch.from_numpy(self._waveform(audio, sample_rate_hz))
-        bound = {}
-        prompt = speaker = None
-        if text is not None:
-            prompt, bound[FLOWVAE_ENCODER] = self._prompt_latents(wav, seed), self.hashes[FLOWVAE_ENCODER]
-        if self.has_speaker_encoder:
-            speaker, bound[SPEAKER_ENCODER] = self._speaker_latent(wav), self.hashes[SPEAKER_ENCODER]
-        return Voice(bound, prompt, speaker, text, language, licence, consent)
+        return voice_from_audio(
+            self, audio, text, sample_rate_hz=sample_rate_hz, seed=seed, language=language, licence=licence, consent=consent
+        )
 
     def random_voice(self, seed: int) -> Voice:
         """The voice that belongs to ``seed``, the same every time for these weights.
 
         With a speaker encoder it is a speaker latent drawn from N(0, I); without one, a fixed sentence is
-        spoken once with that seed and kept as the prompt.
+        spoken once with that seed and kept as the prompt. Neither the folder's default voice nor its stop rule takes part,
+        so a later calibration changes no voice; on another device or in another dtype it is close, not equal.
         """
-        check_seed(seed)
-        if self.has_speaker_encoder:
-            latent = torch.randn(self.lm.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-            return Voice({SPEAKER_ENCODER: self.hashes[SPEAKER_ENCODER]}, speaker_latent=latent, language=self.config.language)
-        text = RANDOM_VOICE_TEXTS.get(self.config.language or "en", RANDOM_VOICE_TEXTS["en"])
-        speech = speak(self.lm, self.flowvae, self._request(text, None, seed, 1.0, None, self.config.stop, ReleaseQuirks()))
-        if speech.stop_reason != "end":
-            LOGGER.warning("random voice %d ran into its length cap of %.1f s and may be unclear; try another seed", seed, speech.seconds)
-        bound = {FLOWVAE_ENCODER: self.hashes[FLOWVAE_ENCODER]}
-        return Voice(bound, torch.from_numpy(speech.latents), text=text, language=self.config.language)
+        return random_voice(self, seed)
 
     def load_voice(self, name: str | Path) -> Voice:
         """The voice in the file ``name``, or the one of that name in the weight folder's voices/; UserError when it doesn't fit."""
@@ -145,7 +129,7 @@ class Kalle:
         if not path.is_file() and self.folder is not None and path.suffix != ".safetensors":
             path = self.folder / VOICES_FOLDER / f"{name}.safetensors"
         voice = Voice.load(path)
-        voice.check_fits(self.hashes)
+        check_voice(self, voice)
         return voice
 
     def synthesize(
@@ -158,77 +142,88 @@ class Kalle:
         max_seconds: float | None = None,
         stop: StopRule | None = None,
         quirks: ReleaseQuirks | None = None,
+        retries: int = DEFAULT_RETRIES,
     ) -> Speech:
-        """Speak ``text``.
+        """Speak ``text``; ``SpeechRequest`` explains the arguments.
 
-        Without ``voice`` the folder's default voice speaks, or without one the model makes up a voice. Without ``seed``
-        one is drawn; ``Speech.seed`` tells it. ``temperature`` scales the standard deviations. ``max_seconds``
-        caps the length, by default at what slow speech of the text does not reach; ``Speech.stop_reason`` tells whether
-        it did. ``stop`` defaults to the rule stored with the weights. UserError for empty text, a voice that doesn't fit
-        and bad values.
+        Without ``voice`` the folder's default voice speaks, or without one the model makes up a voice. The length is capped
+        by default at what slow speech of the text does not reach; ``Speech.stop_reason`` tells whether it did.
+        UserError for empty text, a voice that doesn't fit and bad values.
         """
-        seed = secrets.randbelow(2**31) if seed is None else check_seed(seed)
+        return self.speak(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, quirks, retries))
+
+    def speak(self, request: SpeechRequest) -> Speech:
+        """``synthesize`` for a whole request."""
+        return speak_with_retries(self.lm, self.flowvae, self.resolve(request), request.retries)
+
+    def synthesize_batch(self, requests: Iterable[SpeechRequest | str], *, frame_budget: int = DEFAULT_FRAME_BUDGET) -> list[Speech]:
+        """Speak all ``requests`` together, each as ``speak`` would alone (a plain text takes the defaults), in their order.
+
+        Finished ones make room for those that wait. ``frame_budget`` bounds the memory: positions of text, prompt and
+        speech that the language model holds at once, counted as rows times the longest. Bad endings are tried again
+        together, after the others. UserError before anything is spoken for a request that cannot be.
+        """
+        given = [SpeechRequest(each) if isinstance(each, str) else each for each in requests]
+        resolved = [self.resolve(request) for request in given]
+        return speak_batch(self.lm, self.flowvae, resolved, [request.retries for request in given], frame_budget)
+
+    def stream(
+        self,
+        text: str,
+        voice: Voice | None = None,
+        *,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        max_seconds: float | None = None,
+        stop: StopRule | None = None,
+        latency_frames: int | None = None,
+        chunk_frames: int = DEFAULT_CHUNK_FRAMES,
+    ) -> SpeechStream:
+        """Speak ``text`` and yield audio, float32 (n,), while the frames are being generated.
+
+        The pieces put together equal ``synthesize`` with the same seed and ``retries=0``, within the decoder's tolerance at
+        ``latency_frames`` (None: the smallest that keeps 1e-4). A piece holds ``chunk_frames`` frames; the first comes once
+        ``latency_frames`` + 1 are there. What was heard can't be taken back, so a bad ending is not tried again.
+        """
+        request = self.resolve(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, retries=0))
+        return SpeechStream(self.lm, self.flowvae, self.streaming_decoder(latency_frames), request, chunk_frames)
+
+    def streaming_decoder(self, latency_frames: int | None = None) -> StreamingDecoder:
+        """The decoder for streams of this latency, made once: it holds its own copy of the effective weights."""
+        with self._lock:
+            if latency_frames not in self._decoders:
+                self._decoders[latency_frames] = StreamingDecoder(self.flowvae, latency_frames)
+            return self._decoders[latency_frames]
+
+    def resolve(self, request: SpeechRequest) -> Request:
+        """Ids, tensors and numbers of ``request`` for these weights; a UserError for what they cannot speak."""
+        seed = secrets.randbelow(2**31) if request.seed is None else check_seed(request.seed)
+        voice = request.voice
         if voice is None and self.config.voice is not None:
             voice = self.load_voice(self.config.voice)
         if voice is not None:
-            voice.check_fits(self.hashes)
+            check_voice(self, voice)
         elif self.has_speaker_encoder:
             voice = self.random_voice(seed)
-        request = self._request(text, voice, seed, temperature, max_seconds, stop or self.config.stop, quirks or ReleaseQuirks())
-        return speak(self.lm, self.flowvae, request)
+        return self._request(request, voice, seed)
 
-    def _request(
-        self,
-        text: str,
-        voice: Voice | None,
-        seed: int,
-        temperature: float,
-        max_seconds: float | None,
-        stop: StopRule,
-        quirks: ReleaseQuirks,
-    ) -> Request:
+    def _request(self, request: SpeechRequest, voice: Voice | None, seed: int) -> Request:
+        quirks = request.quirks or ReleaseQuirks()
         prompt = None if voice is None else voice.prompt_latents
         prompt_text = None if voice is None or prompt is None else voice.text
-        ids = prompt_ids(self.tokenizer, text, prompt_text, quirks.tokenise_separately)
+        ids = prompt_ids(self.tokenizer, request.text, prompt_text, quirks.tokenise_separately)
         speaker = None if voice is None else voice.speaker_latent
-        cap = cap_frames(text, self.flowvae.config.frame_rate_hz, max_seconds)
+        released_cap = RELEASED_STEPS if quirks.thousand_steps and request.max_seconds is None else None
+        cap = released_cap or cap_frames(request.text, self.flowvae.config.frame_rate_hz, request.max_seconds)
         used = len(ids) + (0 if prompt is None else len(prompt)) + (0 if speaker is None else 1)
         cap = min(cap, self._free_positions(used))
-        return Request(ids, cap, seed, prompt, speaker, temperature, stop, quirks)
+        return Request(ids, cap, seed, prompt, speaker, request.temperature, quirks.stop_rule(request.stop, self.config.stop), quirks)
 
     def _free_positions(self, used: int) -> int:
         limit = int(self.lm.backbone.config.max_position_embeddings)
         if used >= limit:
             raise UserError(f"the text is too long: with its prompt it takes {used} positions, the model reads {limit}; split the text")
         return limit - used
-
-    def _waveform(self, audio: str | Path | NDArray[np.floating], sample_rate_hz: int | None) -> NDArray[np.float32]:
-        if isinstance(audio, str | Path):
-            wav = read_audio(audio, self.sample_rate)
-        else:
-            wav = np.asarray(audio, dtype=np.float32)
-            if wav.ndim != 1 or not wav.size or not np.isfinite(wav).all():
-                raise UserError(f"bad prompt audio: got an array of shape {wav.shape}, expected finite mono samples (S,); check the array")
-            wav = resample(wav, sample_rate_hz or self.sample_rate, self.sample_rate)
-        seconds = len(wav) / self.sample_rate
-        if not self.flowvae.config.hop_length <= len(wav) <= LONGEST_PROMPT_SECONDS * self.sample_rate:
-            shortest = self.flowvae.config.hop_length / self.sample_rate
-            raise UserError(
-                f"bad prompt length: got {seconds:.2f} s of audio, expected {shortest:g} to {LONGEST_PROMPT_SECONDS:g} s; "
-                "record or cut it again"
-            )
-        return wav
-
-    @torch.no_grad()
-    def _prompt_latents(self, wav: torch.Tensor, seed: int) -> torch.Tensor:
-        weight = next(self.flowvae.parameters())
-        posterior = self.flowvae.encode(wav[None].to(weight.device, weight.dtype))
-        return posterior.sample(generator=torch.Generator().manual_seed(check_seed(seed)))[0].cpu().contiguous()
-
-    @torch.no_grad()
-    def _speaker_latent(self, wav: torch.Tensor) -> torch.Tensor:
-        mel = SpeakerMel()(wav)
-        return self.lm.encode_speaker(mel[None].to(self.device)).mean[0].float().cpu()
 
     def _check_parts(self) -> None:
         if self.lm.config.latent_dim != self.flowvae.config.latent_dim:
@@ -256,10 +251,3 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if found is None:
         raise UserError(f"unknown dtype: got '{dtype}', expected auto, {', '.join(DTYPES)}")
     return found
-
-
-def check_seed(seed: int) -> int:
-    """``seed`` itself; a UserError unless it is a non-negative 63-bit integer."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"bad seed: got {seed}, expected an integer from 0 to 2**63 - 1; leave it out to draw one")
-    return seed

@@ -34,6 +34,6 @@ def cap_frames(text: str, frame_rate_hz: float, max_seconds: float | None = None
 def _character_seconds(character: str) -> float:
     if character.isdigit():
         return _DIGIT_SECONDS
-    if unicodedata.category(character) == "Lo" and unicodedata.east_asian_width(character) in "WF":
+    if unicodedata.category(character) == "Lo" and unicodedata.east_asian_width(character) in "WFH":
         return _IDEOGRAPH_SECONDS
     return _OTHER_SECONDS

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+
+from kalle.errors import UserError
+from kalle.synthesis.row import DEFAULT_MAX_FRAMES, StopRule
+
+if TYPE_CHECKING:
+    from kalle.models.lm import KalleLM
 
 Decode = Literal["sampled", "resample", "mean"]
+RELEASED_STOP = StopRule(threshold=0.5, min_index=3)
+RELEASED_STEPS = DEFAULT_MAX_FRAMES
 
 
 @dataclass(frozen=True)
 class ReleaseQuirks:
-    """Habits of the KALL-E release that change its output; all off by default, ``release()`` turns all on."""
+    """Habits of the KALL-E release that change its output; all off by default, ``release()`` turns all on.
+
+    The release also puts fp16 autocast around exp(log_std). That needs no option: autocast leaves exp in fp32, on the CPU and on CUDA.
+    """
 
     decode: Decode = "sampled"
     """What the decoder hears: "sampled", the very frames that were fed back; "resample", a second draw from each
@@ -23,9 +37,68 @@ class ReleaseQuirks:
     """Tokenise prompt and text each on its own and join the ids with no space between."""
     truncate_int16: bool = False
     """Cut samples towards zero to 16 bits instead of rounding."""
+    hard_coded_stop: bool = False
+    """Where the caller gives no stop rule, stop below 0.5 after index 3, not by the rule that was calibrated for the weights."""
+    thousand_steps: bool = False
+    """Where the caller gives no length, the cap is 1000 steps for any text."""
+    config_dtype: bool = False
+    """Run the backbone in the dtype that its configuration names, which is fp16 in the released one, and fp32 where it names none. The
+    two linear layers stay fp32. The weights must be loaded in fp32, or in that dtype."""
+    no_cache: bool = False
+    """Compute the whole prefix again for every frame; the cache gives the same but for rounding."""
 
     @classmethod
     def release(cls) -> ReleaseQuirks:
         """Every habit of the release at once."""
         switches = {field.name: True for field in fields(cls) if field.name != "decode"}
         return cls(decode="resample", **switches)
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether ``language_model`` returns another model, which no other request can share a batch with."""
+        return self.config_dtype or self.no_cache
+
+    def stop_rule(self, asked: StopRule | None, calibrated: StopRule) -> StopRule:
+        """The rule that holds: the one ``asked`` for, else the release's or the ``calibrated`` one."""
+        return asked or (RELEASED_STOP if self.hard_coded_stop else calibrated)
+
+    def language_model(self, lm: KalleLM) -> KalleLM:
+        """``lm`` as the release would run it, for ``generate``; weights that stay as they are are shared.
+
+        UserError when it was loaded in a dtype from which the release's cannot be had.
+        """
+        if self.config_dtype:
+            lm = _in_dtype(lm, configured_dtype(lm))
+        if self.no_cache:
+            from kalle.synthesis.uncached import UncachedLM
+
+            return cast("KalleLM", UncachedLM(lm))
+        return lm
+
+
+def configured_dtype(lm: KalleLM) -> torch.dtype:
+    """The dtype that the configuration of the backbone names, fp32 when none; a UserError for an unknown one."""
+    values = lm.config.backbone
+    name = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"bad dtype in the configuration of the backbone: got {name!r}, expected float32, float16 or bfloat16; mend it")
+    return dtype
+
+
+def _in_dtype(lm: KalleLM, dtype: torch.dtype) -> KalleLM:
+    """``lm`` with a backbone in ``dtype``; what has no weights, such as the rotary frequencies, keeps its own."""
+    loaded = lm.backbone.embed_tokens.weight.dtype
+    if loaded == dtype:
+        return lm
+    if loaded != torch.float32:
+        raise UserError(f"the release runs this backbone in {_name(dtype)}: got weights loaded in {_name(loaded)}; load them in float32")
+    weights = {id(weight): torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False) for weight in lm.backbone.parameters()}
+    other = copy.copy(lm)
+    # The copy takes what the memo holds in place of the weights; everything outside the backbone is shared.
+    other._modules = {**lm._modules, "backbone": copy.deepcopy(lm.backbone, weights)}
+    return other
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +13,10 @@ from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
 from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.sampling import Frame, StopRule, generate
-from kalle.synthesis.speech import FloatArray, Speech
+from kalle.synthesis.row import Frame, FrameWatcher, StopRule
+from kalle.synthesis.sampling import Generation, generate
+from kalle.synthesis.speech import Attempt, FloatArray, Speech, SpeechEnding
+from kalle.synthesis.watch import Watcher
 
 PCM16_MAX = 32767
 
@@ -38,73 +41,147 @@ class Request:
     """(max_frames, D) standard normal, used in order."""
     decode_noise: Tensor | None = None
     """(T, D) standard normal of the second draw, for ``decode="resample"`` only."""
+    watch: bool = True
+    """Stop when the model says the same, or nothing, for seconds; quirks and a threshold of 0 switch it off too."""
+
+    @property
+    def heard_prompt(self) -> Tensor | None:
+        """The prompt latents (P, D) that the model reads; None for none."""
+        latents = self.prompt_latents
+        if latents is not None and self.quirks.drop_last_prompt_frame:
+            latents = latents[:-1]
+        return latents if latents is not None and len(latents) else None
 
 
 @torch.no_grad()
 def speak(lm: KalleLM, flowvae: FlowVAE, request: Request) -> Speech:
-    """Generate the frames of ``request`` and decode them. UserError for a value the loop cannot use.
+    """Generate the frames of ``request`` once and decode them. UserError for a value the loop cannot use.
 
     All noise comes from one CPU generator: D values for each frame in order, then, where frames are drawn a second
     time, D values for each of those.
     """
-    quirks, generator = request.quirks, torch.Generator().manual_seed(request.seed)
+    watcher = watcher_of(flowvae, request)
+    generation, generator = start(lm, request, watcher)
+    frames = list(generation)
+    assert generation.stop_reason is not None
+    return finish(flowvae, frames, generation.stop_reason, request, generator, watcher)
+
+
+def watcher_of(flowvae: FlowVAE, request: Request) -> Watcher | None:
+    """What ends ``request`` when it is stuck; None where the release is to be reproduced or the caller wants no stop at all."""
+    if not request.watch or request.quirks != ReleaseQuirks() or request.stop.threshold <= 0:
+        return None
+    return Watcher(lambda latents: decode_latents(flowvae, latents), flowvae.config.frame_rate_hz)
+
+
+def start(lm: KalleLM, request: Request, watcher: FrameWatcher | None = None) -> tuple[Generation, torch.Generator]:
+    """The frames of ``request``, none made yet, and the generator of their noise, which a second draw goes on with."""
+    generator = torch.Generator().manual_seed(request.seed)
     generation = generate(
-        lm,
+        request.quirks.language_model(lm),
         request.text_ids,
-        _prompt(request),
+        _row(request.heard_prompt),
         _row(request.speaker_latent),
         noise=request.noise,
         generator=generator,
         stop=request.stop,
         max_frames=request.max_frames,
         temperature=request.temperature,
-        drop_last_frame_always=quirks.drop_last_frame_always,
+        drop_last_frame_always=request.quirks.drop_last_frame_always,
+        watcher=watcher,
     )
-    frames = list(generation)
-    assert generation.stop_reason is not None
-    latents = _stack([frame.z for frame in frames], flowvae.config.latent_dim)
-    heard = _heard(frames, latents, request, generator)
-    audio = _decode(flowvae, heard)
+    return generation, generator
+
+
+@torch.no_grad()
+def finish(
+    flowvae: FlowVAE,
+    frames: Sequence[Frame],
+    stop_reason: SpeechEnding,
+    request: Request,
+    generator: torch.Generator | None = None,
+    watcher: Watcher | None = None,
+) -> Speech:
+    """Decode ``frames``, all that ``request`` gave, into a result; what ``watcher`` found to be stuck is cut from their tail.
+
+    ``generator`` is the one of the frames' noise, needed for a second draw.
+    """
+    kept = len(frames) if watcher is None or watcher.kept_frames is None else watcher.kept_frames
+    spoken, config = frames[:kept], flowvae.config
+    audio = decode_latents(flowvae, _heard(spoken, request, generator, config.latent_dim))
+    if request.quirks.truncate_int16:
+        audio = truncate_to_int16(audio)
+    return assemble(spoken, audio, stop_reason, request, config.sample_rate, config.latent_dim, len(frames) - kept, config.frame_rate_hz)
+
+
+def assemble(
+    frames: Sequence[Frame],
+    audio: FloatArray,
+    stop_reason: SpeechEnding,
+    request: Request,
+    sample_rate: int,
+    dim: int,
+    trimmed_frames: int = 0,
+    frame_rate_hz: float = 12.5,
+) -> Speech:
+    """The result of one attempt: ``audio`` (S,) of ``frames``, after which ``trimmed_frames`` were left out."""
+    z, distribution = _stack([frame.z for frame in frames], dim), _gaussian(frames, dim)
+    trimmed_seconds = trimmed_frames / frame_rate_hz
     return Speech(
-        audio=truncate_to_int16(audio) if quirks.truncate_int16 else audio,
-        sample_rate=flowvae.config.sample_rate,
-        stop_reason=generation.stop_reason,
+        audio=audio,
+        sample_rate=sample_rate,
+        stop_reason=stop_reason,
         seed=request.seed,
-        latents=latents.cpu().numpy(),
-        log_std=_stack([frame.distribution.log_std for frame in frames], flowvae.config.latent_dim).cpu().numpy(),
+        latents=z.cpu().numpy(),
+        log_std=distribution.log_std.cpu().numpy(),
         end_kl=np.array([frame.end_kl for frame in frames], dtype=np.float32),
         max_frames=request.max_frames,
+        means=distribution.mean.cpu().numpy(),
+        log_likelihood=distribution.log_prob(z).mean(dim=-1).cpu().numpy(),
+        stop=request.stop,
+        attempts=(Attempt(request.seed, stop_reason, len(frames)),),
+        trimmed_seconds=trimmed_seconds,
+        warnings=_warnings(stop_reason, len(audio) / sample_rate, trimmed_seconds),
     )
 
 
-def _prompt(request: Request) -> Tensor | None:
-    latents = request.prompt_latents
-    if latents is not None and request.quirks.drop_last_prompt_frame:
-        latents = latents[:-1]
-    return _row(latents) if latents is not None and len(latents) else None
+def _warnings(stop_reason: SpeechEnding, seconds: float, trimmed_seconds: float) -> tuple[str, ...]:
+    cut = f"; {trimmed_seconds:.1f} s of it were cut from the end" if trimmed_seconds else ""
+    texts = {
+        "max_frames": f"the speech did not end by itself and was cut at {seconds:.1f} s: words may be missing",
+        "repetition": f"the speech got stuck in a repetition after {seconds:.1f} s{cut}: words may be missing",
+        "silence": f"the speech fell silent after {seconds:.1f} s without an end{cut}: words may be missing",
+        "interrupted": f"the speech was interrupted after {seconds:.1f} s: words are missing",
+    }
+    nothing = () if seconds else ("nothing was spoken",)
+    return (*nothing, *([texts[stop_reason]] if stop_reason in texts else []))
 
 
 def _row(value: Tensor | None) -> Tensor | None:
     return None if value is None else value[None]
 
 
-def _stack(rows: list[Tensor], dim: int) -> Tensor:
-    return torch.stack(rows) if rows else torch.zeros(0, dim)
+def _stack(rows: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.stack(list(rows)) if rows else torch.zeros(0, dim)
 
 
-def _heard(frames: list[Frame], latents: Tensor, request: Request, generator: torch.Generator) -> Tensor:
+def _gaussian(frames: Sequence[Frame], dim: int) -> DiagGaussian:
+    """The distributions (T, D) of ``frames``."""
+    distributions = [frame.distribution for frame in frames]
+    return DiagGaussian(_stack([d.mean for d in distributions], dim), _stack([d.log_std for d in distributions], dim))
+
+
+def _heard(frames: Sequence[Frame], request: Request, generator: torch.Generator | None, dim: int) -> Tensor:
     """The latents (T, D) that go to the decoder."""
     if not frames or request.quirks.decode == "sampled":
-        return latents
-    distribution = DiagGaussian(
-        torch.stack([frame.distribution.mean for frame in frames]), torch.stack([frame.distribution.log_std for frame in frames])
-    )
+        return _stack([frame.z for frame in frames], dim)
     if request.quirks.decode == "mean":
-        return distribution.mean
-    return distribution.sample(request.decode_noise, request.temperature, generator)
+        return _gaussian(frames, dim).mean
+    return _gaussian(frames, dim).sample(request.decode_noise, request.temperature, generator)
 
 
-def _decode(flowvae: FlowVAE, latents: Tensor) -> FloatArray:
+@torch.no_grad()
+def decode_latents(flowvae: FlowVAE, latents: Tensor) -> FloatArray:
     """Audio (S,) of ``latents`` (T, D); nothing for no frames."""
     if not len(latents):
         return np.zeros(0, dtype=np.float32)

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kalle.audio import to_pcm16, write_audio
+from kalle.synthesis.row import StopRule
 
 FloatArray = NDArray[np.float32]
+SpeechEnding = Literal["end", "max_frames", "repetition", "silence", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a text."""
+
+    seed: int
+    """What seeded its noise."""
+    stop_reason: SpeechEnding
+    frames: int
+    """Frames that were worth keeping."""
+    kept: bool = True
+    """Whether the result is this try."""
+
+
+def _unknown() -> FloatArray:
+    return np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -21,10 +41,11 @@ class Speech:
     """(S,) in [-1, 1]."""
     sample_rate: int
     """Samples per second."""
-    stop_reason: str
-    """"end", the model ended the speech; "max_frames", the length cap cut it."""
+    stop_reason: SpeechEnding
+    """"end", the model ended the speech; "max_frames", the length cap cut it; "repetition" or "silence", the model said the same or
+    nothing for seconds and was stopped; "interrupted", a stream was closed before its end."""
     seed: int
-    """The seed that gives this result again."""
+    """The seed that, with the same request, gives this result again."""
     latents: FloatArray
     """(T, D): the frames that were fed back."""
     log_std: FloatArray
@@ -33,6 +54,22 @@ class Speech:
     """(T,): divergence from the end distribution in nats per dimension."""
     max_frames: int
     """The length cap that held."""
+    means: FloatArray = field(default_factory=_unknown)
+    """(T, D): mean of each frame's distribution."""
+    log_likelihood: FloatArray = field(default_factory=_unknown)
+    """(T,): log density of each frame under its own distribution, in nats per dimension.
+
+    The frame was drawn from that distribution, so this says how narrow the distribution was and how far out the draw fell, and not
+    whether the frame is good speech or fits the text: a confident mistake scores high.
+    """
+    stop: StopRule = field(default_factory=StopRule)
+    """The stop rule that held; ``end_kl`` is to be read against its threshold."""
+    attempts: tuple[Attempt, ...] = ()
+    """Every try, in order; one of them is the result."""
+    trimmed_seconds: float = 0.0
+    """What was generated and then cut from the tail, being repetition or silence."""
+    warnings: tuple[str, ...] = ()
+    """What a listener should know: a sentence each."""
 
     @property
     def frames(self) -> int:

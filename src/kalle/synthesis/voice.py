@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -16,13 +18,20 @@ from kalle.errors import UserError
 FORMAT = "kalle-voice-1"
 FLOWVAE_ENCODER = "flowvae_encoder"
 SPEAKER_ENCODER = "speaker_encoder"
-_TENSORS = ("prompt_latents", "speaker_latent")
-_NOTES = ("text", "language", "licence", "consent")
+RECORDING, RANDOM = "recording", "random"
+_TENSORS = {"prompt_latents": 2, "speaker_latent": 1}
+"""Name -> number of dimensions."""
+_ENCODERS = {"prompt_latents": FLOWVAE_ENCODER, "speaker_latent": SPEAKER_ENCODER}
+_NOTES = ("text", "language", "licence", "consent", "name", "description", "source")
+_NUMBERS: Mapping[str, type] = {"seed": int, "seconds": float}
 
 
 @dataclass(frozen=True)
 class Voice:
-    """Prompt latents with their transcript, a speaker latent, or both. P frames, D latent_dim, H hidden size."""
+    """Prompt latents with their transcript, a speaker latent, or both. P frames, D latent_dim, H hidden size.
+
+    A UserError for tensors that no encoder gives: another rank or dtype than stated here, no frame, NaN or infinity.
+    """
 
     bound_to: Mapping[str, str]
     """Hashes (``kalle.checkpoint.weights_hash``) of what the tensors came from: "flowvae_encoder" for prompt latents, "speaker_encoder"
@@ -38,23 +47,43 @@ class Voice:
     """Licence of the recording."""
     consent: str | None = None
     """What the speaker agreed to."""
+    name: str | None = None
+    description: str | None = None
+    source: str | None = None
+    """"recording", "random", or None where nobody wrote it down."""
+    seed: int | None = None
+    """The seed it was made with: of the draw of the prompt latents, or of the random voice."""
+    seconds: float | None = None
+    """Length of the recording, or of what the random voice said."""
 
     def __post_init__(self) -> None:
         if self.prompt_latents is None and self.speaker_latent is None:
             raise UserError("an empty voice: got no prompt latents and no speaker latent, expected at least one; make it from audio")
         if self.prompt_latents is not None and not (self.text and self.text.strip()):
             raise UserError("a prompt without its transcript: got latents and no text, expected the words spoken; give the prompt text")
+        for name, rank in _TENSORS.items():
+            value = getattr(self, name)
+            if value is not None:
+                _check_tensor(name, value, rank)
+        for name in _NOTES:
+            _check_note(name, getattr(self, name))
+
+    @property
+    def kind(self) -> str:
+        """What it holds, for people: "prompt", "speaker" or "prompt + speaker"."""
+        held = {"prompt": self.prompt_latents, "speaker": self.speaker_latent}
+        return " + ".join(name for name, value in held.items() if value is not None)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file atomically; a UserError when the disk refuses."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS if getattr(self, name) is not None}
-        metadata = {name: getattr(self, name) for name in _NOTES if getattr(self, name) is not None}
+        metadata = {name: str(getattr(self, name)) for name in (*_NOTES, *_NUMBERS) if getattr(self, name) is not None}
         metadata |= {"format": FORMAT} | {f"bound_to.{name}": value for name, value in self.bound_to.items()}
         write_whole(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Voice:
-        """Read a file that ``save`` wrote; a UserError when it is missing, torn or something else."""
+        """Read a file that ``save`` wrote, today or in an earlier version; a UserError when it is missing, torn or something else."""
         path = Path(path)
         if not path.is_file():
             raise UserError(f"voice file not found: got '{path}', expected a .safetensors voice; check the path")
@@ -68,10 +97,15 @@ class Voice:
             raise UserError(f"not a voice file: '{path}' has format {metadata.get('format')!r}, expected {FORMAT!r}; make the voice again")
         prefix = "bound_to."
         bound = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
-        return cls(bound_to=bound, **tensors, **{name: metadata[name] for name in _NOTES if name in metadata})
+        notes: dict[str, Any] = {name: metadata[name] for name in _NOTES if name in metadata}
+        notes |= {name: _number(path, name, kind, metadata[name]) for name, kind in _NUMBERS.items() if name in metadata}
+        try:
+            return cls(bound_to=bound, **tensors, **notes)
+        except UserError as error:
+            raise UserError(f"a damaged voice: '{path}': {error}") from None
 
-    def check_fits(self, hashes: Mapping[str, str]) -> None:
-        """UserError unless every encoder this voice came from is among the model's own ``hashes``."""
+    def check_fits(self, hashes: Mapping[str, str], latent_dim: int | None = None, hidden_size: int | None = None) -> None:
+        """UserError unless every encoder this voice came from is among the model's own ``hashes``, and the widths D and H are its own."""
         for name, wanted in self.bound_to.items():
             if name not in hashes:
                 raise UserError(f"the voice does not fit: it needs a {spoken_name(name)}, which this model lacks; make one with this model")
@@ -80,6 +114,46 @@ class Voice:
                     f"the voice does not fit: it was made with the {spoken_name(name)} {wanted[:12]}, this model has "
                     f"{hashes[name][:12]}; make the voice again with this model"
                 )
+        for name, width in (("prompt_latents", latent_dim), ("speaker_latent", hidden_size)):
+            self._check_tensor_fits(name, width)
+
+    def _check_tensor_fits(self, name: str, width: int | None) -> None:
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            return
+        if _ENCODERS[name] not in self.bound_to:
+            raise UserError(f"the voice does not fit: it does not say which {spoken_name(_ENCODERS[name])} made it; make the voice again")
+        if width is not None and value.shape[-1] != width:
+            raise UserError(
+                f"the voice does not fit: the width of its {name.replace('_', ' ')} is {value.shape[-1]}, expected {width}; "
+                "make the voice again with this model"
+            )
+
+
+def _check_tensor(name: str, value: Tensor, rank: int) -> None:
+    spoken = name.replace("_", " ")
+    if value.ndim != rank or not value.numel():
+        wanted = "(P, D) with at least one frame" if rank == 2 else "(H,)"
+        raise UserError(f"a bad voice: {spoken} of shape {tuple(value.shape)}, expected {wanted}; make the voice again")
+    if value.dtype != torch.float32:
+        raise UserError(f"a bad voice: {spoken} in {value.dtype}, expected torch.float32; make the voice again")
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise UserError(f"a bad voice: {bad} NaN or infinite values in its {spoken}, expected numbers only; make the voice again")
+
+
+def _check_note(name: str, value: str | None) -> None:
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"a bad voice: its {name} is not Unicode text ({error.reason} at {error.start}); type it again") from None
+
+
+def _number(path: Path, name: str, kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"a damaged voice: '{path}': its {name} is {text!r}, expected a number; make the voice again") from None
 
 
 def spoken_name(name: str) -> str:

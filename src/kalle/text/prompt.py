@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,10 @@ from kalle.text.tokenizer import Tokenizer
 
 BEFORE_SPEECH = ("<|SPEECH_UNDERSTANDING_END|>", "<|SPEECH_GENERATION_START|>")
 """The two tokens between the text and the first frame; the position of the last one predicts that frame."""
+
+_UNSPEAKABLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
+# Characters with neither shape nor width, which str.strip leaves: joiners, direction marks, byte order marks.
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, prompt_text: str | None = None, tokenise_separately: bool = False) -> Tensor:
@@ -32,6 +38,13 @@ def prompt_ids(tokenizer: Tokenizer, text: str, prompt_text: str | None = None, 
 
 
 def check_text(text: str, name: str) -> None:
-    """A UserError when ``text`` has nothing to say."""
-    if not text.strip():
+    """A UserError when ``text`` has nothing to say, is no Unicode, or has a control character other than white space."""
+    found = _UNSPEAKABLE.search(text)
+    if found is not None:
+        what = "half of a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a control character"
+        place = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
+        raise UserError(
+            f"the {name} is not valid Unicode text to speak: got {what} ({place}), expected words; take it out or read the file as UTF-8"
+        )
+    if not _INVISIBLE.sub("", text).strip():
         raise UserError(f"the {name} is empty: got {text[:20]!r}, expected words to speak; give a {name}")

@@ -1,4 +1,4 @@
-"""The released files under ckpt/, converted the first time they are needed; for the scripts with the release's own flags."""
+"""Released files beside each other in one folder, converted the first time they are needed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import logging
 import tempfile
 from pathlib import Path
 
+from kalle.checkpoint import write_json
+from kalle.convert import CONVERTED
+from kalle.convert.config import released_flowvae_config
+from kalle.convert.release import RELEASED_FLOWVAE, RELEASED_LM, convert_release
 from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAEConfig
+from kalle.text.tokenizer import TOKENIZER_NAME
 
-CONVERTED = "kalle-release"
-FLOWVAE, LM = "flowvae.pt", "model.pt"
-FLOWVAE_CONFIG, LM_CONFIG = "flowvae.json", "lm.json"
+FLOWVAE, FLOWVAE_CONFIG = RELEASED_FLOWVAE
+LM, LM_CONFIG = RELEASED_LM
 _log = logging.getLogger(__name__)
+
+
+def holds_release(folder: Path) -> bool:
+    """Whether ``folder`` has the released weights, or what was converted from them."""
+    return (folder / CONVERTED).is_dir() or all((folder / name).is_file() for name in (FLOWVAE, LM))
 
 
 def release_folder(ckpt: Path) -> Path:
@@ -25,8 +35,11 @@ def release_folder(ckpt: Path) -> Path:
     missing = [name for name in (FLOWVAE, LM) if not (ckpt / name).is_file()]
     tokenizer = find_tokenizer(ckpt)
     if missing or tokenizer is None:
-        lacking = ", ".join([*missing, *(["a folder with tokenizer.json"] if tokenizer is None else [])])
-        raise UserError(f"no weights: '{ckpt}' lacks {lacking}; put the released files there or give a weight folder with --model")
+        lacking = ", ".join([*missing, *([f"a folder with {TOKENIZER_NAME}"] if tokenizer is None else [])])
+        raise UserError(
+            f"no weights: '{ckpt}' lacks {lacking}; fetch the released files with `kalle download --out '{ckpt}'`, put them there by hand, "
+            "or give a weight folder with --model"
+        )
     _log.info("converting the released files in %s to %s (once)", ckpt, out)
     _convert(ckpt, tokenizer, out)
     return out
@@ -35,15 +48,10 @@ def release_folder(ckpt: Path) -> Path:
 def find_tokenizer(ckpt: Path) -> Path | None:
     """The folder with a tokenizer.json: ``ckpt``/tokenizer, else the first by name of its other folders, else ``ckpt`` itself."""
     others = sorted(path for path in ckpt.glob("*/") if path.name != CONVERTED)
-    return next((path for path in (ckpt / "tokenizer", *others, ckpt) if (path / "tokenizer.json").is_file()), None)
+    return next((path for path in (ckpt / "tokenizer", *others, ckpt) if (path / TOKENIZER_NAME).is_file()), None)
 
 
 def _convert(ckpt: Path, tokenizer: Path, out: Path) -> None:
-    from kalle.checkpoint import write_json
-    from kalle.convert.config import released_flowvae_config
-    from kalle.convert.release import convert_release
-    from kalle.models.flowvae import FlowVAEConfig
-
     lm_config = ckpt / LM_CONFIG if (ckpt / LM_CONFIG).is_file() else None
     with tempfile.TemporaryDirectory() as temporary:
         flowvae_config = ckpt / FLOWVAE_CONFIG

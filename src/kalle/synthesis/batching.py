@@ -1,0 +1,224 @@
+"""Many requests through one model at once, each with the very result it has alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kalle.errors import UserError
+from kalle.gaussian import DiagGaussian
+from kalle.models.lm import KalleLM
+from kalle.models.lm_state import LMState
+from kalle.synthesis.row import Ending, Frame, FrameWatcher, RowSampler, StopReason, draw_frames
+from kalle.synthesis.speak import Request
+
+DEFAULT_FRAME_BUDGET = 8192
+"""Positions of the cache: eight utterances at the longest cap, or some sixty of ten seconds."""
+
+
+@dataclass(frozen=True)
+class BatchEvent:
+    """One step of one row: a ``frame`` of speech or none, and the ``ending`` where the row is over."""
+
+    handle: int
+    frame: Frame | None
+    ending: Ending | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What ``generate`` gives for one request: its frames, why they ended, and the end frame where there was one."""
+
+    frames: list[Frame]
+    stop_reason: StopReason
+    end_frame: Frame | None
+    generator: torch.Generator
+    """Where the request's noise stands after the last draw."""
+
+
+@dataclass
+class _Row:
+    """A request in the batch; ``z`` (D,) is its last frame, None until there is one."""
+
+    handle: int
+    sampler: RowSampler
+    positions: int
+    context: tuple[Tensor, Tensor | None, Tensor | None]
+    z: Tensor | None = None
+
+
+class BatchedGenerator:
+    """A running batch: requests join when there is room, in the order they came, and leave when they end.
+
+    Use it from one thread; after an exception from ``step`` (memory, say) start anew. Rows times the longest of them (its
+    context and its length cap, in positions) stays within ``frame_budget``: this bounds the cache, which is held twice for
+    the moment in which rows join or leave. A request beyond the budget runs alone. A row's frames do not depend on the
+    others, because its context is read alone, its noise is its own, and its padding is masked.
+    """
+
+    def __init__(self, lm: KalleLM, frame_budget: int = DEFAULT_FRAME_BUDGET) -> None:
+        self._lm = lm
+        self._budget = check_budget(frame_budget)
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row] = []
+        self._state: LMState | None = None
+        self._added = 0
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Handles in the batch."""
+        return tuple(row.handle for row in self._rows)
+
+    @property
+    def waiting(self) -> tuple[int, ...]:
+        """Handles that have not begun."""
+        return tuple(row.handle for row in self._waiting)
+
+    @property
+    def positions(self) -> int:
+        """The share of the frame budget that is taken: rows times the longest."""
+        return len(self._rows) * max((row.positions for row in self._rows), default=0)
+
+    def add(self, request: Request, watcher: FrameWatcher | None = None, generator: torch.Generator | None = None) -> int:
+        """Queue ``request`` and return its handle. UserError for a value the loop cannot use, or quirks that need another model.
+
+        The noise comes from ``request.noise``, or else from ``generator``, by default one seeded with ``request.seed``.
+        """
+        if request.quirks.changes_model:
+            raise UserError("a batch runs one model: got a request with quirks config_dtype or no_cache, expected neither; speak it alone")
+        sampler = RowSampler(
+            self._lm.config.latent_dim,
+            noise=request.noise,
+            generator=generator or torch.Generator().manual_seed(request.seed),
+            stop=request.stop,
+            max_frames=request.max_frames,
+            temperature=request.temperature,
+            drop_last_frame_always=request.quirks.drop_last_frame_always,
+            watcher=watcher,
+        )
+        context = _context(request)
+        positions = _positions(context) + sampler.max_frames
+        handle, self._added = self._added, self._added + 1
+        self._waiting.append(_Row(handle, sampler, positions, context))
+        return handle
+
+    def cancel(self, handle: int) -> bool:
+        """Take a request out, with no event for it; False when it had already ended."""
+        here = handle in self.active or handle in self.waiting
+        self._waiting = deque(row for row in self._waiting if row.handle != handle)
+        if handle in self.active:
+            self._keep([row.handle != handle for row in self._rows])
+        return here
+
+    @torch.no_grad()
+    def step(self) -> list[BatchEvent]:
+        """One frame for every row that is or comes into the batch; no events when nothing is left to do."""
+        predictions = []
+        if self._state is not None:
+            prediction, self._state = self._lm.step(torch.stack([_fed_back(row) for row in self._rows]), self._state)
+            predictions.append(prediction)
+        predictions += self._admit()
+        if not predictions:
+            return []
+        together = DiagGaussian(torch.cat([each.mean for each in predictions]), torch.cat([each.log_std for each in predictions]))
+        frames = draw_frames(together, [row.sampler for row in self._rows])
+        steps = [row.sampler.see(frame) for row, frame in zip(self._rows, frames, strict=True)]
+        events = [BatchEvent(row.handle, step.frame, step.ending) for row, step in zip(self._rows, steps, strict=True)]
+        for row, frame in zip(self._rows, frames, strict=True):
+            row.z = frame.z
+        self._keep([step.ending is None for step in steps])
+        return events
+
+    def _admit(self) -> list[DiagGaussian]:
+        """Read the contexts of the waiting requests there is room for, and put them at the end of the batch."""
+        predictions, states = [], [] if self._state is None else [self._state]
+        while self._waiting and self._fits(self._waiting[0]):
+            row = self._waiting.popleft()
+            text_ids, prompt, speaker = (None if part is None else part.to(self._lm.device) for part in row.context)
+            assert text_ids is not None
+            prediction, state = self._lm.prefill(text_ids, prompt, speaker)
+            self._rows.append(row)
+            predictions.append(prediction)
+            states.append(state)
+        if predictions:
+            self._state = LMState.join(states)
+        return predictions
+
+    def _fits(self, row: _Row) -> bool:
+        longest = max([row.positions, *(other.positions for other in self._rows)])
+        return not self._rows or (len(self._rows) + 1) * longest <= self._budget
+
+    def _keep(self, kept: Sequence[bool]) -> None:
+        numbers = [number for number, keep in enumerate(kept) if keep]
+        self._rows = [self._rows[number] for number in numbers]
+        if self._state is not None:
+            self._state = self._state.select(numbers) if numbers else None
+
+
+def iterate_batch(
+    lm: KalleLM,
+    requests: Iterable[Request],
+    *,
+    frame_budget: int = DEFAULT_FRAME_BUDGET,
+    watcher: Callable[[Request], FrameWatcher | None] = lambda request: None,
+) -> Iterator[tuple[int, Generated]]:
+    """Yield (index of the request, what it gave) as each of ``requests`` ends; ``watcher`` makes the watcher of a request.
+
+    UserError before the first frame for a value the loop cannot use.
+    """
+    engine = BatchedGenerator(lm, frame_budget)
+    generators = []
+    for request in requests:
+        generators.append(torch.Generator().manual_seed(request.seed))
+        engine.add(request, watcher(request), generators[-1])
+    return _until_done(engine, generators)
+
+
+def _until_done(engine: BatchedGenerator, generators: Sequence[torch.Generator]) -> Iterator[tuple[int, Generated]]:
+    frames: list[list[Frame]] = [[] for _ in generators]
+    while events := engine.step():
+        for event in events:
+            if event.frame is not None:
+                frames[event.handle].append(event.frame)
+            if event.ending is not None:
+                done, frames[event.handle] = frames[event.handle], []
+                yield event.handle, Generated(done, *event.ending, generators[event.handle])
+
+
+def generate_batch(
+    lm: KalleLM,
+    requests: Iterable[Request],
+    *,
+    frame_budget: int = DEFAULT_FRAME_BUDGET,
+    watcher: Callable[[Request], FrameWatcher | None] = lambda request: None,
+) -> list[Generated]:
+    """What ``generate`` gives for each of ``requests``, in their order; see ``iterate_batch``."""
+    done = dict(iterate_batch(lm, requests, frame_budget=frame_budget, watcher=watcher))
+    return [done[index] for index in range(len(done))]
+
+
+def check_budget(frame_budget: int) -> int:
+    """``frame_budget`` itself; a UserError unless it allows at least one frame."""
+    if frame_budget < 1:
+        raise UserError(f"bad frame budget: got {frame_budget}, expected at least 1; a request beyond the budget runs alone")
+    return frame_budget
+
+
+def _context(request: Request) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Text ids (1, L), prompt latents (1, P, D) and speaker latent (1, H), the last two where there are any."""
+    prompt, speaker = request.heard_prompt, request.speaker_latent
+    return request.text_ids[None], None if prompt is None else prompt[None], None if speaker is None else speaker[None]
+
+
+def _positions(context: tuple[Tensor, Tensor | None, Tensor | None]) -> int:
+    text_ids, prompt, speaker = context
+    return text_ids.shape[1] + (0 if prompt is None else prompt.shape[1]) + (0 if speaker is None else 1)
+
+
+def _fed_back(row: _Row) -> Tensor:
+    assert row.z is not None
+    return row.z

@@ -1,0 +1,106 @@
+"""The voices of a weight folder, found and checked without loading the model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kalle.checkpoint import CONFIG_NAME, WEIGHTS_NAME, part_folder, read_json, read_tensors, tensors_hash
+from kalle.errors import UserError
+from kalle.synthesis.folder import VOICES_FOLDER
+from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, Voice
+
+SUFFIX = ".safetensors"
+LONGEST_NAME = 80
+_NAME = re.compile(r"\w[\w .+-]*")
+
+
+@dataclass(frozen=True)
+class StoredVoice:
+    """A voice file; ``voice`` is None where it can't be read, and ``problem`` says why it can't be read or used."""
+
+    name: str
+    path: Path
+    voice: Voice | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What voices must fit: the encoder hashes and widths of one weight folder."""
+
+    hashes: dict[str, str]
+    latent_dim: int
+    hidden_size: int
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> Binding:
+        """Read from the files of ``folder`` what ``Kalle.hashes`` and the configurations would say; a UserError as in loading it."""
+        flowvae, lm = part_folder(folder, "flowvae"), part_folder(folder, "lm")
+        config, backbone = read_json(flowvae / CONFIG_NAME), read_json(lm / CONFIG_NAME).get("backbone", {})
+        hashes = {FLOWVAE_ENCODER: _hash(flowvae, {"encoder.": ""})}
+        if read_json(lm / CONFIG_NAME).get("speaker") is not None:
+            hashes[SPEAKER_ENCODER] = _hash(lm, {"speaker_encoder.": "0.", "speaker_projection.": "1."})
+        try:
+            return cls(hashes, int(config["latent_dim"]), int(backbone["hidden_size"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"bad configuration in '{folder}': no usable {error}; convert or export the weights again") from None
+
+    def problem(self, voice: Voice) -> str | None:
+        """Why ``voice`` does not fit; None when it does."""
+        try:
+            voice.check_fits(self.hashes, self.latent_dim, self.hidden_size)
+        except UserError as error:
+            return str(error)
+        return None
+
+
+def voice_path(folder: str | Path, name: str) -> Path:
+    """Where the voice ``name`` of the weight folder ``folder`` is; a UserError for a name that can't be a file's."""
+    if not _NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise UserError(
+            f"bad voice name: got {name!r}, expected up to {LONGEST_NAME} letters, digits, spaces, dots and hyphens, the first a letter "
+            "or digit; choose another --name"
+        )
+    return Path(folder) / VOICES_FOLDER / f"{name}{SUFFIX}"
+
+
+def find_voice(folder: str | Path | None, voice: str | Path) -> Path:
+    """The file ``voice``, or the voice of that name in ``folder``; a UserError that lists the names there are."""
+    path = Path(voice)
+    if path.is_file():
+        return path
+    if folder is not None and (stored := Path(folder) / VOICES_FOLDER / f"{voice}{SUFFIX}").is_file():
+        return stored
+    names = [] if folder is None else [path.stem for path in voice_files(folder)]
+    known = f"expected a voice file or one of {', '.join(names)}" if names else "expected a voice file; this model has no stored voices"
+    raise UserError(f"voice file not found: got '{voice}', {known}; see `kalle voices list`")
+
+
+def voice_files(folder: str | Path) -> list[Path]:
+    """The voice files of the weight folder, by name."""
+    return sorted((Path(folder) / VOICES_FOLDER).glob(f"*{SUFFIX}"))
+
+
+def stored_voices(paths: list[Path], binding: Binding | None) -> list[StoredVoice]:
+    """Every file of ``paths``, damaged ones included; whether they fit is left open without ``binding``."""
+    return [_stored(path, binding) for path in paths]
+
+
+def _stored(path: Path, binding: Binding | None) -> StoredVoice:
+    try:
+        voice = Voice.load(path)
+    except UserError as error:
+        return StoredVoice(path.stem, path, None, str(error))
+    return StoredVoice(path.stem, path, voice, None if binding is None else binding.problem(voice))
+
+
+def _hash(part: Path, prefixes: dict[str, str]) -> str:
+    """``weights_hash`` of the submodules whose state names begin with ``prefixes``, with those replaced as given."""
+    found = {}
+    for name, tensor in read_tensors(part / WEIGHTS_NAME).items():
+        for prefix, ours in prefixes.items():
+            if name.startswith(prefix):
+                found[ours + name.removeprefix(prefix)] = tensor
+    return tensors_hash(found)

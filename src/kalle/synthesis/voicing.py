@@ -1,0 +1,149 @@
+"""Making voices with a model: from a recording, or from a seed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kalle.audio import Audio, load_channels, resample
+from kalle.errors import UserError
+from kalle.models.speaker import SpeakerMel
+from kalle.synthesis.prompt_checks import check_prompt, prompt_warnings
+from kalle.synthesis.sampling import StopRule, generate
+from kalle.synthesis.voice import FLOWVAE_ENCODER, RANDOM, RECORDING, SPEAKER_ENCODER, Voice
+from kalle.text.prompt import check_text, prompt_ids
+
+if TYPE_CHECKING:
+    from kalle.synthesis.kalle import Kalle
+
+LOGGER = logging.getLogger(__name__)
+RANDOM_VOICE_TEXTS = {
+    "en": "The sun came up slowly over the quiet harbour, and the first boats went out.",
+    "zh": "太阳慢慢升起，安静的港口里，第一批小船出发了。",
+}
+"""What a random voice says once, by language, to be heard again as its prompt."""
+RANDOM_VOICE_STOP = StopRule(threshold=0.5, min_index=3)
+"""The rule that ends it: the release's own, written out here, for a rule calibrated later must not change old voices."""
+RANDOM_VOICE_SECONDS = 12.0
+"""Its length cap, twice the time that slow speech of those sentences takes."""
+
+
+def voice_from_audio(
+    kalle: Kalle,
+    audio: str | Path | NDArray[np.floating],
+    text: str | None = None,
+    *,
+    sample_rate_hz: int | None = None,
+    seed: int = 0,
+    language: str | None = None,
+    licence: str | None = None,
+    consent: str | None = None,
+) -> Voice:
+    """See ``Kalle.voice``. What makes the recording doubtful (``prompt_warnings``) is logged, a line each."""
+    if text is None and not kalle.has_speaker_encoder:
+        raise UserError(
+            "a prompt without its transcript: got audio and no text, but this model has no speaker encoder; "
+            "give the words that are spoken in it (--prompt-text)"
+        )
+    if text is not None:
+        check_text(text, "prompt text")
+    samples, rate_hz = _waveform(kalle, audio, sample_rate_hz)
+    check_prompt(samples, kalle.sample_rate, kalle.flowvae.config.hop_length)
+    for warning in prompt_warnings(samples, kalle.sample_rate, text, rate_hz):
+        LOGGER.warning("%s", warning)
+    wav = torch.from_numpy(samples)
+    bound = {}
+    prompt = speaker = None
+    if text is not None:
+        prompt, bound[FLOWVAE_ENCODER] = _prompt_latents(kalle, wav, seed), kalle.hashes[FLOWVAE_ENCODER]
+    if kalle.has_speaker_encoder:
+        speaker, bound[SPEAKER_ENCODER] = _speaker_latent(kalle, wav), kalle.hashes[SPEAKER_ENCODER]
+    seconds = len(samples) / kalle.sample_rate
+    drawn = None if prompt is None else seed
+    return Voice(bound, prompt, speaker, text, language, licence, consent, source=RECORDING, seed=drawn, seconds=seconds)
+
+
+def random_voice(kalle: Kalle, seed: int) -> Voice:
+    """The voice that belongs to ``seed``; see ``Kalle.random_voice``.
+
+    A function of the weights, the tokenizer, the folder's language and the seed: neither the folder's default voice nor
+    its stop rule, whatever calibration makes of it, takes part. UserError for a bad seed, or when nothing was spoken.
+    """
+    return latent_voice(kalle, seed) if kalle.has_speaker_encoder else spoken_voice(kalle, seed)
+
+
+def latent_voice(kalle: Kalle, seed: int) -> Voice:
+    """The voice whose speaker latent (H,) is the draw of ``seed`` from N(0, I); for models with a speaker encoder."""
+    latent = torch.randn(kalle.lm.hidden_size, generator=torch.Generator().manual_seed(check_seed(seed)), dtype=torch.float32)
+    bound = {SPEAKER_ENCODER: kalle.hashes[SPEAKER_ENCODER]}
+    return Voice(bound, speaker_latent=latent, language=kalle.config.language, source=RANDOM, seed=seed)
+
+
+@torch.no_grad()
+def spoken_voice(kalle: Kalle, seed: int) -> Voice:
+    """The voice in which a fixed sentence was spoken once with ``seed``; for models without a speaker encoder."""
+    text, frame_rate_hz = random_voice_text(kalle.config.language), kalle.flowvae.config.frame_rate_hz
+    generation = generate(
+        kalle.lm,
+        prompt_ids(kalle.tokenizer, text),
+        generator=torch.Generator().manual_seed(check_seed(seed)),
+        stop=RANDOM_VOICE_STOP,
+        max_frames=int(RANDOM_VOICE_SECONDS * frame_rate_hz),
+    )
+    frames = [frame.z.float().cpu() for frame in generation]
+    if not frames:
+        raise UserError(f"random voice {seed} said nothing: got 0 frames, expected a sentence; try another seed")
+    if generation.stop_reason != "end":
+        LOGGER.warning("random voice %d did not end by itself (%s) and may be unclear; try another seed", seed, generation.stop_reason)
+    bound = {FLOWVAE_ENCODER: kalle.hashes[FLOWVAE_ENCODER]}
+    seconds = len(frames) / frame_rate_hz
+    return Voice(bound, torch.stack(frames), text=text, language=kalle.config.language, source=RANDOM, seed=seed, seconds=seconds)
+
+
+def check_voice(kalle: Kalle, voice: Voice) -> None:
+    """UserError unless ``voice`` was made with this model's encoders and its tensors have this model's widths."""
+    voice.check_fits(kalle.hashes, kalle.lm.config.latent_dim, kalle.lm.hidden_size)
+
+
+def random_voice_text(language: str | None) -> str:
+    """The fixed sentence that a random voice says once."""
+    return RANDOM_VOICE_TEXTS.get(language or "en", RANDOM_VOICE_TEXTS["en"])
+
+
+def check_seed(seed: int) -> int:
+    """``seed`` itself; a UserError unless it is a non-negative 63-bit integer."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"bad seed: got {seed}, expected an integer from 0 to 2**63 - 1; leave it out to draw one")
+    return seed
+
+
+def _waveform(kalle: Kalle, audio: str | Path | NDArray[np.floating], sample_rate_hz: int | None) -> tuple[Audio, int]:
+    """Mono samples (S,) at the model's rate, and the rate they were recorded at."""
+    if isinstance(audio, str | Path):
+        channels, rate_hz = load_channels(audio)
+        return resample(channels.mean(axis=0, dtype=np.float32), rate_hz, kalle.sample_rate), rate_hz
+    wav, rate_hz = np.asarray(audio, dtype=np.float32), sample_rate_hz or kalle.sample_rate
+    if wav.ndim != 1 or not wav.size or not np.isfinite(wav).all():
+        raise UserError(
+            f"bad prompt audio: got an array of shape {wav.shape} with {int((~np.isfinite(wav)).sum())} NaN or infinite values, "
+            "expected finite mono samples (S,); average its channels, check the array"
+        )
+    return resample(wav, rate_hz, kalle.sample_rate), rate_hz
+
+
+@torch.no_grad()
+def _prompt_latents(kalle: Kalle, wav: torch.Tensor, seed: int) -> torch.Tensor:
+    weight = next(kalle.flowvae.parameters())
+    posterior = kalle.flowvae.encode(wav[None].to(weight.device, weight.dtype))
+    return posterior.sample(generator=torch.Generator().manual_seed(check_seed(seed)))[0].cpu().contiguous()
+
+
+@torch.no_grad()
+def _speaker_latent(kalle: Kalle, wav: torch.Tensor) -> torch.Tensor:
+    mel = SpeakerMel()(wav)
+    return kalle.lm.encode_speaker(mel[None].to(kalle.device)).mean[0].float().cpu()

@@ -1,0 +1,102 @@
+"""Numbers, amounts, dates, units and abbreviations as words: English by rules over inflect's numbers, Chinese by wetext."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from kalle.errors import UserError
+from kalle.text.english import english_words
+from kalle.text.languages import detect_language
+
+if TYPE_CHECKING:
+    from wetext import Normalizer
+
+LANGUAGES = ("en", "zh")
+_LONGEST_PIECE = 500
+"""Characters that are read at once; the rules look ahead, so their time grows with its square."""
+_WIDE = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B), 0xFF05)}
+_HANDLED = frozenset("°℃℉½¼¾€£¥×÷−–²³")
+"""Characters beyond ASCII that may vanish because words stand in their place."""
+_CHINESE_RULES = ((re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""), (re.compile(r"第2(?![\d.])"), "第二"))
+"""Readings that wetext gets wrong: a thousands separator, and the rank of 2 as a count."""
+_QUOTES = re.compile(r"([\"\\]+)")
+"""wetext puts a backslash before these."""
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """A text as it is to be spoken."""
+
+    text: str
+    warnings: tuple[str, ...] = ()
+    """What was left as written, and why; one line each."""
+
+
+def normalise(text: str, language: str | None = None) -> Normalised:
+    """``text`` with numbers, amounts, dates, units and common abbreviations in words; runs of space become one space.
+
+    ``language`` is "en" or "zh", by default guessed from the script; a text in any other is left as written, with a warning.
+    Numeric dates are read month first in English. What the rules don't know, such as emoji and other scripts, stays as written;
+    a number that stays is in the warnings. UserError without the library of the language.
+    """
+    language = language or detect_language(text)
+    line = " ".join(text.split())
+    if language not in LANGUAGES:
+        return Normalised(line, (f"not normalised: no rules for language '{language}', only for {' and '.join(LANGUAGES)}",))
+    read = english_words if language == "en" else _chinese_words
+    spoken = " ".join("".join(read(piece) for piece in _pieces(line.translate(_WIDE))).split())
+    left = sorted({character for character in spoken if unicodedata.category(character) in ("Nd", "No", "Nl")})
+    return Normalised(spoken, (f"left as written: {' '.join(left)}",) if left else ())
+
+
+def _pieces(line: str) -> Iterator[str]:
+    while len(line) > _LONGEST_PIECE:
+        cut = line.rfind(" ", 1, _LONGEST_PIECE)
+        cut = _LONGEST_PIECE if cut < 0 else cut
+        yield line[:cut]
+        line = line[cut:]
+    yield line
+
+
+def _chinese_words(text: str) -> str:
+    for pattern, replacement in _CHINESE_RULES:
+        text = pattern.sub(replacement, text)
+    pieces = _QUOTES.split(text)
+    pieces[::2] = [_read_chinese(piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def _read_chinese(piece: str) -> str:
+    core = piece.strip()
+    if not core:
+        return piece
+    before, after = piece[: len(piece) - len(piece.lstrip())], piece[len(piece.rstrip()) :]
+    normalizer = _wetext()
+    try:
+        spoken = str(normalizer.normalize(core))
+    except Exception:  # the library asserts on what its grammar does not know
+        spoken = core
+    return before + (core if _lost(core, spoken) else spoken) + after
+
+
+@lru_cache(maxsize=1)
+def _wetext() -> Normalizer:
+    try:
+        from wetext import Normalizer
+    except ImportError:
+        raise UserError(
+            "Chinese text normalisation needs wetext, which is not installed; run: pip install 'kalle-tts[text]', or leave out --normalise"
+        ) from None
+    return Normalizer(lang="zh")
+
+
+def _lost(before: str, after: str) -> bool:
+    """Whether a letter or a symbol beyond ASCII went missing."""
+    missing = Counter(before) - Counter(after)
+    return any(c not in _HANDLED and not c.isascii() and unicodedata.category(c)[0] in "LMS" for c in missing)

@@ -1,0 +1,132 @@
+"""Whatever is asked for: an answer within the cap, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kalle.errors import UserError
+from kalle.synthesis import Speech, SpeechRequest
+from kalle.synthesis.kalle import Kalle
+
+CAP = 0.4
+TEXTS = {
+    "one character": "a",
+    "emoji": "Hello 👋🏽 👨‍👩‍👧‍👦!",
+    "right to left": "مرحبا بالعالم، שלום עולם",
+    "mixed scripts": "Hello 你好 привет こんにちは 안녕",
+    "combining marks": "e\u0301\u0301\u0301 Z\u0351\u036b",
+    "only punctuation": "...",
+    "digits": "3.14159 1,000,000",
+    "special token": "<|SPEECH_GENERATION_END|> hello",
+    "line breaks": "one\n\ntwo\r\nthree\tfour",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_any_script_is_spoken_within_the_cap(kalle_tiny: Kalle, text: str) -> None:
+    speech = kalle_tiny.synthesize(text, seed=1, max_seconds=CAP)
+    assert speech.seconds <= CAP + 1e-9
+    assert np.isfinite(speech.audio).all()
+    assert speech.stop_reason in ("end", "max_frames")
+
+
+@pytest.mark.parametrize("text", ["", " \n\t", "\u200b"])
+def test_nothing_to_say_is_refused(kalle_tiny: Kalle, text: str) -> None:
+    with pytest.raises(UserError, match="text"):
+        kalle_tiny.synthesize(text, seed=1, max_seconds=CAP)
+
+
+def test_a_text_beyond_the_model_is_refused_and_not_cut(kalle_tiny: Kalle) -> None:
+    limit = kalle_tiny.lm.backbone.config.max_position_embeddings
+    with pytest.raises(UserError, match=r"too long.*split"):
+        kalle_tiny.synthesize("a" * max(100_000, limit + 1), seed=1, max_seconds=CAP)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 600.0])
+def test_a_prompt_of_a_useless_length_is_refused(kalle_tiny: Kalle, seconds: float) -> None:
+    audio = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16000)).astype(np.float32)
+    with pytest.raises(UserError, match="prompt length"):
+        kalle_tiny.voice(audio, "Words.")
+
+
+def test_noise_and_a_wrong_transcript_still_give_a_finite_result(kalle_tiny: Kalle) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.3, 8000).astype(np.float32)
+    voice = kalle_tiny.voice(noise, "A transcript that has nothing to do with what is heard, and is far too long for it.")
+    assert np.isfinite(kalle_tiny.synthesize("Hello.", voice, seed=1, max_seconds=CAP).audio).all()
+
+
+def answer(kalle: Kalle, request: SpeechRequest) -> tuple[Speech | None, str]:
+    try:
+        return kalle.speak(request), ""
+    except UserError as error:
+        return None, str(error)
+
+
+requests = st.builds(
+    SpeechRequest,
+    text=st.text(max_size=40),
+    seed=st.integers(-1, 2**63) | st.integers(0, 1000),
+    temperature=st.floats(allow_nan=True) | st.floats(0, 2),
+    max_seconds=st.floats(allow_nan=True) | st.floats(0.08, CAP),
+    retries=st.integers(-1, 1),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(request=requests)
+def test_any_request_is_answered_or_refused(kalle_tiny: Kalle, request: SpeechRequest) -> None:
+    request = SpeechRequest(
+        **vars(request) | {"max_seconds": min(request.max_seconds, CAP) if request.max_seconds > 0 else request.max_seconds}
+    )
+    speech, refusal = answer(kalle_tiny, request)
+    if speech is None:
+        assert refusal
+        assert "\n" not in refusal
+        return
+    assert speech.seconds <= CAP + 1e-9
+    assert len(speech.audio) == speech.frames * 1280
+    assert speech.frames <= speech.max_frames
+    assert speech.stop_reason in ("end", "max_frames", "repetition", "silence")
+
+
+def test_two_threads_get_what_each_would_get_alone(kalle_tiny: Kalle) -> None:
+    alone = [kalle_tiny.synthesize("Hello.", seed=seed, max_seconds=CAP).audio for seed in range(4)]
+    found: dict[int, np.ndarray] = {}
+
+    def speak(seed: int) -> None:
+        stream = kalle_tiny.stream("Hello.", seed=seed, max_seconds=CAP)
+        found[seed] = np.concatenate([np.zeros(0, dtype=np.float32), *stream])
+
+    threads = [threading.Thread(target=speak, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, audio in enumerate(alone):
+        np.testing.assert_allclose(found[seed], audio, atol=1e-4)
+
+
+def _speak_elsewhere(folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    np.save(out, Kalle.from_pretrained(folder, "cpu").synthesize("Hello.", seed=5, max_seconds=CAP).audio)
+
+
+def test_two_processes_share_a_weight_folder(weight_folder: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_speak_elsewhere, args=(weight_folder, out)) for out in outs]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    wanted = Kalle.from_pretrained(weight_folder, "cpu").synthesize("Hello.", seed=5, max_seconds=CAP).audio
+    for out in outs:
+        np.testing.assert_allclose(np.load(out), wanted, atol=1e-5)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kalle.errors import UserError
+from kalle.synthesis import StopRule
+from kalle.synthesis.kalle import Kalle
+
+NEVER = StopRule(threshold=0.0)
+HOP = 1280
+
+
+def offline(kalle: Kalle, seconds: float, seed: int = 3) -> np.ndarray:
+    return kalle.synthesize("Hello there.", seed=seed, max_seconds=seconds, stop=NEVER, retries=0).audio
+
+
+def joined(pieces: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(frames=st.integers(1, 30), chunk=st.integers(1, 12), latency=st.sampled_from([None, 9, 12]), seed=st.integers(0, 2**31))
+def test_a_stream_equals_the_whole(kalle_tiny: Kalle, frames: int, chunk: int, latency: int | None, seed: int) -> None:
+    stream = kalle_tiny.stream("Hello there.", seed=seed, max_seconds=frames * 0.08, stop=NEVER, latency_frames=latency, chunk_frames=chunk)
+    pieces = list(stream)
+    wanted = offline(kalle_tiny, frames * 0.08, seed)
+    assert all(piece.dtype == np.float32 and len(piece) for piece in pieces)
+    assert len(joined(pieces)) == len(wanted) == frames * HOP
+    np.testing.assert_allclose(joined(pieces), wanted, atol=1e-4)
+
+
+def test_the_result_of_a_stream_is_that_of_the_whole(kalle_tiny: Kalle) -> None:
+    stream = kalle_tiny.stream("Hello there.", seed=3, max_seconds=1.6, stop=NEVER)
+    pieces = list(stream)
+    speech, whole = stream.speech, kalle_tiny.synthesize("Hello there.", seed=3, max_seconds=1.6, stop=NEVER, retries=0)
+    np.testing.assert_array_equal(speech.audio, joined(pieces))
+    for name in ("latents", "log_std", "end_kl"):
+        np.testing.assert_array_equal(getattr(speech, name), getattr(whole, name))
+    assert (speech.stop_reason, speech.seed, speech.frames) == (whole.stop_reason, 3, 20)
+
+
+def test_audio_comes_before_the_frames_are_all_there(kalle_tiny: Kalle) -> None:
+    stream = kalle_tiny.stream("Hello there.", seed=3, max_seconds=4.0, stop=NEVER, chunk_frames=4)
+    first = next(stream)
+    assert len(first) == HOP
+    assert len(next(stream)) == 4 * HOP
+    assert stream.speech.frames == 5
+    assert stream.speech.stop_reason == "interrupted"
+
+
+def test_a_closed_stream_keeps_what_was_heard(kalle_tiny: Kalle) -> None:
+    stream = kalle_tiny.stream("Hello there.", seed=3, max_seconds=4.0, stop=NEVER, chunk_frames=4)
+    heard = list(itertools.islice(stream, 3))
+    stream.close()
+    assert list(stream) == []
+    assert (stream.speech.stop_reason, stream.speech.frames) == ("interrupted", 9)
+    np.testing.assert_array_equal(stream.speech.audio, joined(heard))
+    np.testing.assert_allclose(joined(heard), offline(kalle_tiny, 4.0)[: 9 * HOP], atol=1e-4)
+
+
+def test_two_streams_at_once_do_not_mix(kalle_tiny: Kalle) -> None:
+    streams = [kalle_tiny.stream("Hello there.", seed=seed, max_seconds=1.6, stop=NEVER, chunk_frames=2) for seed in (3, 4)]
+    pieces: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for pair in itertools.zip_longest(*streams):
+        for kept, piece in zip(pieces, pair, strict=True):
+            kept.append(piece)
+    for seed, kept in zip((3, 4), pieces, strict=True):
+        np.testing.assert_allclose(joined(kept), offline(kalle_tiny, 1.6, seed), atol=1e-4)
+
+
+def test_a_stream_that_ends_at_once_is_empty(kalle_tiny: Kalle) -> None:
+    stream = kalle_tiny.stream("Hello there.", seed=3, stop=StopRule(threshold=1e9, min_index=-1))
+    assert list(stream) == []
+    assert (stream.speech.stop_reason, stream.speech.frames, len(stream.speech.audio)) == ("end", 0, 0)
+
+
+@pytest.mark.parametrize(("option", "message"), [({"chunk_frames": 0}, "bad chunk"), ({"latency_frames": -1}, "latency")])
+def test_bad_values_are_refused_before_anything_is_generated(kalle_tiny: Kalle, option: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        kalle_tiny.stream("Hello there.", **option)
