@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kalle.cli.main import main
+from kalle.evaluation.memory import PeakMemory
+
+FAST = ["--size", "nano", "--threads", "1", "--device", "cpu"]
+
+
+def test_every_step_is_measured_and_the_algorithms_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    assert main(["bench", "synthesis", *FAST, "--seconds", "0.8", "--batch", "2", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    rows = {row["step"]: row for row in found["rows"]}
+    cached, uncached, decoding, stream, batch = rows.values()
+    assert [row["step"] for row in found["rows"]][0:1] == ["frames, cached"]
+    assert "release" in uncached["step"]
+    assert uncached["difference"] < 1e-4
+    assert stream["difference"] < 1e-4
+    assert 0 < stream["first_audio_seconds"] <= stream["wall_seconds"]
+    assert batch["speech_seconds"] == pytest.approx(1.6)
+    for row in rows.values():
+        assert row["rtf"] == pytest.approx(row["wall_seconds"] / row["speech_seconds"])
+        assert row["peak_bytes"] > 2**20
+    assert decoding["speech_seconds"] == cached["speech_seconds"] == pytest.approx(0.8)
+    assert found["machine"]["threads"] == 1
+    assert "RTF = wall seconds / seconds of speech" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "neither --model and --size"),
+        (["--size", "nano", "--model", "x"], "both --model and --size"),
+        (["--size", "nano", "--seconds", "0"], "bad --seconds"),
+        (["--size", "nano", "--batch", "0"], "bad --batch"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "synthesis", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_peak_sees_what_was_held_and_let_go() -> None:
+    cpu = torch.device("cpu")
+    with PeakMemory(cpu) as idle:
+        pass
+    with PeakMemory(cpu) as busy:
+        torch.ones(64 * 2**20).sum()
+    if not busy.since_start:
+        assert busy.bytes - idle.bytes > 150 * 2**20
