@@ -1,0 +1,135 @@
+"""How the page looks: every component, in reading order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from kalle.serving.asked import RANDOM, RECORDING, STORED
+from kalle.serving.handlers import MODELS_OWN, Handlers
+
+EXAMPLES = {
+    "en": ("Hello! This voice is drawn frame by frame.", "The sun came up slowly over the quiet harbour."),
+    "zh": ("你好！这个声音是一帧一帧画出来的。", "太阳慢慢升起，港口里很安静。"),
+}
+"""Texts to try, by the language of the weights."""
+SOURCES = (("Stored voice", STORED), ("Recording", RECORDING), ("Random voice", RANDOM))
+_PLAYER = (
+    '<div class="kalle-player" data-rate="{rate}" data-state="idle" role="group" aria-label="Playback while it is being made">'
+    '<span class="time">Nothing to play yet</span><span class="meter" aria-hidden="true"><span></span></span>'
+    '<button type="button" disabled>Pause</button></div>'
+)
+
+
+@dataclass(frozen=True)
+class VoiceParts:
+    """The components that choose a voice."""
+
+    source: gr.Radio
+    stored: gr.Dropdown
+    recording: gr.Audio
+    transcript: gr.Textbox
+    seed: gr.Number
+    another: gr.Button
+    listen: gr.Button
+    sample: gr.Audio
+    name: gr.Textbox
+    consent: gr.Textbox
+    keep: gr.Button
+    message: gr.HTML
+    groups: tuple[gr.Group, gr.Group, gr.Group, gr.Group]
+    """Shown for a stored voice, a recording, a random voice, and for what can be kept."""
+
+    @property
+    def choice(self) -> list[Any]:
+        """The fields of ``handlers.choice_from``, in order."""
+        return [self.source, self.stored, self.recording, self.transcript, self.seed]
+
+
+@dataclass(frozen=True)
+class SpeechParts:
+    """The components that ask for speech and show it."""
+
+    text: gr.Textbox
+    seed: gr.Number
+    temperature: gr.Slider
+    max_seconds: gr.Number
+    speak: gr.Button
+    stop: gr.Button
+    message: gr.HTML
+    player: gr.HTML
+    audio: gr.Audio
+    download: gr.DownloadButton
+    facts: gr.HTML
+    figure: gr.HTML
+
+    @property
+    def numbers(self) -> list[Any]:
+        """The last fields of ``handlers.asked_from``, in order."""
+        return [self.seed, self.temperature, self.max_seconds]
+
+
+def lay_out(handlers: Handlers, player_js: str) -> tuple[VoiceParts, SpeechParts]:
+    """Put every component on the page that is being built."""
+    kalle, limit = handlers.studio.kalle, handlers.studio.max_text
+    gr.HTML(
+        f"<h1>kalle</h1><p>Text to speech at {kalle.sample_rate // 1000} kHz, computed on the {kalle.device.type.upper()}.</p>",
+        elem_classes="kalle-head",
+    )
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=300):
+            text = gr.Textbox(label="Text", lines=5, max_lines=14, placeholder="What to say", elem_id="text")
+            gr.HTML(f'<p class="kalle-count" data-limit="{limit}" aria-live="off">0 of {limit} characters</p>', elem_id="count")
+            examples = EXAMPLES.get(kalle.config.language or "en", EXAMPLES["en"])
+            gr.Examples([[example] for example in examples], inputs=text, label="Try one of these", elem_id="examples")
+            voice = _voice(handlers)
+            with gr.Accordion("Settings", open=False):
+                seed = gr.Number(
+                    label="Seed", info="The same seed gives the same speech; empty draws one.", precision=0, minimum=0, value=None
+                )
+                temperature = gr.Slider(0, 1.5, 1.0, step=0.05, label="Temperature", info="1 is the model's own spread.")
+                max_seconds = gr.Number(
+                    label="Longest sentence in seconds", info="Empty: three times the usual pace.", minimum=0, value=None
+                )
+        with gr.Column(scale=6, min_width=300):
+            with gr.Row(elem_classes="kalle-actions"):
+                speak = gr.Button("Speak", variant="primary", elem_id="speak", min_width=140)
+                stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, min_width=100)
+            message = gr.HTML(elem_id="message")
+            rate = kalle.sample_rate
+            player = gr.HTML("", html_template=_PLAYER.replace("{rate}", str(rate)), js_on_load=player_js, elem_id="player")
+            audio = gr.Audio(label="Speech", interactive=False, type="filepath", buttons=[], visible=False, elem_id="audio")
+            download = gr.DownloadButton("Download WAV", visible=False, elem_id="download", elem_classes="kalle-big")
+            facts, figure = gr.HTML(elem_id="facts"), gr.HTML(elem_id="figure")
+    return voice, SpeechParts(text, seed, temperature, max_seconds, speak, stop, message, player, audio, download, facts, figure)
+
+
+def _voice(handlers: Handlers) -> VoiceParts:
+    needs = "needed" if not handlers.studio.kalle.has_speaker_encoder else "optional, keeps the way of speaking too"
+    with gr.Group():
+        source = gr.Radio(list(SOURCES), value=STORED, label="Voice", elem_id="source")
+        with gr.Group() as stored_group:
+            stored = gr.Dropdown(handlers.voices(), value=MODELS_OWN, label="Stored voices", elem_id="stored", filterable=True)
+        with gr.Group(visible=False) as recording_group:
+            recording = gr.Audio(
+                sources=["upload", "microphone"],
+                type="filepath",
+                label="Recording of one voice, 2 to 20 seconds",
+                buttons=[],
+                elem_id="recording",
+            )
+            transcript = gr.Textbox(label=f"What is said in it, word for word ({needs})", lines=2, elem_id="transcript")
+        with gr.Group(visible=False) as random_group, gr.Row():
+            seed = gr.Number(label="Seed of the voice", precision=0, minimum=0, min_width=140, elem_id="voice-seed")
+            another = gr.Button("Another one", min_width=120, elem_id="another")
+    listen = gr.Button("Listen to this voice", size="md", elem_id="listen", elem_classes="kalle-big")
+    sample = gr.Audio(label="Sample of the voice", interactive=False, autoplay=True, buttons=[], visible=False, elem_id="sample")
+    with gr.Group(visible=False) as keep_group:
+        name = gr.Textbox(label="Name for this voice", max_lines=1, elem_id="name")
+        consent = gr.Textbox(label="Who spoke, and what they agreed to (optional, stored with it)", max_lines=1, elem_id="consent")
+        keep = gr.Button("Keep this voice", elem_id="keep", elem_classes="kalle-big")
+    message = gr.HTML(elem_id="voice-message")
+    groups = (stored_group, recording_group, random_group, keep_group)
+    return VoiceParts(source, stored, recording, transcript, seed, another, listen, sample, name, consent, keep, message, groups)

@@ -1,0 +1,136 @@
+"""The voices that the page offers: those beside the weights, those that were kept, recordings and random ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from kalle.audio import load_channels, resample, write_audio
+from kalle.errors import UserError
+from kalle.serving.asked import RANDOM, RECORDING, VoiceChoice, check_voice
+from kalle.synthesis.folder import VOICES_FOLDER
+from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.prompt_checks import prompt_warnings
+from kalle.synthesis.speech import FloatArray
+from kalle.synthesis.voice import Voice
+from kalle.synthesis.voice_store import SUFFIX, voice_path
+
+SAMPLE_SECONDS = 6.0
+SAMPLE_TEXT = "This is how I sound."
+_REMEMBERED = 32
+Value = TypeVar("Value")
+
+
+class Remembered(Generic[Value]):
+    """The last few results of something slow."""
+
+    def __init__(self, size: int = _REMEMBERED) -> None:
+        self._values: OrderedDict[object, Value] = OrderedDict()
+        self._size = size
+
+    def get(self, key: object, make: Callable[[], Value]) -> Value:
+        """The value of ``key``, made now if it isn't remembered."""
+        value = self._values.pop(key, None)
+        if value is None:
+            value = make()
+        self._values[key] = value
+        while len(self._values) > self._size:
+            self._values.popitem(last=False)
+        return value
+
+
+class VoiceShelf:
+    """Voices by name in ``folder`` and beside the weights of ``kalle``; samples of them go to ``temporary``."""
+
+    def __init__(self, kalle: Kalle, folder: Path, temporary: Path) -> None:
+        self.kalle, self.folder, self._temporary = kalle, folder, temporary
+        self._voices: Remembered[Voice] = Remembered()
+
+    def names(self) -> list[str]:
+        """Names of all stored voices; one kept in ``folder`` hides one of the same name beside the weights."""
+        return sorted({path.stem for folder in self._folders() for path in folder.glob(f"*{SUFFIX}")}, key=str.casefold)
+
+    def voice(self, choice: VoiceChoice) -> Voice | None:
+        """The voice of ``choice``, None for the model's own; a UserError when it is incomplete, gone or doesn't fit."""
+        check_voice(choice, not self.kalle.has_speaker_encoder)
+        if choice.source == RECORDING:
+            transcript = (choice.transcript or "").strip() or None
+            assert choice.recording is not None
+            recording = Path(choice.recording)
+            return self._voices.get((recording, _changed(recording), transcript), lambda: self.kalle.voice(recording, transcript))
+        if choice.source == RANDOM:
+            assert choice.seed is not None
+            seed = choice.seed
+            return self._voices.get(seed, lambda: self.kalle.random_voice(seed))
+        if choice.name is None:
+            return None
+        path = self._path(choice.name)
+        return self._voices.get((path, _changed(path)), lambda: self.kalle.load_voice(path))
+
+    def doubts(self, choice: VoiceChoice) -> list[str]:
+        """What makes a recording a doubtful voice, a line each; nothing for other voices."""
+        if choice.source != RECORDING or choice.recording is None:
+            return []
+        channels, rate_hz = load_channels(choice.recording)
+        audio = resample(channels.mean(axis=0, dtype=np.float32), rate_hz, self.kalle.sample_rate)
+        return prompt_warnings(audio, self.kalle.sample_rate, (choice.transcript or "").strip() or None, rate_hz)
+
+    def keep(self, choice: VoiceChoice, name: str, consent: str | None = None) -> str:
+        """Store the voice of ``choice`` under ``name`` and return the name as it is listed; nothing is overwritten."""
+        name = " ".join(name.split())
+        file_name = voice_path(self.folder, name).name
+        if name.casefold() in {other.casefold() for other in self.names()}:
+            raise UserError(f"there is a voice of that name: got {name!r}, expected a new one; type another name")
+        voice = self.voice(choice)
+        if voice is None:
+            raise UserError("nothing to keep: the model's own voice is no file; choose a random voice or a recording")
+        replace(voice, name=name, consent=(consent or "").strip() or voice.consent).save(self.folder / file_name)
+        return name
+
+    def sample(self, choice: VoiceChoice) -> Path:
+        """A WAV file with a few seconds of the voice: its own prompt, or a sentence where it has none. Made once a voice."""
+        voice = self.voice(choice)
+        path = self._temporary / f"sample-{_fingerprint(voice)}.wav"
+        if not path.is_file():
+            write_audio(path, self._sound(voice), self.kalle.sample_rate)
+        return path
+
+    @torch.no_grad()
+    def _sound(self, voice: Voice | None) -> FloatArray:
+        if voice is None or voice.prompt_latents is None:
+            return self.kalle.synthesize(SAMPLE_TEXT, voice, seed=0, max_seconds=SAMPLE_SECONDS).audio
+        config = self.kalle.flowvae.config
+        latents = voice.prompt_latents[: max(1, int(SAMPLE_SECONDS * config.frame_rate_hz))]
+        weight = next(self.kalle.flowvae.parameters())
+        audio = self.kalle.flowvae.decode(latents[None].to(weight.device, weight.dtype))[0]
+        return np.asarray(audio.float().cpu().numpy(), dtype=np.float32)
+
+    def _path(self, name: str) -> Path:
+        # A name from the page is looked up among the listed ones, never joined to a folder unseen.
+        for folder in self._folders():
+            for path in folder.glob(f"*{SUFFIX}"):
+                if path.stem == name:
+                    return path
+        raise UserError(f"the voice is gone: got {name!r}, expected one of the list; load the page again")
+
+    def _folders(self) -> list[Path]:
+        beside = [] if self.kalle.folder is None else [self.kalle.folder / VOICES_FOLDER]
+        return [self.folder, *(folder for folder in beside if folder != self.folder)]
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def _fingerprint(voice: Voice | None) -> str:
+    digest = hashlib.sha256()
+    for tensor in () if voice is None else (voice.prompt_latents, voice.speaker_latent):
+        digest.update(b"-" if tensor is None else tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,191 @@
+"""Serving the page: where it listens, the address its audio comes from, and nothing to anyone else."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import ipaddress
+import logging
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalle.errors import UserError
+from kalle.serving.jobs import Job, Jobs
+from kalle.serving.studio import DEFAULT_MAX_TEXT, Studio
+from kalle.synthesis.folder import VOICES_FOLDER
+from kalle.synthesis.kalle import Kalle
+
+if TYPE_CHECKING:
+    import gradio as gr
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+LOGGER = logging.getLogger(__name__)
+LOOPBACK = "127.0.0.1"
+PORT = 7860
+GRADIO_FOLDER = "GRADIO_TEMP_DIR"
+LARGEST_UPLOAD = "50mb"
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class WebOptions:
+    """Where and how the page is served."""
+
+    host: str = LOOPBACK
+    port: int = PORT
+    """0 takes a free one."""
+    share: bool = False
+    """Ask Gradio for a public address, through its servers."""
+    voices: Path | None = None
+    """Where kept voices go; None is the weight folder's own voices/."""
+    max_text: int = DEFAULT_MAX_TEXT
+    open_browser: bool = False
+
+
+def require_gradio() -> None:
+    """A UserError that says what to install when Gradio is missing."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the web page needs Gradio: it is not installed; run pip install 'kalle-tts[serve]'")
+
+
+def serve(kalle: Kalle, options: WebOptions) -> None:
+    """Serve the page until Ctrl-C. UserError for a missing Gradio, a port that is taken or an address that isn't ours."""
+    require_gradio()
+    voices = options.voices or (kalle.folder or Path()) / VOICES_FOLDER
+    with Studio(kalle, voices, options.max_text) as studio, _gradio_files(studio.temporary / "page"), _ended_by_sigterm():
+        page = launch(studio, options)
+        try:
+            threading.Event().wait()
+        finally:
+            page.close(verbose=False)
+
+
+@contextmanager
+def _gradio_files(folder: Path) -> Iterator[None]:
+    """Let Gradio keep uploads and results in ``folder``; its environment variable is the only way to say so."""
+    former = os.environ.get(GRADIO_FOLDER)
+    os.environ[GRADIO_FOLDER] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(GRADIO_FOLDER)
+        if former is not None:
+            os.environ[GRADIO_FOLDER] = former
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """A polite request to end is taken like Ctrl-C, so that temporary files go."""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def launch(studio: Studio, options: WebOptions) -> gr.Blocks:
+    """Start the server and say where it is; the result's ``local_url`` tells it, ``close()`` ends it."""
+    from starlette.routing import Route
+
+    from kalle.serving.handlers import Handlers
+    from kalle.serving.page import build, look
+
+    if not is_loopback(options.host):
+        LOGGER.warning("whoever reaches %s can use the page and keep voices here: there is no password", options.host)
+    if options.share:
+        LOGGER.warning(
+            "--share asks Gradio for a public address: whoever knows it can use the page, and audio passes through Gradio's servers"
+        )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there.
+    page = build(Handlers(studio))
+    page.queue(default_concurrency_limit=None)
+    try:
+        page.launch(
+            server_name=options.host,
+            server_port=options.port or free_port(options.host),
+            share=options.share,
+            inbrowser=options.open_browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            max_file_size=LARGEST_UPLOAD,
+            app_kwargs={
+                "routes": [
+                    Route("/kalle/audio/{token}", audio_route(studio.jobs)),
+                    Route("/kalle/ahead/{token}", ahead_route(studio.jobs)),
+                ]
+            },
+            **look(),
+        )
+    except OSError as error:
+        raise UserError(f"cannot serve on {options.host}:{options.port}: {error}; choose another --port or --host") from None
+    LOGGER.info("the page is at %s (Ctrl-C ends it)", page.share_url or page.local_url)
+    return page
+
+
+def audio_route(jobs: Jobs) -> Any:
+    """The address of a job's audio: PCM16 little-endian mono, as it is being made."""
+    from starlette.responses import Response as Plain
+    from starlette.responses import StreamingResponse
+
+    async def audio(request: Request) -> Response:
+        job = jobs.find(request.path_params["token"])
+        if job is None:
+            return Plain("no such audio", status_code=404)
+        return StreamingResponse(growing(job), media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
+
+    return audio
+
+
+def ahead_route(jobs: Jobs) -> Any:
+    """The address that tells how many other jobs come before one."""
+    from starlette.responses import PlainTextResponse
+
+    async def ahead(request: Request) -> Response:
+        job = jobs.find(request.path_params["token"])
+        return PlainTextResponse("0" if job is None else str(jobs.ahead(job)), headers={"Cache-Control": "no-store"})
+
+    return ahead
+
+
+async def growing(job: Job) -> AsyncIterator[bytes]:
+    """The pieces of ``job`` as they come, until it is finished."""
+    sent = 0
+    while True:
+        pieces, finished = job.pieces(sent)
+        for piece in pieces:
+            yield piece
+        sent += len(pieces)
+        if finished:
+            return
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def free_port(host: str) -> int:
+    """A port of ``host`` that nobody listens on."""
+    import socket
+
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

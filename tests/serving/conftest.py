@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kalle.serving.handlers import Handlers
+from kalle.serving.studio import Studio
+from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.row import StopRule
+
+
+@pytest.fixture(scope="session")
+def kalle_toy(toy_weights: Path) -> Kalle:
+    """Untrained weights without a speaker encoder, with a stop rule that never stops: lengths are what the cap says."""
+    kalle = Kalle.from_pretrained(toy_weights, "cpu")
+    kalle.config = replace(kalle.config, stop=StopRule(threshold=0.0))
+    return kalle
+
+
+@pytest.fixture
+def studio(kalle_toy: Kalle, tmp_path: Path) -> Iterator[Studio]:
+    with Studio(kalle_toy, tmp_path / "voices", max_text=200) as made:
+        yield made
+
+
+@pytest.fixture
+def handlers(studio: Studio) -> Handlers:
+    return Handlers(studio)

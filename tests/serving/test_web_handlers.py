@@ -1,0 +1,351 @@
+"""The page's reactions without a page."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kalle.audio import read_audio, to_pcm16, write_audio
+from kalle.errors import UserError
+from kalle.serving.asked import RANDOM, RECORDING, STORED, Asked, VoiceChoice
+from kalle.serving.attentive import StoppableRule
+from kalle.serving.handlers import MODELS_OWN, UNEXPECTED, Handlers, View, asked_from, choice_from
+from kalle.serving.jobs import Jobs
+from kalle.serving.studio import Studio
+from kalle.serving.web import WebOptions, growing, is_loopback, launch, require_gradio
+from kalle.serving.words import error_html
+from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.longform import LongForm
+from kalle.synthesis.longform_part import LongFormOptions
+from kalle.synthesis.voice import Voice
+
+HI = Asked("Hi there.", seed=3, max_seconds=0.5)
+
+
+def ran(handlers: Handlers, asked: Asked, session: str = "a") -> tuple[View, list[View]]:
+    begun = handlers.begin(session, asked)
+    return begun, list(handlers.run(session))
+
+
+def pcm(handlers: Handlers, session: str = "a") -> np.ndarray:
+    job = handlers.studio.jobs.of(session)
+    pieces, finished = job.pieces(0)
+    assert finished
+    return np.frombuffer(b"".join(pieces), dtype="<i2")
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> str:
+    write_audio(tmp_path / "me.wav", 0.3 * np.sin(2 * np.pi * 220 * np.arange(24000) / 16000), 16000)
+    return str(tmp_path / "me.wav")
+
+
+def test_speech_comes_piece_by_piece_and_then_as_a_file(handlers: Handlers, kalle_toy: Kalle) -> None:
+    begun, views = ran(handlers, HI)
+    assert begun.busy
+    assert "Starting" in begun.message
+    *working, done = views
+    assert all(view.busy and view.audio is None for view in working)
+    assert not done.busy
+    assert done.token == begun.token
+    assert not done.message
+    pieces, _ = handlers.studio.jobs.of("a").pieces(0)
+    assert len(pieces) > 2, "the audio came all at once"
+    np.testing.assert_allclose(read_audio(done.audio) * 32768, pcm(handlers), atol=1)
+    offline = kalle_toy.synthesize(HI.text, seed=3, max_seconds=0.5, retries=0)
+    np.testing.assert_allclose(pcm(handlers), to_pcm16(offline.audio), atol=1e-4 * 32768)
+    for word in ("0.50 s (50 frames)", "RTF", "max_frames: cut at the length cap", "the model&#x27;s own", "<dd>3</dd>", "Confidence"):
+        assert word in done.facts, word
+    assert 'alt="' in done.figure
+    assert "data:image/png;base64," in done.figure
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (Asked("  \n"), "The text is empty"),
+        (Asked("x" * 201), "got 201 characters, expected at most 200"),
+        (Asked("Hi", VoiceChoice(RECORDING)), "No recording"),
+        (Asked("Hi", VoiceChoice(RECORDING, recording="me.wav", transcript="  ")), "A recording without its transcript"),
+        (Asked("Hi", VoiceChoice(RANDOM)), "No seed for the random voice"),
+    ],
+)
+def test_what_can_be_seen_wrong_is_said_at_once(handlers: Handlers, asked: Asked, message: str) -> None:
+    begun, views = ran(handlers, asked)
+    assert message in begun.message
+    assert 'role="alert"' in begun.message
+    assert not begun.busy
+    assert not begun.token
+    assert views == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (replace(HI, temperature=-1.0), "Bad temperature: got -1.0"),
+        (replace(HI, max_seconds=1e-6), "raise the longest length"),
+        (replace(HI, seed=-1), "Bad seed: got -1"),
+        (replace(HI, voice=VoiceChoice(STORED, "nobody")), "The voice is gone: got &#x27;nobody&#x27;"),
+    ],
+)
+def test_what_the_model_refuses_is_said_in_the_page(handlers: Handlers, asked: Asked, message: str) -> None:
+    _, views = ran(handlers, asked)
+    assert message in views[-1].message
+    assert views[-1].audio is None
+    assert not views[-1].busy
+    assert len(pcm(handlers)) == 0
+
+
+def test_a_bug_is_logged_and_the_page_stays_usable(handlers: Handlers, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(handlers.studio.kalle, "stream", lambda *_, **__: 1 / 0, raising=False)
+    _, views = ran(handlers, HI)
+    assert UNEXPECTED in views[-1].message
+    assert not views[-1].busy
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_stopped_on_the_way_what_was_made_is_kept(handlers: Handlers) -> None:
+    handlers.begin("a", replace(HI, max_seconds=20.0))
+    run = handlers.run("a")
+    next(run)
+    next(run)
+    assert "Stopping" in handlers.stop("a").message
+    *_, done = run
+    assert "interrupted: stopped by you" in done.facts
+    heard = pcm(handlers)
+    assert 0 < len(heard) < 80000
+    np.testing.assert_allclose(read_audio(done.audio) * 32768, heard, atol=1)
+    assert handlers.stop("a") is None
+    assert handlers.stop("nobody") is None
+
+
+LONG = Asked("It was a bright cold day. The clocks were striking thirteen.\n\n* * *\n\nNobody said a word.", seed=4, max_seconds=0.4)
+
+
+def test_a_longer_text_comes_sentence_by_sentence(handlers: Handlers, kalle_toy: Kalle) -> None:
+    _, views = ran(handlers, replace(LONG, voice=VoiceChoice(RANDOM, seed=2)))
+    done = views[-1]
+    assert "of 3 sentences" in views[1].message
+    form = LongForm(kalle_toy, LONG.text, kalle_toy.random_voice(2), seed=4, options=LongFormOptions(max_seconds=0.4))
+    expected = np.concatenate([to_pcm16(part.with_pause) for part in form])
+    np.testing.assert_array_equal(pcm(handlers), expected)
+    np.testing.assert_allclose(read_audio(done.audio) * 32768, expected, atol=1)
+    pieces, _ = handlers.studio.jobs.of("a").pieces(0)
+    assert len(pieces) == 3
+    for words in (
+        "<li value='2'>The clocks were striking thirteen.",
+        "not spoken: &#x27;* * *&#x27;",
+        "3 of 3 sentences did not end",
+        "<dd>4</dd>",
+    ):
+        assert words in done.facts, words
+    assert "the one with the lowest confidence" in done.figure
+
+
+def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers, monkeypatch) -> None:
+    asked = replace(LONG, max_seconds=2.0, voice=VoiceChoice(RANDOM, seed=2))
+    handlers.studio.shelf.voice(asked.voice)
+    job = handlers.studio.begin("a", asked)
+    steps, frames, rule = [], [], StoppableRule.stops
+
+    def stops(self: StoppableRule, end_kl: float, index: int) -> bool:
+        frames.append(index)
+        if len(frames) == 230:  # 200 frames are the first sentence
+            job.stop()
+        return rule(self, end_kl, index)
+
+    monkeypatch.setattr(StoppableRule, "stops", stops)
+    steps = list(handlers.studio.speak(job))
+    assert len(frames) == 230, "it went on after the stop"
+    spoken = steps[-1]
+    assert spoken.stopped
+    assert [line.text for line in spoken.lines] == ["It was a bright cold day."]
+
+
+def test_stopped_while_waiting_nothing_is_made(handlers: Handlers) -> None:
+    handlers.begin("a", HI)
+    stopped = handlers.stop("a")
+    assert "Stopped before it began" in stopped.message
+    assert not stopped.busy
+    assert list(handlers.run("a")) == []
+    assert len(pcm(handlers)) == 0
+
+
+def test_a_job_is_done_once(handlers: Handlers) -> None:
+    handlers.begin("a", HI)
+    assert list(handlers.run("a"))
+    assert list(handlers.run("a")) == []
+
+
+def test_a_new_request_and_a_closed_page_end_the_former_one(handlers: Handlers) -> None:
+    handlers.begin("a", replace(HI, max_seconds=20.0))
+    first = handlers.studio.jobs.of("a")
+    run = handlers.run("a")
+    next(run)
+    handlers.begin("a", HI)
+    assert first.stopped
+    list(run)
+    second = handlers.studio.jobs.of("a")
+    handlers.leave("a")
+    assert second.stopped
+    assert handlers.studio.jobs.of("a") is None
+    assert list(handlers.run("a")) == []
+
+
+def test_sessions_wait_for_each_other_and_know_it() -> None:
+    jobs = Jobs()
+    first, second, third = (jobs.begin(name, HI) for name in "abc")
+    assert [jobs.ahead(job) for job in (first, second, third)] == [0, 1, 2]
+    first.finish()
+    assert [jobs.ahead(job) for job in (second, third)] == [0, 1]
+    assert jobs.find(third.token) is third
+    assert jobs.find("guess") is None
+
+
+def test_listeners_get_the_audio_while_it_is_made() -> None:
+    job = Jobs().begin("a", HI)
+    heard: list[bytes] = []
+
+    async def listen() -> None:
+        async for piece in growing(job):
+            heard.append(piece)
+
+    async def make() -> None:
+        listening = asyncio.create_task(listen())
+        job.add(np.full(3, 0.5))
+        await asyncio.sleep(0.1)
+        assert heard == [job.pieces(0)[0][0]]
+        job.add(np.full(2, -1.0))
+        job.finish()
+        await listening
+
+    asyncio.run(make())
+    assert np.frombuffer(b"".join(heard), "<i2").tolist() == [16384] * 3 + [-32767] * 2
+
+
+def test_a_recording_speaks_with_its_transcript(handlers: Handlers, recording: str, kalle_toy: Kalle) -> None:
+    choice = VoiceChoice(RECORDING, recording=recording, transcript=" A tone. ")
+    _, views = ran(handlers, replace(HI, voice=choice))
+    offline = kalle_toy.synthesize(HI.text, kalle_toy.voice(recording, "A tone."), seed=3, max_seconds=0.5, retries=0)
+    np.testing.assert_allclose(pcm(handlers), to_pcm16(offline.audio), atol=1e-4 * 32768)
+    assert "your recording" in views[-1].facts
+    assert "a short prompt: got 1.50 s" in views[-1].facts
+
+
+def test_a_kept_random_voice_is_listed_and_is_the_same(handlers: Handlers) -> None:
+    choice = VoiceChoice(RANDOM, seed=5)
+    before, _ = handlers.sample(choice)
+    kept = handlers.keep(choice, "  Lise  Lotte ", " me, for tests ")
+    assert kept.name == "Lise Lotte"
+    assert handlers.voices() == [MODELS_OWN, "Lise Lotte"]
+    stored = Voice.load(handlers.studio.shelf.folder / "Lise Lotte.safetensors")
+    assert stored.consent == "me, for tests"
+    torch.testing.assert_close(stored.prompt_latents, handlers.studio.kalle.random_voice(5).prompt_latents)
+    after, message = handlers.sample(VoiceChoice(STORED, "Lise Lotte"))
+    assert (after, message) == (before, "")
+    _, random = ran(handlers, replace(HI, voice=choice))
+    first = pcm(handlers)
+    ran(handlers, replace(HI, voice=VoiceChoice(STORED, "Lise Lotte")))
+    np.testing.assert_array_equal(first, pcm(handlers))
+    assert "random voice 5" in random[-1].facts
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "message"),
+    [
+        (VoiceChoice(RANDOM, seed=1), "", "Bad voice name: got &#x27;&#x27;"),
+        (VoiceChoice(RANDOM, seed=1), "../up", "Bad voice name"),
+        (VoiceChoice(RANDOM, seed=1), "TAKEN", "There is a voice of that name"),
+        (VoiceChoice(STORED), "mine", "Nothing to keep"),
+        (VoiceChoice(RANDOM), "mine", "No seed"),
+    ],
+)
+def test_voices_that_cannot_be_kept(handlers: Handlers, choice: VoiceChoice, name: str, message: str) -> None:
+    assert handlers.keep(VoiceChoice(RANDOM, seed=2), "taken").name == "taken"
+    kept = handlers.keep(choice, name)
+    assert kept.name is None
+    assert message in kept.message
+    assert handlers.voices() == [MODELS_OWN, "taken"]
+
+
+def test_samples_are_made_once_and_are_heard(handlers: Handlers, monkeypatch, recording: str) -> None:
+    choices = [VoiceChoice(STORED), VoiceChoice(RANDOM, seed=4), VoiceChoice(RECORDING, recording=recording, transcript="A tone.")]
+    paths = [handlers.sample(choice)[0] for choice in choices]
+    assert len(set(paths)) == 3
+    assert all(np.abs(read_audio(path)).max() > 1e-3 for path in paths)
+    monkeypatch.setattr(handlers.studio.kalle.flowvae, "decode", lambda *_: 1 / 0)
+    assert [handlers.sample(choice)[0] for choice in choices] == paths
+
+
+def test_a_voice_of_other_weights_is_refused_in_the_page(handlers: Handlers) -> None:
+    handlers.studio.shelf.folder.mkdir()
+    Voice({"flowvae_encoder": "0" * 64}, torch.zeros(3, 4), text="x").save(handlers.studio.shelf.folder / "other.safetensors")
+    assert "other" in handlers.voices()
+    path, message = handlers.sample(VoiceChoice(STORED, "other"))
+    assert path is None
+    assert "The voice does not fit" in message
+
+
+def test_temporary_files_go_with_the_studio(kalle_toy: Kalle, tmp_path: Path) -> None:
+    with Studio(kalle_toy, tmp_path) as studio:
+        handlers = Handlers(studio)
+        _, views = ran(handlers, HI)
+        path = views[-1].audio
+        assert path.is_file()
+    assert not path.exists()
+    assert not path.parent.exists()
+
+
+def test_fields_become_a_request() -> None:
+    choice = choice_from(RANDOM, "x", "me.wav", "words", 7.0)
+    assert choice == VoiceChoice(RANDOM, seed=7)
+    assert choice_from(STORED, MODELS_OWN, "me.wav", "words", 7.0) == VoiceChoice(STORED)
+    assert choice_from(RECORDING, "x", "me.wav", "words", 7) == VoiceChoice(RECORDING, recording="me.wav", transcript="words")
+    assert asked_from(None, choice, None, None, None) == Asked("", choice)
+    assert asked_from("Hi", choice, 3.0, 0.5, 2) == Asked("Hi", choice, 3, 0.5, 2)
+
+
+def test_messages_cannot_smuggle_markup_and_name_fields() -> None:
+    shown = error_html("bad <script>: give --prompt-text")
+    assert "Bad &lt;script&gt;: give the transcript" in shown
+
+
+def test_only_this_machine_is_loopback() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "0.0.0.0", "192.168.1.2", "name")] == [True] * 3 + [False] * 3
+
+
+def test_missing_gradio_is_one_line(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'kalle-tts\[serve\]'"):
+        require_gradio()
+
+
+def test_a_taken_port_is_one_line(studio: Studio) -> None:
+    pytest.importorskip("gradio")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(UserError, match=r"cannot serve on 127\.0\.0\.1:"):
+            launch(studio, WebOptions(port=other.getsockname()[1]))
+
+
+def test_the_page_has_labels_and_no_public_interface(handlers: Handlers) -> None:
+    pytest.importorskip("gradio")
+    from kalle.serving.page import build, look
+
+    page = build(handlers)
+    config = page.get_config_file()
+    fields = [
+        part["props"] for part in config["components"] if part["type"] in ("textbox", "number", "slider", "radio", "dropdown", "audio")
+    ]
+    assert len(fields) > 10
+    assert all(props["label"] for props in fields)
+    assert not page.analytics_enabled
+    assert {fn.api_visibility for fn in page.fns.values()} <= {"private"} | {"undocumented"}
+    assert "http" not in str(look()["theme"]._stylesheets) + look()["css"]
