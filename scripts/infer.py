@@ -12,7 +12,7 @@ import typer
 from kalle.cli.interrupts import interruptible
 from kalle.errors import UserError
 
-FLAGS = {"--prompt-text": "--prompt_text", "--prompt-audio": "--prompt_wav_path"}
+FLAGS = {"--prompt-text": "--prompt_text", "--prompt-audio": "--prompt_wav_path", "--max-seconds": "--max_seconds"}
 """Flags of `kalle say`, which its messages name, and what they are called here."""
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 
@@ -29,19 +29,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ckpt", type=Path, default=CKPT, help="folder of the released files")
     parser.add_argument("--output", type=Path, default=Path("output.wav"), help="file to write, .wav or .flac (default: output.wav)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same speech")
+    parser.add_argument("--max_seconds", type=float, help="length cap; by default what slow speech of the text does not reach")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="of the backbone: auto, float32, bfloat16 or float16")
+    parser.add_argument(
+        "--release-exact",
+        action="store_true",
+        help="do everything as the release does, its oddities included: slower, and the sound is not that of the frames fed back",
+    )
     return parser.parse_args(arguments)
 
 
 def run(arguments: list[str] | None = None) -> None:
     """Speak; a UserError for every mistake."""
     given = parse(arguments)
-    from kalle.cli.release import release_folder
-    from kalle.cli.say import check_request, say
+    from kalle.cli.say import check_request, choose_voice, speak_to_file
+    from kalle.convert.once import release_folder
 
     check_request(given.target_text, given.output, given.prompt_wav_path, given.prompt_text, None)
     model = given.model or release_folder(given.ckpt)
-    say(given.target_text, given.output, model, given.prompt_wav_path, given.prompt_text, seed=given.seed, device=given.device)
+    from kalle.synthesis.kalle import Kalle
+    from kalle.synthesis.quirks import ReleaseQuirks
+
+    # The quirk of the precision rounds the weights itself, from fp32.
+    dtype = "float32" if given.release_exact and given.dtype == "auto" else given.dtype
+    kalle = Kalle.from_pretrained(model, given.device, dtype)
+    voice = choose_voice(kalle, given.prompt_wav_path, given.prompt_text, None)
+    quirks = ReleaseQuirks.release() if given.release_exact else None
+    speak_to_file(kalle, given.target_text, given.output, voice, seed=given.seed, max_seconds=given.max_seconds, quirks=quirks)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,8 +10,9 @@ import pytest
 
 from kalle.audio import read_audio, write_audio
 from kalle.checkpoint import read_json
-from kalle.cli.release import find_tokenizer, release_folder
+from kalle.convert.once import find_tokenizer, release_folder
 from kalle.errors import UserError
+from kalle.synthesis import ReleaseQuirks
 from kalle.synthesis.kalle import Kalle
 from kalle.text.tokenizer import Tokenizer
 
@@ -75,6 +76,20 @@ def test_the_flags_of_the_release_speak_and_convert_once(
     kalle = Kalle.from_pretrained(ckpt / "kalle-release", "cpu")
     expected = kalle.synthesize("Hi.", kalle.voice(prompt, "Tone."), seed=1)
     np.testing.assert_allclose(first, expected.pcm16() / 32768, atol=1e-6)
+
+
+def test_release_exact_has_every_habit(infer, ckpt: Path, prompt: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out.wav"
+    flags = ["--target_text", "Hi.", "--prompt_text", "Tone.", "--prompt_wav_path", str(prompt), "--ckpt", str(ckpt), "--device", "cpu"]
+    flags += ["--seed", "1", "--max_seconds", "0.8", "--output", str(out)]
+    assert infer.main([*flags, "--release-exact"]) == 0
+    kalle = Kalle.from_pretrained(ckpt / "kalle-release", "cpu")
+    voice = kalle.voice(prompt, "Tone.")
+    expected = kalle.synthesize("Hi.", voice, seed=1, max_seconds=0.8, quirks=ReleaseQuirks.release())
+    exact = read_audio(out)
+    np.testing.assert_allclose(exact, expected.pcm16() / 32768, atol=1e-6)
+    assert infer.main(flags) == 0
+    assert len(exact) != len(read_audio(out)), "the last frame is dropped"
 
 
 def test_without_a_prompt_and_with_a_given_model(infer, ckpt: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_arguments_default_to_the_process_s(command, monkeypatch) -> None:
 
 
 def test_usage_errors_of_typer_are_one_line(capsys) -> None:
-    for words in (["say", "--no-such-option"], ["say"], ["convert", "nonsense"], ["prepare", "nonsense"]):
+    for words in (["say", "--no-such-option"], ["say", "--seed", "x"], ["convert", "nonsense"], ["prepare", "nonsense"]):
         assert main(words) == 2, words
         assert one_line(capsys).endswith("see --help")
 

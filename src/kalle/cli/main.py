@@ -8,12 +8,19 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "say": "speak a text into a file",
+    "say": "speak a text, or a whole book, into a file",
+    "stream": "speak a text and hear it while it is being made",
+    "voices": "make, list, show and play voices",
+    "web": "a page for the browser, on this machine only unless told otherwise",
     "prepare": "turn recordings and texts into a corpus folder",
     "encode": "write the Flow-VAE posteriors of a corpus as shards",
     "train": "train a Flow-VAE or a language model (`kalle train flowvae|lm`, then any Hydra override)",
     "evaluate": "score synthesis, reconstruction or a folder of wavs",
+    "calibrate": "measure where speech ends, and store the stop rule with the weights",
+    "bench": "measure speed and memory on this machine",
     "convert": "turn released weights into a weight folder and back",
+    "download": "fetch released weights from the hub, verified",
+    "doctor": "what works here, what doesn't, and what to do about it",
 }
 """Command name -> one line of help; the module is kalle.cli.NAME."""
 

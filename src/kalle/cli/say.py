@@ -2,106 +2,135 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from kalle.cli.interrupts import interruptible
+from kalle.cli.say_one import check_output, report, speak_to_file
+from kalle.cli.say_options import (
+    DeviceOption,
+    DtypeOption,
+    KeepPartsOption,
+    LanguageOption,
+    MaxSecondsOption,
+    ModelOption,
+    NormaliseOption,
+    OutputOption,
+    ParagraphPauseOption,
+    PauseOption,
+    PlotOption,
+    PromptAudioOption,
+    PromptTextOption,
+    ReleaseExactOption,
+    RestartOption,
+    RetriesOption,
+    RollingOption,
+    SeedOption,
+    ShowTextOption,
+    SrtOption,
+    TemperatureOption,
+    TextArgument,
+    TextFileOption,
+    VoiceOption,
+)
+from kalle.cli.say_text import STDIN, choose_language, read_text, show_text
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
-    from kalle.synthesis.speech import Speech
     from kalle.synthesis.voice import Voice
 
+__all__ = ["check_request", "choose_voice", "read_text", "report", "say", "speak_to_file"]
 DEFAULT_MODEL = Path("ckpt/kalle-release")
-STDIN = "-"
 
 
 def say(
-    text: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Audio file to write, .wav or .flac.")],
-    model: Annotated[Path, typer.Option(help="Weight folder.")] = DEFAULT_MODEL,
-    prompt_audio: Annotated[Path | None, typer.Option(help="Recording whose voice to speak in.")] = None,
-    prompt_text: Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")] = None,
-    voice: Annotated[str | None, typer.Option(help="Voice file, or the name of one in the weight folder.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same speech; without one it is drawn and printed.")] = None,
-    temperature: Annotated[float, typer.Option(help="Scale of the standard deviations; 1 is the model's own spread.")] = 1.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
-    max_seconds: Annotated[float | None, typer.Option(help="Length cap; by default what slow speech of the text does not reach.")] = None,
+    text: TextArgument = None,
+    output: OutputOption = None,
+    model: ModelOption = str(DEFAULT_MODEL),
+    prompt_audio: PromptAudioOption = None,
+    prompt_text: PromptTextOption = None,
+    voice: VoiceOption = None,
+    seed: SeedOption = None,
+    temperature: TemperatureOption = 1.0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    max_seconds: MaxSecondsOption = None,
+    text_file: TextFileOption = None,
+    retries: RetriesOption = 1,
+    release_exact: ReleaseExactOption = False,
+    normalise: NormaliseOption = False,
+    language: LanguageOption = None,
+    show_text: ShowTextOption = False,
+    plot: PlotOption = None,
+    srt: SrtOption = False,
+    pause: PauseOption = 0.3,
+    paragraph_pause: ParagraphPauseOption = 0.8,
+    rolling: RollingOption = False,
+    restart: RestartOption = False,
+    keep_parts: KeepPartsOption = False,
 ) -> None:
-    """Speak a text into a file, in a voice that the model makes up, a recording's or a stored one."""
+    """Speak a text into a file, in a voice that the model makes up, a recording's or a stored one.
+
+    A text of more than about 25 seconds, one from --text-file and one with --srt is spoken sentence by sentence; if that is
+    interrupted, the same command goes on where it was.
+    """
     with interruptible():
-        spoken = read_text(text)
-        check_request(spoken, output, prompt_audio, prompt_text, voice)
+        written = read_text(text, text_file)
+        language = choose_language(language)
+        if show_text:
+            _show(written, language, normalise)
+            return
+        check_request(written, output, prompt_audio, prompt_text, voice)
+        assert output is not None
+        from kalle.synthesis.longform_part import LongFormOptions
+        from kalle.synthesis.quirks import ReleaseQuirks
+
+        quirks = ReleaseQuirks.release() if release_exact else None
+        options = LongFormOptions(
+            language, normalise, pause, paragraph_pause, rolling=rolling,
+            temperature=temperature, max_seconds=max_seconds, quirks=quirks, retries=retries,
+        )  # fmt: skip
+        words, why = plan(written, language, normalise, from_file=text_file is not None, srt=srt)
+        check_files(output, long=why is not None, plot=plot, srt=srt)
         from kalle.synthesis.kalle import Kalle
 
-        kalle = Kalle.from_pretrained(model, device, dtype)
+        # The quirk of the precision rounds the weights itself, from fp32.
+        kalle = Kalle.from_pretrained(model, device, "float32" if release_exact and dtype == "auto" else dtype)
         chosen = choose_voice(kalle, prompt_audio, prompt_text, voice)
-        speak_to_file(kalle, spoken, output, chosen, seed, temperature, max_seconds)
+        if why is None:
+            speak_to_file(kalle, words, output, chosen, seed, temperature, max_seconds, quirks, retries, plot=plot, written=written)
+            return
+        from kalle.cli.say_long import speak_long_to_file
+
+        speak_long_to_file(kalle, written, output, chosen, seed, options, why=why, srt=srt, restart=restart, keep_parts=keep_parts)
 
 
-def speak_to_file(
-    kalle: Kalle,
-    text: str,
-    output: Path,
-    voice: Voice | None,
-    seed: int | None = None,
-    temperature: float = 1.0,
-    max_seconds: float | None = None,
-) -> Speech:
-    """Speak ``text`` into ``output`` and print what came of it; a UserError, and no file, when nothing was spoken."""
-    started = time.perf_counter()
-    speech = kalle.synthesize(text, voice, seed=seed, temperature=temperature, max_seconds=max_seconds)
-    elapsed = time.perf_counter() - started
-    if not speech.frames:
-        raise UserError(
-            f"the model ended the speech before its first frame: got 0 frames with seed {speech.seed}, expected some; try another --seed"
-        )
-    speech.save(output)
-    typer.echo(report(speech, output, elapsed))
-    return speech
+def plan(text: str, language: str | None, normalise: bool, from_file: bool, srt: bool) -> tuple[str, str | None]:
+    """The words of a single request, and why the text is spoken sentence by sentence instead; None when it isn't."""
+    from kalle.synthesis.longform_prompt import fits_one_request
+
+    words = text
+    if normalise and not (from_file or srt):
+        from kalle.text.normalise import normalise as in_words
+
+        result = in_words(text, language)
+        words = result.text
+        for warning in result.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+    reasons = {"it comes from a file": from_file, "subtitles need the time of each": srt, "it is too long for one request": True}
+    alone = not from_file and not srt and fits_one_request(words)
+    return words, None if alone else next(reason for reason, holds in reasons.items() if holds)
 
 
-def report(speech: Speech, output: Path, elapsed_seconds: float) -> str:
-    """What `kalle say` prints, one fact a line; ``elapsed_seconds`` covers synthesis without loading and writing."""
-    ending = {"end": "end (the model ended the speech)"}.get(
-        speech.stop_reason,
-        f"{speech.stop_reason} (cut at the length cap of {speech.max_frames} frames; allow more seconds or try another --seed)",
-    )
-    return "\n".join(
-        [
-            f"wrote {output}",
-            f"audio: {speech.seconds:.2f} s at {speech.sample_rate} Hz ({speech.frames} frames)",
-            f"RTF = synthesis / audio = {elapsed_seconds:.2f} s / {speech.seconds:.2f} s = {elapsed_seconds / speech.seconds:.3f}",
-            f"stop reason: {ending}",
-            f"seed: {speech.seed}",
-        ]
-    )
-
-
-def read_text(text: str) -> str:
-    """``text`` itself, or standard input when it is ``-``; a UserError when that is not UTF-8."""
-    if text != STDIN:
-        return text
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8: {error.reason} at byte {error.start}; convert the text") from None
-
-
-def check_request(text: str, output: Path, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
+def check_request(text: str, output: Path | None, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
     """Refuse what needs no model to be seen wrong, before one is loaded."""
-    from kalle.audio import WRITABLE
     from kalle.text.prompt import check_text
 
     check_text(text, "text")
-    if output.suffix.lower() not in WRITABLE:
-        raise UserError(f"cannot write '{output}': got the suffix '{output.suffix}', expected {' or '.join(WRITABLE)}; rename the output")
+    check_output(output)
     if voice is not None and (prompt_audio is not None or prompt_text is not None):
         raise UserError(f"two voices: got --voice '{voice}' and a prompt, expected one of them; leave one out")
     if prompt_text is not None and prompt_audio is None:
@@ -110,8 +139,28 @@ def check_request(text: str, output: Path, prompt_audio: Path | None, prompt_tex
         raise UserError(f"audio file not found: got '{prompt_audio}', expected a recording; check --prompt-audio")
 
 
+def check_files(output: Path, long: bool, plot: Path | None, srt: bool) -> None:
+    """Refuse files that this kind of synthesis does not write."""
+    if plot is not None and long:
+        raise UserError("--plot draws a single request: got a text that is spoken sentence by sentence, expected a short one")
+    if plot is not None:
+        from kalle.evaluation.speech_figure import check_image_path, new_figure
+
+        check_image_path(plot)
+        new_figure(100, 100)  # says so now where matplotlib is missing, not after the speech
+    if srt and str(output) == STDIN:
+        raise UserError("--srt writes beside the output: got standard output, expected a file; give -o FILE.wav")
+
+
 def choose_voice(kalle: Kalle, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> Voice | None:
     """The voice asked for; None leaves it to the model."""
     if voice is not None:
         return kalle.load_voice(voice)
     return None if prompt_audio is None else kalle.voice(prompt_audio, prompt_text)
+
+
+def _show(text: str, language: str | None, normalise: bool) -> None:
+    from kalle.text.prompt import check_text
+
+    check_text(text, "text")
+    typer.echo(show_text(text, language, normalise))

@@ -1,0 +1,215 @@
+"""``kalle voices``: make, list, show, play and check voices."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kalle.cli.interrupts import interruptible
+from kalle.cli.say import DEFAULT_MODEL
+from kalle.errors import UserError
+
+if TYPE_CHECKING:
+    from kalle.synthesis.kalle import Kalle
+    from kalle.synthesis.voice import Voice
+    from kalle.synthesis.voice_store import Binding
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+
+Model = Annotated[Path, typer.Option("--model", metavar="DIR", help="Weight folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Voice file to write; by default voices/NAME of the model.")]
+Name = Annotated[str | None, typer.Option(help="What to call it; `kalle say --voice NAME` finds it in the weight folder.")]
+Description = Annotated[str | None, typer.Option(help="A line for people.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a voice that is there already.")]
+Given = Annotated[str, typer.Argument(metavar="VOICE", help="Voice file, or the name of one in the weight folder.")]
+PLAY_TEXTS = {"en": "Hello. This is what I sound like.", "zh": "你好，这是我的声音。"}
+CHECK_OTHERS = 2
+"""Random voices that `kalle voices check` compares with."""
+
+
+@app.command()
+def create(
+    audio: Annotated[Path, typer.Option(metavar="FILE", help="Recording of the voice, best 2 to 20 seconds.")],
+    text: Annotated[str | None, typer.Option(help="What is said in it, word for word; only a speaker encoder does without.")] = None,
+    model: Model = DEFAULT_MODEL,
+    out: Out = None,
+    name: Name = None,
+    language: Annotated[str | None, typer.Option(help="ISO 639-1 code of what is said.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the recording.")] = None,
+    consent: Annotated[str | None, typer.Option(help="What the speaker agreed to.")] = None,
+    description: Description = None,
+    seed: Annotated[int, typer.Option(help="Of the one draw of the prompt latents.")] = 0,
+    force: Force = False,
+    device: Device = "auto",
+) -> None:
+    """Make a voice from a recording."""
+    with interruptible():
+        named = name or (out.stem if out is not None else audio.stem)
+        path = target(model, out, named, force)
+        if not audio.is_file():
+            raise UserError(f"audio file not found: got '{audio}', expected a recording; check --audio")
+        kalle = load_model(model, device)
+        voice = kalle.voice(audio, text, seed=seed, language=language or kalle.config.language, licence=licence, consent=consent)
+        keep(voice, path, named, description)
+
+
+@app.command()
+def random(
+    seed: Annotated[int, typer.Option(help="The same seed gives the same voice, with these weights, for ever.")],
+    model: Model = DEFAULT_MODEL,
+    out: Out = None,
+    name: Name = None,
+    description: Description = None,
+    force: Force = False,
+    device: Device = "auto",
+) -> None:
+    """Make up a voice and keep it."""
+    with interruptible():
+        named = name or (out.stem if out is not None else f"random-{seed}")
+        path = target(model, out, named, force)
+        keep(load_model(model, device).random_voice(seed), path, named, description)
+
+
+@app.command("list")
+def list_voices(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Voice files; the stored ones if none.")] = None,
+    model: Model = DEFAULT_MODEL,
+) -> None:
+    """Show every voice of a weight folder, damaged ones included."""
+    from kalle.cli.voice_tables import print_table
+    from kalle.synthesis.voice_store import stored_voices, voice_files
+
+    with interruptible():
+        binding, problem = binding_of(model)
+        if problem is not None and not files:
+            raise UserError(problem)
+        paths = files or voice_files(model)
+        if not paths:
+            typer.echo(
+                f"no voices in '{model}'; make one with `kalle voices create --audio FILE --text TEXT` or `kalle voices random --seed N`"
+            )
+            return
+        print_table(stored_voices(paths, binding), default_voice(model), binding is not None)
+
+
+@app.command()
+def show(voice: Given, model: Model = DEFAULT_MODEL) -> None:
+    """Print everything a voice file says, and whether it fits the weights."""
+    from kalle.cli.voice_tables import description_lines
+    from kalle.synthesis.voice import Voice
+    from kalle.synthesis.voice_store import find_voice
+
+    with interruptible():
+        path = find_voice(model, voice)
+        binding, problem = binding_of(model)
+        typer.echo("\n".join(description_lines(Voice.load(path), path, model, binding, problem)))
+
+
+@app.command()
+def play(
+    voice: Given,
+    model: Model = DEFAULT_MODEL,
+    text: Annotated[str | None, typer.Option(help="What to say.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the audio here, .wav or .flac.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same speech.")] = 0,
+    silent: Annotated[bool, typer.Option("--no-play", help="Only write the file.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Speak a short text in a voice and play it."""
+    from kalle.cli.players import play_file
+    from kalle.cli.say import check_request
+    from kalle.synthesis.voice_store import find_voice
+
+    with interruptible():
+        path = find_voice(model, voice)
+        if output is not None:
+            check_request(text or "-", output, None, None, None)
+        kalle = load_model(model, device)
+        chosen = kalle.load_voice(path)
+        spoken = text if text is not None else PLAY_TEXTS.get(chosen.language or "en", PLAY_TEXTS["en"])
+        speech = kalle.synthesize(spoken, chosen, seed=seed)
+        if not speech.frames:
+            raise UserError(f"the voice said nothing: got 0 frames with seed {seed}, expected some; try another --seed")
+        file = output or Path(tempfile.mkdtemp(prefix="kalle-")) / f"{path.stem}.wav"
+        speech.save(file)
+        typer.echo(f"spoke {speech.seconds:.2f} s with seed {seed} into {file}, stop reason: {speech.stop_reason}")
+        if not silent:
+            typer.echo(play_file(file))
+
+
+@app.command()
+def check(
+    voice: Annotated[str | None, typer.Argument(metavar="[VOICE]", help="As for show; without one, the random voice of --seed.")] = None,
+    model: Model = DEFAULT_MODEL,
+    texts: Annotated[int, typer.Option(help="How many texts to speak.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the first text; the next ones count up from it.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Scale of the standard deviations.")] = 1.0,
+    others: Annotated[int, typer.Option(help="Random voices to compare with.")] = CHECK_OTHERS,
+    device: Device = "auto",
+) -> None:
+    """Measure whether a voice stays the same across texts."""
+    from kalle.cli.voice_tables import similarity_lines
+    from kalle.evaluation.similarity import speaker_embedder
+    from kalle.evaluation.voice_similarity import check_texts, voice_similarity
+    from kalle.synthesis.voice_store import find_voice
+
+    with interruptible():
+        path = None if voice is None else find_voice(model, voice)
+        embedder = speaker_embedder("ge2e")
+        kalle = load_model(model, device)
+        chosen = kalle.random_voice(seed) if path is None else kalle.load_voice(path)
+        contrast = {f"random voice {number}": kalle.random_voice(number) for number in range(seed + 1, seed + 1 + others)}
+        said = check_texts(chosen.language, texts)
+        result = voice_similarity(kalle, chosen, embedder, texts=said, others=contrast, seed=seed, temperature=temperature)
+        typer.echo("\n".join(similarity_lines(voice or f"random voice {seed}", result)))
+
+
+def target(model: Path, out: Path | None, name: str, force: bool) -> Path:
+    """The file to write; a UserError for a bad name, or when it exists and may not be overwritten."""
+    from kalle.synthesis.voice_store import SUFFIX, voice_path
+
+    path = voice_path(model, name) if out is None else out
+    if path.suffix != SUFFIX:
+        raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {SUFFIX}; rename the voice file")
+    if path.exists() and not force:
+        raise UserError(f"the voice '{path}' exists: expected a new one; choose another --name or --out, or overwrite it with --force")
+    return path
+
+
+def keep(voice: Voice, path: Path, name: str, description: str | None) -> None:
+    """Save ``voice`` under its name and say so."""
+    dataclasses.replace(voice, name=name, description=description).save(path)
+    length = "" if voice.seconds is None else f", {voice.seconds:.2f} s"
+    typer.echo(f"wrote {path} ({voice.kind}{length})")
+
+
+def load_model(model: Path, device: str) -> Kalle:
+    """The whole model."""
+    from kalle.synthesis.kalle import Kalle
+
+    return Kalle.from_pretrained(model, device)
+
+
+def binding_of(model: Path) -> tuple[Binding | None, str | None]:
+    """What voices must fit in ``model``, or None and the reason why that is not known."""
+    from kalle.synthesis.voice_store import Binding
+
+    try:
+        return Binding.of_folder(model), None
+    except UserError as error:
+        return None, str(error)
+
+
+def default_voice(model: Path) -> str | None:
+    """The name of the folder's default voice; None also where the folder can't be read."""
+    from kalle.synthesis.folder import read_folder
+
+    try:
+        return read_folder(model).voice
+    except UserError:
+        return None
