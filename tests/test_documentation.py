@@ -46,6 +46,8 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
             words = shlex.split(line.removeprefix("$ "), comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words = words[1:]
+            if "|" in words:
+                words = words[: words.index("|")]
             if words:
                 found.append((name, tuple(words)))
     return found
