@@ -32,6 +32,17 @@ def test_every_step_is_measured_and_the_algorithms_agree(tmp_path: Path, capsys:
     assert "RTF = wall seconds / seconds of speech" in capsys.readouterr().out
 
 
+def test_streaming_is_measured_against_decoding_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    assert main(["bench", "streaming", *FAST, "--frames", "12", "--chunk", "2", "--chunk", "5", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["chunk_frames"] for row in rows] == [2, 5]
+    for row in rows:
+        assert row["max_error"] < 1e-5 < row["level"]
+        assert row["flop_ratio"] == pytest.approx(1, abs=0.05)
+    assert "ratios to decoding at once" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

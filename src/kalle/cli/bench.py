@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +68,45 @@ def synthesis(
             write(out, machine(resolved, precision, lm), [timing_row(row) for row in rows])
 
 
+@app.command()
+def streaming(
+    model: Annotated[Path | None, typer.Option(help="Weight folder; leave it out to give --size.")] = None,
+    size: Annotated[Size | None, typer.Option(help="Random weights of this configuration.")] = None,
+    chunk: Annotated[list[int], typer.Option(help="Frames a push; repeatable.")] = [1, 2, 4, 8, 16],  # noqa: B006 (typer copies it)
+    latency: Annotated[list[int] | None, typer.Option(help="Frames; repeatable; by default the decoder's own.")] = None,
+    frames: Annotated[int, typer.Option(help="Length of the utterance.")] = 50,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the rows to this JSON file.")] = None,
+) -> None:
+    """Decoding in pushes over decoding at once: time, operations, memory held, and the largest difference of a sample."""
+    with interruptible():
+        check(model, size, [1.0], chunk)
+        if frames < 1:
+            raise UserError(f"bad --frames: got {frames}, expected at least 1")
+        import torch
+
+        from kalle.checkpoint import resolve_device
+        from kalle.evaluation.bench_streaming import latency_errors, stream_costs
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        flowvae = load_flowvae(model, size, resolve_device(device))
+        weight = next(flowvae.parameters())
+        z = torch.randn(1, frames, flowvae.config.latent_dim, generator=torch.Generator().manual_seed(0)).to(weight)
+        rows = []
+        typer.echo(f"{'latency':>8}{'push':>6}{'time':>8}{'FLOPs':>8}{'state':>10}{'difference':>12}  ratios to decoding at once")
+        for cost in stream_costs(flowvae, z, chunk, tuple(latency or (None,))):
+            (error,) = latency_errors(flowvae, z, [cost.latency_frames], cost.chunk_frames)
+            kilobytes = f"{cost.state_bytes / 1024:.0f} kB"
+            typer.echo(
+                f"{cost.latency_frames:>8}{cost.chunk_frames:>6}{cost.time_ratio:>8.2f}{cost.flop_ratio:>8.2f}{kilobytes:>10}{error.max_error:>12.1e}"
+            )
+            rows.append(asdict(cost) | {"max_error": error.max_error, "level": error.level})
+        if out is not None:
+            write(out, {"torch": torch.__version__, "threads": torch.get_num_threads(), "frames": frames}, rows)
+
+
 def check(model: Path | None, size: Size | None, seconds: list[float], batch: list[int]) -> None:
     """Refuse what cannot be measured, before weights are made."""
     if (model is None) == (size is None):
@@ -80,23 +120,39 @@ def check(model: Path | None, size: Size | None, seconds: list[float], batch: li
 
 def load(model: Path | None, size: Size | None, device: Any, dtype: Any) -> tuple[KalleLM, FlowVAE]:
     """The two models, read from ``model`` or made from the configuration ``size``."""
-    from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM
 
+    flowvae = load_flowvae(model, size, device)
     if model is not None:
-        return KalleLM.from_pretrained(model, device, dtype), FlowVAE.from_pretrained(model, device)
+        return KalleLM.from_pretrained(model, device, dtype), flowvae
     import torch
+
+    lm = KalleLM(configuration("lm", size))
+    torch.nn.Module.to(lm.backbone, dtype)
+    return lm.to(device).eval(), flowvae
+
+
+def load_flowvae(model: Path | None, size: Size | None, device: Any) -> FlowVAE:
+    """The Flow-VAE, read from ``model`` or made from the configuration ``size``."""
+    from kalle.models.flowvae import FlowVAE
+
+    if model is not None:
+        return FlowVAE.from_pretrained(model, device)
+    import torch
+
+    torch.manual_seed(0)
+    return FlowVAE(configuration("flowvae", size)).to(device).eval()
+
+
+def configuration(part: str, size: Size | None) -> Any:
+    """The configuration object of ``part``, "lm" or "flowvae"."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from kalle.cli.hydra_entry import configs_dir
 
     assert size is not None
-    torch.manual_seed(0)
-    parts = {part: instantiate(OmegaConf.load(configs_dir() / part / f"{size.value}.yaml"), _convert_="all") for part in ("lm", "flowvae")}
-    lm, flowvae = KalleLM(parts["lm"]), FlowVAE(parts["flowvae"])
-    torch.nn.Module.to(lm.backbone, dtype)
-    return lm.to(device).eval(), flowvae.to(device).eval()
+    return instantiate(OmegaConf.load(configs_dir() / part / f"{size.value}.yaml"), _convert_="all")
 
 
 def heading(device: Any, dtype: Any, lm: KalleLM) -> str:

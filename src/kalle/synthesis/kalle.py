@@ -51,7 +51,7 @@ class Kalle:
         self.flowvae, self.lm, self.tokenizer = flowvae, lm, tokenizer
         self.config = config or FolderConfig()
         self.folder = folder
-        self._decoders: dict[int | None, StreamingDecoder] = {}
+        self._decoder: tuple[int | None, StreamingDecoder] | None = None
         self._lock = threading.Lock()
         self._check_parts()
 
@@ -189,11 +189,11 @@ class Kalle:
         return SpeechStream(self.lm, self.flowvae, self.streaming_decoder(latency_frames), request, chunk_frames)
 
     def streaming_decoder(self, latency_frames: int | None = None) -> StreamingDecoder:
-        """The decoder for streams of this latency, made once: it holds its own copy of the effective weights."""
+        """The decoder for streams of this latency, kept for the next stream: it has its own copy of the effective weights."""
         with self._lock:
-            if latency_frames not in self._decoders:
-                self._decoders[latency_frames] = StreamingDecoder(self.flowvae, latency_frames)
-            return self._decoders[latency_frames]
+            if self._decoder is None or self._decoder[0] != latency_frames:
+                self._decoder = (latency_frames, StreamingDecoder(self.flowvae, latency_frames))
+            return self._decoder[1]
 
     def resolve(self, request: SpeechRequest) -> Request:
         """Ids, tensors and numbers of ``request`` for these weights; a UserError for what they cannot speak."""

@@ -9,8 +9,8 @@ from kalle.synthesis.sampling import StopRule
 from kalle.synthesis.voice import Voice
 
 DEFAULT_RETRIES = 1
-DEFAULT_CHUNK_FRAMES = 4
-"""Frames in a piece of streamed audio."""
+DEFAULT_CHUNK_FRAMES = 8
+"""Frames in a piece of streamed audio: fewer cost more (docs/results/streaming.md), more are heard later."""
 
 
 @dataclass(frozen=True)
