@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,12 +137,16 @@ def test_strict_loading_lists_everything_and_changes_nothing_on_failure():
     del tensors["0.bias"]
     tensors["1.weight"] = torch.zeros(9)
     tensors["2.weight"] = torch.zeros(1)
+    tensors["0.weight"] = tensors["0.weight"].int()
+    tensors["1.num_batches_tracked"] = torch.tensor(1.5)
     with pytest.raises(UserError) as caught:
         load_strict(module, tensors, "here")
     message = str(caught.value)
-    for words in ("'here'", "3 tensors", "missing: 0.bias (4,)", "misshapen: 1.weight is (9,), expected (4,)"):
+    for words in ("'here'", "5 tensors", "missing: 0.bias (4,)", "misshapen: 1.weight is (9,), expected (4,)"):
         assert words in message
-    assert "superfluous: 2.weight (1,)" in message
+    for words in ("superfluous: 2.weight (1,)", "mistyped: 0.weight is int32, expected float32"):
+        assert words in message
+    assert "mistyped: 1.num_batches_tracked is float32, expected int64" in message
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
@@ -198,10 +204,58 @@ def test_devices(monkeypatch):
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="no CUDA device: got 'cuda:1'"):
         resolve_device("cuda:1")
-    with pytest.raises(UserError, match="unknown device: got 'gpu'"):
-        resolve_device("gpu")
+    for unknown in ("gpu", None, "cuda:x"):
+        with pytest.raises(UserError, match=f"unknown device: got '{unknown}', expected auto, cpu, cuda, cuda:N, or mps"):
+            resolve_device(unknown)
+    for unsupported in ("xpu", "meta"):
+        with pytest.raises(UserError, match=f"unsupported device: got '{unsupported}', expected auto, cpu"):
+            resolve_device(unsupported)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no MPS device: got 'mps'"):
+        resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("mps") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="no CUDA device: got 'cuda:2', but torch sees 2 here"):
+        resolve_device("cuda:2")
+
+
+def _forbid(monkeypatch, forbidden):
+    """Opening the file ``forbidden`` is not permitted."""
+    original = Path.open
+
+    def open_(self, *args, **kwargs):
+        if self == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_)
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors])
+def test_a_file_that_may_not_be_read_is_told_with_the_reason(tmp_path, monkeypatch, read):
+    path = tmp_path / "x"
+    path.write_bytes(b"{}")
+    _forbid(monkeypatch, path)
+    with pytest.raises(UserError, match=r"cannot read '.*x': Permission denied, expected a readable file; check its permissions"):
+        read(path)
+
+
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path, monkeypatch):
+    def stat(self, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(UserError, match=r"cannot read '.*lm/config.json': Permission denied"):
+        part_folder(tmp_path, "lm")
+
+
+def test_a_folder_is_no_json_file(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+        read_json(tmp_path)
 
 
 def test_the_hash_depends_on_names_shapes_and_values_only():

@@ -7,7 +7,8 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,19 @@ FORMAT_VERSION = 1
 Module = TypeVar("Module", bound=nn.Module)
 PART_NAMES = {"flowvae": "Flow-VAE", "lm": "language model"}
 """What people call the parts."""
+_DEVICES = "auto, cpu, cuda, cuda:N, or mps where torch has one"
 
 
+@contextmanager
+def permission_errors() -> Iterator[None]:
+    """Turn a file or folder that may not be read, inside the block or the decorated function, into a UserError."""
+    try:
+        yield
+    except PermissionError as error:
+        raise unreadable(error.filename, error) from None
+
+
+@permission_errors()
 def part_folder(folder: str | Path, part: str) -> Path:
     """The folder of ``part`` ("flowvae" or "lm") for ``folder`` = NAME or NAME/part.
 
@@ -51,6 +63,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"file not found: got '{path}', expected a JSON file; check the path") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"not valid JSON: '{path}': {error}; fetch or write the file again") from None
     if not isinstance(value, dict):
@@ -66,14 +80,33 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one safetensors file, on the CPU; a UserError when it is missing or torn.
 
-    They are mapped, not read: the bytes come from the disk when they are first used, and a change stays in memory.
+    They are mapped, not read: the bytes come from the disk when they are first used, and a change stays in memory. So the file must not be
+    overwritten in place while they are used, which changes them or ends the process; a new file renamed to its name (``write_tensors``)
+    leaves them as they are.
     """
     if not path.is_file():
         raise UserError(f"file not found: got '{path}', expected a safetensors file; check the path")
+    require_readable(path)
     try:
         return load_file(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
     except SafetensorError as error:
         raise UserError(f"not a readable safetensors file: '{path}' ({error}); fetch or convert it again") from None
+
+
+def require_readable(path: Path) -> None:
+    """A UserError with the system's own reason when the file ``path`` can't be opened; safetensors says "not found" whatever it is."""
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    """The error for a file that is there and can't be read."""
+    return UserError(f"cannot read '{path}': {error.strerror or error}, expected a readable file; check its permissions")
 
 
 def save_part(folder: Path, config: Mapping[str, Any], module: nn.Module) -> None:
@@ -105,7 +138,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def mismatches(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
-    """One line for every tensor missing, superfluous or misshapen."""
+    """One line for every tensor missing, superfluous, misshapen, or of integers where the other has fractions."""
     lines = [f"missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in got]
     lines += [f"superfluous: {name} {tuple(got[name].shape)}" for name in got if name not in expected]
     lines += [
@@ -113,11 +146,20 @@ def mismatches(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> lis
         for name in expected
         if name in got and got[name].shape != expected[name].shape
     ]
+    lines += [
+        f"mistyped: {name} is {_kind(got[name])}, expected {_kind(expected[name])}"
+        for name in expected
+        if name in got and got[name].is_floating_point() != expected[name].is_floating_point()
+    ]
     return lines
 
 
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, tied: Iterable[str] = ()) -> None:
-    """Copy ``tensors`` into ``module``; a UserError lists every tensor missing, superfluous or misshapen.
+    """Copy ``tensors`` into ``module``; a UserError lists every tensor missing, superfluous, misshapen or mistyped.
 
     ``tied`` names entries of the module's state that share another's memory and so need not be stored.
     """
@@ -129,7 +171,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
 
 
 def require_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: str | Path) -> None:
-    """A UserError that lists every tensor of ``got`` missing, superfluous or misshapen."""
+    """A UserError that lists every tensor of ``got`` missing, superfluous, misshapen or mistyped."""
     problems = mismatches(expected, got)
     if problems:
         raise UserError(
@@ -162,6 +204,7 @@ def load_module(
 
     Nothing is drawn at random and, on the CPU, nothing copied that has its dtype already: the weights are the mapped file. A tensor has the
     dtype that ``build`` gives it, or the one of the first prefix of its name in ``dtypes``; what the file does not hold keeps its own.
+    While the module lives, replace the file by a rename only: overwritten in place it changes the module or ends the process.
     """
     resolved = resolve_device(device)
     with _Unfilled():
@@ -197,7 +240,11 @@ def dataclass_from_dict(cls: type, values: Any, source: str | Path, key: str = "
     if missing:
         raise UserError(f"missing key {', '.join(missing)} in '{source}', expected a value; mend the file")
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _typed(value, hints[name], source, prefix + name) for name, value in values.items()})
+    typed = {name: _typed(value, hints[name], source, prefix + name) for name, value in values.items()}
+    try:
+        return cls(**typed)
+    except UserError as error:
+        raise UserError(f"bad value in '{source}': {prefix}{error}") from None
 
 
 def _typed(value: Any, hint: Any, source: str | Path, key: str) -> Any:
@@ -241,15 +288,23 @@ def _spoken(hint: Any) -> str:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` becomes the first CUDA device when there is one, else the CPU; a UserError for a device that is absent."""
+    """``"auto"`` becomes the first CUDA device when there is one, else the CPU; a UserError for one that is absent or not supported."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"unknown device: got '{device}', expected auto, cpu, cuda or cuda:N") from None
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"no CUDA device: got '{device}', but torch sees none here; use device=cpu")
+    except (RuntimeError, TypeError):
+        raise UserError(f"unknown device: got '{device}', expected {_DEVICES}") from None
+    if resolved.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"unsupported device: got '{device}', expected {_DEVICES}; use device=cpu")
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"no MPS device: got '{device}', but torch sees none here; use device=cpu")
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UserError(f"no CUDA device: got '{device}', but torch sees none here; use device=cpu")
+        if (resolved.index or 0) >= count:
+            raise UserError(f"no CUDA device: got '{device}', but torch sees {count} here, counted from 0; use device=cuda:{count - 1}")
     return resolved
 
 

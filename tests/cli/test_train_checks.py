@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kalle.cli.main import main
+from kalle.cli.train import _copy_flowvae
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.training.checkpointing import LAST
@@ -136,3 +137,16 @@ def test_help_says_what_can_be_trained(capsys) -> None:
         assert main(["train", word]) == 0
         assert "kalle train flowvae data.corpus=DIR out=DIR" in capsys.readouterr().out
     assert main(["train", "opera"]) == 2
+
+
+def test_a_flowvae_is_copied_over_an_older_one_by_a_rename(tmp_path: Path) -> None:
+    """The older one may be mapped by a loaded model, which a copy onto the same file would change."""
+    for name in ("new", "run"):
+        (tmp_path / name / "flowvae").mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / name / "flowvae" / file).write_text(name)
+    with (tmp_path / "run" / "flowvae" / "model.safetensors").open() as mapped:
+        _copy_flowvae(str(tmp_path / "new"), tmp_path / "run")
+        assert mapped.read() == "run"
+    assert (tmp_path / "run" / "flowvae" / "model.safetensors").read_text() == "new"
+    assert sorted(path.name for path in (tmp_path / "run" / "flowvae").iterdir()) == ["config.json", "model.safetensors"]

@@ -168,6 +168,25 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
         assert words in str(caught.value)
 
 
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    lm().save_pretrained(tmp_path / "name")
+    file = tmp_path / "name" / "lm" / "model.safetensors"
+    tensors = read_tensors(file)
+    write_tensors(file, tensors | {"audio_linear.weight": tensors["audio_linear.weight"].int()})
+    with pytest.raises(UserError, match=r"\(1 tensors\): mistyped: audio_linear.weight is int32, expected float32"):
+        KalleLM.from_pretrained(tmp_path / "name")
+
+
+def test_saving_over_the_folder_a_model_was_loaded_from_leaves_the_model_as_it_is(saved, tmp_path: Path) -> None:
+    loaded = type(saved).from_pretrained(tmp_path / "name")
+    before = [tensor.clone() for tensor in loaded.state_dict().values()]
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.add_(1)
+    saved.save_pretrained(tmp_path / "name")
+    assert all(torch.equal(now, then) for now, then in zip(loaded.state_dict().values(), before, strict=True))
+
+
 def test_a_weight_that_no_file_holds_is_noticed(tmp_path: Path) -> None:
     class Forgetful(nn.Module):
         def __init__(self) -> None:

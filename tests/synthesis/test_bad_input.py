@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import threading
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
 from kalle.synthesis import Speech, SpeechRequest
 from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.longform import LongForm
 
 CAP = 0.4
+NARROW = 60
+"""Positions."""
 TEXTS = {
     "one character": "a",
     "emoji": "Hello 👋🏽 👨‍👩‍👧‍👦!",
@@ -47,7 +51,23 @@ def test_nothing_to_say_is_refused(kalle_tiny: Kalle, text: str) -> None:
 def test_a_text_beyond_the_model_is_refused_and_not_cut(kalle_tiny: Kalle) -> None:
     limit = kalle_tiny.lm.backbone.config.max_position_embeddings
     with pytest.raises(UserError, match=r"too long.*split"):
-        kalle_tiny.synthesize("a" * max(100_000, limit + 1), seed=1, max_seconds=CAP)
+        kalle_tiny.synthesize("a" * (limit + 1), seed=1, max_seconds=1e9)
+
+
+@pytest.mark.parametrize("max_seconds", [None, CAP, 6666.0])
+def test_a_hundred_thousand_characters_are_refused_with_the_way_to_speak_them(kalle_tiny: Kalle, max_seconds: float | None) -> None:
+    allowed = max(80, round(max_seconds or 0))
+    words = rf"about 6667 s of speech, expected at most {allowed} s.*speak_long.*kalle say --text-file.*max_seconds=6667"
+    for call in (kalle_tiny.synthesize, kalle_tiny.stream):
+        with pytest.raises(UserError, match=words):
+            call("a" * 100_000, seed=1, max_seconds=max_seconds)
+
+
+def test_a_text_near_the_limit_and_one_with_a_cap_of_its_own_are_accepted(kalle_tiny: Kalle) -> None:
+    assert kalle_tiny.resolve(SpeechRequest("a" * 1200, seed=1)).max_frames == 1000
+    with pytest.raises(UserError, match="about 80 s of speech, expected at most 80 s"):
+        kalle_tiny.resolve(SpeechRequest("a" * 1201, seed=1))
+    assert kalle_tiny.resolve(SpeechRequest("a" * 100_000, seed=1, max_seconds=6667.0)).max_frames > 0
 
 
 @pytest.mark.parametrize("seconds", [0.05, 600.0])
@@ -80,20 +100,27 @@ requests = st.builds(
 )
 
 
+@pytest.fixture(scope="module")
+def kalle_narrow(kalle_tiny: Kalle) -> Kalle:
+    """A model that reads few positions, so that no cap lets it speak for long."""
+    lm = copy.deepcopy(kalle_tiny.lm)
+    lm.backbone.config.max_position_embeddings = NARROW
+    return Kalle(kalle_tiny.flowvae, lm, kalle_tiny.tokenizer)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(request=requests)
-def test_any_request_is_answered_or_refused(kalle_tiny: Kalle, request: SpeechRequest) -> None:
-    request = SpeechRequest(
-        **vars(request) | {"max_seconds": min(request.max_seconds, CAP) if request.max_seconds > 0 else request.max_seconds}
-    )
-    speech, refusal = answer(kalle_tiny, request)
+@example(request=SpeechRequest("Hello.", seed=1, max_seconds=1e308, retries=0))
+def test_any_request_is_answered_or_refused(kalle_narrow: Kalle, request: SpeechRequest) -> None:
+    speech, refusal = answer(kalle_narrow, request)
     if speech is None:
         assert refusal
         assert "\n" not in refusal
         return
-    assert speech.seconds <= CAP + 1e-9
+    assert request.max_seconds is not None
+    assert speech.seconds <= request.max_seconds + 1e-9
     assert len(speech.audio) == speech.frames * 1280
-    assert speech.frames <= speech.max_frames
+    assert speech.frames <= speech.max_frames < NARROW
     assert speech.stop_reason in ("end", "max_frames", "repetition", "silence")
 
 
@@ -130,3 +157,51 @@ def test_two_processes_share_a_weight_folder(weight_folder: Path, tmp_path: Path
     wanted = Kalle.from_pretrained(weight_folder, "cpu").synthesize("Hello.", seed=5, max_seconds=CAP).audio
     for out in outs:
         np.testing.assert_allclose(np.load(out), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": None}, "bad text: got None, expected a str; decode bytes"),
+        ({"text": b"abc"}, "bad text: got bytes"),
+        ({"voice": "anna"}, r"bad voice: got 'anna', expected a kalle.Voice; load it with kalle.load_voice\('anna'\)"),
+        ({"voice": 3}, "bad voice: got int"),
+        ({"temperature": "hot"}, "bad temperature: got 'hot'"),
+        ({"max_seconds": "3"}, "bad length cap: got '3'"),
+        ({"retries": 1.5}, "bad retries: got 1.5"),
+        ({"seed": 1.5}, "bad seed: got 1.5, expected an integer"),
+        ({"seed": True}, "bad seed: got True"),
+        ({"seed": "a"}, "bad seed: got 'a'"),
+    ],
+)
+def test_values_of_another_type_are_refused(kalle_tiny: Kalle, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        kalle_tiny.synthesize(**{"text": "Hello.", "max_seconds": CAP} | options)
+
+
+def test_a_voice_of_another_type_is_refused_for_a_long_text_too(kalle_tiny: Kalle) -> None:
+    with pytest.raises(UserError, match="bad voice: got 'anna'"):
+        LongForm(kalle_tiny, "One. Two.", "anna")  # type: ignore[arg-type]
+
+
+def test_numpys_integers_are_seeds(kalle_tiny: Kalle) -> None:
+    speech = kalle_tiny.synthesize("Hello.", seed=np.int64(3), max_seconds=CAP)  # type: ignore[arg-type]
+    assert type(speech.seed) is int
+    np.testing.assert_array_equal(speech.audio, kalle_tiny.synthesize("Hello.", seed=3, max_seconds=CAP).audio)
+    for bad in (1.5, True):
+        with pytest.raises(UserError, match="bad seed"):
+            kalle_tiny.random_voice(bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", ["Hello", b"Hello", SpeechRequest("Hello")])
+def test_one_request_is_no_batch(kalle_tiny: Kalle, batch: object) -> None:
+    with pytest.raises(UserError, match=r"not a batch: got one \w+, expected a list"):
+        kalle_tiny.synthesize_batch(batch)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="bad text: got None"):
+        kalle_tiny.synthesize_batch(["Hello", None])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("rate", [0, -5, "x"])
+def test_a_sample_rate_that_is_none_is_refused(kalle_tiny: Kalle, rate: int) -> None:
+    with pytest.raises(UserError, match="bad sample rate: got"):
+        kalle_tiny.voice(np.full(16000, 0.1, dtype=np.float32), "one", sample_rate_hz=rate)

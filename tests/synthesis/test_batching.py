@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
 from kalle.synthesis import Frame, Generation, StopRule, generate
-from kalle.synthesis.batching import BatchedGenerator, Generated, generate_batch, iterate_batch
+from kalle.synthesis.batching import BatchedGenerator, Generated, RowError, generate_batch, iterate_batch
 from kalle.synthesis.quirks import ReleaseQuirks
 from kalle.synthesis.speak import Request
 
@@ -344,6 +344,7 @@ def test_the_callers_gradient_mode_and_random_state_are_untouched(lm_tiny: Kalle
         ({"temperature": -1.0}, "bad temperature: got -1.0"),
         ({"cap": 0}, "bad length cap: got 0 frames"),
         ({"noise": torch.zeros(3, 7)}, r"noise has shape \(3, 7\), expected \(12, 8\)"),
+        ({"length": 0}, "bad text ids"),
     ],
 )
 def test_bad_values_are_refused_before_the_first_frame(lm_tiny: KalleLM, options, message: str) -> None:
@@ -357,3 +358,13 @@ def test_bad_values_are_refused_before_the_first_frame(lm_tiny: KalleLM, options
 def test_a_request_for_another_model_is_refused(lm_tiny: KalleLM, quirk: str) -> None:
     with pytest.raises(UserError, match="a batch runs one model"):
         BatchedGenerator(lm_tiny).add(request(0, quirks=ReleaseQuirks(**{quirk: True})))
+
+
+def test_a_row_that_is_not_finite_is_named_and_those_before_it_are_the_callers(lm_tiny: KalleLM) -> None:
+    noise = torch.zeros(12, DIM)
+    noise[4] = float("nan")
+    results = iterate_batch(lm_tiny, [request(0), request(1, cap=3), request(2, noise=noise)])
+    assert next(results)[0] == 1
+    with pytest.raises(RowError, match="request 2 of the batch, counted from 0: frame 4 overflows") as caught:
+        next(results)
+    assert (caught.value.handle, caught.value.reason.startswith("frame 4")) == (2, True)

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import copy
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +12,8 @@ from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
 from kalle.synthesis import Frame, StopRule, generate
+from kalle.synthesis.folder import read_folder
+from kalle.synthesis.uncached import UncachedLM
 
 
 def distributions(frames: list[Frame]) -> torch.Tensor:
@@ -151,6 +158,7 @@ def test_drop_last_frame_always_drops_it_at_the_cap_and_not_twice_at_the_end(lm_
         ({"temperature": -1.0}, "bad temperature: got -1.0"),
         ({"temperature": float("nan")}, "bad temperature: got nan"),
         ({"max_frames": 0}, "bad length cap: got 0 frames"),
+        ({"max_frames": 2.5}, "bad length cap: got 2.5 frames"),
         ({"noise": torch.zeros(3, 7)}, r"noise has shape \(3, 7\), expected \(3, 8\)"),
         ({"noise": torch.zeros(3, 8), "max_frames": 4}, r"expected \(4, 8\)"),
     ],
@@ -177,3 +185,70 @@ def test_a_watcher_sees_every_frame_and_ends_the_speech_with_it(lm_tiny, io) -> 
     assert len(list(generation)) == 4
     assert generation.stop_reason == "silence"
     assert watcher.seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("uncached", [False, True])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((torch.zeros(0, dtype=torch.int64),), r"bad text ids: got torch.int64 of shape \(0,\)"),
+        ((torch.ones(1, 3, dtype=torch.int64),), r"bad text ids: got torch.int64 of shape \(1, 3\)"),
+        ((torch.ones(3),), "bad text ids: got torch.float32"),
+        ((torch.tensor([5, 320]),), "bad text ids: got 320, expected 0 to 319"),
+        ((torch.tensor([-1, 5]),), "bad text ids: got -1, expected 0 to 319"),
+        ((torch.tensor([5]), torch.zeros(1, 3, 9)), r"bad prompt latents: got shape \(1, 3, 9\), expected \(1, P, 8\)"),
+        ((torch.tensor([5]), torch.zeros(3, 8)), r"bad prompt latents: got shape \(3, 8\)"),
+        ((torch.tensor([5]), torch.zeros(2, 3, 8)), r"bad prompt latents: got shape \(2, 3, 8\)"),
+        ((torch.tensor([5]), None, torch.zeros(1, 63)), r"bad speaker latent: got shape \(1, 63\), expected \(1, 64\)"),
+        ((torch.tensor([5]), None, torch.zeros(64)), r"bad speaker latent: got shape \(64,\)"),
+    ],
+)
+def test_contexts_that_do_not_fit_are_refused_before_the_first_frame(lm_tiny, given, message: str, uncached: bool) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(UncachedLM(lm_tiny) if uncached else lm_tiny, *given)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_predictions_that_are_not_finite_are_refused(lm_tiny, value: float) -> None:
+    broken = copy.deepcopy(lm_tiny)
+    with torch.no_grad():
+        broken.distribution_linear.bias[3] = value
+    with pytest.raises(
+        UserError, match=r"predicts values that are not finite at frame 0: expected numbers; load it with dtype float32, or"
+    ):
+        list(generate(broken, torch.arange(5), max_frames=3))
+
+
+def test_samples_that_are_not_finite_are_refused(lm_tiny) -> None:
+    seeded = torch.Generator().manual_seed(0)
+    with pytest.raises(UserError, match=r"frame 0 overflows: got temperature 1e\+39.*lower the temperature"):
+        list(generate(lm_tiny, torch.arange(5), generator=seeded, max_frames=3, temperature=1e39))
+    noise = torch.zeros(3, 8)
+    noise[2, 7] = math.inf
+    generation = generate(lm_tiny, torch.arange(5), noise=noise)
+    assert next(generation).z.isfinite().all()
+    with pytest.raises(UserError, match="frame 2 overflows"):
+        list(generation)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_finite(lm_tiny, dtype: torch.dtype) -> None:
+    half = copy.deepcopy(lm_tiny)
+    half.backbone.to(dtype)
+    frames = list(generate(half, torch.arange(5), generator=torch.Generator().manual_seed(0), stop=None, max_frames=20))
+    assert len(frames) == 20
+
+
+@pytest.mark.parametrize("threshold", [math.nan, -0.1, "0.5", None])
+def test_bad_thresholds_are_refused(threshold) -> None:
+    with pytest.raises(UserError, match="bad stop threshold"):
+        StopRule(threshold)
+    with pytest.raises(UserError, match="bad min_index of the stop rule"):
+        StopRule(0.5, 2.5)
+
+
+def test_a_bad_threshold_in_a_file_names_the_file(weight_folder: Path) -> None:
+    path = weight_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stop": {"threshold": -1.0}}))
+    with pytest.raises(UserError, match=f"bad value in '{path}': stop.bad stop threshold: got -1.0"):
+        read_folder(weight_folder)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
+import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +14,10 @@ import torch
 from kalle.audio import read_audio, write_audio
 from kalle.checkpoint import read_json, write_json
 from kalle.errors import UserError
-from kalle.synthesis import ReleaseQuirks, StopRule, Voice
+from kalle.synthesis import ReleaseQuirks, SpeechRequest, StopRule, Voice
 from kalle.synthesis.kalle import Kalle, resolve_dtype
 from kalle.synthesis.length import cap_frames, cap_seconds
+from kalle.synthesis.longform import LongForm
 from kalle.text.prompt import prompt_ids
 
 SHORT = {"max_seconds": 0.48, "stop": StopRule(threshold=0.0)}
@@ -111,7 +115,7 @@ def test_release_quirks_reach_the_tokens(kalle_tiny: Kalle, recording: np.ndarra
     import kalle.synthesis.kalle as module
 
     seen = []
-    monkeypatch.setattr(module, "speak_with_retries", lambda lm, flowvae, request, retries: seen.append(request))
+    monkeypatch.setattr(module, "speak_with_retries", lambda lm, flowvae, request, *_: seen.append(request))
     voice = kalle_tiny.voice(recording, "one two")
     kalle_tiny.synthesize("three", voice, seed=0, quirks=ReleaseQuirks.release())
     kalle_tiny.synthesize("three", voice, seed=0)
@@ -140,6 +144,88 @@ def test_random_voices_belong_to_their_seed(kalle_tiny: Kalle, kalle_speaker: Ka
     assert torch.equal(first.prompt_latents, second.prompt_latents)
     assert not torch.equal(first.prompt_latents, other.prompt_latents)
     kalle.synthesize("Hello.", first, seed=1, max_seconds=0.2)
+
+
+@pytest.fixture
+def narrow(kalle_tiny: Kalle, kalle_speaker: Kalle) -> list[Kalle]:
+    """Both models with 50 positions."""
+    made = []
+    for kalle in (kalle_tiny, kalle_speaker):
+        lm = copy.deepcopy(kalle.lm)
+        lm.backbone.config.max_position_embeddings = 50
+        made.append(Kalle(kalle.flowvae, lm, kalle.tokenizer))
+    return made
+
+
+def test_a_request_gets_the_positions_that_its_text_and_voice_leave(narrow: list[Kalle], recording: np.ndarray) -> None:
+    for kalle in narrow:
+        voice = kalle.voice(recording, "one")
+        request = kalle.resolve(SpeechRequest("Hello.", voice, seed=1))
+        assert len(request.prompt_latents) == 6
+        speaker = 0 if request.speaker_latent is None else 1
+        assert request.max_frames == 50 - len(request.text_ids) - 6 - speaker < cap_frames("Hello.", 12.5)
+        assert kalle.resolve(SpeechRequest("Hello.", voice, seed=1, max_seconds=0.4)).max_frames == 5
+    plain = narrow[0].resolve(SpeechRequest("Hello.", seed=1, max_seconds=60.0))
+    assert plain.max_frames == 50 - len(plain.text_ids)
+    with pytest.raises(UserError, match="with its prompt it takes 50 positions, the model reads 50"):
+        narrow[0].resolve(SpeechRequest("a" * 47, seed=1))
+    assert narrow[0].resolve(SpeechRequest("a" * 46, seed=1)).max_frames == 1
+
+
+def test_without_a_voice_the_seed_decides_the_speaker(kalle_speaker: Kalle) -> None:
+    latents = [kalle_speaker.resolve(SpeechRequest("Hello.", seed=seed)).speaker_latent for seed in (4, 5)]
+    assert torch.equal(latents[0], kalle_speaker.random_voice(4).speaker_latent)
+    assert torch.equal(latents[1], kalle_speaker.random_voice(5).speaker_latent)
+    assert not torch.equal(*latents)
+
+
+def test_a_cap_that_cuts_because_it_was_asked_for_is_not_tried_again(kalle_tiny: Kalle) -> None:
+    stop = StopRule(threshold=1e-9)
+    cut, twice = (SpeechRequest("Hi.", seed=5, stop=stop, max_seconds=seconds, retries=1) for seconds in (0.4, cap_seconds("Hi.")))
+    assert [len(kalle_tiny.speak(request).attempts) for request in (cut, twice)] == [1, 2]
+    assert [len(speech.attempts) for speech in kalle_tiny.synthesize_batch([cut, twice])] == [1, 2]
+    with pytest.raises(UserError, match="bad retries: got -1"):
+        kalle_tiny.synthesize("Hi.", max_seconds=0.4, retries=-1)
+
+
+def test_a_name_means_the_stored_voice_and_a_path_the_file(weight_folder, kalle_tiny: Kalle, recording, tmp_path, monkeypatch) -> None:
+    stored, other = kalle_tiny.voice(recording, "one two"), kalle_tiny.voice(recording, "three")
+    stored.save(weight_folder / "voices" / "anna.safetensors")
+    monkeypatch.chdir(tmp_path)
+    other.save(tmp_path / "anna")
+    other.save(tmp_path / "bert")
+    write_json(weight_folder / "config.json", {"format_version": 1, "voice": "anna"})
+    kalle = Kalle.from_pretrained(weight_folder, device="cpu")
+    assert kalle.default_voice.text == kalle.load_voice("anna").text == "one two"
+    assert kalle.load_voice("./anna").text == kalle.load_voice(tmp_path / "anna").text == kalle.load_voice("bert").text == "three"
+    with pytest.raises(UserError, match=r"got 'anna\.safetensors', expected a voice file or one of anna"):
+        kalle.load_voice("anna.safetensors")
+
+
+def test_a_voice_that_may_not_be_read_is_told_with_the_reason(weight_folder, kalle_tiny: Kalle, recording, monkeypatch) -> None:
+    path = weight_folder / "voices" / "anna.safetensors"
+    kalle_tiny.voice(recording, "one two").save(path)
+    kalle = Kalle.from_pretrained(weight_folder, device="cpu")
+
+    def forbidden(self: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(UserError, match=r"cannot read '.*anna.safetensors': Permission denied"):
+        kalle.load_voice("anna")
+
+
+def test_the_default_voice_is_read_once(weight_folder, kalle_tiny: Kalle, recording: np.ndarray) -> None:
+    path = weight_folder / "voices" / "anna.safetensors"
+    kalle_tiny.voice(recording, "one two").save(path)
+    write_json(weight_folder / "config.json", {"format_version": 1, "voice": "anna"})
+    kalle = Kalle.from_pretrained(weight_folder, device="cpu")
+    kalle.synthesize("Hello.", seed=5, **SHORT)
+    path.unlink()
+    assert kalle.synthesize("Hello.", seed=5, **SHORT).frames == 6
+    assert LongForm(kalle, "One.").voice is kalle.default_voice
+    with pytest.raises(UserError, match=r"got 'anna', expected a voice file; this model has no stored voices"):
+        Kalle.from_pretrained(weight_folder, device="cpu").synthesize("Hello.", seed=5, **SHORT)
 
 
 def test_named_and_default_voices(weight_folder, kalle_tiny: Kalle, recording: np.ndarray) -> None:
@@ -187,7 +273,7 @@ def test_bad_prompts(kalle_tiny: Kalle, kalle_speaker: Kalle, recording: np.ndar
 
 def test_a_text_beyond_the_context_is_refused(kalle_tiny: Kalle) -> None:
     with pytest.raises(UserError, match=r"too long: with its prompt it takes 131075 positions, the model reads 131072"):
-        kalle_tiny.synthesize("a" * 131072)
+        kalle_tiny.synthesize("a" * 131072, max_seconds=1e4)
 
 
 def test_the_shortest_prompt_has_a_frame(kalle_tiny: Kalle, recording: np.ndarray) -> None:

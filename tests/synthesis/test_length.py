@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
-from kalle.synthesis.length import BASE_SECONDS, LONGEST_SECONDS, cap_frames, cap_seconds
+from kalle.synthesis.length import BASE_SECONDS, LONGEST_SECONDS, cap_frames, cap_seconds, check_length, usual_seconds
 
 
 @given(st.text(), st.text())
@@ -26,6 +26,20 @@ def test_one_character_of_each_kind(text: str, seconds: float) -> None:
 @given(st.floats(0.08, 80))
 def test_the_users_cap_holds_whatever_the_text(seconds: float) -> None:
     assert cap_frames("x" * 1000, 12.5, seconds) == int(seconds * 12.5 + 1e-6)
+
+
+@pytest.mark.parametrize("seconds", [1e12, 1e307, 1.7e308])
+def test_a_cap_beyond_everything_is_no_overflow(seconds: float) -> None:
+    assert cap_frames("x", 12.5, seconds) == 2**31
+
+
+def test_a_text_is_held_against_the_longest_request_or_a_longer_cap() -> None:
+    assert usual_seconds("字" * 400) == pytest.approx(80)
+    check_length("字" * 400)
+    for seconds in (None, 1.0, 80.0):
+        with pytest.raises(UserError, match="got about 80 s of speech, expected at most 80 s"):
+            check_length("字" * 401, seconds)
+    check_length("字" * 401, 80.2)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, 0.079, float("nan"), float("inf")])

@@ -217,3 +217,8 @@ def test_a_request_with_another_model_may_be_in_a_batch(kalle_tiny: Kalle) -> No
     alone = [kalle_tiny.speak(request) for request in requests]
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one.audio, other.audio, atol=1e-4)
+
+
+def test_an_unknown_decode_is_refused() -> None:
+    with pytest.raises(UserError, match="bad decode: got 'bogus', expected one of sampled, resample, mean"):
+        ReleaseQuirks(decode="bogus")

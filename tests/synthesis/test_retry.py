@@ -44,7 +44,7 @@ def scripted(monkeypatch, *endings: str | tuple[str, int]) -> list[int]:
     """``speak`` gives these endings one after the other; returns the list of the seeds it was given."""
     seeds: list[int] = []
 
-    def spoken(lm: object, flowvae: object, asked: Request) -> Speech:
+    def spoken(lm: object, flowvae: object, asked: Request, converted: object) -> Speech:
         ending = endings[len(seeds)]
         seeds.append(asked.seed)
         return speech_of(ending, seed=asked.seed) if isinstance(ending, str) else speech_of(*ending, seed=asked.seed)
@@ -105,17 +105,24 @@ def test_a_retry_is_the_speech_of_its_own_seed(lm_tiny, flowvae_tiny) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"quirks": ReleaseQuirks.release()}, {"noise": torch.zeros(6, 8)}, {"stop": StopRule(0.0)}],
-    ids=["quirks", "noise", "never"],
+    [{"quirks": ReleaseQuirks.release()}, {"noise": torch.zeros(6, 8)}, {"stop": StopRule(0.0)}, {"temperature": 0.0}],
+    ids=["quirks", "noise", "never", "no noise"],
 )
 def test_where_another_try_makes_no_sense_there_is_none(options: dict) -> None:
     assert allowed_retries(request(**options), 3) == 0
     assert allowed_retries(request(), 3) == 3
 
 
-def test_negative_retries_are_refused() -> None:
-    with pytest.raises(UserError, match="bad retries: got -1, expected 0 or more"):
-        allowed_retries(request(), -1)
+@pytest.mark.parametrize("retries", [-1, 1.5, "2", None])
+def test_bad_retries_are_refused(retries) -> None:
+    with pytest.raises(UserError, match=f"bad retries: got {retries!r}, expected an integer of at least 0"):
+        allowed_retries(request(), retries)
+
+
+def test_speeches_can_be_compared_and_collected() -> None:
+    one, other = speech_of("end"), speech_of("end")
+    assert one != other
+    assert len({one, other, one}) == 2
 
 
 @given(seed=st.integers(0, 2**63 - 1), attempt=st.integers(1, 50))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import itertools
 
 import numpy as np
@@ -8,6 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
+from kalle.models.flowvae.streaming import DecoderState
+from kalle.models.lm_state import LMState
 from kalle.synthesis import StopRule
 from kalle.synthesis.kalle import Kalle
 
@@ -79,7 +82,62 @@ def test_a_stream_that_ends_at_once_is_empty(kalle_tiny: Kalle) -> None:
     assert (stream.speech.stop_reason, stream.speech.frames, len(stream.speech.audio)) == ("end", 0, 0)
 
 
-@pytest.mark.parametrize(("option", "message"), [({"chunk_frames": 0}, "bad chunk"), ({"latency_frames": -1}, "latency")])
-def test_bad_values_are_refused_before_anything_is_generated(kalle_tiny: Kalle, option: dict[str, int], message: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"chunk_frames": 0}, "bad chunk"),
+        ({"chunk_frames": 2.5}, "bad chunk: got 2.5 frames, expected an integer"),
+        ({"latency_frames": -1}, "latency"),
+        ({"latency_frames": 9.5}, "bad latency: got 9.5"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_generated(kalle_tiny: Kalle, option: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         kalle_tiny.stream("Hello there.", **option)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError])
+def test_an_exception_ends_the_stream_and_what_was_heard_stays(kalle_tiny: Kalle, monkeypatch, raised: type[BaseException]) -> None:
+    stream = kalle_tiny.stream("Hello there.", seed=3, max_seconds=4.0, stop=NEVER, chunk_frames=4)
+    heard = [next(stream), next(stream)]
+    with monkeypatch.context() as broken:
+        broken.setattr(type(kalle_tiny.lm), "step", lambda *_: (_ for _ in ()).throw(raised()))
+        with pytest.raises(raised):
+            next(stream)
+    assert list(itertools.islice(stream, 1)) == []
+    assert (stream.speech.stop_reason, stream.speech.frames) == ("interrupted", 5)
+    np.testing.assert_array_equal(stream.speech.audio, joined(heard))
+    stream.close()
+
+
+def remembered() -> int:
+    """Living states of a model or a decoder."""
+    gc.collect()
+    return sum(type(thing) in (LMState, DecoderState) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("pieces", [0, 2, None])
+def test_an_ended_stream_that_is_kept_frees_what_the_model_remembers(kalle_tiny: Kalle, pieces: int | None) -> None:
+    before = remembered()
+    stream = kalle_tiny.stream("Hello there.", seed=3, max_seconds=2.0, stop=NEVER, chunk_frames=4)
+    heard = list(itertools.islice(stream, pieces))
+    assert pieces is None or remembered() > before
+    if pieces is not None:
+        stream.close()
+    assert remembered() == before
+    assert len(stream.speech.audio) == sum(map(len, heard))
+
+
+def test_a_stream_closed_while_its_next_is_at_work_ends_after_it(kalle_tiny: Kalle, monkeypatch) -> None:
+    before = remembered()
+    stream = kalle_tiny.stream("Hello there.", seed=3, max_seconds=4.0, stop=NEVER, chunk_frames=4)
+    step = type(kalle_tiny.lm).step
+
+    def closing(*args):
+        stream.close()
+        return step(*args)
+
+    monkeypatch.setattr(type(kalle_tiny.lm), "step", closing)
+    assert [len(piece) for piece in stream] == [HOP]
+    assert remembered() == before
+    assert stream.speech.stop_reason == "interrupted"

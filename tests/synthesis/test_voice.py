@@ -105,3 +105,10 @@ def test_damaged_notes(tmp_path) -> None:
 def test_a_voice_that_does_not_say_where_it_is_from_fits_nothing() -> None:
     with pytest.raises(UserError, match="does not say which Flow-VAE encoder made it"):
         Voice({}, torch.zeros(2, 8), text="x").check_fits({"flowvae_encoder": "a" * 64})
+
+
+def test_voices_can_be_compared_and_collected() -> None:
+    one, other = (Voice({}, speaker_latent=torch.ones(3)) for _ in range(2))
+    assert one != other
+    assert one == one
+    assert len({one, other, one}) == 2

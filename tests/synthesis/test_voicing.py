@@ -6,6 +6,7 @@ import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,14 @@ import torch
 from kalle.audio import write_audio
 from kalle.checkpoint import write_json
 from kalle.errors import UserError
-from kalle.models.lm import KalleLM
+from kalle.models.flowvae import FlowVAE
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.synthesis import voicing
 from kalle.synthesis.folder import FolderConfig
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.prompt_checks import letters, spectral_flatness
-from kalle.synthesis.sampling import StopRule
+from kalle.synthesis.sampling import Frame, Generation, StopRule, generate
+from kalle.synthesis.seeds import derived_seed
 from kalle.synthesis.voice import Voice
 from kalle.synthesis.voice_store import Binding, find_voice, stored_voices, voice_files, voice_path
 from kalle.synthesis.voicing import RANDOM_VOICE_SECONDS, RANDOM_VOICE_STOP, random_voice, spoken_voice
@@ -223,3 +227,58 @@ def test_an_untrained_copy_of_the_language_model_accepts_the_voice(kalle_tiny: K
         torch.manual_seed(1)
         other = Kalle(kalle_tiny.flowvae, KalleLM(kalle_tiny.lm.config).eval(), kalle_tiny.tokenizer)
     assert other.synthesize("Hello.", kalle_tiny.voice(tone(1.0), "one"), seed=1, max_seconds=0.2, retries=0).frames
+
+
+@pytest.fixture
+def kalle_wide(kalle_tiny: Kalle) -> Kalle:
+    """A model with 16 latent dimensions: from 16 values on torch draws so that a seed gives the same values in any shape."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        lm = KalleLM(KalleLMConfig(kalle_tiny.lm.config.backbone, latent_dim=16)).eval()
+        flowvae = FlowVAE(dataclasses.replace(kalle_tiny.flowvae.config, latent_dim=16)).eval()
+    return Kalle(flowvae, lm, kalle_tiny.tokenizer)
+
+
+def frame_noise(seed: int, frames: int) -> torch.Tensor:
+    """What ``synthesize(seed=seed)`` draws for 16 latent dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randn(16, generator=generator) for _ in range(frames)])
+
+
+def hear(noise: list[torch.Tensor], generation: Generation) -> Iterator[Frame]:
+    """The frames of ``generation``, and the noise of each in ``noise``."""
+    for frame in generation:
+        noise.append((frame.z - frame.distribution.mean) / frame.distribution.std)
+        yield frame
+
+
+def test_no_voice_is_made_of_the_noise_of_the_frames(kalle_wide: Kalle, kalle_speaker: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = kalle_speaker.random_voice(5).speaker_latent
+    assert not torch.isclose(latent.reshape(4, 16), frame_noise(5, 4)).any()
+
+    voice = kalle_wide.voice(tone(1.0), "one", seed=5)
+    with torch.no_grad():
+        posterior = kalle_wide.flowvae.encode(torch.from_numpy(tone(1.0))[None])
+    drawn = (voice.prompt_latents - posterior.mean[0]) / posterior.std[0]
+    assert not torch.isclose(drawn, frame_noise(5, len(drawn)), atol=1e-4).all(dim=1).any()
+    assert voice.seed == 5
+
+    spoken: list[torch.Tensor] = []
+
+    class Heard(list):
+        stop_reason = "end"
+
+    monkeypatch.setattr(voicing, "RANDOM_VOICE_SECONDS", 0.5)
+    monkeypatch.setattr(voicing, "generate", lambda *args, **options: Heard(hear(spoken, generate(*args, **options))))
+    assert kalle_wide.random_voice(5).seed == 5
+    assert not torch.isclose(torch.stack(spoken), frame_noise(5, len(spoken)), atol=1e-4).all(dim=1).any()
+    assert not torch.isclose(torch.stack(spoken[:4]), drawn[:4], atol=1e-4).all(dim=1).any(), "nor of one another's"
+
+
+def test_the_seeds_of_voices_stay_as_they_are() -> None:
+    """Others give other voices."""
+    purposes = ("speaker latent", "random voice", "prompt posterior")
+    assert [derived_seed(f"kalle {purpose} 5") for purpose in purposes] == SEEDS_OF_5
+
+
+SEEDS_OF_5 = [743679983, 947138197, 762823505]

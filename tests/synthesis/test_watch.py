@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kalle.gaussian import DiagGaussian
+from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.synthesis.row import Frame, StopRule
 from kalle.synthesis.speak import Request, speak, watcher_of
+from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.watch import WatchConfig, Watcher
 
 DIM, RATE_HZ, HOP = 16, 12.5, 80
@@ -146,6 +148,7 @@ class ScriptedLM:
         self._means = means
         self.device = torch.device("cpu")
         self.config = type("Config", (), {"latent_dim": means.shape[1]})
+        self.vocab_size, self.hidden_size = 320, 64
 
     def prefill(self, text_ids: Tensor, prompt: Tensor | None, speaker: Tensor | None) -> tuple[DiagGaussian, int]:
         return self._at(0), 0
@@ -173,6 +176,7 @@ def test_a_looping_model_is_stopped_and_told(flowvae_tiny, period: int) -> None:
     assert speech.frames == 30 + period
     assert speech.audio.shape == (speech.frames * 1280,)
     assert speech.trimmed_seconds == pytest.approx(38 * 0.08, abs=0.25)
+    assert (speech.attempts[0].frames, speech.stuck_seconds) == (speech.frames, 0.0)
     assert any(f"{speech.trimmed_seconds:.1f} s of it were cut" in warning for warning in speech.warnings)
     unwatched = speak(scripted(period), flowvae_tiny, Request(torch.arange(5), 90, seed=1, watch=False))  # type: ignore[arg-type]
     assert (unwatched.stop_reason, unwatched.frames, unwatched.trimmed_seconds) == ("max_frames", 90, 0.0)
@@ -187,3 +191,28 @@ def test_no_watcher_where_nothing_shall_stop_or_the_release_is_reproduced(flowva
     assert watcher_of(flowvae_tiny, Request(ids, 9, seed=0, stop=StopRule(0.0))) is None
     assert watcher_of(flowvae_tiny, Request(ids, 9, seed=0, quirks=ReleaseQuirks.release())) is None
     assert watcher_of(flowvae_tiny, Request(ids, 9, seed=0, watch=False)) is None
+
+
+@pytest.mark.parametrize("period", [1, 4])
+@pytest.mark.parametrize("chunk", [1, 8, 50, 200])
+def test_a_stream_tells_how_much_of_the_loop_was_heard(flowvae_tiny, period: int, chunk: int) -> None:
+    request, kept = Request(torch.arange(5), 90, seed=1), 30 + period
+    whole = speak(scripted(period), flowvae_tiny, request)  # type: ignore[arg-type]
+    generated = whole.frames + round(whole.trimmed_seconds * RATE_HZ)
+    stream = SpeechStream(scripted(period), flowvae_tiny, StreamingDecoder(flowvae_tiny), request, chunk)  # type: ignore[arg-type]
+    pieces, speech = list(stream), stream.speech
+    assert (speech.stop_reason, len(np.concatenate(pieces))) == (whole.stop_reason, len(speech.audio))
+    # The first piece takes latency + 1 frames, and what is not yet due when the loop is noticed is left out.
+    pushed = stream.latency_frames + 1 + chunk * ((generated - stream.latency_frames - 1) // chunk)
+    yielded = max(kept, pushed - stream.latency_frames)
+    assert speech.frames == yielded
+    assert len(speech.audio) == yielded * 1280
+    assert speech.stuck_seconds == pytest.approx((yielded - kept) / RATE_HZ)
+    assert speech.trimmed_seconds == pytest.approx((generated - yielded) / RATE_HZ)
+    assert speech.attempts[0].frames == kept
+    (warning,) = speech.warnings
+    assert (f"after {kept / RATE_HZ:.1f} s; {speech.stuck_seconds:.1f} s of it were heard" in warning) == (yielded > kept)
+    assert f"; {speech.trimmed_seconds:.1f} s of it were cut from the end" in warning
+    np.testing.assert_allclose(
+        speech.audio[: (kept - stream.latency_frames) * 1280], whole.audio[: (kept - stream.latency_frames) * 1280], atol=1e-4
+    )

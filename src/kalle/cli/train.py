@@ -18,6 +18,7 @@ from kalle.cli.train_checks import (
     check_speaker,
     check_vocabulary,
 )
+from kalle.disk import whole_file
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -258,4 +259,10 @@ def _copy_flowvae(source: str, weights: Path) -> None:
 
     part = part_folder(source, "flowvae")
     if part.resolve() != (weights / "flowvae").resolve():
-        shutil.copytree(part, weights / "flowvae", dirs_exist_ok=True)
+        shutil.copytree(part, weights / "flowvae", copy_function=_copy_whole, dirs_exist_ok=True)
+
+
+def _copy_whole(source: str, target: str) -> None:
+    """Replace ``target`` by a rename: a loaded model may have the old file mapped."""
+    with whole_file(Path(target)) as temporary:
+        shutil.copy2(source, temporary)

@@ -117,7 +117,11 @@ class KalleLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> KalleLM:
-        """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32."""
+        """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32.
+
+        On the CPU the weights are the mapped file: replace it by a rename while the model is in use, never overwrite it in place (``cp``),
+        which would change the model or end the process. ``save_pretrained`` renames.
+        """
         part = part_folder(folder, PART)
         config = KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
         return load_module(lambda: cls(config), part, device, {"backbone.": dtype})

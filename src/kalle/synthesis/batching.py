@@ -13,11 +13,20 @@ from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.lm import KalleLM
 from kalle.models.lm_state import LMState
-from kalle.synthesis.row import Ending, Frame, FrameWatcher, RowSampler, StopReason, draw_frames
+from kalle.synthesis.row import Ending, Frame, FrameWatcher, RowSampler, RowStep, StopReason, draw_frames
+from kalle.synthesis.sampling import check_context
 from kalle.synthesis.speak import Request
 
 DEFAULT_FRAME_BUDGET = 8192
 """Positions of the cache: eight utterances at the longest cap, or some sixty of ten seconds."""
+
+
+class RowError(UserError):
+    """A row that cannot go on, by its ``handle``; ``reason`` is the message without it."""
+
+    def __init__(self, handle: int, reason: str) -> None:
+        super().__init__(f"request {handle} of the batch, counted from 0: {reason}")
+        self.handle, self.reason = handle, reason
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,7 @@ class BatchedGenerator:
             watcher=watcher,
         )
         context = _context(request)
+        check_context(self._lm, *context)
         positions = _positions(context) + sampler.max_frames
         handle, self._added = self._added, self._added + 1
         self._waiting.append(_Row(handle, sampler, positions, context))
@@ -116,7 +126,10 @@ class BatchedGenerator:
 
     @torch.no_grad()
     def step(self) -> list[BatchEvent]:
-        """One frame for every row that is or comes into the batch; no events when nothing is left to do."""
+        """One frame for every row that is or comes into the batch; no events when nothing is left to do.
+
+        ``RowError`` for a row whose frame is not finite, which the model would give to others too: nothing of this step is kept.
+        """
         predictions = []
         if self._state is not None:
             prediction, self._state = self._lm.step(torch.stack([_fed_back(row) for row in self._rows]), self._state)
@@ -126,7 +139,7 @@ class BatchedGenerator:
             return []
         together = DiagGaussian(torch.cat([each.mean for each in predictions]), torch.cat([each.log_std for each in predictions]))
         frames = draw_frames(together, [row.sampler for row in self._rows])
-        steps = [row.sampler.see(frame) for row, frame in zip(self._rows, frames, strict=True)]
+        steps = [_seen(row, frame) for row, frame in zip(self._rows, frames, strict=True)]
         events = [BatchEvent(row.handle, step.frame, step.ending) for row, step in zip(self._rows, steps, strict=True)]
         for row, frame in zip(self._rows, frames, strict=True):
             row.z = frame.z
@@ -168,7 +181,8 @@ def iterate_batch(
 ) -> Iterator[tuple[int, Generated]]:
     """Yield (index of the request, what it gave) as each of ``requests`` ends; ``watcher`` makes the watcher of a request.
 
-    UserError before the first frame for a value the loop cannot use.
+    UserError before the first frame for a value the loop cannot use; ``RowError`` where a frame is not finite, which ends all rows
+    that have not ended: what was yielded before stays the caller's.
     """
     engine = BatchedGenerator(lm, frame_budget)
     generators = []
@@ -196,7 +210,7 @@ def generate_batch(
     frame_budget: int = DEFAULT_FRAME_BUDGET,
     watcher: Callable[[Request], FrameWatcher | None] = lambda request: None,
 ) -> list[Generated]:
-    """What ``generate`` gives for each of ``requests``, in their order; see ``iterate_batch``."""
+    """What ``generate`` gives for each of ``requests``, in their order; see ``iterate_batch``. An error loses all of them."""
     done = dict(iterate_batch(lm, requests, frame_budget=frame_budget, watcher=watcher))
     return [done[index] for index in range(len(done))]
 
@@ -217,6 +231,13 @@ def _context(request: Request) -> tuple[Tensor, Tensor | None, Tensor | None]:
 def _positions(context: tuple[Tensor, Tensor | None, Tensor | None]) -> int:
     text_ids, prompt, speaker = context
     return text_ids.shape[1] + (0 if prompt is None else prompt.shape[1]) + (0 if speaker is None else 1)
+
+
+def _seen(row: _Row, frame: Frame) -> RowStep:
+    try:
+        return row.sampler.see(frame)
+    except UserError as error:
+        raise RowError(row.handle, str(error)) from None
 
 
 def _fed_back(row: _Row) -> Tensor:

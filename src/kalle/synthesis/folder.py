@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, read_json, write_json
+from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, permission_errors, read_json, write_json
 from kalle.errors import UserError
 from kalle.synthesis.sampling import StopRule
 from kalle.text.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -53,16 +53,18 @@ class _Stored:
     sample_rate: int | None = None
 
 
+@permission_errors()
 def read_folder(folder: str | Path) -> FolderConfig:
     """Check that ``folder`` is a weight folder that can speak and read its config.json.
 
-    UserError when the folder, a part or the tokenizer is missing, the format is newer than this program, or a key or value is not known.
+    UserError when the folder, a part or the tokenizer is missing, the format is newer than this program, a key or value is not known, or
+    something may not be read.
     """
     root = Path(folder)
     if not root.is_dir():
         raise UserError(
             f"no such weight folder: got '{folder}', expected a folder with flowvae/, lm/ and {TOKENIZER_FOLDER}/; "
-            "give the one that `kalle convert release --out` or a training run wrote"
+            "give the one that a training run wrote, or fetch the released weights with `kalle download`"
         )
     for part in ("flowvae", "lm"):
         part_folder(root, part)

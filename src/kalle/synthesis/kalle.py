@@ -6,6 +6,7 @@ import secrets
 import threading
 from collections.abc import Iterable
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,19 +20,21 @@ from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.models.lm import KalleLM
 from kalle.synthesis.batching import DEFAULT_FRAME_BUDGET
-from kalle.synthesis.folder import VOICES_FOLDER, FolderConfig, load_tokenizer, read_folder
-from kalle.synthesis.length import cap_frames
-from kalle.synthesis.quirks import RELEASED_STEPS, ReleaseQuirks
+from kalle.synthesis.folder import FolderConfig, load_tokenizer, read_folder
+from kalle.synthesis.length import cap_frames, cap_seconds, check_length
+from kalle.synthesis.quirks import RELEASED_STEPS, ConvertedModels, ReleaseQuirks
 from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES, DEFAULT_RETRIES, SpeechRequest
 from kalle.synthesis.retry import speak_with_retries
 from kalle.synthesis.row import StopRule
+from kalle.synthesis.seeds import check_seed
 from kalle.synthesis.speak import Request
 from kalle.synthesis.speak_batch import speak_batch
 from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, Voice
-from kalle.synthesis.voicing import check_seed, check_voice, random_voice, voice_from_audio
+from kalle.synthesis.voice_store import find_voice
+from kalle.synthesis.voicing import check_voice, random_voice, voice_from_audio
 from kalle.synthesis.weights import resolve_weights
-from kalle.text.prompt import prompt_ids
+from kalle.text.prompt import check_text, prompt_ids
 from kalle.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,7 +45,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Kalle:
-    """A language model, a Flow-VAE and a tokenizer that belong together."""
+    """A language model, a Flow-VAE and a tokenizer that belong together.
+
+    Their weights are fixed: ``hashes``, the streaming decoder and a copy in the release's precision are made once and kept.
+    After changing a weight make a new Kalle.
+    """
 
     def __init__(
         self, flowvae: FlowVAE, lm: KalleLM, tokenizer: Tokenizer, config: FolderConfig | None = None, folder: Path | None = None
@@ -51,6 +58,7 @@ class Kalle:
         self.flowvae, self.lm, self.tokenizer = flowvae, lm, tokenizer
         self.config = config or FolderConfig()
         self.folder = folder
+        self._converted: ConvertedModels = {}
         self._decoder: tuple[int | None, StreamingDecoder] | None = None
         self._lock = threading.Lock()
         self._check_parts()
@@ -62,6 +70,7 @@ class Kalle:
         Released files are converted beside themselves the first time; what a hub id names is fetched the first time.
         ``device`` "auto" is CUDA where there is one. ``dtype`` is that of the language model's backbone: "auto" is fp32 on
         the CPU and bfloat16 on CUDA; its heads and the Flow-VAE are fp32 always. UserError for anything that isn't there.
+        On the CPU the weights are the mapped files: while they are in use, replace a file by a rename, never overwrite it in place.
         """
         resolved = resolve_device(device)
         precision = resolve_dtype(dtype, resolved)
@@ -87,7 +96,7 @@ class Kalle:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """What voices bind to: the hash of each encoder of this model."""
+        """What voices bind to: the hash of each encoder of this model, taken once."""
         found = {FLOWVAE_ENCODER: weights_hash(self.flowvae.encoder)}
         if self.lm.speaker_encoder is not None:
             found[SPEAKER_ENCODER] = weights_hash(torch.nn.ModuleList([self.lm.speaker_encoder, self.lm.speaker_projection]))
@@ -108,8 +117,11 @@ class Kalle:
 
         With its transcript ``text`` the recording becomes the prompt, its latents drawn once with ``seed``; with a
         speaker encoder it gives a speaker latent (the mean), and the transcript may be missing. UserError for
-        unusable audio, or for a missing transcript the model cannot do without.
+        unusable audio, a bad rate or seed, or for a missing transcript the model cannot do without.
         """
+        if sample_rate_hz is not None and not (isinstance(sample_rate_hz, Real) and sample_rate_hz > 0):
+            raise UserError(f"bad sample rate: got {sample_rate_hz!r} Hz, expected more than 0; leave it out for {self.sample_rate} Hz")
+        seed = check_seed(seed)
         return voice_from_audio(
             self, audio, text, sample_rate_hz=sample_rate_hz, seed=seed, language=language, licence=licence, consent=consent
         )
@@ -121,16 +133,21 @@ class Kalle:
         spoken once with that seed and kept as the prompt. Neither the folder's default voice nor its stop rule takes part,
         so a later calibration changes no voice; on another device or in another dtype it is close, not equal.
         """
-        return random_voice(self, seed)
+        return random_voice(self, check_seed(seed))
 
     def load_voice(self, name: str | Path) -> Voice:
-        """The voice in the file ``name``, or the one of that name in the weight folder's voices/; UserError when it doesn't fit."""
-        path = Path(name)
-        if not path.is_file() and self.folder is not None and path.suffix != ".safetensors":
-            path = self.folder / VOICES_FOLDER / f"{name}.safetensors"
-        voice = Voice.load(path)
+        """The voice of that name in the weight folder's voices/, or the one in a file, where ``name`` is a path (``find_voice``).
+
+        UserError when there is none, or it doesn't fit.
+        """
+        voice = Voice.load(find_voice(self.folder, name))
         check_voice(self, voice)
         return voice
+
+    @cached_property
+    def default_voice(self) -> Voice | None:
+        """The weight folder's default voice, read once; None where it names none. UserError when it is missing or doesn't fit."""
+        return None if self.config.voice is None else self.load_voice(self.config.voice)
 
     def synthesize(
         self,
@@ -148,13 +165,13 @@ class Kalle:
 
         Without ``voice`` the folder's default voice speaks, or without one the model makes up a voice. The length is capped
         by default at what slow speech of the text does not reach; ``Speech.stop_reason`` tells whether it did.
-        UserError for empty text, a voice that doesn't fit and bad values.
+        UserError for empty text, one too long for a request (``speak_long`` speaks it), a voice that doesn't fit and bad values.
         """
         return self.speak(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, quirks, retries))
 
     def speak(self, request: SpeechRequest) -> Speech:
         """``synthesize`` for a whole request."""
-        return speak_with_retries(self.lm, self.flowvae, self.resolve(request), request.retries)
+        return speak_with_retries(self.lm, self.flowvae, self.resolve(request), _retries(request), self._converted)
 
     def synthesize_batch(self, requests: Iterable[SpeechRequest | str], *, frame_budget: int = DEFAULT_FRAME_BUDGET) -> list[Speech]:
         """Speak all ``requests`` together, each as ``speak`` would alone (a plain text takes the defaults), in their order.
@@ -163,9 +180,11 @@ class Kalle:
         speech that the language model holds at once, counted as rows times the longest. Bad endings are tried again
         together, after the others. UserError before anything is spoken for a request that cannot be.
         """
-        given = [SpeechRequest(each) if isinstance(each, str) else each for each in requests]
+        if isinstance(requests, str | bytes | SpeechRequest):
+            raise UserError(f"not a batch: got one {type(requests).__name__}, expected a list of requests or texts; put it into a list")
+        given = [each if isinstance(each, SpeechRequest) else SpeechRequest(each) for each in requests]
         resolved = [self.resolve(request) for request in given]
-        return speak_batch(self.lm, self.flowvae, resolved, [request.retries for request in given], frame_budget)
+        return speak_batch(self.lm, self.flowvae, resolved, [_retries(request) for request in given], frame_budget, self._converted)
 
     def stream(
         self,
@@ -183,7 +202,8 @@ class Kalle:
 
         The pieces put together equal ``synthesize`` with the same seed and ``retries=0``, within the decoder's tolerance at
         ``latency_frames`` (None: the smallest that keeps 1e-4). A piece holds ``chunk_frames`` frames; the first comes once
-        ``latency_frames`` + 1 are there. What was heard can't be taken back, so a bad ending is not tried again.
+        ``latency_frames`` + 1 are there. What was heard can't be taken back: a bad ending is not tried again, and
+        speech that turns out to be stuck is cut only as far as it has not been yielded (``Speech.stuck_seconds`` says how much was).
         """
         request = self.resolve(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, retries=0))
         return SpeechStream(self.lm, self.flowvae, self.streaming_decoder(latency_frames), request, chunk_frames)
@@ -198,9 +218,9 @@ class Kalle:
     def resolve(self, request: SpeechRequest) -> Request:
         """Ids, tensors and numbers of ``request`` for these weights; a UserError for what they cannot speak."""
         seed = secrets.randbelow(2**31) if request.seed is None else check_seed(request.seed)
-        voice = request.voice
-        if voice is None and self.config.voice is not None:
-            voice = self.load_voice(self.config.voice)
+        check_text(request.text, "text")
+        check_length(request.text, request.max_seconds)
+        voice = request.voice or self.default_voice
         if voice is not None:
             check_voice(self, voice)
         elif self.has_speaker_encoder:
@@ -241,6 +261,12 @@ class Kalle:
                 f"the weight folder contradicts itself: config.json says {self.config.sample_rate} Hz, the Flow-VAE "
                 f"{self.sample_rate} Hz; mend sample_rate in config.json"
             )
+
+
+def _retries(request: SpeechRequest) -> int:
+    """The retries of ``request``; none where its own cap is shorter than the text's, for then a cut is what was asked for."""
+    cut_is_wanted = request.max_seconds is not None and request.max_seconds < cap_seconds(request.text)
+    return min(request.retries, 0) if cut_is_wanted else request.retries
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

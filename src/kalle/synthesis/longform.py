@@ -16,9 +16,9 @@ from kalle.errors import UserError
 from kalle.synthesis.longform_part import LongFormOptions, Part, Store
 from kalle.synthesis.longform_prompt import anchor_voice, expected_seconds, positions_left, request_fits, rolling_voice
 from kalle.synthesis.loudness import even_gain_db, loudness_db
+from kalle.synthesis.seeds import check_seed
 from kalle.synthesis.speech import FloatArray, Speech
 from kalle.synthesis.voice import Voice
-from kalle.synthesis.voicing import check_seed
 from kalle.text.normalise import normalise
 from kalle.text.prompt import check_text
 from kalle.text.sentences import Sentence, split_sentences, unspoken

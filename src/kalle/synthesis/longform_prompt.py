@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from numpy.typing import NDArray
 
-from kalle.synthesis.length import BASE_SECONDS, LONGEST_SECONDS, cap_frames, cap_seconds
+from kalle.synthesis.length import LONGEST_SECONDS, cap_frames, cap_seconds, usual_seconds
+from kalle.synthesis.request import check_voice_given
 from kalle.synthesis.voice import FLOWVAE_ENCODER, Voice
 from kalle.text.prompt import BEFORE_SPEECH
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
 
-_CAP_PER_USUAL = 3.0
-"""What the length cap allows for each second of speech at the usual pace."""
-
 
 def expected_seconds(text: str) -> float:
-    """How long ``text`` takes at the usual pace; exact only for what fits one request (``fits_one_request``)."""
-    return (cap_seconds(text) - BASE_SECONDS) / _CAP_PER_USUAL
+    """How long ``text`` takes at the usual pace."""
+    return usual_seconds(text)
 
 
 def fits_one_request(text: str) -> bool:
@@ -33,8 +31,8 @@ def fits_one_request(text: str) -> bool:
 
 def anchor_voice(kalle: Kalle, voice: Voice | None, seed: int) -> Voice:
     """The voice of all sentences: ``voice``, else the weight folder's default, else the random voice of ``seed``."""
-    if voice is None and kalle.config.voice is not None:
-        voice = kalle.load_voice(kalle.config.voice)
+    check_voice_given(voice)
+    voice = voice or kalle.default_voice
     return kalle.random_voice(seed) if voice is None else voice
 
 

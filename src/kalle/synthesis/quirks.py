@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
 import torch
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kalle.models.lm import KalleLM
 
 Decode = Literal["sampled", "resample", "mean"]
+ConvertedModels: TypeAlias = "dict[tuple[KalleLM, torch.dtype], KalleLM]"
+"""Models in another precision, by the one they were made from, which it keeps in memory; weights changed later are not noticed."""
 RELEASED_STOP = StopRule(threshold=0.5, min_index=3)
 RELEASED_STEPS = DEFAULT_MAX_FRAMES
 
@@ -47,6 +49,10 @@ class ReleaseQuirks:
     no_cache: bool = False
     """Compute the whole prefix again for every frame; the cache gives the same but for rounding."""
 
+    def __post_init__(self) -> None:
+        if self.decode not in get_args(Decode):
+            raise UserError(f"bad decode: got {self.decode!r}, expected one of {', '.join(get_args(Decode))}; correct it")
+
     @classmethod
     def release(cls) -> ReleaseQuirks:
         """Every habit of the release at once."""
@@ -62,13 +68,14 @@ class ReleaseQuirks:
         """The rule that holds: the one ``asked`` for, else the release's or the ``calibrated`` one."""
         return asked or (RELEASED_STOP if self.hard_coded_stop else calibrated)
 
-    def language_model(self, lm: KalleLM) -> KalleLM:
+    def language_model(self, lm: KalleLM, converted: ConvertedModels | None = None) -> KalleLM:
         """``lm`` as the release would run it, for ``generate``; weights that stay as they are are shared.
 
-        UserError when it was loaded in a dtype from which the release's cannot be had.
+        A backbone in another precision is looked up in ``converted`` and kept there for the next request.
+        UserError when ``lm`` was loaded in a dtype from which the release's cannot be had.
         """
         if self.config_dtype:
-            lm = _in_dtype(lm, configured_dtype(lm))
+            lm = _kept(lm, configured_dtype(lm), {} if converted is None else converted)
         if self.no_cache:
             from kalle.synthesis.uncached import UncachedLM
 
@@ -84,6 +91,15 @@ def configured_dtype(lm: KalleLM) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"bad dtype in the configuration of the backbone: got {name!r}, expected float32, float16 or bfloat16; mend it")
     return dtype
+
+
+def _kept(lm: KalleLM, dtype: torch.dtype, converted: ConvertedModels) -> KalleLM:
+    if (lm, dtype) not in converted:
+        other = _in_dtype(lm, dtype)
+        if other is lm:
+            return lm
+        converted[lm, dtype] = other
+    return converted[lm, dtype]
 
 
 def _in_dtype(lm: KalleLM, dtype: torch.dtype) -> KalleLM:

@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Sequence
 
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
-from kalle.synthesis.quirks import ReleaseQuirks
+from kalle.synthesis.quirks import ConvertedModels, ReleaseQuirks
+from kalle.synthesis.seeds import derived_seed
 from kalle.synthesis.speak import Request, speak
 from kalle.synthesis.speech import Speech
 
 LOGGER = logging.getLogger(__name__)
-_SEED_BITS = 31
 _BEST_FIRST = ("end", "silence", "repetition", "max_frames", "interrupted")
 """Silence usually follows the last word, a repetition its first round; at the cap there is no telling what was said."""
 
 
-def speak_with_retries(lm: KalleLM, flowvae: FlowVAE, request: Request, retries: int = 1) -> Speech:
+def speak_with_retries(
+    lm: KalleLM, flowvae: FlowVAE, request: Request, retries: int = 1, converted: ConvertedModels | None = None
+) -> Speech:
     """``speak``, and up to ``retries`` times again with another seed while the ending is bad.
 
-    The result is ``keep_best`` of all tries. See ``allowed_retries`` for when there are none. UserError for a value the loop cannot use.
+    The result is ``keep_best`` of all tries. See ``allowed_retries`` for when there are none. ``converted`` is that of
+    ``ReleaseQuirks.language_model``. UserError for a value the loop cannot use.
     """
     allowed = allowed_retries(request, retries)
-    tries = [speak(lm, flowvae, request)]
+    tries = [speak(lm, flowvae, request, converted)]
     while needs_retry(tries[-1]) and len(tries) <= allowed:
         again = retry_request(request, len(tries))
-        LOGGER.warning("%s; trying again with seed %d (%d of %d)", "; ".join(tries[-1].warnings), again.seed, len(tries), allowed)
-        tries.append(speak(lm, flowvae, again))
+        log_retry(tries[-1], again, len(tries), allowed)
+        tries.append(speak(lm, flowvae, again, converted))
     return keep_best(tries)
 
 
 def allowed_retries(request: Request, retries: int) -> int:
-    """``retries``, or 0 where another try makes no sense: for quirks of the release, given noise, or no stop but the cap.
+    """``retries``, or 0 where another try makes no sense: quirks of the release, given noise or none (temperature 0), no stop but the cap.
 
-    UserError for a negative number.
+    UserError unless it is an integer of at least 0.
     """
-    if retries < 0:
-        raise UserError(f"bad retries: got {retries}, expected 0 or more; 0 keeps the first try whatever its ending")
-    reproduces = request.quirks != ReleaseQuirks() or request.noise is not None
-    return 0 if reproduces or request.stop.threshold <= 0 else retries
+    if not hasattr(retries, "__index__") or retries < 0:
+        raise UserError(f"bad retries: got {retries!r}, expected an integer of at least 0; 0 keeps the first try whatever its ending")
+    reproduces = request.quirks != ReleaseQuirks() or request.noise is not None or request.temperature == 0
+    return 0 if reproduces or request.stop.threshold <= 0 else int(retries)
+
+
+def log_retry(speech: Speech, again: Request, number: int, allowed: int) -> None:
+    """Say that ``speech`` ended badly and that ``again`` is retry ``number`` of ``allowed``."""
+    LOGGER.warning("%s; trying again with seed %d (%d of %d)", "; ".join(speech.warnings), again.seed, number, allowed)
 
 
 def needs_retry(speech: Speech) -> bool:
@@ -52,10 +59,7 @@ def needs_retry(speech: Speech) -> bool:
 
 def next_seed(seed: int, attempt: int) -> int:
     """The seed of try number ``attempt``, which is ``seed`` itself for 0 and else a number below 2**31 that both decide."""
-    if attempt == 0:
-        return seed
-    digest = hashlib.sha256(f"kalle retry {seed} {attempt}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 2**_SEED_BITS
+    return seed if attempt == 0 else derived_seed(f"kalle retry {seed} {attempt}")
 
 
 def retry_request(request: Request, attempt: int) -> Request:

@@ -24,21 +24,28 @@ class StopRule:
     """When a predicted distribution counts as the end of speech.
 
     The end is where KL(prediction || N(1, e)), averaged over the dimensions, falls below ``threshold`` (nats) at a
-    0-based frame index above ``min_index``. A threshold of 0 never stops, for a divergence is not below it.
+    0-based frame index above ``min_index``. A threshold of 0 never stops, for a divergence is not below it. UserError for a
+    threshold that is negative or not a number.
     """
 
     threshold: float = 0.5
     min_index: int = 3
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.threshold, "__float__") or not self.threshold >= 0:
+            raise UserError(f"bad stop threshold: got {self.threshold!r}, expected a number of at least 0; 0 never stops")
+        if not hasattr(self.min_index, "__index__"):
+            raise UserError(f"bad min_index of the stop rule: got {self.min_index!r}, expected an integer; correct it")
 
     def stops(self, end_kl: float, index: int) -> bool:
         """Whether the frame of 0-based ``index`` at ``end_kl`` nats from the end distribution is the end."""
         return end_kl < self.threshold and index > self.min_index
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One step: ``z`` (D,) fp32 is the sample fed back, ``distribution`` (D,) the fp32 Gaussian it was drawn from,
-    ``end_kl`` that Gaussian's divergence from the end distribution in nats per dimension."""
+    ``end_kl`` that Gaussian's divergence from the end distribution in nats per dimension, NaN where ``z`` is not finite."""
 
     z: Tensor
     distribution: DiagGaussian
@@ -99,8 +106,10 @@ class RowSampler:
         return torch.randn(self._dim, generator=self.generator, dtype=torch.float32)
 
     def see(self, frame: Frame) -> RowStep:
-        """Take ``frame``, drawn with ``noise``, as the one of ``index``."""
+        """Take ``frame``, drawn with ``noise``, as the one of ``index``. UserError unless its sample and distribution are finite."""
         index, self.index = self.index, self.index + 1
+        if not math.isfinite(frame.end_kl):
+            raise _not_finite(frame, index, self.temperature)
         assert index < self.max_frames, f"frame {index} of a row that ended at its cap of {self.max_frames}"
         if self._stop.stops(frame.end_kl, index):
             return RowStep(None, ("end", frame))
@@ -122,13 +131,26 @@ def draw_frames(prediction: DiagGaussian, rows: Sequence[RowSampler]) -> list[Fr
     distribution = prediction.to(torch.float32)
     noise = torch.stack([row.temperature * row.noise() for row in rows])
     z = distribution.sample(noise)
-    end_kl = distribution.kl_to(DiagGaussian.end(distribution.mean)).mean(dim=-1).tolist()
+    divergence = distribution.kl_to(DiagGaussian.end(distribution.mean)).mean(dim=-1)
+    # Marked in the divergence, because reading a second value from an accelerator would cost a second wait.
+    end_kl = divergence.where(z.isfinite().all(dim=-1), torch.nan).tolist()
     # A frame that was a view would keep those of every other row in memory as long as itself.
     own = (lambda tensor: tensor) if len(rows) == 1 else Tensor.clone
     return [
         Frame(own(z[row]), DiagGaussian(own(distribution.mean[row]), own(distribution.log_std[row])), end_kl[row])
         for row in range(len(rows))
     ]
+
+
+def _not_finite(frame: Frame, index: int, temperature: float) -> UserError:
+    """What to say of a frame whose divergence is not a finite number."""
+    if frame.distribution.mean.isfinite().all() and frame.distribution.std.isfinite().all() and not frame.z.isfinite().all():
+        return UserError(f"frame {index} overflows: got temperature {temperature}, expected finite samples; lower the temperature")
+    cooler = f", lower the temperature of {temperature}" if temperature > 1 else ""
+    return UserError(
+        f"the model predicts values that are not finite at frame {index}: expected numbers; "
+        f"load it with dtype float32{cooler}, or check the weights"
+    )
 
 
 def _check(noise: Tensor | None, generator: torch.Generator | None, max_frames: int | None, temperature: float, dim: int) -> int:
@@ -139,7 +161,7 @@ def _check(noise: Tensor | None, generator: torch.Generator | None, max_frames: 
         raise UserError(f"the noise generator is on {generator.device}, expected one on the CPU; make it with torch.Generator()")
     if max_frames is None:
         max_frames = DEFAULT_MAX_FRAMES if noise is None else noise.shape[0]
-    if max_frames < 1:
+    if not hasattr(max_frames, "__index__") or max_frames < 1:
         raise UserError(f"bad length cap: got {max_frames} frames, expected at least 1; raise max_frames or max_seconds")
     if noise is not None and (noise.ndim != 2 or noise.shape[0] < max_frames or noise.shape[1] != dim):
         raise UserError(f"noise has shape {tuple(noise.shape)}, expected ({max_frames}, {dim}); pass one row for each frame")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kalle.errors import UserError
 from kalle.synthesis.row import DEFAULT_MAX_FRAMES, Ending, Frame, FrameWatcher, RowSampler, StopReason, StopRule
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ class Generation(Iterator[Frame]):
                 self.stop_reason, self.end_frame = stop.value
             raise StopIteration from None
 
+    def close(self) -> None:
+        """End it now and free the model's state; ``stop_reason`` stays as it is."""
+        self._frames.close()
+
 
 def generate(
     lm: KalleLM,
@@ -60,8 +65,9 @@ def generate(
     without either the sampling differs from call to call. ``stop=None`` never stops. ``max_frames`` defaults to the
     length of ``noise``, or to the 1000 steps of the release. With ``drop_last_frame_always`` the frame at the
     length cap is dropped too, as the release does. ``watcher`` sees every frame and may end the speech. UserError for a
-    bad value.
+    bad value, before the first frame, and at a frame that is not finite.
     """
+    check_context(lm, text_ids[None], prompt_latents, speaker_latent)
     row = RowSampler(
         lm.config.latent_dim,
         noise=noise,
@@ -73,6 +79,28 @@ def generate(
         watcher=watcher,
     )
     return Generation(_frames(lm, text_ids, prompt_latents, speaker_latent, row))
+
+
+def check_context(lm: KalleLM, text_ids: Tensor, prompt_latents: Tensor | None, speaker_latent: Tensor | None) -> None:
+    """UserError unless ``lm`` can read these: ``text_ids`` (1, L), ``prompt_latents`` (1, P, D), ``speaker_latent`` (1, H)."""
+    if text_ids.ndim != 2 or not text_ids.numel() or text_ids.is_floating_point():
+        raise UserError(
+            f"bad text ids: got {text_ids.dtype} of shape {tuple(text_ids.shape[1:])}, expected int64 (L,) with at least one id"
+        )
+    lowest, highest = (int(end) for end in text_ids.aminmax())
+    if lowest < 0 or highest >= lm.vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise UserError(f"bad text ids: got {wrong}, expected 0 to {lm.vocab_size - 1}; use the tokenizer of these weights")
+    _check_shape("prompt latents", prompt_latents, ("P", lm.config.latent_dim))
+    _check_shape("speaker latent", speaker_latent, (lm.hidden_size,))
+
+
+def _check_shape(name: str, value: Tensor | None, expected: tuple[str | int, ...]) -> None:
+    if value is None:
+        return
+    if value.ndim != len(expected) + 1 or value.shape[0] != 1 or value.shape[-1] != expected[-1]:
+        wanted = ", ".join(str(size) for size in (1, *expected))
+        raise UserError(f"bad {name}: got shape {tuple(value.shape)}, expected ({wanted}); make the voice with this model")
 
 
 def _frames(

@@ -12,7 +12,7 @@ from torch import Tensor
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
-from kalle.synthesis.quirks import ReleaseQuirks
+from kalle.synthesis.quirks import ConvertedModels, ReleaseQuirks
 from kalle.synthesis.row import Frame, FrameWatcher, StopRule
 from kalle.synthesis.sampling import Generation, generate
 from kalle.synthesis.speech import Attempt, FloatArray, Speech, SpeechEnding
@@ -21,7 +21,7 @@ from kalle.synthesis.watch import Watcher
 PCM16_MAX = 32767
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """Everything that decides one result, besides the weights. D latent_dim, H hidden size of the language model."""
 
@@ -54,14 +54,14 @@ class Request:
 
 
 @torch.no_grad()
-def speak(lm: KalleLM, flowvae: FlowVAE, request: Request) -> Speech:
-    """Generate the frames of ``request`` once and decode them. UserError for a value the loop cannot use.
+def speak(lm: KalleLM, flowvae: FlowVAE, request: Request, converted: ConvertedModels | None = None) -> Speech:
+    """Generate the frames of ``request`` once and decode them. UserError for a value the loop cannot use, or frames that are not finite.
 
     All noise comes from one CPU generator: D values for each frame in order, then, where frames are drawn a second
-    time, D values for each of those.
+    time, D values for each of those. ``converted`` is that of ``ReleaseQuirks.language_model``.
     """
     watcher = watcher_of(flowvae, request)
-    generation, generator = start(lm, request, watcher)
+    generation, generator = start(lm, request, watcher, converted)
     frames = list(generation)
     assert generation.stop_reason is not None
     return finish(flowvae, frames, generation.stop_reason, request, generator, watcher)
@@ -74,11 +74,16 @@ def watcher_of(flowvae: FlowVAE, request: Request) -> Watcher | None:
     return Watcher(lambda latents: decode_latents(flowvae, latents), flowvae.config.frame_rate_hz)
 
 
-def start(lm: KalleLM, request: Request, watcher: FrameWatcher | None = None) -> tuple[Generation, torch.Generator]:
-    """The frames of ``request``, none made yet, and the generator of their noise, which a second draw goes on with."""
+def start(
+    lm: KalleLM, request: Request, watcher: FrameWatcher | None = None, converted: ConvertedModels | None = None
+) -> tuple[Generation, torch.Generator]:
+    """The frames of ``request``, none made yet, and the generator of their noise, which a second draw goes on with.
+
+    UserError for a value the loop cannot use. ``converted`` is that of ``ReleaseQuirks.language_model``.
+    """
     generator = torch.Generator().manual_seed(request.seed)
     generation = generate(
-        request.quirks.language_model(lm),
+        request.quirks.language_model(lm, converted),
         request.text_ids,
         _row(request.heard_prompt),
         _row(request.speaker_latent),
@@ -123,10 +128,14 @@ def assemble(
     dim: int,
     trimmed_frames: int = 0,
     frame_rate_hz: float = 12.5,
+    stuck_frames: int = 0,
 ) -> Speech:
-    """The result of one attempt: ``audio`` (S,) of ``frames``, after which ``trimmed_frames`` were left out."""
+    """The result of one attempt: ``audio`` (S,) of ``frames``, after which ``trimmed_frames`` were left out.
+
+    The last ``stuck_frames`` of ``frames`` should have been left out too, and were heard already.
+    """
     z, distribution = _stack([frame.z for frame in frames], dim), _gaussian(frames, dim)
-    trimmed_seconds = trimmed_frames / frame_rate_hz
+    trimmed_seconds, stuck_seconds = trimmed_frames / frame_rate_hz, stuck_frames / frame_rate_hz
     return Speech(
         audio=audio,
         sample_rate=sample_rate,
@@ -139,18 +148,21 @@ def assemble(
         means=distribution.mean.cpu().numpy(),
         log_likelihood=distribution.log_prob(z).mean(dim=-1).cpu().numpy(),
         stop=request.stop,
-        attempts=(Attempt(request.seed, stop_reason, len(frames)),),
+        attempts=(Attempt(request.seed, stop_reason, len(frames) - stuck_frames),),
         trimmed_seconds=trimmed_seconds,
-        warnings=_warnings(stop_reason, len(audio) / sample_rate, trimmed_seconds),
+        stuck_seconds=stuck_seconds,
+        warnings=_warnings(stop_reason, len(audio) / sample_rate, trimmed_seconds, stuck_seconds),
     )
 
 
-def _warnings(stop_reason: SpeechEnding, seconds: float, trimmed_seconds: float) -> tuple[str, ...]:
-    cut = f"; {trimmed_seconds:.1f} s of it were cut from the end" if trimmed_seconds else ""
+def _warnings(stop_reason: SpeechEnding, seconds: float, trimmed_seconds: float, stuck_seconds: float) -> tuple[str, ...]:
+    heard = f"; {stuck_seconds:.1f} s of it were heard" if stuck_seconds else ""
+    cut = heard + (f"; {trimmed_seconds:.1f} s of it were cut from the end" if trimmed_seconds else "")
+    good = seconds - stuck_seconds
     texts = {
         "max_frames": f"the speech did not end by itself and was cut at {seconds:.1f} s: words may be missing",
-        "repetition": f"the speech got stuck in a repetition after {seconds:.1f} s{cut}: words may be missing",
-        "silence": f"the speech fell silent after {seconds:.1f} s without an end{cut}: words may be missing",
+        "repetition": f"the speech got stuck in a repetition after {good:.1f} s{cut}: words may be missing",
+        "silence": f"the speech fell silent after {good:.1f} s without an end{cut}: words may be missing",
         "interrupted": f"the speech was interrupted after {seconds:.1f} s: words are missing",
     }
     nothing = () if seconds else ("nothing was spoken",)

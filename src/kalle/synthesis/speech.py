@@ -33,9 +33,9 @@ def _unknown() -> FloatArray:
     return np.zeros(0, dtype=np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Speech:
-    """One spoken text. T frames of D latent dimensions, S samples."""
+    """One spoken text. T frames of D latent dimensions, S samples. Two are equal when they are the same object."""
 
     audio: FloatArray
     """(S,) in [-1, 1]."""
@@ -68,6 +68,8 @@ class Speech:
     """Every try, in order; one of them is the result."""
     trimmed_seconds: float = 0.0
     """What was generated and then cut from the tail, being repetition or silence."""
+    stuck_seconds: float = 0.0
+    """Repetition or silence that ``audio`` still ends with, because a stream had yielded it before that could be known."""
     warnings: tuple[str, ...] = ()
     """What a listener should know: a sentence each."""
 

@@ -36,6 +36,16 @@ class UncachedLM:
         """Where the weights are."""
         return self._lm.device
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the backbone."""
+        return self._lm.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of text ids."""
+        return self._lm.vocab_size
+
     def prefill(
         self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None
     ) -> tuple[DiagGaussian, Prefix]:

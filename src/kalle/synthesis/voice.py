@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kalle.checkpoint import require_readable
 from kalle.disk import write_whole
 from kalle.errors import UserError
 
@@ -26,11 +27,12 @@ _NOTES = ("text", "language", "licence", "consent", "name", "description", "sour
 _NUMBERS: Mapping[str, type] = {"seed": int, "seconds": float}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Voice:
     """Prompt latents with their transcript, a speaker latent, or both. P frames, D latent_dim, H hidden size.
 
     A UserError for tensors that no encoder gives: another rank or dtype than stated here, no frame, NaN or infinity.
+    Two voices are equal when they are the same object.
     """
 
     bound_to: Mapping[str, str]
@@ -87,6 +89,7 @@ class Voice:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"voice file not found: got '{path}', expected a .safetensors voice; check the path")
+        require_readable(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

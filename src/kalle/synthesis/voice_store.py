@@ -6,7 +6,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kalle.checkpoint import CONFIG_NAME, WEIGHTS_NAME, part_folder, read_json, read_tensors, tensors_hash
+from kalle.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    part_folder,
+    permission_errors,
+    read_json,
+    read_tensors,
+    require_readable,
+    tensors_hash,
+)
 from kalle.errors import UserError
 from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, Voice
@@ -66,13 +75,20 @@ def voice_path(folder: str | Path, name: str) -> Path:
     return Path(folder) / VOICES_FOLDER / f"{name}{SUFFIX}"
 
 
+@permission_errors()
 def find_voice(folder: str | Path | None, voice: str | Path) -> Path:
-    """The file ``voice``, or the voice of that name in ``folder``; a UserError that lists the names there are."""
+    """The file of ``voice``: a name means the voice in ``folder`` before any file of that name, a path (a ``Path``, or a text with a
+    separator or the suffix) a file alone.
+
+    A UserError that lists the names there are, and one for a file that can't be read.
+    """
     path = Path(voice)
+    is_path = isinstance(voice, Path) or path.suffix == SUFFIX or any(mark in str(voice) for mark in "/\\")
+    if folder is not None and not is_path and (stored := Path(folder) / VOICES_FOLDER / f"{voice}{SUFFIX}").is_file():
+        path = stored
     if path.is_file():
+        require_readable(path)
         return path
-    if folder is not None and (stored := Path(folder) / VOICES_FOLDER / f"{voice}{SUFFIX}").is_file():
-        return stored
     names = [] if folder is None else [path.stem for path in voice_files(folder)]
     known = f"expected a voice file or one of {', '.join(names)}" if names else "expected a voice file; this model has no stored voices"
     raise UserError(f"voice file not found: got '{voice}', {known}; see `kalle voices list`")

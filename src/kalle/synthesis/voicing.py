@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from kalle.audio import Audio, load_channels, resample
 from kalle.errors import UserError
 from kalle.models.speaker import SpeakerMel
-from kalle.synthesis.prompt_checks import check_prompt, prompt_warnings
+from kalle.synthesis.prompt_checks import LONGEST_PROMPT_SECONDS, check_prompt, prompt_warnings
 from kalle.synthesis.sampling import StopRule, generate
+from kalle.synthesis.seeds import check_seed, derived_seed
 from kalle.synthesis.voice import FLOWVAE_ENCODER, RANDOM, RECORDING, SPEAKER_ENCODER, Voice
 from kalle.text.prompt import check_text, prompt_ids
 
@@ -59,6 +60,7 @@ def voice_from_audio(
     wav = torch.from_numpy(samples)
     bound = {}
     prompt = speaker = None
+    seed = check_seed(seed)
     if text is not None:
         prompt, bound[FLOWVAE_ENCODER] = _prompt_latents(kalle, wav, seed), kalle.hashes[FLOWVAE_ENCODER]
     if kalle.has_speaker_encoder:
@@ -78,20 +80,22 @@ def random_voice(kalle: Kalle, seed: int) -> Voice:
 
 
 def latent_voice(kalle: Kalle, seed: int) -> Voice:
-    """The voice whose speaker latent (H,) is the draw of ``seed`` from N(0, I); for models with a speaker encoder."""
-    latent = torch.randn(kalle.lm.hidden_size, generator=torch.Generator().manual_seed(check_seed(seed)), dtype=torch.float32)
+    """The voice whose speaker latent (H,) is a draw from N(0, I) that ``seed`` decides; for models with a speaker encoder."""
+    seed = check_seed(seed)
+    latent = torch.randn(kalle.lm.hidden_size, generator=_generator("speaker latent", seed), dtype=torch.float32)
     bound = {SPEAKER_ENCODER: kalle.hashes[SPEAKER_ENCODER]}
     return Voice(bound, speaker_latent=latent, language=kalle.config.language, source=RANDOM, seed=seed)
 
 
 @torch.no_grad()
 def spoken_voice(kalle: Kalle, seed: int) -> Voice:
-    """The voice in which a fixed sentence was spoken once with ``seed``; for models without a speaker encoder."""
+    """The voice in which a fixed sentence was spoken once, with noise that ``seed`` decides; for models without a speaker encoder."""
+    seed = check_seed(seed)
     text, frame_rate_hz = random_voice_text(kalle.config.language), kalle.flowvae.config.frame_rate_hz
     generation = generate(
         kalle.lm,
         prompt_ids(kalle.tokenizer, text),
-        generator=torch.Generator().manual_seed(check_seed(seed)),
+        generator=_generator("random voice", seed),
         stop=RANDOM_VOICE_STOP,
         max_frames=int(RANDOM_VOICE_SECONDS * frame_rate_hz),
     )
@@ -115,17 +119,10 @@ def random_voice_text(language: str | None) -> str:
     return RANDOM_VOICE_TEXTS.get(language or "en", RANDOM_VOICE_TEXTS["en"])
 
 
-def check_seed(seed: int) -> int:
-    """``seed`` itself; a UserError unless it is a non-negative 63-bit integer."""
-    if not 0 <= seed < 2**63:
-        raise UserError(f"bad seed: got {seed}, expected an integer from 0 to 2**63 - 1; leave it out to draw one")
-    return seed
-
-
 def _waveform(kalle: Kalle, audio: str | Path | NDArray[np.floating], sample_rate_hz: int | None) -> tuple[Audio, int]:
     """Mono samples (S,) at the model's rate, and the rate they were recorded at."""
     if isinstance(audio, str | Path):
-        channels, rate_hz = load_channels(audio)
+        channels, rate_hz = load_channels(audio, LONGEST_PROMPT_SECONDS)
         return resample(channels.mean(axis=0, dtype=np.float32), rate_hz, kalle.sample_rate), rate_hz
     wav, rate_hz = np.asarray(audio, dtype=np.float32), sample_rate_hz or kalle.sample_rate
     if wav.ndim != 1 or not wav.size or not np.isfinite(wav).all():
@@ -140,7 +137,12 @@ def _waveform(kalle: Kalle, audio: str | Path | NDArray[np.floating], sample_rat
 def _prompt_latents(kalle: Kalle, wav: torch.Tensor, seed: int) -> torch.Tensor:
     weight = next(kalle.flowvae.parameters())
     posterior = kalle.flowvae.encode(wav[None].to(weight.device, weight.dtype))
-    return posterior.sample(generator=torch.Generator().manual_seed(check_seed(seed)))[0].cpu().contiguous()
+    return posterior.sample(generator=_generator("prompt posterior", seed))[0].cpu().contiguous()
+
+
+def _generator(purpose: str, seed: int) -> torch.Generator:
+    """The noise of a voice: ``seed`` itself is that of the frames of speech, which must not be the same values."""
+    return torch.Generator().manual_seed(derived_seed(f"kalle {purpose} {seed}"))
 
 
 @torch.no_grad()

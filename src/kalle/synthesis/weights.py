@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kalle.checkpoint import read_json
+from kalle.checkpoint import permission_errors, read_json
 from kalle.convert import CONVERTED
 from kalle.convert.once import holds_release, release_folder
 from kalle.errors import UserError
@@ -13,6 +13,7 @@ from kalle.errors import UserError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+@permission_errors()
 def resolve_weights(
     folder_or_hub_id: str | Path, revision: str | None = None, *, local_files_only: bool = False, cache: Path | None = None
 ) -> Path:

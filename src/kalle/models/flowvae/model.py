@@ -49,7 +49,11 @@ class FlowVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> FlowVAE:
-        """Load ``folder`` (NAME or NAME/flowvae), in evaluation mode; a UserError lists every tensor that does not fit."""
+        """Load ``folder`` (NAME or NAME/flowvae), in evaluation mode; a UserError lists every tensor that does not fit.
+
+        On the CPU the weights are the mapped file: replace it by a rename while the model is in use, never overwrite it in place (``cp``),
+        which would change the model or end the process. ``save_pretrained`` renames.
+        """
         part = part_folder(folder, PART)
         config = FlowVAEConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
         return load_module(lambda: cls(config), part, device, {"": dtype})

@@ -50,7 +50,9 @@ class StreamingDecoder:
     """
 
     def __init__(self, flowvae: FlowVAE, latency_frames: int | None = None) -> None:
-        """UserError when ``latency_frames`` is shorter than this decoder can do; longer than it needs is allowed."""
+        """UserError when ``latency_frames`` is no integer, or shorter than this decoder can do; longer than it needs is allowed."""
+        if latency_frames is not None and not hasattr(latency_frames, "__index__"):
+            raise UserError(f"bad latency: got {latency_frames!r}, expected an integer number of frames; round it up")
         self.hop_length, self.latent_dim = flowvae.config.hop_length, flowvae.config.latent_dim
         decoder = flowvae.decoder
         self._stream: Any
