@@ -20,7 +20,8 @@ def test_every_step_is_measured_and_the_algorithms_agree(tmp_path: Path, capsys:
     cached, uncached, decoding, stream, batch = rows.values()
     assert [row["step"] for row in found["rows"]][0:1] == ["frames, cached"]
     assert "release" in uncached["step"]
-    assert uncached["difference"] < 1e-4
+    assert cached["difference"] < 1e-4
+    assert uncached["difference"] is None
     assert stream["difference"] < 1e-4
     assert 0 < stream["first_audio_seconds"] <= stream["wall_seconds"]
     assert batch["speech_seconds"] == pytest.approx(1.6)
@@ -55,6 +56,16 @@ def test_streaming_is_measured_against_decoding_at_once(tmp_path: Path, capsys: 
 def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "synthesis", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_peak_that_is_the_whole_processs_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalle.evaluation.memory._RESET", tmp_path / "none" / "clear_refs")
+    out = tmp_path / "bench.json"
+    assert main(["bench", "synthesis", *FAST, "--seconds", "0.4", "--no-uncached", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("(peak since the process began)") == 3
+    assert all(row["peak_since_start"] for row in json.loads(out.read_text())["rows"])
 
 
 def test_the_peak_sees_what_was_held_and_let_go() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,8 @@ def latents(tmp_path: Path, kalle: Kalle) -> Path:
     """A latent folder with one split of four utterances and one that is empty."""
     root, generator = tmp_path / "latents", np.random.default_rng(0)
     arrays = [generator.standard_normal((frames, 16)).astype(np.float16) for frames in FRAMES]
+    for array in arrays:
+        array[-1, :8] = 4.0  # a last frame that a model can know
     rows = [
         LatentRecord(f"u{i}", text, "ann", "en", (f"u{i}",), frames * 1280, 16000, array)
         for i, (text, frames, array) in enumerate(zip(TEXTS, FRAMES, arrays, strict=True))
@@ -168,11 +171,40 @@ def test_batches_hold_every_utterance_once_with_its_own_latents(model: Path, lat
     assert len(set(ends[0].values())) == 4
 
 
+@pytest.fixture
+def taught(model: Path, latents: Path, kalle: Kalle) -> Path:
+    """The weight folder, with a language model that has learnt where these utterances end."""
+    lm = copy.deepcopy(kalle.lm)
+    batches = [batch() for batch in batches_of(held_out(model, lm, latents), 10_000)]
+    optimizer = torch.optim.Adam(lm.parameters(), lr=0.01)
+    for batch in 25 * batches:
+        prediction, lengths = lm(batch), batch.latent_lengths
+        at_end = prediction[torch.arange(len(lengths)), lengths]
+        inside = prediction[:, : int(lengths.min())]
+        loss = at_end.kl_to(DiagGaussian.end(at_end.mean)).mean() + inside.kl_to(DiagGaussian.standard(inside.mean)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    lm.save_pretrained(model)
+    return model
+
+
 def run(model: Path, latents: Path, *options: str) -> int:
     return main(["calibrate", str(model), "--latents", str(latents), *options])
 
 
-def test_the_command_prints_a_table_and_stores_the_rule(model: Path, latents: Path, tmp_path: Path, capsys) -> None:
+def test_a_rule_that_is_no_better_than_none_is_not_stored(model: Path, latents: Path, capsys) -> None:
+    before = (model / "config.json").read_bytes()
+    assert run(model, latents) == 2
+    printed = capsys.readouterr()
+    assert "<- chosen" in printed.out
+    assert "no stop rule was stored: got 0.0% false and 100.0% missed stops" in printed.err
+    assert (model / "config.json").read_bytes() == before
+    assert calibrate(scores(*[([9, 9, 9, 9, 9], 1.0)] * 9, ([9, 9, 9, 9, 0.5], 1.0))).usable
+
+
+def test_the_command_prints_a_table_and_stores_the_rule(taught: Path, latents: Path, tmp_path: Path, capsys) -> None:
+    model = taught
     assert run(model, latents, "--plot", str(tmp_path / "a.png"), "--free-running", "2", "--min-index", "2") == 0
     out = capsys.readouterr().out
     stored = read_json(model / "config.json")

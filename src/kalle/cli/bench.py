@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM
 
-app = typer.Typer(add_completion=False, help="Measure speed and memory on this machine.", no_args_is_help=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure speed and memory on this machine.", rich_markup_mode=None)
 _MEGABYTE = 2**20
 
 
@@ -192,6 +192,8 @@ def line(timing: Timing) -> str:
     """One row of the table."""
     memory = timing.peak_bytes / _MEGABYTE
     text = f"{timing.step:<46}{timing.speech_seconds:>7.2f} s{timing.wall_seconds:>8.2f} s{timing.rtf:>8.3f}{memory:>7.0f} MB"
+    if timing.peak_since_start:
+        text += "  (peak since the process began)"
     if timing.first_audio_seconds is not None:
         text += f"  first audio {timing.first_audio_seconds:.2f} s"
     if timing.difference is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalle.cli.interrupts import interruptible
+from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from kalle.data.latent_dataset import LatentDataset
@@ -49,6 +50,7 @@ def calibrate(
             save_histogram(scores, calibration, plot)
             typer.echo(f"histogram: {plot}")
         if not dry_run:
+            check_usable(calibration)
             write_stop(model, calibration.to_stored())
             typer.echo(f"stored in {model / 'config.json'}")
         if free_running:
@@ -72,6 +74,17 @@ def report(calibration: Calibration) -> list[str]:
             "train longer, or with a larger end weight"
         )
     return lines
+
+
+def check_usable(calibration: Calibration) -> None:
+    """A UserError for a rule that is not to be stored, being no better than none."""
+    if calibration.usable:
+        return
+    rates = calibration.rates
+    raise UserError(
+        f"no stop rule was stored: got {rates.false_stop:.1%} false and {rates.missed_stop:.1%} missed stops with the best threshold, "
+        "expected less than 100% together, which never to stop has too; train longer, or look at the table alone with --dry-run"
+    )
 
 
 def _score(lm: KalleLM, dataset: LatentDataset, max_positions: int) -> EndScores:

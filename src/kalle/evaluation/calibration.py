@@ -92,6 +92,11 @@ class Calibration:
         """Whether the ends can be told from the rest by a threshold, but for a few utterances."""
         return self.rates.total < SEPARATED
 
+    @property
+    def usable(self) -> bool:
+        """Whether the rule beats having none: never to stop misses every end, so its total is 1."""
+        return self.rates.total < 1
+
     def to_stored(self) -> StoredStop:
         """What a weight folder keeps."""
         rates = self.rates

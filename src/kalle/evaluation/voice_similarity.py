@@ -75,7 +75,8 @@ class VoiceSimilarity:
     among_lowest: float
     """The lowest of those pairs."""
     to_prompt: float | None
-    """Mean over the results of the cosine to the voice's prompt as the decoder says it; None for a voice without a prompt."""
+    """Mean over the results of the cosine to the voice's prompt as the decoder says it; None for a voice without a prompt, NaN where that
+    gives no usable audio."""
     to_others: Mapping[str, float]
     """The contrast: mean over all pairs of a result and one of another voice's, by its name; compare it with ``among``."""
     texts: int
@@ -128,11 +129,10 @@ def voice_similarity(
     if not len(spoken.embeddings):
         raise UserError(f"no voice to compare: got silence or nothing from all {len(chosen)} texts; check the model with `kalle say`")
     pairs = (spoken.embeddings @ spoken.embeddings.T)[np.triu_indices(len(spoken.embeddings), 1)]
-    prompt = prompt_audio(kalle, voice)
     return VoiceSimilarity(
         among=float(pairs.mean()) if len(pairs) else float("nan"),
         among_lowest=float(pairs.min()) if len(pairs) else float("nan"),
-        to_prompt=None if prompt is None else float((spoken.embeddings @ _embed(embedder, prompt, kalle.sample_rate)).mean()),
+        to_prompt=_to_prompt(kalle, voice, embedder, spoken),
         to_others={name: _across(spoken, other) for name, other in contrast.items()},
         texts=len(spoken.embeddings),
         failed=spoken.failed,
@@ -167,6 +167,16 @@ def _speak(
 def _embed(embedder: SpeakerEmbedder, audio: Audio, rate_hz: int) -> NDArray[np.float64]:
     embedding = np.asarray(embedder(resample(audio, rate_hz, RATE_HZ)), dtype=np.float64)
     return embedding / np.linalg.norm(embedding)
+
+
+def _to_prompt(kalle: Kalle, voice: Voice, embedder: SpeakerEmbedder, spoken: _Spoken) -> float | None:
+    prompt = prompt_audio(kalle, voice)
+    if prompt is None:
+        return None
+    try:
+        return float((spoken.embeddings @ _embed(embedder, prompt, kalle.sample_rate)).mean())
+    except MetricError:  # a prompt of silence has no voice
+        return float("nan")
 
 
 def _across(spoken: _Spoken, other: _Spoken) -> float:
