@@ -5,14 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kalle.checkpoint import read_json, write_json
 from kalle.cli import doctor as command
 from kalle.cli import doctor_packages as packages
 from kalle.cli.doctor_findings import Finding, examined, gigabytes
-from kalle.cli.doctor_weights import folder_findings, speaks, weight_folders
+from kalle.cli.doctor_weights import folder_findings, found_findings, speaks, weight_folders
 from kalle.cli.main import main
 from kalle.synthesis.kalle import Kalle
+from kalle.text.tokenizer import Tokenizer
 
 REALLY_IMPORT = packages.import_problems
 
@@ -67,12 +69,44 @@ def test_json_says_the_same(model: Path, capsys) -> None:
 def test_without_weights_nothing_speaks(tmp_path: Path, capsys) -> None:
     findings, able = command.examine(None, quick=True, ckpt=tmp_path)
     assert not able
-    assert any("no weight folder under" in finding.value and finding.remedy for finding in findings)
+    (empty,) = [finding for finding in findings if "no weight folder and no released files" in finding.value]
+    assert (empty.status, "`kalle download`" in empty.remedy) == ("problem", True)
     assert main(["doctor", "--quick", "--model", str(tmp_path)]) == 1
     assert "PROBLEM" in capsys.readouterr().out
-    (tmp_path / "flowvae.pt").touch()
-    findings, _ = command.examine(None, quick=True, ckpt=tmp_path)
-    assert any("but flowvae.pt, which wait for conversion" in finding.value for finding in findings)
+
+
+@pytest.mark.parametrize("given", [None, "", "kalle-release"])
+def test_released_files_speak_after_a_conversion(tmp_path: Path, given: str | None) -> None:
+    ckpt = tmp_path / "ckpt"
+    model = None if given is None else ckpt / given
+
+    def look() -> tuple[Finding, bool]:
+        looked_at = [*found_findings(ckpt, model), *(found for folder in weight_folders(ckpt, model) for found in folder_findings(folder))]
+        (finding,) = looked_at
+        return finding, speaks(looked_at)
+
+    ckpt.mkdir()
+    torch.save({}, ckpt / "flowvae.pt")
+    finding, able = look()
+    assert "lack model.pt and a folder with tokenizer.json" in finding.value
+    assert (finding.status, able, f"kalle download --out '{ckpt}'" in finding.remedy) == ("problem", False, True)
+    torch.save({}, ckpt / "model.pt")
+    assert look()[0].value.endswith("lack a folder with tokenizer.json")
+    Tokenizer.bytes().save(ckpt / "tokenizer")
+    finding, able = look()
+    assert (finding.status, able) == ("note", True)
+    assert "converted at first use" in finding.value
+    (ckpt / "model.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    finding, able = look()
+    assert (finding.status, able, "stored with LFS" in finding.value) == ("problem", False, True)
+
+
+def test_what_was_converted_is_looked_at(model: Path) -> None:
+    ckpt = model.parent
+    (ckpt / "flowvae.pt").touch()
+    model.rename(ckpt / "kalle-release")
+    assert list(found_findings(ckpt, None)) == list(found_findings(ckpt, ckpt)) == []
+    assert weight_folders(ckpt, None) == weight_folders(ckpt, ckpt) == [ckpt / "kalle-release"]
 
 
 def test_a_folder_is_described_from_its_files(model: Path, toy_weights: Path) -> None:

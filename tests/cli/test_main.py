@@ -135,6 +135,16 @@ def test_usage_errors_of_typer_are_one_line(capsys) -> None:
         assert one_line(capsys).endswith("see --help")
 
 
+@pytest.mark.parametrize("name", ["voices", "convert", "bench", "prepare"])
+def test_a_group_without_a_command_prints_its_help(name: str, capsys) -> None:
+    assert main([name]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.lstrip().startswith(f"Usage: kalle {name}")
+    assert "error:" not in captured.err
+    assert captured.err.count("\n") > 5
+
+
 @pytest.mark.parametrize(("error", "code"), [(typer.Exit(4), 4), (typer.Abort(), 130)])
 def test_typer_s_own_ways_out(error: Exception, code: int, command) -> None:
     command(raising(error))

@@ -11,6 +11,7 @@ import torch
 from kalle.audio import read_audio, write_audio
 from kalle.checkpoint import write_json
 from kalle.cli.main import main
+from kalle.errors import UserError
 from kalle.models.flowvae import EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.synthesis.kalle import Kalle
@@ -110,6 +111,7 @@ def test_prompt_and_voice_file_speak_alike(model: Path, tmp_path: Path, recordin
         (["Hi", "--dtype", "int3"], "unknown dtype: got 'int3'"),
         (["Hi", "--model", "EMPTY"], "not a weight folder: no Flow-VAE (flowvae/) in 'empty'"),
         (["Hi", "--model", "none"], "no such weight folder: got 'none'"),
+        (["Hi", "--model", "ckpt/kalle-release"], "`kalle download`"),
         (["Hi", "--seed", "x"], "--seed"),
         (["Hi", "-o", "out.mp3"], "expected .wav or .flac"),
     ],
@@ -132,6 +134,30 @@ def test_bad_input_is_one_line_and_leaves_no_file(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_plot_that_fails_leaves_the_report(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise UserError("cannot write the plot: no room")
+
+    monkeypatch.setattr("kalle.evaluation.speech_figure.save_speech_figure", full)
+    assert say(model, "Hi.", "-o", tmp_path / "a.wav", "--max-seconds", 0.4, "--plot", tmp_path / "a.png") == 2
+    captured = capsys.readouterr()
+    assert f"wrote {tmp_path / 'a.wav'}" in captured.out
+    assert re.search(r"^seed: \d+$", captured.out, re.MULTILINE)
+    assert "plot:" not in captured.out
+    assert captured.err == "error: cannot write the plot: no room\n"
+
+
+def test_options_without_effect_are_told(model: Path, tmp_path: Path, capsys) -> None:
+    short = ("Hi.", "-o", tmp_path / "a.wav", "--max-seconds", 0.4, "--seed", 1)
+    assert say(model, *short) == 0
+    assert capsys.readouterr().err == ""
+    assert say(model, *short, "--restart", "--keep-parts", "--rolling", "--pause", 5) == 0
+    told = "warning: without effect on a text that is spoken in one request: --pause, --rolling, --restart, --keep-parts\n"
+    assert capsys.readouterr().err == told
+    assert say(model, *short, "--pause", 5, "--srt", "--retries", 0) == 0
+    assert "without effect" not in capsys.readouterr().err
 
 
 def test_ctrl_c_is_one_line(model: Path, tmp_path: Path, capfd, monkeypatch) -> None:

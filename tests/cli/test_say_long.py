@@ -270,5 +270,6 @@ def test_options_of_one_request_reach_it(model: Path, tmp_path: Path, capsys) ->
     expected = kalle.synthesize("Hi.", seed=1, max_seconds=0.4, quirks=ReleaseQuirks.release())
     write_audio(tmp_path / "b.wav", expected.audio, expected.sample_rate)
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    arguments[arguments.index(0.4)] = 4  # a cap shorter than the text's own is no bad ending
     assert main(["say", "Hi.", "-o", str(tmp_path / "c.wav"), *map(str, arguments), "--retries", "2"]) == 0
-    assert re.search(r"attempts: 3 \(seed 1: max_frames.*\(kept\)", capsys.readouterr().out)
+    assert re.search(r"attempts: 3 \(seed 1: \w+.*\(kept\)", capsys.readouterr().out)

@@ -106,7 +106,7 @@ def test_standard_output(model: Path, offline: np.ndarray, capfdbinary, kind: st
     [
         ([], "nowhere to speak to"),
         (["-o", "a.flac"], "cannot stream into 'a.flac': expected a .wav file or -"),
-        (["-o", "a.wav", "--chunk", "0"], "bad chunk: got 0 frames"),
+        (["-o", "a.wav", "--chunk", "0"], "raise --chunk"),
         (["-o", "a.wav", "--latency", "-1"], "latency"),
         (["-o", "a.wav", "--voice", "nobody"], "voice file not found"),
         (["-o", "a.wav", "--prompt-text", "x"], "a transcript without its recording"),
@@ -165,8 +165,59 @@ def test_a_full_disk_keeps_what_was_written(model: Path, tmp_path: Path, capsys,
 
     monkeypatch.setattr(GrowingWav, "_put", full)
     assert stream(model, "-o", tmp_path / "a.wav", "--chunk", 2) == 2
-    assert "No space left" in capsys.readouterr().err
-    assert len(soundfile.read(tmp_path / "a.wav")[0]) > 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    seconds = len(soundfile.read(tmp_path / "a.wav")[0]) / RATE
+    assert seconds > 0
+    assert "No space left" in line
+    assert line.endswith(f"; kept {seconds:.2f} s in {tmp_path / 'a.wav'}, seed: 4")
+
+
+def test_a_disk_that_takes_nothing_keeps_nothing_and_tells_the_seed(model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert stream(model, "-o", tmp_path / "file" / "a.wav") == 2
+    assert "; kept nothing, seed: 4" in capsys.readouterr().err
+
+
+def test_two_streams_into_one_file(model: Path, tmp_path: Path, capsys) -> None:
+    first = GrowingWav(tmp_path / "a.wav", RATE)
+    first.write(np.arange(50, dtype=np.int16))
+    assert stream(model, "-o", tmp_path / "a.wav") == 2
+    assert f"another run is speaking into '{tmp_path / 'a.wav'}'" in capsys.readouterr().err
+    first.write(np.arange(50, 80, dtype=np.int16))
+    first.close()
+    np.testing.assert_array_equal(soundfile.read(tmp_path / "a.wav", dtype="int16")[0], np.arange(80))
+    assert stream(model, "-o", tmp_path / "a.wav") == 0
+    assert len(soundfile.read(tmp_path / "a.wav")[0]) > 80
+
+
+def test_audio_that_nobody_heard_and_nothing_kept_is_an_error(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    player = tmp_path / "bin" / "aplay"
+    player.parent.mkdir()
+    player.write_text("#!/bin/sh\necho no device >&2; exit 1\n")
+    player.chmod(0o700)
+    monkeypatch.setenv("PATH", str(player.parent))
+    assert stream(model, "--play") == 2
+    said = capsys.readouterr().err
+    assert "seed: 4" in said
+    assert "error: the audio could not be played and was not kept: aplay" in said
+    assert "give -o FILE too" in said
+    assert stream(model, "--play", "-o", tmp_path / "a.wav") == 0
+    assert "could not play it: aplay" in capsys.readouterr().err
+
+
+def test_a_text_without_words_is_spoken_with_a_warning(model: Path, tmp_path: Path, capsys) -> None:
+    for command in ("stream", "say"):
+        assert main([command, "...", "-o", str(tmp_path / "a.wav"), "--model", str(model), *COMMON]) == 0
+        assert "warning: nothing in the text is a letter or number" in "".join(capsys.readouterr())
+    assert stream(model, "-o", tmp_path / "a.wav") == 0
+    assert "letter or number" not in capsys.readouterr().err
+
+
+def test_a_text_too_long_for_a_stream_names_what_speaks_it(model: Path, tmp_path: Path, capsys) -> None:
+    assert main(["stream", "word " * 20000, "-o", str(tmp_path / "a.wav"), "--model", str(model), "--seed", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "`kalle say --text-file FILE`" in said
+    assert "max_seconds" not in said
 
 
 def popen(model: Path, output: object) -> subprocess.Popen[bytes]:

@@ -10,6 +10,7 @@ from kalle.audio import read_audio, write_audio
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.main import main
 from kalle.cli.players import PLAYERS, PipedPlayer, play_file
+from kalle.cli.voice_tables import similarity_lines
 from kalle.errors import UserError
 from kalle.evaluation.metric import MetricError
 from kalle.evaluation.voice_similarity import CHECK_TEXTS, check_texts, prompt_audio, voice_similarity
@@ -89,6 +90,32 @@ def test_a_voice_is_never_overwritten_silently(model: Path, recording: Path, cap
     assert (model / "voices" / "x.safetensors").read_bytes() != before
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_voice_made_meanwhile_is_not_overwritten(model: Path, capsys, monkeypatch, links: bool) -> None:
+    def without_links(*arguments: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    path, make = model / "voices" / "dup.safetensors", Kalle.random_voice
+
+    def meanwhile(self: Kalle, seed: int) -> Voice:
+        path.parent.mkdir()
+        path.write_bytes(b"another run's")
+        return make(self, seed)
+
+    if not links:
+        monkeypatch.setattr("kalle.cli.voices.os.link", without_links)
+    with monkeypatch.context() as patched:
+        patched.setattr(Kalle, "random_voice", meanwhile)
+        assert voices(model, "random", "--seed", 3, "--name", "dup") == 2
+    assert "exists: expected a new one" in capsys.readouterr().err
+    assert path.read_bytes() == b"another run's"
+    assert [file.name for file in path.parent.iterdir()] == ["dup.safetensors"]
+    assert voices(model, "random", "--seed", 3, "--name", "other") == 0
+    assert voices(model, "random", "--seed", 3, "--name", "dup", "--force") == 0
+    assert Voice.load(path).seed == Voice.load(path.with_stem("other")).seed == 3
+    assert len(list(path.parent.iterdir())) == 2
+
+
 def test_a_random_voice_is_kalles(model: Path, tmp_path: Path) -> None:
     assert voices(model, "random", "--seed", 3) == 0
     assert voices(model, "random", "--seed", 3, "--out", tmp_path / "deep" / "v.safetensors") == 0
@@ -102,7 +129,10 @@ def test_a_random_voice_is_kalles(model: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["create", "--audio", "none.wav", "--text", "x"], "audio file not found: got 'none.wav'"),
-        (["create", "--audio", "ANNA"], "a prompt without its transcript"),
+        (["create", "--audio", "ANNA"], r"a prompt without its transcript.*\(--text\)"),
+        (["create", "--audio", "ANNA", "--text", "x", "--language", "xx9"], "unknown language: got 'xx9'"),
+        (["random", "--seed", "1", "--name", ""], "bad voice name: got ''"),
+        (["random", "--seed", "1", "--name", "", "--out", "x.safetensors"], "bad voice name: got ''"),
         (["create", "--audio", "ANNA", "--text", "x", "--name", "../x"], "bad voice name"),
         (["create", "--audio", "ANNA", "--text", "x", "--out", "x.wav"], "got the suffix '.wav', expected .safetensors"),
         (["random", "--seed", "-1"], "bad voice name|bad seed"),
@@ -203,6 +233,23 @@ def test_similarity_is_the_mean_cosine_of_pairs(model: Path) -> None:
     assert result.to_prompt == pytest.approx((mine @ prompt / np.linalg.norm(prompt)).mean(), abs=1e-6)
     assert result.to_others["b"] == pytest.approx((mine @ theirs.T).mean(), abs=1e-6)
     assert (result.texts, result.failed, sum(result.stop_reasons.values())) == (3, 0, 3)
+
+
+def test_a_prompt_without_a_voice_is_told(model: Path) -> None:
+    kalle = Kalle.from_pretrained(model, "cpu")
+    voice = kalle.random_voice(1)
+    prompt = len(prompt_audio(kalle, voice))
+
+    class Deaf(Loudness):
+        def __call__(self, audio: np.ndarray) -> np.ndarray:
+            if len(audio) == prompt:
+                raise MetricError("silence")
+            return super().__call__(audio)
+
+    result = voice_similarity(kalle, voice, Deaf(), texts=("One.", "Two, three."), progress=False)
+    assert result.texts == 2
+    assert np.isnan(result.to_prompt)
+    assert "similarity to the voice's prompt: it gave no usable audio" in similarity_lines("a", result)
 
 
 def test_check_prints_what_was_measured(model: Path, capsys, monkeypatch) -> None:

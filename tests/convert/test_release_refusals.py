@@ -117,11 +117,28 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, kind):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04 torn", None])
-def test_torn_and_foreign_files_are_named(tmp_path, content):
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a PyTorch file"),
+        (b"hello world", "begins with b'hello world'"),
+        (LFS_POINTER, "the real file is stored with LFS"),
+        (b"PK\x03\x04 torn", "is cut off"),
+        (LM.read_bytes()[:-2000], "is cut off"),
+        (pickle.dumps({"a": list(range(999))}, protocol=2)[:-200], "is cut off"),
+    ],
+)
+def test_torn_and_foreign_files_are_named(tmp_path, content, words):
     path = tmp_path / "model.pt"
-    path.write_bytes(LM.read_bytes()[:-2000] if content is None else content)
-    assert "model.pt" in _fails(tmp_path, None, None, path, LM_JSON, match="not a readable PyTorch file|refused")
+    path.write_bytes(content)
+    message = _fails(tmp_path, None, None, path, LM_JSON, match="PyTorch file")
+    assert "model.pt" in message
+    assert words in message
+    assert "`kalle download`" in message
+    assert "run code" not in message
 
 
 @pytest.mark.parametrize(

@@ -7,30 +7,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kalle.cli.doctor_findings import Finding, gigabytes
+from kalle.convert import CONVERTED
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RELEASED = ("flowvae.pt", "model.pt")
-NO_WEIGHTS = "train some (make quickstart), or put the released files under ckpt/ and run `kalle convert release`, or give --model DIR"
+NO_WEIGHTS = "fetch the released ones with `kalle download`, train some (make quickstart), or give --model DIR"
 SPEAKING_BYTES = 4
 """Of a parameter in memory: the CPU speaks in fp32."""
 
 
 def weight_folders(ckpt: Path, model: Path | None) -> list[Path]:
-    """The folders to look at: ``model``, or else every folder under ``ckpt`` that holds a part."""
+    """The folders to look at: ``model`` or what was converted in it, or else every folder under ``ckpt`` that holds a part."""
     if model is not None:
-        return [model]
+        if released_folder(ckpt, model) is not None:
+            return []
+        converted = model / CONVERTED
+        return [converted if converted.is_dir() and not (model / "lm").is_dir() else model]
     return sorted(path for path in ckpt.glob("*/") if any((path / part).is_dir() for part in ("flowvae", "lm")))
 
 
 def found_findings(ckpt: Path, model: Path | None) -> Iterator[Finding]:
-    """Whether there is anything to look at."""
-    if model is None and not weight_folders(ckpt, None):
-        released = [name for name in RELEASED if (ckpt / name).is_file()]
-        value = f"no weight folder under '{ckpt}'" + (f", but {' and '.join(released)}, which wait for conversion" if released else "")
-        yield Finding("weights", str(ckpt), value, "problem", NO_WEIGHTS)
+    """The released files that wait for conversion, or that there is nothing to look at."""
+    released = released_folder(ckpt, model)
+    if released is not None:
+        yield _released(released)
+    elif model is None and not weight_folders(ckpt, None):
+        yield Finding("weights", str(ckpt), f"no weight folder and no released files under '{ckpt}'", "problem", NO_WEIGHTS)
+
+
+def released_folder(ckpt: Path, model: Path | None) -> Path | None:
+    """The folder whose released files are not converted yet, ``model`` or ``ckpt``; None where there are none."""
+    folder = ckpt if model is None else model.parent if model.name == CONVERTED and not model.is_dir() else model
+    if (folder / "lm").is_dir() or (folder / CONVERTED).is_dir():
+        return None
+    return folder if any((folder / name).is_file() for name in RELEASED) else None
+
+
+def _released(folder: Path) -> Finding:
+    """Whether the released files in ``folder`` can be converted when they are first spoken with."""
+    from kalle.convert.files import check_pytorch
+    from kalle.convert.once import find_tokenizer
+    from kalle.text.tokenizer import TOKENIZER_NAME
+
+    name, remedy = f"{folder.name} speaking", f"kalle download --out '{folder}'"
+    missing = [name for name in RELEASED if not (folder / name).is_file()]
+    missing += [] if find_tokenizer(folder) is not None else [f"a folder with {TOKENIZER_NAME}"]
+    if missing:
+        value = f"no: the released files in '{folder}' lack {' and '.join(missing)}"
+        return Finding("weights", name, value, "problem", f"{remedy}, or put what is missing there by hand")
+    try:
+        for file in RELEASED:
+            check_pytorch(folder / file)
+    except UserError as error:
+        return Finding("weights", name, f"no: {error}", "problem", remedy)
+    return Finding("weights", name, f"yes: {' and '.join(RELEASED)} in '{folder}', converted at first use", "note")
 
 
 def folder_findings(folder: Path) -> list[Finding]:

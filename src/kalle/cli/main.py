@@ -109,6 +109,9 @@ def _fail_usage(error: Exception) -> int:
         return int(getattr(error, "exit_code", 0))
     if type(error).__name__ == "Abort":
         return _fail("interrupted", INTERRUPTED)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        sys.stderr.write(f"{error.format_message()}\n")  # type: ignore[attr-defined]
+        return USAGE_ERROR
     if callable(getattr(error, "format_message", None)):
         return _fail(f"{error.format_message()}; see --help", getattr(error, "exit_code", USAGE_ERROR))  # type: ignore[attr-defined]
     raise error

@@ -40,10 +40,12 @@ from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
+    from kalle.synthesis.longform_part import LongFormOptions
     from kalle.synthesis.voice import Voice
 
 __all__ = ["check_request", "choose_voice", "read_text", "report", "say", "speak_to_file"]
 DEFAULT_MODEL = Path("ckpt/kalle-release")
+PAUSE_S, PARAGRAPH_PAUSE_S = 0.3, 0.8
 
 
 def say(
@@ -66,8 +68,8 @@ def say(
     show_text: ShowTextOption = False,
     plot: PlotOption = None,
     srt: SrtOption = False,
-    pause: PauseOption = 0.3,
-    paragraph_pause: ParagraphPauseOption = 0.8,
+    pause: PauseOption = PAUSE_S,
+    paragraph_pause: ParagraphPauseOption = PARAGRAPH_PAUSE_S,
     rolling: RollingOption = False,
     restart: RestartOption = False,
     keep_parts: KeepPartsOption = False,
@@ -95,12 +97,11 @@ def say(
         )  # fmt: skip
         words, why = plan(written, language, normalise, from_file=text_file is not None, srt=srt)
         check_files(output, long=why is not None, plot=plot, srt=srt)
-        from kalle.synthesis.kalle import Kalle
-
         # The quirk of the precision rounds the weights itself, from fp32.
-        kalle = Kalle.from_pretrained(model, device, "float32" if release_exact and dtype == "auto" else dtype)
+        kalle = load_model(model, device, "float32" if release_exact and dtype == "auto" else dtype)
         chosen = choose_voice(kalle, prompt_audio, prompt_text, voice)
         if why is None:
+            tell_without_effect(options, restart, keep_parts)
             speak_to_file(kalle, words, output, chosen, seed, temperature, max_seconds, quirks, retries, plot=plot, written=written)
             return
         from kalle.cli.say_long import speak_long_to_file
@@ -123,6 +124,20 @@ def plan(text: str, language: str | None, normalise: bool, from_file: bool, srt:
     reasons = {"it comes from a file": from_file, "subtitles need the time of each": srt, "it is too long for one request": True}
     alone = not from_file and not srt and fits_one_request(words)
     return words, None if alone else next(reason for reason, holds in reasons.items() if holds)
+
+
+def tell_without_effect(options: LongFormOptions, restart: bool, keep_parts: bool) -> None:
+    """Name on standard error what was given that only a text spoken sentence by sentence heeds."""
+    given = {
+        "--pause": options.pause_s != PAUSE_S,
+        "--paragraph-pause": options.paragraph_pause_s != PARAGRAPH_PAUSE_S,
+        "--rolling": options.rolling,
+        "--restart": restart,
+        "--keep-parts": keep_parts,
+    }
+    idle = ", ".join(option for option, differs in given.items() if differs)
+    if idle:
+        typer.echo(f"warning: without effect on a text that is spoken in one request: {idle}", err=True)
 
 
 def check_request(text: str, output: Path | None, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
@@ -150,6 +165,13 @@ def check_files(output: Path, long: bool, plot: Path | None, srt: bool) -> None:
         new_figure(100, 100)  # says so now where matplotlib is missing, not after the speech
     if srt and str(output) == STDIN:
         raise UserError("--srt writes beside the output: got standard output, expected a file; give -o FILE.wav")
+
+
+def load_model(model: str, device: str, dtype: str) -> Kalle:
+    """The weights of --model; its default, which looks like a hub id where there is no ckpt/, is always a folder."""
+    from kalle.synthesis.kalle import Kalle
+
+    return Kalle.from_pretrained(DEFAULT_MODEL if model == str(DEFAULT_MODEL) else model, device, dtype)
 
 
 def choose_voice(kalle: Kalle, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> Voice | None:

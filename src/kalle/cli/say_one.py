@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from kalle.cli.say_text import wordless
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,15 +62,15 @@ def speak_to_file(
         write_standard_output(wav_bytes(speech))
     else:
         speech.save(output)
-    lines = [report(speech, output, elapsed)]
+    lines = [report(speech, output, elapsed), *(f"warning: {warning}" for warning in wordless(text))]
+    if written is not None and text != written:
+        lines.append(f"spoken as: {text}")
+    typer.echo("\n".join(lines), err=output == STDOUT)
     if plot is not None:
         from kalle.evaluation.speech_figure import save_speech_figure
 
         save_speech_figure(speech, plot)
-        lines.append(f"plot: {plot}")
-    if written is not None and text != written:
-        lines.append(f"spoken as: {text}")
-    typer.echo("\n".join(lines), err=output == STDOUT)
+        typer.echo(f"plot: {plot}", err=output == STDOUT)
     return speech
 
 

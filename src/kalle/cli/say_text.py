@@ -41,6 +41,13 @@ def choose_language(language: str | None) -> str | None:
     return code
 
 
+def wordless(text: str) -> list[str]:
+    """The warning about a text, such as lone emoji, of which a long text would leave everything out; none for any other."""
+    from kalle.text.languages import has_words
+
+    return [] if has_words(text) else ["nothing in the text is a letter or number"]
+
+
 def show_text(text: str, language: str | None, normalise: bool) -> str:
     """``text`` as written, its sentences with their places, and each in words where ``normalise`` changes it; needs no model."""
     from kalle.synthesis.longform_prompt import fits_one_request

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalle.disk import disk_errors
+from kalle.errors import UserError
 
 HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 """RIFF header, format chunk and the head of the data chunk of a PCM file."""
@@ -46,7 +47,7 @@ class GrowingWav:
 
     Samples are appended first; then the two sizes in the header are raised, in one write of 44 bytes. In between the header
     says less than there is, which every reader accepts. The file is made, or an old one replaced, by the first samples.
-    A DiskError when the disk refuses; what was written before stays.
+    A DiskError when the disk refuses; what was written before stays. A UserError while another one writes the same file.
     """
 
     def __init__(self, path: Path, sample_rate_hz: int) -> None:
@@ -62,7 +63,7 @@ class GrowingWav:
         with disk_errors(self.path):
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("w+b", buffering=0)
+                self._file = _only_writer(self.path)
                 self._put(self._file, wav_header(self._rate_hz, 0))
             self._put(self._file, samples.astype("<i2").tobytes())
             self._tell_size(self._file)
@@ -88,8 +89,33 @@ class GrowingWav:
         self.samples = data // _SAMPLE_BYTES
 
 
+def _only_writer(path: Path) -> BinaryIO:
+    """The empty file, locked until it is closed; what another writer has put there is left alone."""
+    file: BinaryIO = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b", buffering=0)
+    try:
+        _lock(file.fileno(), path)
+        file.truncate(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    # Only where the system and the file system have it.
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is speaking into '{path}'; wait for it, or choose another output") from None
+        except OSError:
+            return
+
+
 class Pipe:
-    """Standard output, headerless or as a WAV of unknown length; BrokenPipeError once nobody reads."""
+    """Standard output, headerless or as a WAV of unknown length; BrokenPipeError once nobody reads, DiskError where it is a file."""
 
     def __init__(self, descriptor: int, sample_rate_hz: int, raw: bool) -> None:
         self._descriptor = descriptor
@@ -99,8 +125,9 @@ class Pipe:
         """Hand over (n,) samples at once, with nothing kept back in a buffer."""
         left = memoryview(self._header + samples.astype("<i2").tobytes())
         self._header = b""
-        while left:
-            left = left[os.write(self._descriptor, left) :]
+        with disk_errors(Path("standard output")):
+            while left:
+                left = left[os.write(self._descriptor, left) :]
 
     def close(self) -> None:
         """Nothing to do: the descriptor is not ours."""

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from kalle.cli.interrupts import interruptible
 from kalle.cli.main import INTERRUPTED
-from kalle.cli.say import DEFAULT_MODEL, check_request, choose_voice, read_text
+from kalle.cli.renamed import renamed
+from kalle.cli.say import DEFAULT_MODEL, check_request, choose_voice, load_model, read_text
+from kalle.cli.say_text import wordless
 from kalle.cli.sinks import GrowingWav, Pipe, Sink, Sinks
 from kalle.errors import UserError
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 STDOUT = "-"
 SUFFIX = ".wav"
+FLAGS = {"chunk_frames": "--chunk", "latency_frames": "--latency", "max_seconds": "--max-seconds"}
+"""What messages of the library name, and what it is called here."""
 
 
 class Container(StrEnum):
@@ -56,15 +60,14 @@ def stream(
 
     Ctrl-C keeps the audio that is finished, as a valid file, and leaves with 130.
     """
-    with interruptible():
+    with interruptible(), renamed(FLAGS):
         spoken = read_text(text)
         check_output(output, play)
         stand_in = Path(f"stdout{SUFFIX}") if output in (None, STDOUT) else Path(str(output))
         check_request(spoken, stand_in, prompt_audio, prompt_text, voice)
-        from kalle.synthesis.kalle import Kalle
         from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES
 
-        kalle = Kalle.from_pretrained(model, device, dtype)
+        kalle = load_model(model, device, dtype)
         chosen = choose_voice(kalle, prompt_audio, prompt_text, voice)
         started = time.perf_counter()
         speaking = kalle.stream(
@@ -76,7 +79,7 @@ def stream(
             latency_frames=latency,
             chunk_frames=DEFAULT_CHUNK_FRAMES if chunk is None else chunk,
         )
-        code = Delivery(speaking, output, play, container is Container.raw, started).run()
+        code = Delivery(speaking, spoken, output, play, container is Container.raw, started).run()
     if code:
         raise typer.Exit(code)
 
@@ -96,6 +99,7 @@ class Delivery:
     """One stream on its way out."""
 
     stream: SpeechStream
+    text: str
     output: str | None
     play: bool
     raw: bool
@@ -111,7 +115,7 @@ class Delivery:
     def run(self) -> int:
         """Deliver and report; returns the exit code: 0, also when the reader of the pipe has had enough, or 130 after Ctrl-C."""
         player, sinks = self._open()
-        interrupted = False
+        interrupted, failure = False, None
         try:
             with Sinks(*sinks) as sink:
                 self._deliver(sink)
@@ -119,6 +123,8 @@ class Delivery:
             interrupted = True
         except BrokenPipeError:
             return 0
+        except UserError as error:
+            failure = error
         finally:
             self.stream.close()
             if player is not None:
@@ -126,10 +132,21 @@ class Delivery:
         # An interrupt may have come inside a write: the file knows best what it got.
         self.samples = next((sink.samples for sink in sinks if isinstance(sink, GrowingWav)), self.samples)
         speech = self.stream.speech
+        if failure is not None:
+            raise type(failure)(f"{failure}; kept {self._kept()}, seed: {speech.seed}")
         if not self.samples and not interrupted:
             raise UserError(f"the model ended the speech before its first frame: got 0 frames with seed {speech.seed}, try another --seed")
         typer.echo(self.report(speech, interrupted, player), err=True)
+        if self.output is None and player is not None and player.failure is not None:
+            raise UserError(f"the audio could not be played and was not kept: {player.failure}, expected a sound device; give -o FILE too")
         return INTERRUPTED if interrupted else 0
+
+    def _kept(self) -> str:
+        """What is left of a stream that failed; heard or piped audio is nobody's to keep."""
+        if not self.samples:
+            return "nothing"
+        where = "delivered" if self.output in (None, STDOUT) else f"in {self.output}"
+        return f"{self.samples / self.stream.sample_rate:.2f} s {where}"
 
     def _open(self) -> tuple[PipedPlayer | None, list[Sink]]:
         from kalle.cli.players import PipedPlayer
@@ -167,7 +184,8 @@ class Delivery:
         if player is not None:
             lines.append(f"played with {player.name}" if player.failure is None else f"could not play it: {player.failure}")
         reason = "interrupted" if interrupted else speech.stop_reason
-        return "\n".join([*lines, f"stop reason: {reason}", f"seed: {speech.seed}"])
+        warnings = [f"warning: {warning}" for warning in (*wordless(self.text), *speech.warnings)]
+        return "\n".join([*lines, f"stop reason: {reason}", f"seed: {speech.seed}", *warnings])
 
 
 class _Played:

@@ -75,8 +75,10 @@ def similarity_lines(name: str, result: VoiceSimilarity) -> list[str]:
         f"similarity among them: {result.among:.3f} (mean cosine of all pairs; lowest {result.among_lowest:.3f}; {embedder})",
     ]
     if result.to_prompt is not None:
-        lines.append(f"similarity to the voice's prompt: {result.to_prompt:.3f}")
-    for other, cosine in result.to_others.items():
-        spoken = "it gave no usable audio" if math.isnan(cosine) else f"{cosine:.3f}"
-        lines.append(f"contrast, similarity to {other}: {spoken}")
+        lines.append(f"similarity to the voice's prompt: {_cosine(result.to_prompt)}")
+    lines += [f"contrast, similarity to {other}: {_cosine(cosine)}" for other, cosine in result.to_others.items()]
     return lines
+
+
+def _cosine(value: float) -> str:
+    return "it gave no usable audio" if math.isnan(value) else f"{value:.3f}"

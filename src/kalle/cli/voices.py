@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalle.cli.interrupts import interruptible
+from kalle.cli.renamed import renamed
 from kalle.cli.say import DEFAULT_MODEL
+from kalle.cli.say_text import choose_language
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,14 +51,15 @@ def create(
     device: Device = "auto",
 ) -> None:
     """Make a voice from a recording."""
-    with interruptible():
-        named = name or (out.stem if out is not None else audio.stem)
+    with interruptible(), renamed({"--prompt-text": "--text"}):
+        named = chosen_name(name, out, audio.stem)
+        language = choose_language(language)
         path = target(model, out, named, force)
         if not audio.is_file():
             raise UserError(f"audio file not found: got '{audio}', expected a recording; check --audio")
         kalle = load_model(model, device)
         voice = kalle.voice(audio, text, seed=seed, language=language or kalle.config.language, licence=licence, consent=consent)
-        keep(voice, path, named, description)
+        keep(voice, path, named, description, force)
 
 
 @app.command()
@@ -70,9 +74,9 @@ def random(
 ) -> None:
     """Make up a voice and keep it."""
     with interruptible():
-        named = name or (out.stem if out is not None else f"random-{seed}")
+        named = chosen_name(name, out, f"random-{seed}")
         path = target(model, out, named, force)
-        keep(load_model(model, device).random_voice(seed), path, named, description)
+        keep(load_model(model, device).random_voice(seed), path, named, description, force)
 
 
 @app.command("list")
@@ -177,15 +181,47 @@ def target(model: Path, out: Path | None, name: str, force: bool) -> Path:
     if path.suffix != SUFFIX:
         raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {SUFFIX}; rename the voice file")
     if path.exists() and not force:
-        raise UserError(f"the voice '{path}' exists: expected a new one; choose another --name or --out, or overwrite it with --force")
+        raise taken(path)
     return path
 
 
-def keep(voice: Voice, path: Path, name: str, description: str | None) -> None:
-    """Save ``voice`` under its name and say so."""
-    dataclasses.replace(voice, name=name, description=description).save(path)
+def taken(path: Path) -> UserError:
+    """The error for a voice that is there already."""
+    return UserError(f"the voice '{path}' exists: expected a new one; choose another --name or --out, or overwrite it with --force")
+
+
+def chosen_name(name: str | None, out: Path | None, default: str) -> str:
+    """``name``, or what the file is called, or ``default``; a UserError for an empty one."""
+    if name is not None and not name.strip():
+        raise UserError(f"bad voice name: got {name!r}, expected some letters or digits; choose another --name or leave it out")
+    return name or (out.stem if out is not None else default)
+
+
+def keep(voice: Voice, path: Path, name: str, description: str | None, force: bool) -> None:
+    """Save ``voice`` under its name and say so; without ``force`` a UserError when somebody made that file meanwhile."""
+    named = dataclasses.replace(voice, name=name, description=description)
+    if force:
+        named.save(path)
+    else:
+        _save_new(named, path)
     length = "" if voice.seconds is None else f", {voice.seconds:.2f} s"
     typer.echo(f"wrote {path} ({voice.kind}{length})")
+
+
+def _save_new(voice: Voice, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        voice.save(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise taken(path) from None
+        except OSError:  # a file system without hard links
+            if path.exists():
+                raise taken(path) from None
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_model(model: Path, device: str) -> Kalle:

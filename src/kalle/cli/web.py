@@ -26,7 +26,7 @@ def web(
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """A page for the browser to speak and keep voices; on this machine only unless told otherwise."""
-    with interruptible("the page has ended"):
+    with interruptible("interrupted before the page was there; run the same command again"):
         run_web(model, host, port, share, voices, device, dtype, max_text, open_)
 
 
@@ -42,14 +42,21 @@ def run_web(
     open_browser: bool = False,
 ) -> None:
     """Load ``model`` and serve the page until Ctrl-C; a UserError for every mistake, before the model is loaded where it can be."""
-    from kalle.serving.web import WebOptions, require_gradio, serve
+    check_options(host, port, max_text)
+    from kalle.serving.web import WebOptions, serve
+    from kalle.synthesis.kalle import Kalle
+
+    kalle = Kalle.from_pretrained(model, device, dtype)
+    serve(kalle, WebOptions(host, port, share, voices, max_text, open_browser))
+
+
+def check_options(host: str, port: int, max_text: int) -> None:
+    """A UserError for what can be seen without a model: no Gradio, a bad limit, an address that can't be listened on."""
+    from kalle.serving.web import listenable_port, require_gradio
 
     require_gradio()
     if not 0 <= port <= LONGEST_PORT:
         raise UserError(f"bad port: got {port}, expected 0 to {LONGEST_PORT}; choose another --port")
     if max_text < 1:
         raise UserError(f"bad limit of the text: got {max_text} characters, expected at least 1; raise --max-text")
-    from kalle.synthesis.kalle import Kalle
-
-    kalle = Kalle.from_pretrained(model, device, dtype)
-    serve(kalle, WebOptions(host, port, share, voices, max_text, open_browser))
+    listenable_port(host, port)

@@ -1,0 +1,20 @@
+"""Messages of the library in the words of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from kalle.errors import UserError
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Replace in a UserError of the block each argument that the library calls ``names``' key by the command's flag."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for theirs, ours in names.items():
+            message = message.replace(theirs, ours)
+        raise type(error)(message) from None
