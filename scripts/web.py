@@ -36,20 +36,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> None:
     """Serve the page; a UserError for every mistake."""
     given = parse(arguments)
-    from kalle.cli.web import run_web
+    from kalle.cli.web import check_options, run_web
     from kalle.convert.once import release_folder
-    from kalle.serving.web import require_gradio
 
-    require_gradio()
+    check_options(given.host, given.port, given.max_text)
     model = given.model or release_folder(given.ckpt)
     run_web(model, given.host, given.port, given.share, given.voices, given.device, given.dtype, given.max_text, open_browser=given.open)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a user's mistake, or what the system refuses, on one line and leave with 2; with 130 after Ctrl-C."""
+    """Print a user's mistake, or what the system refuses, on one line and leave with 2; with 130 after Ctrl-C while it loads."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        with interruptible("the page has ended"):
+        with interruptible("interrupted before the page was there; run the same command again"):
             run(arguments)
     except UserError as error:
         return fail(str(error))

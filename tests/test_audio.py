@@ -13,6 +13,7 @@ from kalle.audio import (
     audio_writer,
     clipped_share,
     from_pcm16,
+    load_channels,
     read_audio,
     resample,
     rms_dbfs,
@@ -69,6 +70,7 @@ def test_resampling_removes_what_would_alias() -> None:
         ("zero-bytes.wav", lambda path: path.write_bytes(b""), "empty"),
         ("no-samples.wav", lambda path: soundfile.write(path, np.zeros(0, np.float32), 16000), "empty"),
         ("text.wav", lambda path: path.write_text("this is no audio\nat all"), "unreadable"),
+        ("bytes.raw", lambda path: path.write_bytes(bytes(range(100))), "unreadable"),
         ("text.g722x", lambda path: path.write_text("this is no audio"), "unreadable"),
         ("nan.wav", lambda path: soundfile.write(path, np.array([0, np.nan, 0.1], np.float32), 16000, subtype="FLOAT"), "not finite"),
         ("inf.wav", lambda path: soundfile.write(path, np.array([0, np.inf, 0.1], np.float32), 16000, subtype="FLOAT"), "not finite"),
@@ -83,6 +85,76 @@ def test_bad_input_is_one_line_that_names_the_file(tmp_path: Path, name: str, ma
     assert isinstance(caught.value, UserError)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def sounds(path: Path, seconds: float, rate_hz: int = 8000, channels: int = 1) -> Path:
+    soundfile.write(path, np.zeros((round(seconds * rate_hz), channels), np.float32), rate_hz)
+    return path
+
+
+def flac_of_unknown_length(path: Path, seconds: float) -> Path:
+    """As an encoder writes it into a pipe: the count of the samples, 36 bits of the first block, is zero."""
+    content = bytearray(sounds(path, seconds).read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg"])
+def test_a_bounded_length_is_checked_before_the_rest_is_decoded(tmp_path: Path, suffix: str, monkeypatch) -> None:
+    path = sounds(tmp_path / f"a{suffix}", 3.0)
+    whole = load_channels(path)[0]
+    assert np.array_equal(load_channels(path, whole.shape[1] / 8000)[0], whole)
+    decoded: list[int] = []
+    read = soundfile.SoundFile.read
+
+    def counted(file: soundfile.SoundFile, *arguments, **options) -> np.ndarray:
+        samples = read(file, *arguments, **options)
+        decoded.append(len(samples))
+        return samples
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    with pytest.raises(AudioError, match=rf"^too long: got 3\.\d\d s of audio in '.*a{suffix}', expected at most 2 s; record") as caught:
+        load_channels(path, 2)
+    assert caught.value.reason == "too long"
+    assert decoded == [16001]
+
+
+def test_a_length_that_the_header_does_not_know(tmp_path: Path) -> None:
+    assert soundfile.info(flac_of_unknown_length(tmp_path / "a.flac", 3.0)).frames > 2**60
+    with pytest.raises(AudioError, match=r"^too long: got more than 2 s of audio"):
+        load_channels(tmp_path / "a.flac", 2)
+    assert load_channels(tmp_path / "a.flac", 4)[0].shape == (1, 24000)
+
+
+def test_a_bounded_length_through_pyav(tmp_path: Path, monkeypatch) -> None:
+    av = pytest.importorskip("av")
+    (tmp_path / "a.g722").write_bytes(bytes(range(256)) * 250)
+    assert load_channels(tmp_path / "a.g722", 8)[0].shape == (1, 128000)
+    resampled: list[int] = []
+    real = av.AudioResampler
+
+    class Counting:
+        def __init__(self, **options: str) -> None:
+            self._resampler = real(**options)
+
+        def resample(self, frame: object) -> list:
+            out = self._resampler.resample(frame)
+            resampled.extend(piece.samples for piece in out)
+            return out
+
+    monkeypatch.setattr(av, "AudioResampler", Counting)
+    with pytest.raises(AudioError, match=r"^too long: got more than 2 s of audio in '.*a\.g722', expected at most 2 s"):
+        load_channels(tmp_path / "a.g722", 2)
+    assert 32000 < sum(resampled) < 64000, "it did not stop on the way"
+
+
+def test_a_header_cannot_make_a_bounded_second_large(tmp_path: Path) -> None:
+    path = sounds(tmp_path / "a.wav", 0.001, 192000, 8)
+    assert load_channels(path)[0].shape == (8, 192)
+    with pytest.raises(AudioError, match=r"^too many samples a second in '.*': got 8 channels at 192000 Hz, expected at most 384000"):
+        load_channels(path, 60)
 
 
 def test_headerless_g722_is_read(tmp_path: Path) -> None:
@@ -195,3 +267,9 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, monkeypatch) -> No
 def test_samples_survive_the_way_to_sixteen_bits_and_back() -> None:
     every = np.arange(-32767, 32768).astype(np.int16)
     assert np.array_equal(to_pcm16(from_pcm16(every)), every)
+
+
+@pytest.mark.parametrize(("from_hz", "to_hz"), [(0, 16000), (-8000, 16000), (16000, 0), (0, 0)])
+def test_a_rate_that_is_none_is_refused(from_hz: int, to_hz: int) -> None:
+    with pytest.raises(UserError, match=r"bad sample rate: got (0|-8000) Hz, expected more than 0"):
+        resample(np.zeros(10, dtype=np.float32), from_hz, to_hz)

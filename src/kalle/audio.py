@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,26 +24,30 @@ PCM16_SCALE = 32767.0
 HEADERLESS = {".g722": "g722"}
 LONGEST_WAV_BYTES = 2**32 - 4096
 """A WAV file counts its bytes in 32 bits."""
+MOST_VALUES_A_SECOND = 384_000
+"""Of a file whose length is bounded, all channels together: 192 kHz in stereo. A header may claim any rate."""
+_LONGEST_BELIEVED_SECONDS = 1e9
 WRITABLE = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16")}
 
 
 class AudioError(UserError):
-    """A file that gives no usable audio; ``reason`` is one of missing, unreadable, empty, not finite."""
+    """A file that gives no usable audio; ``reason`` is one of missing, unreadable, empty, not finite, too long."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
 
 
-def load_channels(path: str | Path) -> tuple[Audio, int]:
+def load_channels(path: str | Path, longest_seconds: float | None = None) -> tuple[Audio, int]:
     """Decode a whole file as it is stored: float32 (channels, S) and its sample rate in Hz.
 
     libsndfile reads it, else PyAV where that is installed. Raises AudioError when the file is missing,
-    unreadable, without samples, or holds NaN or infinity.
+    unreadable, without samples, or holds NaN or infinity; with ``longest_seconds`` also when it is longer, of which no more
+    than that is ever decoded: a small file can hold hours of silence, and its header may say anything.
     """
     path = Path(path)
     _require_content(path)
-    channels, rate_hz = _decode(path)
+    channels, rate_hz = _decode(path, math.inf if longest_seconds is None else longest_seconds)
     if channels.shape[1] == 0:
         raise AudioError(f"no audio in '{path}': got 0 samples, expected speech; record or fetch the file again", "empty")
     if not np.isfinite(channels).all():
@@ -63,7 +69,10 @@ def read_audio(path: str | Path, sample_rate_hz: int = 16000) -> Audio:
 
 
 def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:
-    """Band-limited resampling of mono float32 (S,) to (about S * to_hz / from_hz,)."""
+    """Band-limited resampling of mono float32 (S,) to (about S * to_hz / from_hz,); a UserError for a rate that is none."""
+    for rate_hz in (from_hz, to_hz):
+        if not rate_hz > 0:
+            raise UserError(f"bad sample rate: got {rate_hz} Hz, expected more than 0; give the rate the audio was recorded at")
     if from_hz == to_hz:
         return np.ascontiguousarray(audio, dtype=np.float32)
     return np.asarray(soxr.resample(audio, from_hz, to_hz), dtype=np.float32)
@@ -173,16 +182,16 @@ def _require_content(path: Path) -> None:
         raise AudioError(f"empty file: '{path}' has 0 bytes, expected audio; record or fetch the file again", "empty")
 
 
-def _decode(path: Path) -> tuple[Audio, int]:
+def _decode(path: Path, longest_seconds: float) -> tuple[Audio, int]:
     if path.suffix.lower() not in HEADERLESS:
         try:
-            frames, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
-            return np.ascontiguousarray(frames.T), int(rate_hz)
-        except (soundfile.LibsndfileError, OSError) as error:
+            return _decode_sndfile(path, longest_seconds)
+        # A TypeError is the answer to a suffix that means samples without a header.
+        except (soundfile.LibsndfileError, OSError, TypeError) as error:
             problem = str(error)
     else:
         problem = "it needs PyAV (`pip install av`)"
-    decoded = _decode_av(path)
+    decoded = _decode_av(path, longest_seconds)
     if decoded is None:
         raise AudioError(
             f"unreadable audio: '{path}' ({_one_line(problem)}); expected WAV, FLAC, Ogg, Opus, MP3 or what PyAV decodes; convert it",
@@ -191,7 +200,16 @@ def _decode(path: Path) -> tuple[Audio, int]:
     return decoded
 
 
-def _decode_av(path: Path) -> tuple[Audio, int] | None:
+def _decode_sndfile(path: Path, longest_seconds: float) -> tuple[Audio, int]:
+    with soundfile.SoundFile(path) as file:
+        most = _most_samples(path, longest_seconds, file.samplerate, file.channels)
+        frames = file.read(-1 if most is None else most + 1, dtype="float32", always_2d=True)
+        if most is not None and len(frames) > most:
+            raise _too_long(path, longest_seconds, file.frames / file.samplerate)
+        return np.ascontiguousarray(frames.T), int(file.samplerate)
+
+
+def _decode_av(path: Path, longest_seconds: float) -> tuple[Audio, int] | None:
     """float32 (channels, S) and the rate by way of PyAV; None when PyAV is absent or finds no audio."""
     try:
         import av
@@ -201,14 +219,49 @@ def _decode_av(path: Path) -> tuple[Audio, int] | None:
         with av.open(str(path), format=HEADERLESS.get(path.suffix.lower())) as container:
             if not container.streams.audio:
                 return None
-            resampler = av.AudioResampler(format="fltp")
-            frames = [out for frame in container.decode(audio=0) for out in resampler.resample(frame)]
-            frames += resampler.resample(None)
+            frames = _av_frames(path, container, av.AudioResampler(format="fltp"), longest_seconds)
+    except AudioError:
+        raise
     except (av.FFmpegError, OSError, ValueError):
         return None
     if not frames:
         return np.zeros((1, 0), dtype=np.float32), 1
     return np.concatenate([frame.to_ndarray() for frame in frames], axis=1), int(frames[0].sample_rate)
+
+
+def _av_frames(path: Path, container: Any, resampler: Any, longest_seconds: float) -> list[Any]:
+    """The frames of the first audio stream, refused as soon as they are too long together."""
+    kept: list[Any] = []
+    samples = 0
+    for frame in itertools.chain(container.decode(audio=0), (None,)):
+        for out in resampler.resample(frame):
+            kept.append(out)
+            samples += out.samples
+            most = _most_samples(path, longest_seconds, out.sample_rate, len(out.layout.channels))
+            if most is not None and samples > most:
+                raise _too_long(path, longest_seconds)
+    return kept
+
+
+def _most_samples(path: Path, longest_seconds: float, rate_hz: int, channels: int) -> int | None:
+    """How many samples a channel may have; None for any number."""
+    if math.isinf(longest_seconds):
+        return None
+    if rate_hz * channels > MOST_VALUES_A_SECOND:
+        raise AudioError(
+            f"too many samples a second in '{path}': got {channels} channels at {rate_hz} Hz, expected at most {MOST_VALUES_A_SECOND} "
+            "together; convert it",
+            "too long",
+        )
+    return int(longest_seconds * rate_hz)
+
+
+def _too_long(path: Path, longest_seconds: float, seconds: float = math.inf) -> AudioError:
+    # A file that was written into a pipe doesn't know its length, which reads as the largest there is.
+    got = f"{seconds:.2f} s" if longest_seconds < seconds < _LONGEST_BELIEVED_SECONDS else f"more than {longest_seconds:g} s"
+    return AudioError(
+        f"too long: got {got} of audio in '{path}', expected at most {longest_seconds:g} s; record or cut it again", "too long"
+    )
 
 
 def _one_line(text: str) -> str:

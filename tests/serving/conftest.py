@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from kalle.audio import write_audio
 from kalle.serving.handlers import Handlers
 from kalle.serving.studio import Studio
 from kalle.synthesis.kalle import Kalle
@@ -29,3 +31,9 @@ def studio(kalle_toy: Kalle, tmp_path: Path) -> Iterator[Studio]:
 @pytest.fixture
 def handlers(studio: Studio) -> Handlers:
     return Handlers(studio)
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> str:
+    write_audio(tmp_path / "me.wav", 0.3 * np.sin(2 * np.pi * 220 * np.arange(24000) / 16000), 16000)
+    return str(tmp_path / "me.wav")

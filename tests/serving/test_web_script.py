@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import signal
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,10 @@ def ckpt(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_command_listens_on_this_machine_only_unless_told(toy_weights: Path, served: list[Any], tmp_path: Path) -> None:
+def test_the_command_listens_on_this_machine_only_unless_told(
+    toy_weights: Path, served: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "listenable_port", lambda host, port: port)
     assert main(["web", "--model", str(toy_weights), "--device", "cpu"]) == 0
     assert served[0][1] == WebOptions()
     assert (served[0][1].host, served[0][1].share) == ("127.0.0.1", False)
@@ -59,7 +66,11 @@ def test_the_command_listens_on_this_machine_only_unless_told(toy_weights: Path,
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--port", "70000"], "bad port: got 70000"), (["--max-text", "0"], "bad limit of the text"), (["--model", "none"], "'none'")],
+    [
+        (["--port", "70000"], "bad port: got 70000"),
+        (["--max-text", "0"], "bad limit of the text"),
+        (["--model", "none", "--port", "0"], "'none'"),
+    ],
 )
 def test_mistakes_are_one_line(flags: list[str], message: str, served: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["web", *flags]) == 2
@@ -69,7 +80,58 @@ def test_mistakes_are_one_line(flags: list[str], message: str, served: list[Any]
     assert not served
 
 
-def test_the_script_converts_the_release_once_and_says_so(script: Any, ckpt: Path, served: list[Any], caplog: Any) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "192.0.2.1"])
+def test_an_address_that_is_not_to_be_had_is_said_before_the_model_is_loaded(
+    host: str, script: Any, ckpt: Path, served: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as other:
+        other.bind(("" if host == "127.0.0.2" else "127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for call in (main, lambda given: script.main(["--ckpt", str(ckpt), *given[1:]])):
+            assert call(["web", "--host", host, "--port", port]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"error: cannot serve on {host}:{port}: ")
+            assert error.endswith("; choose another --port (0 takes a free one) or --host\n")
+            assert error.count("\n") == 1
+    assert not (ckpt / "kalle-release").exists()
+    assert not served
+
+
+def test_the_end_of_the_page_is_no_error(toy_weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    closed: list[object] = []
+
+    class Page:
+        share_url, local_url = None, "http://127.0.0.1:1/"
+
+        def close(self, verbose: bool) -> None:
+            closed.append(verbose)
+
+    def launch(*_: object) -> Page:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return Page()
+
+    monkeypatch.setattr(serving, "launch", launch)
+    monkeypatch.setattr(serving, "require_gradio", lambda: None)
+    assert main(["web", "--model", str(toy_weights), "--device", "cpu", "--port", "0"]) == 0
+    assert "the page has ended" in caplog.text
+    assert closed == [False]
+
+
+def test_an_interrupted_start_is_one(monkeypatch: pytest.MonkeyPatch, served: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Kalle, "from_pretrained", interrupted)
+    assert main(["web", "--port", "0"]) == 130
+    assert capsys.readouterr().err == "error: interrupted before the page was there; run the same command again\n"
+
+
+def test_the_script_converts_the_release_once_and_says_so(
+    script: Any, ckpt: Path, served: list[Any], caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "listenable_port", lambda host, port: port)
     caplog.set_level("INFO")
     assert script.main(["--ckpt", str(ckpt), "--device", "cpu"]) == 0
     assert "converting the released files" in caplog.text
@@ -82,6 +144,6 @@ def test_the_script_converts_the_release_once_and_says_so(script: Any, ckpt: Pat
 
 
 def test_the_script_names_what_is_missing(script: Any, tmp_path: Path, served: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--ckpt", str(tmp_path)]) == 2
+    assert script.main(["--ckpt", str(tmp_path), "--port", "0"]) == 2
     assert "lacks flowvae.pt, model.pt" in capsys.readouterr().err
     assert not served

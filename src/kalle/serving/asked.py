@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from kalle.errors import UserError
 from kalle.text.prompt import check_text
 
+Number = TypeVar("Number", int, float)
 STORED, RECORDING, RANDOM = "stored", "recording", "random"
 
 
@@ -54,3 +58,30 @@ def check_voice(choice: VoiceChoice, needs_transcript: bool) -> None:
             raise UserError("a recording without its transcript: got no text, expected the words that are spoken in it; type them below it")
     if choice.source == RANDOM and choice.seed is None:
         raise UserError("no seed for the random voice: got an empty field, expected a whole number; type one or press “Another one”")
+
+
+def typed_whole(text: str | None, name: str) -> int | None:
+    """The whole number in a field of that name, None for an empty one."""
+    return _typed(text, name, int, "a whole number")
+
+
+def typed_number(text: str | None, name: str) -> float | None:
+    """The number in a field of that name, None for an empty one."""
+    return _typed(text, name, _finite, "a number")
+
+
+def _typed(text: str | None, name: str, kind: Callable[[str], Number], expected: str) -> Number | None:
+    typed = (text or "").strip()
+    if not typed:
+        return None
+    try:
+        return kind(typed)
+    except ValueError:
+        raise UserError(f"bad {name}: got {typed[:40]!r}, expected {expected} or an empty field; type it again") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kalle.errors import UserError
-from kalle.serving.asked import RANDOM, RECORDING, Asked, VoiceChoice
+from kalle.serving.asked import RANDOM, RECORDING, Asked, VoiceChoice, typed_number, typed_whole
 from kalle.serving.studio import Progress, Spoken, Studio
-from kalle.serving.words import error_html, facts_html, figure_html, notice_html, progress_text, waiting_text, weakest
+from kalle.serving.words import error_html, facts_html, figure_html, notice_html, progress_text, waiting_text, weakest, without_folders
 
 LOGGER = logging.getLogger(__name__)
 SECONDS_BETWEEN_NOTICES = 0.4
@@ -62,7 +62,7 @@ class Handlers:
         try:
             job = self.studio.begin(session, asked)
         except UserError as error:
-            return View(error_html(str(error)))
+            return View(self._mistake(error))
         return View(notice_html(waiting_text(self.studio.jobs.ahead(job))), busy=True, token=job.token)
 
     def run(self, session: str) -> Iterator[View]:
@@ -80,7 +80,7 @@ class Handlers:
                     shown = step.elapsed_seconds
                     yield self._working(step, job.token)
         except UserError as error:
-            view = View(error_html(str(error)), token=job.token)
+            view = View(self._mistake(error), token=job.token)
         except Exception:
             LOGGER.exception("a request on the page failed")
             view = View(error_html(UNEXPECTED), token=job.token)
@@ -102,16 +102,19 @@ class Handlers:
         try:
             return self.studio.shelf.sample(choice), ""
         except UserError as error:
-            return None, error_html(str(error))
+            return None, self._mistake(error)
 
     def keep(self, choice: VoiceChoice, name: str, consent: str | None = None) -> Kept:
         """ "Keep this voice" was pressed."""
         try:
             kept = self.studio.shelf.keep(choice, name, consent)
         except UserError as error:
-            return Kept(error_html(str(error)), None)
+            return Kept(self._mistake(error), None)
         LOGGER.info("kept the voice %s in %s", kept, self.studio.shelf.folder)
         return Kept(notice_html(f"Kept as “{kept}”: it is among the stored voices now."), kept)
+
+    def _mistake(self, error: UserError) -> str:
+        return error_html(without_folders(str(error), self.studio.folders))
 
     def _working(self, progress: Progress, token: str) -> View:
         return View(notice_html(progress_text(progress)), busy=True, token=token)
@@ -126,18 +129,19 @@ class Handlers:
         return View("", False, token, spoken.path, facts_html(spoken, voice_words(choice), self.studio.shelf.doubts(choice)), figure)
 
 
-def asked_from(text: str | None, voice: VoiceChoice, seed: float | None, temperature: float | None, max_seconds: float | None) -> Asked:
-    """The fields of the page as a request; an empty number is the default."""
-    return Asked(text or "", voice, _whole(seed), 1.0 if temperature is None else float(temperature), max_seconds or None)
+def asked_from(text: str | None, voice: VoiceChoice, seed: str | None, temperature: float | None, max_seconds: str | None) -> Asked:
+    """The fields of the page as a request; an empty number is the default. UserError for what is no number."""
+    longest = typed_number(max_seconds, "longest length")
+    return Asked(text or "", voice, typed_whole(seed, "seed"), 1.0 if temperature is None else float(temperature), longest)
 
 
-def choice_from(source: str, name: str | None, recording: str | None, transcript: str | None, seed: float | None) -> VoiceChoice:
-    """The voice fields of the page as a choice: only those of the chosen ``source`` count."""
+def choice_from(source: str, name: str | None, recording: str | None, transcript: str | None, seed: str | None) -> VoiceChoice:
+    """The voice fields of the page as a choice: only those of the chosen ``source`` count. UserError for a seed that is no number."""
     choice = VoiceChoice(source)
     if source == RECORDING:
         return replace(choice, recording=recording, transcript=transcript)
     if source == RANDOM:
-        return replace(choice, seed=_whole(seed))
+        return replace(choice, seed=typed_whole(seed, "seed of the voice"))
     return replace(choice, name=None if name in (None, MODELS_OWN) else name)
 
 
@@ -153,7 +157,3 @@ def voice_words(choice: VoiceChoice) -> str:
 def fresh_seed() -> int:
     """A seed that is short enough to write down."""
     return secrets.randbelow(10**6)
-
-
-def _whole(number: float | None) -> int | None:
-    return None if number is None else int(number)

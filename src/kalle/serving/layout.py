@@ -31,7 +31,7 @@ class VoiceParts:
     stored: gr.Dropdown
     recording: gr.Audio
     transcript: gr.Textbox
-    seed: gr.Number
+    seed: gr.Textbox
     another: gr.Button
     listen: gr.Button
     sample: gr.Audio
@@ -53,9 +53,9 @@ class SpeechParts:
     """The components that ask for speech and show it."""
 
     text: gr.Textbox
-    seed: gr.Number
+    seed: gr.Textbox
     temperature: gr.Slider
-    max_seconds: gr.Number
+    max_seconds: gr.Textbox
     speak: gr.Button
     stop: gr.Button
     message: gr.HTML
@@ -86,13 +86,9 @@ def lay_out(handlers: Handlers, player_js: str) -> tuple[VoiceParts, SpeechParts
             gr.Examples([[example] for example in examples], inputs=text, label="Try one of these", elem_id="examples")
             voice = _voice(handlers)
             with gr.Accordion("Settings", open=False):
-                seed = gr.Number(
-                    label="Seed", info="The same seed gives the same speech; empty draws one.", precision=0, minimum=0, value=None
-                )
+                seed = _number("Seed", "The same seed gives the same speech; empty draws one.", "seed")
                 temperature = gr.Slider(0, 1.5, 1.0, step=0.05, label="Temperature", info="1 is the model's own spread.")
-                max_seconds = gr.Number(
-                    label="Longest sentence in seconds", info="Empty: three times the usual pace.", minimum=0, value=None
-                )
+                max_seconds = _number("Longest sentence in seconds", "Empty: three times the usual pace.", "max-seconds")
         with gr.Column(scale=6, min_width=300):
             with gr.Row(elem_classes="kalle-actions"):
                 speak = gr.Button("Speak", variant="primary", elem_id="speak", min_width=140)
@@ -104,6 +100,11 @@ def lay_out(handlers: Handlers, player_js: str) -> tuple[VoiceParts, SpeechParts
             download = gr.DownloadButton("Download WAV", visible=False, elem_id="download", elem_classes="kalle-big")
             facts, figure = gr.HTML(elem_id="facts"), gr.HTML(elem_id="figure")
     return voice, SpeechParts(text, seed, temperature, max_seconds, speak, stop, message, player, audio, download, facts, figure)
+
+
+def _number(label: str, info: str | None, elem_id: str) -> gr.Textbox:
+    # Not Gradio's number: it shows 0 where nothing was typed, rounds silently and refuses in an exception's words.
+    return gr.Textbox(label=label, info=info, max_lines=1, min_width=140, elem_id=elem_id)
 
 
 def _voice(handlers: Handlers) -> VoiceParts:
@@ -122,7 +123,7 @@ def _voice(handlers: Handlers) -> VoiceParts:
             )
             transcript = gr.Textbox(label=f"What is said in it, word for word ({needs})", lines=2, elem_id="transcript")
         with gr.Group(visible=False) as random_group, gr.Row():
-            seed = gr.Number(label="Seed of the voice", precision=0, minimum=0, min_width=140, elem_id="voice-seed")
+            seed = _number("Seed of the voice", None, "voice-seed")
             another = gr.Button("Another one", min_width=120, elem_id="another")
     listen = gr.Button("Listen to this voice", size="md", elem_id="listen", elem_classes="kalle-big")
     sample = gr.Audio(label="Sample of the voice", interactive=False, autoplay=True, buttons=[], visible=False, elem_id="sample")

@@ -8,9 +8,11 @@ from typing import Any
 
 import gradio as gr
 
+from kalle.errors import UserError
 from kalle.serving.asked import RANDOM, RECORDING, STORED
-from kalle.serving.handlers import Handlers, View, asked_from, choice_from, fresh_seed
+from kalle.serving.handlers import Handlers, Kept, View, asked_from, choice_from, fresh_seed
 from kalle.serving.layout import SpeechParts, VoiceParts, lay_out
+from kalle.serving.words import error_html
 
 ASSETS = Path(__file__).parent / "assets"
 TITLE = "kalle"
@@ -28,7 +30,9 @@ def build(handlers: Handlers) -> gr.Blocks:
         voice, speech = lay_out(handlers, (ASSETS / "player.js").read_text(encoding="utf-8"))
         _wire_voice(handlers, voice)
         _wire_speech(handlers, voice, speech)
-        page.load(lambda: (gr.Dropdown(choices=handlers.voices()), fresh_seed()), None, [voice.stored, voice.seed], queue=False, **QUIET)
+        page.load(
+            lambda: (gr.Dropdown(choices=handlers.voices()), str(fresh_seed())), None, [voice.stored, voice.seed], queue=False, **QUIET
+        )
         page.unload(_leaving(handlers))
     return page
 
@@ -42,14 +46,20 @@ def look() -> dict[str, Any]:
 
 def _wire_voice(handlers: Handlers, voice: VoiceParts) -> None:
     voice.source.change(_groups, voice.source, [*voice.groups, voice.sample], queue=False, **QUIET)
-    voice.another.click(fresh_seed, None, voice.seed, queue=False, **QUIET)
+    voice.another.click(lambda: str(fresh_seed()), None, voice.seed, queue=False, **QUIET)
 
     def listened(*fields: Any) -> tuple[Any, str]:
-        path, message = handlers.sample(choice_from(*fields))
+        try:
+            path, message = handlers.sample(choice_from(*fields))
+        except UserError as error:
+            path, message = None, error_html(str(error))
         return gr.Audio(None if path is None else str(path), visible=path is not None), message
 
     def kept(name: str, consent: str, *fields: Any) -> list[Any]:
-        result = handlers.keep(choice_from(*fields), name, consent)
+        try:
+            result = handlers.keep(choice_from(*fields), name, consent)
+        except UserError as error:
+            result = Kept(error_html(str(error)), None)
         if result.name is None:
             return [result.message, *[gr.skip()] * 4]
         return [result.message, STORED, gr.Dropdown(choices=handlers.voices(), value=result.name), "", ""]
@@ -68,8 +78,11 @@ def _wire_voice(handlers: Handlers, voice: VoiceParts) -> None:
 def _wire_speech(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> None:
     view = [speech.message, speech.player, speech.audio, speech.download, speech.facts, speech.figure, speech.speak, speech.stop]
 
-    def begun(request: gr.Request, text: str, seed: float | None, temperature: float, max_seconds: float | None, *fields: Any) -> Any:
-        asked = asked_from(text, choice_from(*fields), seed, temperature, max_seconds)
+    def begun(request: gr.Request, text: str, seed: str, temperature: float, max_seconds: str, *fields: Any) -> Any:
+        try:
+            asked = asked_from(text, choice_from(*fields), seed, temperature, max_seconds)
+        except UserError as error:
+            return _shown(View(error_html(str(error))))
         return _shown(handlers.begin(str(request.session_hash), asked))
 
     def ran(request: gr.Request) -> Iterator[Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -13,15 +16,17 @@ import numpy as np
 import torch
 
 from kalle.audio import load_channels, resample, write_audio
+from kalle.disk import unwritable
 from kalle.errors import UserError
 from kalle.serving.asked import RANDOM, RECORDING, VoiceChoice, check_voice
 from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.prompt_checks import prompt_warnings
+from kalle.synthesis.prompt_checks import LONGEST_PROMPT_SECONDS, prompt_warnings
 from kalle.synthesis.speech import FloatArray
 from kalle.synthesis.voice import Voice
-from kalle.synthesis.voice_store import SUFFIX, voice_path
+from kalle.synthesis.voice_store import SUFFIX, Binding, stored_voices, voice_path
 
+LOGGER = logging.getLogger(__name__)
 SAMPLE_SECONDS = 6.0
 SAMPLE_TEXT = "This is how I sound."
 _REMEMBERED = 32
@@ -46,52 +51,57 @@ class Remembered(Generic[Value]):
         return value
 
 
+@dataclass(frozen=True)
+class Heard:
+    """A voice, and what makes it doubtful, a line each."""
+
+    voice: Voice
+    doubts: tuple[str, ...] = ()
+
+
 class VoiceShelf:
     """Voices by name in ``folder`` and beside the weights of ``kalle``; samples of them go to ``temporary``."""
 
     def __init__(self, kalle: Kalle, folder: Path, temporary: Path) -> None:
         self.kalle, self.folder, self._temporary = kalle, folder, temporary
-        self._voices: Remembered[Voice] = Remembered()
+        self._voices: Remembered[Heard] = Remembered()
+        self._fits: dict[tuple[Path, int], bool] = {}
 
     def names(self) -> list[str]:
-        """Names of all stored voices; one kept in ``folder`` hides one of the same name beside the weights."""
-        return sorted({path.stem for folder in self._folders() for path in folder.glob(f"*{SUFFIX}")}, key=str.casefold)
+        """Names of the stored voices that can be used; one kept in ``folder`` hides one of the same name beside the weights.
+
+        The others, damaged or of another model, are logged once.
+        """
+        return sorted({path.stem for path in self._files() if self._usable(path)}, key=str.casefold)
 
     def voice(self, choice: VoiceChoice) -> Voice | None:
         """The voice of ``choice``, None for the model's own; a UserError when it is incomplete, gone or doesn't fit."""
         check_voice(choice, not self.kalle.has_speaker_encoder)
         if choice.source == RECORDING:
-            transcript = (choice.transcript or "").strip() or None
-            assert choice.recording is not None
-            recording = Path(choice.recording)
-            return self._voices.get((recording, _changed(recording), transcript), lambda: self.kalle.voice(recording, transcript))
+            return self._recorded(choice).voice
         if choice.source == RANDOM:
             assert choice.seed is not None
             seed = choice.seed
-            return self._voices.get(seed, lambda: self.kalle.random_voice(seed))
+            return self._voices.get(seed, lambda: Heard(self.kalle.random_voice(seed))).voice
         if choice.name is None:
             return None
         path = self._path(choice.name)
-        return self._voices.get((path, _changed(path)), lambda: self.kalle.load_voice(path))
+        return self._voices.get((path, _changed(path)), lambda: Heard(self.kalle.load_voice(path))).voice
 
     def doubts(self, choice: VoiceChoice) -> list[str]:
         """What makes a recording a doubtful voice, a line each; nothing for other voices."""
-        if choice.source != RECORDING or choice.recording is None:
-            return []
-        channels, rate_hz = load_channels(choice.recording)
-        audio = resample(channels.mean(axis=0, dtype=np.float32), rate_hz, self.kalle.sample_rate)
-        return prompt_warnings(audio, self.kalle.sample_rate, (choice.transcript or "").strip() or None, rate_hz)
+        return list(self._recorded(choice).doubts) if choice.source == RECORDING else []
 
     def keep(self, choice: VoiceChoice, name: str, consent: str | None = None) -> str:
         """Store the voice of ``choice`` under ``name`` and return the name as it is listed; nothing is overwritten."""
         name = " ".join(name.split())
         file_name = voice_path(self.folder, name).name
-        if name.casefold() in {other.casefold() for other in self.names()}:
-            raise UserError(f"there is a voice of that name: got {name!r}, expected a new one; type another name")
+        if name.casefold() in {path.stem.casefold() for path in self._files()}:
+            raise _taken(name)
         voice = self.voice(choice)
         if voice is None:
             raise UserError("nothing to keep: the model's own voice is no file; choose a random voice or a recording")
-        replace(voice, name=name, consent=(consent or "").strip() or voice.consent).save(self.folder / file_name)
+        self._publish(replace(voice, name=name, consent=(consent or "").strip() or voice.consent), self.folder / file_name, name)
         return name
 
     def sample(self, choice: VoiceChoice) -> Path:
@@ -112,17 +122,69 @@ class VoiceShelf:
         audio = self.kalle.flowvae.decode(latents[None].to(weight.device, weight.dtype))[0]
         return np.asarray(audio.float().cpu().numpy(), dtype=np.float32)
 
+    def _recorded(self, choice: VoiceChoice) -> Heard:
+        """The voice of a recording, which is decoded once."""
+        assert choice.recording is not None
+        recording, transcript = Path(choice.recording), (choice.transcript or "").strip() or None
+        return self._voices.get((recording, _changed(recording), transcript), lambda: self._hear(recording, transcript))
+
+    def _hear(self, recording: Path, transcript: str | None) -> Heard:
+        channels, rate_hz = load_channels(recording, LONGEST_PROMPT_SECONDS)
+        audio = channels.mean(axis=0, dtype=np.float32)
+        voice = self.kalle.voice(audio, transcript, sample_rate_hz=rate_hz)
+        rate = self.kalle.sample_rate
+        return Heard(voice, tuple(prompt_warnings(resample(audio, rate_hz, rate), rate, transcript, rate_hz)))
+
+    def _publish(self, voice: Voice, path: Path, name: str) -> None:
+        """Write ``path`` whole, and never in the place of a file that came there since it was looked for."""
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}")
+        voice.save(temporary)
+        try:
+            # Not a hard link, which some file systems lack: the empty file is ours alone to replace.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            _replace(temporary, path)
+        except FileExistsError:
+            raise _taken(name) from None
+        except OSError as error:
+            raise unwritable(path, error) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _usable(self, path: Path) -> bool:
+        key = (path, _changed(path))
+        if key not in self._fits:
+            config = self.kalle.lm.config.latent_dim, self.kalle.lm.hidden_size
+            problem = stored_voices([path], Binding(self.kalle.hashes, *config))[0].problem
+            if problem is not None:
+                LOGGER.warning("the voice '%s' is not offered: %s", path, problem)
+            self._fits[key] = problem is None
+        return self._fits[key]
+
     def _path(self, name: str) -> Path:
         # A name from the page is looked up among the listed ones, never joined to a folder unseen.
-        for folder in self._folders():
-            for path in folder.glob(f"*{SUFFIX}"):
-                if path.stem == name:
-                    return path
-        raise UserError(f"the voice is gone: got {name!r}, expected one of the list; load the page again")
+        found = [path for path in self._files() if path.stem == name]
+        if not found:
+            raise UserError(f"the voice is gone: got {name!r}, expected one of the list; load the page again")
+        return next((path for path in found if self._usable(path)), found[0])
+
+    def _files(self) -> list[Path]:
+        return [path for folder in self._folders() for path in folder.glob(f"*{SUFFIX}")]
 
     def _folders(self) -> list[Path]:
         beside = [] if self.kalle.folder is None else [self.kalle.folder / VOICES_FOLDER]
         return [self.folder, *(folder for folder in beside if folder != self.folder)]
+
+
+def _replace(temporary: Path, reserved: Path) -> None:
+    try:
+        os.replace(temporary, reserved)
+    except BaseException:
+        reserved.unlink(missing_ok=True)
+        raise
+
+
+def _taken(name: str) -> UserError:
+    return UserError(f"there is a voice of that name: got {name!r}, expected a new one; type another name")
 
 
 def _changed(path: Path) -> int:

@@ -99,6 +99,11 @@ class Studio:
         self.jobs = Jobs()
         self.shelf = VoiceShelf(kalle, voices, self.temporary)
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where its files are, for messages that must not tell."""
+        return (self.temporary, self.shelf.folder, *(() if self.kalle.folder is None else (self.kalle.folder,)))
+
     def __enter__(self) -> Studio:
         return self
 

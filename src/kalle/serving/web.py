@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib.util
 import ipaddress
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalle.errors import UserError
+from kalle.serving.guard import Guard, loopback_names
 from kalle.serving.jobs import Job, Jobs
 from kalle.serving.studio import DEFAULT_MAX_TEXT, Studio
 from kalle.synthesis.folder import VOICES_FOLDER
@@ -56,13 +59,20 @@ def require_gradio() -> None:
 
 
 def serve(kalle: Kalle, options: WebOptions) -> None:
-    """Serve the page until Ctrl-C. UserError for a missing Gradio, a port that is taken or an address that isn't ours."""
+    """Serve the page until Ctrl-C or SIGTERM, which is its normal end.
+
+    UserError for a missing Gradio, a port that is taken or an address that isn't ours.
+    """
     require_gradio()
     voices = options.voices or (kalle.folder or Path()) / VOICES_FOLDER
     with Studio(kalle, voices, options.max_text) as studio, _gradio_files(studio.temporary / "page"), _ended_by_sigterm():
         page = launch(studio, options)
         try:
+            # Said in here: whoever reads it may press Ctrl-C at once.
+            LOGGER.info("the page is at %s (Ctrl-C ends it)", page.share_url or page.local_url)
             threading.Event().wait()
+        except KeyboardInterrupt:
+            LOGGER.info("the page has ended")
         finally:
             page.close(verbose=False)
 
@@ -91,7 +101,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def launch(studio: Studio, options: WebOptions) -> gr.Blocks:
-    """Start the server and say where it is; the result's ``local_url`` tells it, ``close()`` ends it."""
+    """Start the server; the result's ``local_url`` tells where it is, ``close()`` ends it."""
+    from starlette.middleware import Middleware
     from starlette.routing import Route
 
     from kalle.serving.handlers import Handlers
@@ -104,12 +115,13 @@ def launch(studio: Studio, options: WebOptions) -> gr.Blocks:
             "--share asks Gradio for a public address: whoever knows it can use the page, and audio passes through Gradio's servers"
         )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there.
+    port = listenable_port(options.host, options.port)
     page = build(Handlers(studio))
     page.queue(default_concurrency_limit=None)
     try:
         page.launch(
             server_name=options.host,
-            server_port=options.port or free_port(options.host),
+            server_port=port,
             share=options.share,
             inbrowser=options.open_browser,
             prevent_thread_lock=True,
@@ -126,13 +138,14 @@ def launch(studio: Studio, options: WebOptions) -> gr.Blocks:
                 "routes": [
                     Route("/kalle/audio/{token}", audio_route(studio.jobs)),
                     Route("/kalle/ahead/{token}", ahead_route(studio.jobs)),
-                ]
+                ],
+                "middleware": [Middleware(Guard, names=own_names(options))],
             },
             **look(),
         )
-    except OSError as error:
-        raise UserError(f"cannot serve on {options.host}:{options.port}: {error}; choose another --port or --host") from None
-    LOGGER.info("the page is at %s (Ctrl-C ends it)", page.share_url or page.local_url)
+    except OSError:
+        # Gradio's own words name its environment variables; it looks for the port on 127.0.0.1 whatever the host is.
+        raise _unservable(options.host, port, "the port is taken") from None
     return page
 
 
@@ -174,18 +187,32 @@ async def growing(job: Job) -> AsyncIterator[bytes]:
         await asyncio.sleep(_POLL_SECONDS)
 
 
+def own_names(options: WebOptions) -> frozenset[str] | None:
+    """The names by which the page may be asked for; None where it cannot know them, on a network or behind a tunnel."""
+    return loopback_names(options.host) if is_loopback(options.host) and not options.share else None
+
+
 def is_loopback(host: str) -> bool:
     """Whether ``host`` is reached from this machine only."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def free_port(host: str) -> int:
-    """A port of ``host`` that nobody listens on."""
-    import socket
+def listenable_port(host: str, port: int) -> int:
+    """``port`` if ``host`` can be listened on there, or a free one for 0; a one-line UserError otherwise."""
+    address = host.strip("[]")
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            # As the server itself does: a port that was just left is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise _unservable(host, port, "the port is taken" if taken else error.strerror or str(error)) from None
 
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+
+def _unservable(host: str, port: int, reason: str) -> UserError:
+    return UserError(f"cannot serve on {host}:{port}: {reason}; choose another --port (0 takes a free one) or --host")

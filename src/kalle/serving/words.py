@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kalle.serving.studio import Line, Progress, Spoken
@@ -36,6 +38,15 @@ def error_html(message: str) -> str:
     for flag, words in _FIELDS.items():
         message = message.replace(flag, words)
     return f'<p class="kalle-error" role="alert">{_escape(message[:1].upper() + message[1:])}</p>'
+
+
+def without_folders(message: str, folders: Iterable[Path]) -> str:
+    """``message`` with the files in ``folders`` named without where they are, which is nobody's business who reads the page."""
+    places = {str(place) for folder in folders for place in (folder, folder.resolve())} - {".", "/"}
+    for folder in sorted(places, key=len, reverse=True):
+        message = re.sub(rf"(?<![^\s'\"]){re.escape(folder)}[/\\](?:[^'\"/\\]+[/\\])*", "", message)
+        message = message.replace(f"'{folder}'", f"'{Path(folder).name}'")
+    return message
 
 
 def notice_html(message: str) -> str:
