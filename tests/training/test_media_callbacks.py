@@ -146,7 +146,7 @@ def test_the_averaged_weights_speak(speaks_first: bool, toy_lm_config: KalleLMCo
 
 
 def test_the_sampler_speaks_with_the_current_weights(lm_module: KalleLMTraining, flowvae_module: FlowVAETraining) -> None:
-    never = StopRule(threshold=-1.0)
+    never = StopRule(threshold=0.0)
     flowvae = flowvae_module.flowvae.eval()
     sampler = speech_sampler(flowvae, Tokenizer.bytes(), seed=1, max_frames=6, stop=never)
     with torch.no_grad():
