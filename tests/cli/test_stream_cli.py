@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,15 @@ def wait_for(path: Path, size: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"no {size} bytes in time: {process.poll()}")
 
 
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell starts its background jobs with it ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 def test_ctrl_c_in_the_middle_keeps_finished_audio(model: Path, tmp_path: Path, offline: np.ndarray, capsys, monkeypatch) -> None:
     step, calls = KalleLM.step, []
 
