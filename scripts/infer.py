@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-import typer
-
-from kalle.cli.interrupts import interruptible
-from kalle.errors import UserError
+from kalle.cli.scripts import script_main
 
 FLAGS = {"--prompt-text": "--prompt_text", "--prompt-audio": "--prompt_wav_path", "--max-seconds": "--max_seconds"}
 """Flags of `kalle say`, which its messages name, and what they are called here."""
@@ -60,26 +56,8 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a user's mistake, or what the system refuses, on one line and leave with 2; with 130 after Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with interruptible():
-            run(arguments)
-    except UserError as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(f"{error.strerror}: '{error.filename}'" if error.filename else str(error))
-    except typer.Exit as end:
-        return end.exit_code
-    return 0
-
-
-def fail(message: str) -> int:
-    """Print ``message``, its flags as this script calls them; returns the exit code of a mistake."""
-    for theirs, ours in FLAGS.items():
-        message = message.replace(theirs, ours)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    """Run the script and return its exit code, as ``script_main`` describes."""
+    return script_main(lambda: run(arguments), "interrupted; run the same command again", FLAGS)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-import typer
-
-from kalle.cli.interrupts import interruptible
-from kalle.errors import UserError
+from kalle.cli.scripts import script_main
 
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 
@@ -45,24 +41,8 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a user's mistake, or what the system refuses, on one line and leave with 2; with 130 after Ctrl-C while it loads."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with interruptible("interrupted before the page was there; run the same command again"):
-            run(arguments)
-    except UserError as error:
-        return fail(str(error))
-    except OSError as error:
-        return fail(f"{error.strerror}: '{error.filename}'" if error.filename else str(error))
-    except typer.Exit as end:
-        return end.exit_code
-    return 0
-
-
-def fail(message: str) -> int:
-    """Print ``message``; returns the exit code of a mistake."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    """Run the script and return its exit code, as ``script_main`` describes."""
+    return script_main(lambda: run(arguments), "interrupted before the page was there; run the same command again")
 
 
 if __name__ == "__main__":
