@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -80,7 +81,8 @@ def _read_chinese(piece: str) -> str:
     normalizer = _wetext()
     try:
         spoken = str(normalizer.normalize(core))
-    except Exception:  # the library asserts on what its grammar does not know
+    except Exception as error:  # the library asserts on what its grammar does not know
+        logging.getLogger(__name__).warning("left as written, for wetext cannot read it (%s): %s", type(error).__name__, core)
         spoken = core
     return before + (core if _lost(core, spoken) else spoken) + after
 
