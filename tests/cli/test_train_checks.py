@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kalle.cli.main import main
-from kalle.cli.train import _copy_flowvae
+from kalle.cli.train_lm import _copy_flowvae
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.training.checkpointing import LAST

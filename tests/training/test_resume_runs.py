@@ -17,7 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from kalle.cli.hydra_entry import compose
-from kalle.cli.train import TrainingRun, train_flowvae, train_lm
+from kalle.cli.train_flowvae import train_flowvae
+from kalle.cli.train_lm import train_lm
+from kalle.cli.train_run import TrainingRun
 from kalle.errors import UserError
 from kalle.training.checkpointing import LAST, LastCheckpoint, resume_path
 
@@ -170,10 +172,11 @@ def test_a_second_ctrl_c_does_not_wait(train: Train, tmp_path: Path, monkeypatch
 
 
 def _add_callback(patch: pytest.MonkeyPatch, callback: Callback) -> None:
-    from kalle.cli import train as module
+    from kalle.cli import train_flowvae, train_lm
 
-    original = module._callbacks
-    patch.setattr(module, "_callbacks", lambda config: [callback, *original(config)])
+    original = train_lm.build_callbacks
+    for module in (train_flowvae, train_lm):
+        patch.setattr(module, "build_callbacks", lambda config: [callback, *original(config)])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -121,15 +121,15 @@ def test_mistakes_are_one_line(stage: str, more: list[str], message: str, flowva
 def test_ctrl_c_is_one_line_and_130(lm_overrides: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
     from lightning.pytorch.callbacks import Callback
 
-    from kalle.cli import train as module
+    from kalle.cli import train_lm as module
 
     class CtrlC(Callback):
         def on_before_optimizer_step(self, trainer, *_) -> None:
             if trainer.global_step == 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    original = module._callbacks
-    monkeypatch.setattr(module, "_callbacks", lambda config: [CtrlC(), *original(config)])
+    original = module.build_callbacks
+    monkeypatch.setattr(module, "build_callbacks", lambda config: [CtrlC(), *original(config)])
     assert train("lm", lm_overrides, f"out={tmp_path}") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; run the same command again to continue"
     assert torch.load(tmp_path / "checkpoints" / LAST, weights_only=True)["global_step"] == 2

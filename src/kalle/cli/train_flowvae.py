@@ -1,0 +1,44 @@
+"""`kalle train flowvae`: from a corpus folder to Flow-VAE weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kalle.cli.train_checks import check_frames, check_manual_optimisation, check_run
+from kalle.cli.train_run import SPLITS, TrainingRun, build_callbacks, describe, fit, prepare_run
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def train_flowvae(config: DictConfig) -> TrainingRun:
+    """Train a Flow-VAE as ``configs/train_flowvae.yaml`` says; its weights end in ``out``/weights/flowvae."""
+    from hydra.utils import instantiate
+
+    from kalle.models.discriminators import Discriminators
+    from kalle.models.flowvae import FlowVAE
+    from kalle.training.flowvae import FlowVAETraining
+
+    check_run(config)
+    check_manual_optimisation(config)
+    prepare_run(config)
+    data = instantiate(config.data, _convert_="all")
+    for split in SPLITS:
+        data.reader(split)
+    flowvae = FlowVAE(instantiate(config.flowvae, _convert_="all"))
+    check_frames(config, flowvae)
+    judges = None if config.discriminators is None else Discriminators(instantiate(config.discriminators, _convert_="all"))
+    module = FlowVAETraining(
+        flowvae,
+        optimizer=instantiate(config.optimizer),
+        scheduler=instantiate(config.scheduler),
+        objective=instantiate(config.objective),
+        clip=instantiate(config.clip),
+        discriminators=judges,
+        mel_loss=None if config.mel_loss is None else instantiate(config.mel_loss, _convert_="all"),
+        seed=config.seed,
+    )
+    result = fit(config, module, data, build_callbacks(config))
+    flowvae.save_pretrained(result.weights)
+    describe(result.weights, flowvae.config.sample_rate)
+    return result

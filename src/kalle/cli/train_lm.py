@@ -1,0 +1,98 @@
+"""`kalle train lm`: from a latent folder to language-model weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalle.cli.train_checks import check_encoder, check_latents, check_run, check_speaker, check_vocabulary
+from kalle.cli.train_run import SPLITS, TrainingRun, build_callbacks, describe, fit, prepare_run
+from kalle.disk import whole_file
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from kalle.models.flowvae import FlowVAE
+    from kalle.models.lm import KalleLM
+    from kalle.text.tokenizer import Tokenizer
+
+
+def train_lm(config: DictConfig) -> TrainingRun:
+    """Train a language model as ``configs/train_lm.yaml`` says; ``out``/weights then speaks when ``flowvae`` was given."""
+    from hydra.utils import instantiate
+
+    from kalle.data.shards import read_info
+    from kalle.models.flowvae import FlowVAE
+    from kalle.training.lm import KalleLMTraining
+
+    check_run(config)
+    prepare_run(config)
+    data = instantiate(config.data, _convert_="all")
+    for split in SPLITS:
+        data.dataset(split)
+    info = read_info(data.latents)
+    lm = _language_model(config, info, data.tokenizer)
+    check_speaker(lm, data.speaker)
+    module = KalleLMTraining(
+        lm,
+        optimizer=instantiate(config.optimizer),
+        scheduler=instantiate(config.scheduler),
+        objective=instantiate(config.objective),
+        seed=config.seed,
+    )
+    callbacks = build_callbacks(config)
+    if config.flowvae.folder is not None:
+        flowvae = FlowVAE.from_pretrained(config.flowvae.folder)
+        check_encoder(flowvae, config.flowvae.folder, info, data.latents)
+        _bind_sampler(callbacks, flowvae, data.tokenizer, config.seed)
+    result = fit(config, module, data, callbacks)
+    lm.save_pretrained(result.weights)
+    data.tokenizer.save(result.weights / "tokenizer")
+    if config.flowvae.folder is not None:
+        _copy_flowvae(config.flowvae.folder, result.weights)
+    describe(result.weights, info["sample_rate_hz"])
+    return result
+
+
+def _language_model(config: DictConfig, info: dict[str, Any], tokenizer: Tokenizer) -> KalleLM:
+    """The model that ``config`` describes or starts from, checked against the latents of ``info``."""
+    import torch
+    from hydra.utils import instantiate
+
+    from kalle.models.lm import KalleLM
+
+    if config.init is not None:
+        lm = KalleLM.from_pretrained(config.init).train()
+    else:
+        # Before the model is built, because transformers has something to say about token ids beyond the vocabulary.
+        check_vocabulary(config.lm.backbone.get("vocab_size", tokenizer.vocab_size), tokenizer)
+        lm = KalleLM(instantiate(config.lm, _convert_="all"))
+    check_vocabulary(lm.vocab_size, tokenizer)
+    check_latents(lm, info, config.init)
+    if config.init is None and lm.config.normalise_latents:
+        lm.set_latent_statistics(torch.tensor(info["mean"]), torch.tensor(info["std"]))
+    return lm
+
+
+def _bind_sampler(callbacks: list[Any], flowvae: FlowVAE, tokenizer: Tokenizer, seed: int) -> None:
+    from kalle.training.media import SpeechMedia
+    from kalle.training.sampling import speech_sampler
+
+    for callback in callbacks:
+        if isinstance(callback, SpeechMedia):
+            callback.bind(speech_sampler(flowvae, tokenizer, seed=seed), flowvae.config.sample_rate)
+
+
+def _copy_flowvae(source: str, weights: Path) -> None:
+    from kalle.checkpoint import part_folder
+
+    part = part_folder(source, "flowvae")
+    if part.resolve() != (weights / "flowvae").resolve():
+        shutil.copytree(part, weights / "flowvae", copy_function=_copy_whole, dirs_exist_ok=True)
+
+
+def _copy_whole(source: str, target: str) -> None:
+    """Replace ``target`` by a rename: a loaded model may have the old file mapped."""
+    with whole_file(Path(target)) as temporary:
+        shutil.copy2(source, temporary)

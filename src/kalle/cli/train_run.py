@@ -1,0 +1,116 @@
+"""What both trainings share: threads and seeds, callbacks, the trainer, and what a run leaves."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import lightning
+    from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid")
+"""What a run reads: opened before anything is built or written."""
+WEIGHTS_FOLDER = "weights"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a finished run leaves for its caller."""
+
+    module: lightning.LightningModule
+    trainer: lightning.Trainer
+    weights: Path
+    metrics: dict[str, float]
+
+
+def prepare_run(config: DictConfig) -> None:
+    """Threads, seeds and what the libraries say."""
+    import warnings
+
+    import lightning
+    import torch
+
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # Its own handler would repeat every line of ours, and what it says about devices and steps we say ourselves.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+
+
+def build_callbacks(config: DictConfig) -> list[Any]:
+    """The callbacks that ``config`` names."""
+    from hydra.utils import instantiate
+
+    wanted = [node for node in config.callbacks.values() if node is not None]
+    if not config.logger:
+        wanted = [node for node in wanted if not node["_target_"].endswith("LearningRateMonitor")]
+    return [instantiate(node, _convert_="all") for node in wanted]
+
+
+def fit(config: DictConfig, module: lightning.LightningModule, data: Any, callbacks: list[Any]) -> TrainingRun:
+    """Train ``module`` on ``data``, from the checkpoint that ``config.resume`` means."""
+    from hydra.utils import instantiate
+
+    from kalle.checkpoint import resolve_device
+    from kalle.training.checkpointing import check_checkpoint, resume_path
+
+    out = Path(config.out)
+    device = resolve_device(config.device)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if device.type == "cuda" else "32-true"
+    trainer = instantiate(
+        config.trainer,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index] if device.index is not None else config.trainer.devices,
+        precision=precision,
+        logger=[instantiate(node) for node in config.logger] if config.logger else False,
+        callbacks=callbacks,
+        default_root_dir=str(out),
+        _convert_="all",
+    )
+    checkpoint = resume_path(config.resume, out / "checkpoints")
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, module)
+    parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    end = f"step {trainer.max_steps}" if trainer.max_steps > 0 else f"the end of epoch {trainer.max_epochs}"
+    logger.info(
+        "training %.1f M parameters on %s (%s) to %s, %s; results in '%s'",
+        parameters / 1e6, device, precision, end, f"continuing from '{checkpoint}'" if checkpoint else "from the start", out,
+    )  # fmt: skip
+    if trainer.is_global_zero:
+        _save_config(config, out / "config.yaml")
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    except (RuntimeError, SystemExit) as error:
+        # Lightning answers Ctrl-C with exit code 1, and data workers that got it too die under the trainer.
+        asked = any(getattr(callback, "stop_asked", False) for callback in trainer.callbacks)
+        if not isinstance(error.__context__, KeyboardInterrupt) and not (trainer.interrupted and asked):
+            raise
+        raise KeyboardInterrupt from None
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return TrainingRun(module, trainer, out / WEIGHTS_FOLDER, metrics)
+
+
+def _save_config(config: DictConfig, path: Path) -> None:
+    """The configuration with every reference resolved, as a record of the run."""
+    from omegaconf import OmegaConf
+
+    from kalle.disk import write_whole
+
+    write_whole(path, OmegaConf.to_yaml(config, resolve=True))
+
+
+def describe(weights: Path, sample_rate: int | None) -> None:
+    """Write the weight folder's own config.json."""
+    from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, write_json
+
+    parts = [part for part in ("flowvae", "lm", "tokenizer") if (weights / part).is_dir()]
+    values = {"format_version": FORMAT_VERSION, "parts": parts}
+    write_json(weights / CONFIG_NAME, values if sample_rate is None else {**values, "sample_rate": sample_rate})
