@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalle.data.sampling import BudgetPlan, ConstantSampler, EpochSampler, FixedSizePlan, derived_seed, equal_buckets, standard_noise
+from kalle.data.plans import BudgetPlan, FixedSizePlan, equal_buckets
+from kalle.data.sampling import ConstantSampler, EpochSampler, derived_seed, standard_noise
 
 items = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=80)
 
@@ -73,7 +74,8 @@ def test_ranks_share_an_epoch(count: int, world_size: int, epoch: int) -> None:
     seen = [visit.item for batches in per_rank for batch in batches for visit in batch]
     assert set(seen) == set(range(count))
     batches = [batch for batches in per_rank for batch in batches]
-    assert len(batches) - len(FixedSizePlan(count, 2)(0)) == samplers[0].repeated < world_size
+    assert len(batches) - len(FixedSizePlan(count, 2)(0)) == samplers[0].repeated + samplers[0].split < world_size
+    assert len(seen) - count == samplers[0].repeated == max(0, world_size - count), "only fewer items than ranks are repeated"
     assert all(visit.epoch == epoch for batch in batches for visit in batch)
 
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "voices": "make, list, show and play voices",
     "web": "a page for the browser, on this machine only unless told otherwise",
     "prepare": "turn recordings and texts into a corpus folder",
+    "data": "check, filter and shard prepared corpora",
     "encode": "write the Flow-VAE posteriors of a corpus as shards",
     "train": "train a Flow-VAE or a language model (`kalle train flowvae|lm`, then any Hydra override)",
     "evaluate": "score synthesis, reconstruction or a folder of wavs",

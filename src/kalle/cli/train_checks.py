@@ -82,7 +82,7 @@ def check_latents(lm: KalleLM, info: dict[str, Any], init: str | None) -> None:
         raise UserError(f"the latents have {got} dimensions but {where} is {wanted}; {remedy}")
 
 
-def check_encoder(flowvae: FlowVAE, folder: str, info: dict[str, Any], latents: Path) -> None:
+def check_encoder(flowvae: FlowVAE, folder: str, info: dict[str, Any], latents: str | Path) -> None:
     """The Flow-VAE in ``folder`` must be the one that made ``latents``: the result is told to speak through it."""
     from kalle.checkpoint import weights_hash
 

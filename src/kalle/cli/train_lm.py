@@ -22,7 +22,6 @@ def train_lm(config: DictConfig) -> TrainingRun:
     """Train a language model as ``configs/train_lm.yaml`` says; ``out``/weights then speaks when ``flowvae`` was given."""
     from hydra.utils import instantiate
 
-    from kalle.data.shards import read_info
     from kalle.models.flowvae import FlowVAE
     from kalle.training.lm import KalleLMTraining
 
@@ -31,7 +30,7 @@ def train_lm(config: DictConfig) -> TrainingRun:
     data = instantiate(config.data, _convert_="all")
     for split in SPLITS:
         data.dataset(split)
-    info = read_info(data.latents)
+    info = data.info()
     lm = _language_model(config, info, data.tokenizer)
     check_speaker(lm, data.speaker)
     module = KalleLMTraining(

@@ -22,9 +22,14 @@ def load_cuts(corpus: str | Path, split: str) -> list[Cut]:
         )
     path = root / f"cuts_{split}.jsonl.gz"
     if not path.is_file():
-        found = sorted(file.name.removeprefix("cuts_").removesuffix(".jsonl.gz") for file in root.glob("cuts_*.jsonl.gz"))
+        found = splits_of(root)
         raise UserError(
             f"no split '{split}' in '{corpus}': found {', '.join(found) or 'none'}; name one of them or run `kalle prepare` again"
         )
     # A path that is absolute already stays as it is: pathlib drops what stands before it.
     return [cut.with_recording_path_prefix(root) for cut in CutSet.from_jsonl_lazy(path)]
+
+
+def splits_of(corpus: str | Path) -> list[str]:
+    """The names of the splits of a corpus folder, sorted; none when it isn't one."""
+    return sorted(file.name.removeprefix("cuts_").removesuffix(".jsonl.gz") for file in Path(corpus).glob("cuts_*.jsonl.gz"))

@@ -8,23 +8,34 @@ built with ``use_distributed_sampler=False``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import lightning
+import numpy as np
 from torch.utils.data import Dataset
 
 from kalle.data.corpus_cuts import load_cuts
 from kalle.data.latent_dataset import LatentDataset, SpeakerConfig
+from kalle.data.latent_info import check_common, mixed_info
 from kalle.data.loader import ResumableLoader, rank_and_world_size
-from kalle.data.sampling import BudgetPlan, ConstantSampler, EpochSampler, FixedSizePlan, Plan
-from kalle.data.wave_dataset import CropDataset, ShortCuts, WaveReader, WholeDataset
+from kalle.data.mixing import mixture_of, sources_of, weights_of
+from kalle.data.plans import BudgetPlan, FixedSizePlan, windows_of
+from kalle.data.sampling import ConstantSampler, EpochSampler, Plan
+from kalle.data.shards import read_info
+from kalle.data.storage import Folder
+from kalle.data.wave_dataset import CropDataset, JoinedWaves, ShortCuts, WaveReader, Waves, WholeDataset
+from kalle.data.wave_shards import ShardWaves, is_wave_shards
 from kalle.errors import UserError
 from kalle.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 TRAIN, VALID, TEST = "train", "valid", "test"
+Sources = str | Path | Sequence[str | Path | Mapping[str, Any]]
+"""A folder or URL, or several, each alone or as ``{path, weight}`` or ``{path, share}`` (`kalle.data.mixing`)."""
 
 
 class _DataModule(lightning.LightningDataModule):
@@ -40,11 +51,14 @@ class _DataModule(lightning.LightningDataModule):
     def _training_loader(self, dataset: Dataset, plan: Plan) -> ResumableLoader:
         rank, world_size = rank_and_world_size()
         sampler = EpochSampler(plan, rank=rank, world_size=world_size)
-        if sampler.repeated:
-            logger.info("%d batches are repeated every epoch, so that %d ranks make equally many steps", sampler.repeated, world_size)
+        if sampler.split or sampler.repeated:
+            logger.info(
+                "so that %d ranks make equally many steps, every epoch halves batches %d times and repeats %d batches",
+                world_size, sampler.split, sampler.repeated,
+            )  # fmt: skip
         return self._loader(dataset, sampler)
 
-    def _constant_loader(self, dataset: Dataset, batches: list[list[int]]) -> ResumableLoader:
+    def _constant_loader(self, dataset: Dataset, batches: Sequence[list[int]]) -> ResumableLoader:
         rank, world_size = rank_and_world_size()
         return self._loader(dataset, ConstantSampler(batches, rank=rank, world_size=world_size))
 
@@ -54,7 +68,7 @@ class FlowVAEDataModule(_DataModule):
 
     def __init__(
         self,
-        corpus: str | Path,
+        corpus: Sources,
         segment_samples: int,
         batch_size: int,
         *,
@@ -63,12 +77,17 @@ class FlowVAEDataModule(_DataModule):
         seed: int = 0,
         short: ShortCuts = "join",
         gap_seconds: Sequence[float] = (0.1, 0.3),
+        mix: str | None = None,
+        shuffle: str = "items",
+        window_shards: int = 8,
         cache: bool = False,
+        cache_dir: str | Path | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """``corpus`` is a folder that ``kalle prepare`` wrote; ``hop_length`` (samples) and the rate are the Flow-VAE's.
+        """``corpus`` is a folder that ``kalle prepare`` or ``kalle data shard`` wrote, or a mix of several, of which an epoch visits crops.
 
+        ``hop_length`` (samples) and the rate are the Flow-VAE's. ``shuffle`` "shards" reads shard by shard, ``window_shards`` at a time.
         UserError when ``segment_samples`` is no positive multiple of ``hop_length``.
         """
         super().__init__(num_workers, pin_memory)
@@ -79,24 +98,40 @@ class FlowVAEDataModule(_DataModule):
             )
         if batch_size < 1:
             raise UserError(f"batch_size: got {batch_size}, expected at least 1; correct it")
-        self.corpus, self.segment_samples, self.batch_size = Path(corpus), segment_samples, batch_size
-        self.sample_rate_hz, self.seed, self.short, self.cache = sample_rate_hz, seed, short, cache
+        self.sources, self.mix = sources_of(corpus, "data.corpus", mix), mix
+        self.segment_samples, self.batch_size = segment_samples, batch_size
+        self.sample_rate_hz, self.seed, self.short, self.cache, self.cache_dir = sample_rate_hz, seed, short, cache, cache_dir
+        self.shuffle, self.window_shards = shuffle, window_shards
         self.gap_samples = (round(gap_seconds[0] * sample_rate_hz), round(gap_seconds[1] * sample_rate_hz))
-        self._readers: dict[str, WaveReader] = {}
+        self._readers: dict[str, JoinedWaves] = {}
 
-    def reader(self, split: str) -> WaveReader:
+    def reader(self, split: str) -> JoinedWaves:
         """The audio of one split, decoded at most once when cached."""
         if split not in self._readers:
-            cuts = load_cuts(self.corpus, split)
-            if not cuts:
-                raise UserError(f"no cuts in the split '{split}' of '{self.corpus}'; prepare a larger corpus")
-            self._readers[split] = WaveReader(cuts, self.sample_rate_hz, cache=self.cache)
+            self._readers[split] = JoinedWaves([self._waves(source.path, split) for source in self.sources])
         return self._readers[split]
+
+    def _waves(self, corpus: str, split: str) -> Waves:
+        if is_wave_shards(corpus):
+            waves: Waves = ShardWaves(Folder(corpus, self.cache_dir), split, self.sample_rate_hz, cache=self.cache)
+        else:
+            waves = WaveReader(load_cuts(corpus, split), self.sample_rate_hz, cache=self.cache)
+        if not len(waves):
+            raise UserError(f"no cuts in the split '{split}' of '{corpus}'; prepare a larger corpus")
+        return waves
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of ``batch_size`` crops; ``wav`` is (B, segment_samples)."""
-        dataset = CropDataset(self.reader(TRAIN), self.segment_samples, seed=self.seed, short=self.short, gap_samples=self.gap_samples)
-        return self._training_loader(dataset, FixedSizePlan(len(dataset), self.batch_size, seed=self.seed))
+        reader = self.reader(TRAIN)
+        by_shards = self.shuffle == "shards"
+        dataset = CropDataset(
+            reader, self.segment_samples, seed=self.seed, short=self.short, gap_samples=self.gap_samples, near=by_shards
+        )  # fmt: skip
+        shard = None if reader.shard is None else np.repeat(reader.shard, dataset.crops)
+        mixture = mixture_of(self.sources, np.repeat(reader.source(), dataset.crops), self.mix, "crops")
+        windows = windows_of(self.shuffle, self.window_shards, shard)
+        plan = FixedSizePlan(len(dataset), self.batch_size, seed=self.seed, mixture=mixture, windows=windows)
+        return self._training_loader(dataset, plan)
 
     def val_dataloader(self) -> ResumableLoader:
         """Whole utterances of the validation split, ``wav`` (1, S)."""
@@ -116,7 +151,7 @@ class LMDataModule(_DataModule):
 
     def __init__(
         self,
-        latents: str | Path,
+        latents: Sources,
         tokenizer: Tokenizer,
         max_positions: int,
         *,
@@ -125,12 +160,17 @@ class LMDataModule(_DataModule):
         buckets: int = 30,
         seed: int = 0,
         speaker: SpeakerConfig | None = None,
+        mix: str | None = None,
+        shuffle: str = "items",
+        window_shards: int = 8,
         cache: bool = False,
+        cache_dir: str | Path | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """``latents`` is a folder that ``kalle encode`` wrote.
+        """``latents`` is a folder that ``kalle encode`` wrote, or a mix of several, of which an epoch visits utterances.
 
+        ``shuffle`` "shards" reads shard by shard, ``window_shards`` at a time.
         ``max_positions`` bounds text, latents and padding of a batch together, ``max_items`` its utterances; utterances of more than
         ``drop_longer_than`` positions (at most the budget) are left out, counted and logged.
         """
@@ -138,22 +178,38 @@ class LMDataModule(_DataModule):
         if max_positions < 1 or buckets < 1 or (max_items is not None and max_items < 1):
             got = f"max_positions={max_positions}, max_items={max_items}, buckets={buckets}"
             raise UserError(f"batches: got {got}, expected at least 1; correct them")
-        self.latents, self.tokenizer, self.max_positions = Path(latents), tokenizer, max_positions
+        self.sources, self.mix = sources_of(latents, "data.latents", mix), mix
+        self.latents = ", ".join(source.path for source in self.sources)
+        self.tokenizer, self.max_positions = tokenizer, max_positions
         self.drop_longer_than = max_positions if drop_longer_than is None else min(drop_longer_than, max_positions)
-        self.max_items, self.buckets, self.seed, self.speaker, self.cache = max_items, buckets, seed, speaker, cache
+        self.max_items, self.buckets, self.seed, self.speaker = max_items, buckets, seed, speaker
+        self.shuffle, self.window_shards, self.cache, self.cache_dir = shuffle, window_shards, cache, cache_dir
         self._datasets: dict[str, LatentDataset] = {}
 
+    @cached_property
+    def _infos(self) -> dict[str, dict[str, Any]]:
+        infos = {source.path: read_info(source.path) for source in self.sources}
+        check_common(infos)
+        return infos
+
+    def info(self) -> dict[str, Any]:
+        """The info.json of the latents, of a mix with the statistics of its training frames."""
+        counts = np.bincount(self.dataset(TRAIN).source, minlength=len(self.sources)).tolist()
+        return mixed_info(list(self._infos.values()), weights_of(self.sources, counts, self.mix))
+
     def dataset(self, split: str) -> LatentDataset:
-        """The utterances of one split, read once."""
+        """The utterances of one split, read once; only for training must all folders of a mix have some."""
         if split not in self._datasets:
+            having = [path for path, info in self._infos.items() if split in info["splits"]]
             self._datasets[split] = LatentDataset(
-                self.latents,
+                having if having and split != TRAIN else list(self._infos),
                 split,
                 self.tokenizer,
                 seed=self.seed,
                 max_positions=self.drop_longer_than,
                 speaker=self.speaker,
                 cache=self.cache,
+                cache_dir=self.cache_dir,
             )
         return self._datasets[split]
 
@@ -168,10 +224,12 @@ class LMDataModule(_DataModule):
             buckets=self.buckets,
             shuffle=shuffle,
             seed=self.seed,
+            mixture=mixture_of(self.sources, dataset.source, self.mix, "utterances") if shuffle else None,
+            windows=windows_of(self.shuffle, self.window_shards, dataset.items.shard) if shuffle else None,
         )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Every training utterance once an epoch, with fresh latents."""
+        """Every training utterance once an epoch, or as often as the mix says, with fresh latents."""
         return self._training_loader(self.dataset(TRAIN), self.plan(TRAIN, shuffle=True))
 
     def val_dataloader(self) -> ResumableLoader:

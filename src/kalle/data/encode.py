@@ -20,7 +20,17 @@ from torch import nn
 
 from kalle.checkpoint import weights_hash, write_json
 from kalle.data.joining import JoinConfig, Utterance, joined, singles
-from kalle.data.shards import COMPLETED_NAME, INFO_NAME, LATENTS, SPEAKER_MELS, LatentRecord, ShardFolder, iter_posteriors, read_info
+from kalle.data.shard_index import write_index
+from kalle.data.shards import (
+    COMPLETED_NAME,
+    INFO_NAME,
+    LatentRecord,
+    ShardFolder,
+    iter_posteriors,
+    latent_fields,
+    latent_frames,
+    read_info,
+)
 from kalle.disk import output_folder
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
@@ -149,7 +159,7 @@ def encode_corpus(
     recorded: dict[str, list[dict[str, Any]]] = {split: [] for split in plan}
     with output_folder(root):
         for split, utterances in plan.items():
-            folder = ShardFolder(root, split, (LATENTS, SPEAKER_MELS) if encoder.config.speaker_mels else (LATENTS,))
+            folder = ShardFolder(root, split, latent_fields(encoder.config.speaker_mels))
             size = encoder.config.shard_size
             shards = [utterances[start : start + size] for start in range(0, len(utterances), size)]
             folder.check_only(len(shards))
@@ -211,7 +221,9 @@ def _shard(encoder: CorpusEncoder, folder: ShardFolder, number: int, utterances:
 def _finish(
     encoder: CorpusEncoder, root: Path, plan: Mapping[str, Sequence[Utterance]], recorded: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Write info.json, then the marker that the folder is complete; nothing when both are there already."""
+    """Write the indices, info.json, then the marker that the folder is complete; no more than the first when it is."""
+    for split in recorded:
+        write_index(root, split, latent_fields(encoder.config.speaker_mels), latent_frames)
     if (root / COMPLETED_NAME).is_file():
         return read_info(root)
     config = encoder.flowvae.config

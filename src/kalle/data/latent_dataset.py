@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from kalle.data.columns import Ragged, TokenLists, starts_of
+from kalle.data.items import Table, array_of, joined_tables
 from kalle.data.sampling import Visit, standard_noise
-from kalle.data.shards import LatentItem, read_info, read_items
+from kalle.data.shards import LATENTS, SPEAKER_MELS, read_info, read_items
 from kalle.data.speaker_crops import speaker_crop
+from kalle.data.storage import Folder
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
@@ -37,16 +41,16 @@ class SpeakerConfig:
 
 
 class LatentDataset(Dataset):
-    """One split of a latent folder; ``dataset[visits]`` is the `LMBatch` of those visits.
+    """One split of one or several latent folders; ``dataset[visits]`` is the `LMBatch` of those visits.
 
-    The posterior sample of a visit is mean + noise * std, the noise a function of (seed, epoch, cut id): fresh in every epoch,
-    the same whatever the batch, the rank or the number of workers. Items of more than ``max_positions`` positions (text, latents and a
-    speaker) are left out; ``rejected`` counts them by reason.
+    The posterior sample of a visit is mean + noise * std, the noise a function of (seed, epoch, cut id, repetition within the epoch):
+    fresh in every epoch, the same whatever the batch, the rank or the number of workers. Items of more than ``max_positions`` positions
+    (text, latents and a speaker) are left out; ``rejected`` counts them by reason.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Sequence[str | Path],
         split: str,
         tokenizer: Tokenizer,
         *,
@@ -54,33 +58,35 @@ class LatentDataset(Dataset):
         max_positions: int | None = None,
         speaker: SpeakerConfig | None = None,
         cache: bool = False,
+        cache_dir: str | Path | None = None,
     ) -> None:
-        """``cache`` keeps all latents in memory as float16; without it they are read from the shards at each visit."""
+        """``cache`` keeps all latents in memory as float16; without it they are read from the shards at each visit.
+
+        ``cache_dir`` keeps the shards of remote folders on this machine.
+        """
         self.split, self.seed, self.speaker = split, seed, speaker
-        if speaker is not None and not read_info(folder)["speaker_mels"]:
-            raise UserError(
-                f"no speaker mels in '{folder}': expected them for a model with a speaker encoder; "
-                "run `kalle encode … speaker_mels=true` into a new folder"
-            )
+        names = [folder] if isinstance(folder, str | Path) else list(folder)
+        tables = [_table(Folder(name, cache_dir), split, speaker) for name in names]
+        source = np.repeat(np.arange(len(tables), dtype=np.int16), [len(table) for table in tables])
+        table = joined_tables(tables)
+        rows = _tokens(table, tokenizer)
         self.rejected: Counter[str] = Counter()
-        self.items: list[LatentItem] = []
-        self.text_ids: list[Tensor] = []
-        extra = 0 if speaker is None else 1
-        for item in read_items(folder, split):
-            ids = prompt_ids(tokenizer, item.text)
-            if max_positions is not None and len(ids) + item.frames + extra > max_positions:
-                self.rejected[f"longer than {max_positions} positions"] += 1
-                continue
-            self.items.append(item)
-            self.text_ids.append(ids.to(torch.int32))
-        if self.rejected:
-            logger.warning("left out of '%s': %s of %d utterances", split, dict(self.rejected), len(self.items) + self.rejected.total())
-        if not self.items:
+        keep = np.ones(len(table), bool)
+        if max_positions is not None:
+            keep = rows.lengths + table.frames + (0 if speaker is None else 1) <= max_positions
+        if not keep.all():
+            self.rejected[f"longer than {max_positions} positions"] = int((~keep).sum())
+            logger.warning("left out of '%s': %s of %d utterances", split, dict(self.rejected), len(table))
+        if not keep.any():
             raise UserError(
-                f"no utterances left in the split '{split}' of '{folder}': rejected {dict(self.rejected)}; "
+                f"no utterances left in the split '{split}' of '{', '.join(map(str, names))}': rejected {dict(self.rejected)}; "
                 "raise the limit or encode a larger corpus"
             )
-        self._cache = [item.latents.load() for item in self.items] if cache else None
+        self.items: Table = table.take(keep)
+        self.text_ids = TokenLists(rows.take(keep))
+        self.source = source[keep]
+        """(N,) int16: which of the folders each item is of."""
+        self._cache = [self._stored(index, LATENTS) for index in range(len(self.items))] if cache else None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -88,27 +94,32 @@ class LatentDataset(Dataset):
     @property
     def text_lengths(self) -> np.ndarray:
         """Text positions of each item, special tokens included, (N,) int64."""
-        return np.array([len(ids) for ids in self.text_ids], dtype=np.int64)
+        return self.text_ids.rows.lengths
 
     @property
     def audio_lengths(self) -> np.ndarray:
         """Latent frames of each item, and one position for a speaker, (N,) int64."""
-        return np.array([item.frames for item in self.items], dtype=np.int64) + (0 if self.speaker is None else 1)
+        return self.items.frames.astype(np.int64) + (0 if self.speaker is None else 1)
 
     def posterior(self, index: int) -> DiagGaussian:
         """The stored posterior of one item, (T, D) fp32."""
-        stored = self.items[index].latents.load() if self._cache is None else self._cache[index]
+        stored = self._stored(index, LATENTS) if self._cache is None else self._cache[index]
         return DiagGaussian.from_parameters(torch.from_numpy(stored).float())
 
+    def _stored(self, index: int, field: str) -> np.ndarray:
+        member = self.items.member(index, field)
+        return array_of(member.read(), member.name)
+
     def __getitem__(self, visits: Sequence[Visit]) -> LMBatch:
-        posteriors = [self.posterior(visit.item) for visit in visits]
-        names = tuple(self.items[visit.item].id for visit in visits)
+        indices = [visit.item % len(self) for visit in visits]
+        keys = [self._key(visit) for visit in visits]
+        posteriors = [self.posterior(index) for index in indices]
         latents = [
-            posterior.sample(standard_noise(posterior.mean.shape, "posterior", self.seed, visit.epoch, name))
-            for posterior, visit, name in zip(posteriors, visits, names, strict=True)
+            posterior.sample(standard_noise(posterior.mean.shape, "posterior", *key))
+            for posterior, key in zip(posteriors, keys, strict=True)
         ]
-        texts = [self.text_ids[visit.item].long() for visit in visits]
-        speaker_mels, speaker_noise = self._speaker(visits) if self.speaker is not None else (None, None)
+        texts = [self.text_ids[index].long() for index in indices]
+        speaker_mels, speaker_noise = self._speaker(indices, keys) if self.speaker is not None else (None, None)
         return LMBatch(
             text_ids=pad_sequence(texts, batch_first=True),
             text_lengths=torch.tensor([len(ids) for ids in texts]),
@@ -120,18 +131,41 @@ class LatentDataset(Dataset):
             ),
             speaker_mels=speaker_mels,
             speaker_noise=speaker_noise,
-            cut_ids=names,
+            cut_ids=tuple(str(key[2]) for key in keys),
         )
 
-    def _speaker(self, visits: Sequence[Visit]) -> tuple[Tensor, Tensor | None]:
+    def _key(self, visit: Visit) -> tuple[int | str, ...]:
+        """What the noise of a visit is a function of; only a mixture visits an item more than once an epoch."""
+        repetition, index = divmod(visit.item, len(self))
+        key = (self.seed, visit.epoch, self.items.ids[index])
+        return key if not repetition else (*key, repetition)
+
+    def _speaker(self, indices: Sequence[int], keys: Sequence[tuple[int | str, ...]]) -> tuple[Tensor, Tensor | None]:
         """Mel crops (B, 80, F) and, when the latent is sampled, its noise (B, H)."""
         assert self.speaker is not None
         crops, noises = [], []
-        for visit in visits:
-            item = self.items[visit.item]
-            assert item.speaker_mels is not None, item.id
-            key = (self.seed, visit.epoch, item.id)
-            crops.append(torch.from_numpy(speaker_crop(item.speaker_mels.load(), self.speaker.crop_frames, *key).astype(np.float32)))
+        for index, key in zip(indices, keys, strict=True):
+            crop = speaker_crop(self._stored(index, SPEAKER_MELS), self.speaker.crop_frames, *key)
+            crops.append(torch.from_numpy(crop.astype(np.float32)))
             if self.speaker.latent_dim is not None:
                 noises.append(standard_noise((self.speaker.latent_dim,), "speaker", *key))
         return torch.stack(crops), torch.stack(noises) if noises else None
+
+
+def _table(folder: Folder, split: str, speaker: SpeakerConfig | None) -> Table:
+    if speaker is not None and not read_info(folder)["speaker_mels"]:
+        raise UserError(
+            f"no speaker mels in '{folder}': expected them for a model with a speaker encoder; "
+            "run `kalle encode … speaker_mels=true` into a new folder"
+        )
+    return read_items(folder, split)
+
+
+def _tokens(table: Table, tokenizer: Tokenizer) -> Ragged:
+    """The prompt of each item."""
+    values, lengths = array.array("i"), array.array("q")
+    for text in table.texts:
+        ids = prompt_ids(tokenizer, text)
+        values.frombytes(ids.numpy().astype(np.int32).tobytes())
+        lengths.append(len(ids))
+    return Ragged(np.frombuffer(values, np.int32), starts_of(np.frombuffer(lengths, np.int64)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,8 +18,11 @@ from torch.utils.data import Sampler
 
 logger = logging.getLogger(__name__)
 
-Plan = Callable[[int], list[list[int]]]
-"""From an epoch to its batches of item indices; the number of batches must not depend on the epoch."""
+Plan = Callable[[int], Sequence[list[int]]]
+"""From an epoch to its batches of item indices; the numbers of batches and of their items must not depend on the epoch.
+
+An item that a mixture visits several times an epoch is ``index + n * items`` at its n-th repetition.
+"""
 
 
 class Visit(NamedTuple):
@@ -46,81 +48,12 @@ def numpy_generator(*parts: int | str) -> np.random.Generator:
     return np.random.default_rng(derived_seed(*parts))
 
 
-def equal_buckets(positions: np.ndarray, buckets: int) -> list[np.ndarray]:
-    """Item indices in at most ``buckets`` groups of similar length and nearly equal total length.
-
-    ``positions`` (N,) is the length of each item. Groups are ordered by length and none is empty.
-    """
-    order = np.argsort(positions, kind="stable")
-    filled = np.cumsum(positions[order])
-    group = np.minimum((filled - 1) * buckets // max(int(filled[-1]), 1), buckets - 1)
-    return [order[group == index] for index in np.unique(group)]
-
-
-class BudgetPlan:
-    """Batches of similar length under a budget of padded positions.
-
-    A batch of B items costs B * (longest text + longest audio) positions, padding included, and never more than
-    ``max_positions``. Items are put into ``buckets`` groups by length once; an epoch shuffles each group, cuts it into batches and
-    shuffles the batches. The batch size of a group follows from its longest items, so every epoch has the same number of
-    batches (the trainer asks only once) and visits every item exactly once.
-
-    ``text_lengths`` and ``audio_lengths`` are (N,) int64, in positions; the sum of no item may exceed ``max_positions``.
-    """
-
-    def __init__(
-        self,
-        text_lengths: np.ndarray,
-        audio_lengths: np.ndarray,
-        *,
-        max_positions: int,
-        max_items: int | None = None,
-        buckets: int = 30,
-        shuffle: bool = True,
-        seed: int = 0,
-    ) -> None:
-        total = text_lengths + audio_lengths
-        assert total.size, "no items to batch"
-        assert int(total.max()) <= max_positions, (int(total.max()), max_positions)
-        self.seed, self.shuffle = seed, shuffle
-        self._groups: list[tuple[np.ndarray, int]] = []
-        for members in equal_buckets(total, buckets):
-            widest = int(text_lengths[members].max() + audio_lengths[members].max())
-            size = max(1, max_positions // widest)
-            self._groups.append((members, size if max_items is None else min(size, max_items)))
-
-    def __call__(self, epoch: int) -> list[list[int]]:
-        """The batches of ``epoch`` as lists of item indices."""
-        generator = numpy_generator("batches", self.seed, epoch)
-        batches: list[list[int]] = []
-        for members, size in self._groups:
-            order = generator.permutation(members) if self.shuffle else members
-            batches += [order[start : start + size].tolist() for start in range(0, len(order), size)]
-        if self.shuffle:
-            batches = [batches[index] for index in generator.permutation(len(batches))]
-        return batches
-
-
-class FixedSizePlan:
-    """Batches of ``batch_size`` out of ``items`` items in a fresh order every epoch; the last one may be smaller."""
-
-    def __init__(self, items: int, batch_size: int, *, shuffle: bool = True, seed: int = 0) -> None:
-        assert items > 0, "no items to batch"
-        self.items, self.batch_size, self.shuffle, self.seed = items, batch_size, shuffle, seed
-
-    def __call__(self, epoch: int) -> list[list[int]]:
-        """The batches of ``epoch`` as lists of item indices."""
-        order = np.arange(self.items)
-        if self.shuffle:
-            order = numpy_generator("batches", self.seed, epoch).permutation(order)
-        return [order[start : start + self.batch_size].tolist() for start in range(0, self.items, self.batch_size)]
-
-
 class EpochSampler(Sampler[list[Visit]]):
     """The batches of one rank, one epoch at a time, beginning with batch ``start`` (the loader sets it back to 0).
 
-    Rank r of R takes the batches r, r + R, ... of the epoch's plan. When their number is no multiple of R, the first ones are
-    visited a second time, so that all ranks make equally many steps; ``repeated`` counts them. The trainer calls `set_epoch`.
+    Rank r of R takes the batches r, r + R, ... of the epoch's plan. When their number is no multiple of R, some of the last ones are
+    halved, so that all ranks make equally many steps and nothing is visited twice; ``split`` counts the batches so gained. Only when
+    every batch is down to one item are some visited a second time; ``repeated`` counts those. The trainer calls `set_epoch`.
     """
 
     def __init__(self, plan: Plan, *, rank: int = 0, world_size: int = 1) -> None:
@@ -128,9 +61,10 @@ class EpochSampler(Sampler[list[Visit]]):
         self.plan, self.rank, self.world_size = plan, rank, world_size
         self.epoch = 0
         self.start = 0
-        batches = len(plan(0))
-        self._length = math.ceil(batches / world_size)
-        self.repeated = self._length * world_size - batches
+        batches = plan(0)
+        body, tail, self.repeated = even_out(batches, world_size)
+        self.split = len(body) + len(tail) - len(batches) - self.repeated
+        self._length = (len(body) + len(tail)) // world_size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; a new epoch begins at its first batch."""
@@ -155,11 +89,38 @@ class EpochSampler(Sampler[list[Visit]]):
         return self._length
 
     def __iter__(self) -> Iterator[list[Visit]]:
-        batches = self.plan(self.epoch)
-        padded = batches + [batches[index % len(batches)] for index in range(self.repeated)]
-        mine = padded[self.rank :: self.world_size]
-        assert len(mine) == self._length, (len(mine), self._length)
-        return iter([[Visit(self.epoch, index) for index in batch] for batch in mine[self.start :]])
+        epoch = self.epoch
+        body, tail, _ = even_out(self.plan(epoch), self.world_size)
+        total = len(body) + len(tail)
+        assert total == self._length * self.world_size, (total, self._length, self.world_size)
+        mine = range(self.rank, total, self.world_size)[self.start :]
+        batches = (body[number] if number < len(body) else tail[number - len(body)] for number in mine)
+        return ([Visit(epoch, index) for index in batch] for batch in batches)
+
+
+def even_out(batches: Sequence[list[int]], world_size: int) -> tuple[Sequence[list[int]], list[list[int]], int]:
+    """Bring the number of batches to a multiple of ``world_size``.
+
+    Returns the first batches as they are, the last ones, halved where needed, and how many of those had to be repeated.
+    """
+    missing = -len(batches) % world_size
+    if not missing:
+        return batches, [], 0
+    cut, gain = len(batches), 0
+    while cut and (gain < missing or len(batches) - cut < missing):
+        cut -= 1
+        gain += len(batches[cut]) - 1
+    tail = list(batches[cut:])
+    repeated = 0
+    for _ in range(missing):
+        longest = max(range(len(tail)), key=lambda number: len(tail[number]))
+        whole = tail[longest]
+        if len(whole) == 1:
+            tail.append(tail[repeated])  # all of one item by now
+            repeated += 1
+        else:
+            tail[longest : longest + 1] = [whole[: -(-len(whole) // 2)], whole[-(-len(whole) // 2) :]]
+    return batches[:cut], tail, repeated
 
 
 class ConstantSampler(Sampler[list[Visit]]):
@@ -168,7 +129,7 @@ class ConstantSampler(Sampler[list[Visit]]):
     It has no ``set_epoch`` on purpose, for trainers also call that on validation samplers.
     """
 
-    def __init__(self, batches: list[list[int]], *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, batches: Sequence[list[int]], *, rank: int = 0, world_size: int = 1) -> None:
         self.batches = batches[rank::world_size]
 
     def __len__(self) -> int:

@@ -1,32 +1,35 @@
-"""Latent folders: lhotse Shar shards of posteriors with their texts, written so that a torn shard is never taken for whole.
+"""Shard folders: lhotse Shar shards of posteriors, or of waveforms, written so that a torn shard is never taken for whole.
 
 OUT/SPLIT/cuts.000000.jsonl.gz      lhotse cuts: id, text, speaker, language, number of frames
 OUT/SPLIT/latents.000000.tar        (T, 2D) float16 of every cut: mean, then log_std
 OUT/SPLIT/speaker_mels.000000.tar   optional, (80, F) float16 log-mels for a speaker encoder
+OUT/SPLIT/recording.000000.tar      instead of both, FLAC (`kalle.data.wave_shards`)
 OUT/progress/SPLIT.000000.json      written last: fingerprint of what went in, size of each file
-OUT/info.json, OUT/.completed       written when every shard is there
+OUT/index.SPLIT.safetensors         where everything lies, written when every shard is there (`kalle.data.shard_index`)
+OUT/info.json, OUT/.completed       written after it
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+import json
 import os
 import shutil
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lhotse import CutSet
-from lhotse.cut import MonoCut
+from lhotse.cut import Cut, MonoCut
 from lhotse.shar import SharWriter
 from lhotse.supervision import SupervisionSegment
 
 from kalle.checkpoint import read_json, write_json
+from kalle.data.items import Table, array_of
+from kalle.data.shard_index import index_name, read_table, tar_members
+from kalle.data.storage import Folder
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 
@@ -34,6 +37,14 @@ LATENTS = "latents"
 SPEAKER_MELS = "speaker_mels"
 INFO_NAME = "info.json"
 COMPLETED_NAME = ".completed"
+
+
+class Record(Protocol):
+    """What a shard is written from."""
+
+    def to_cut(self) -> Cut:
+        """The cut, what belongs into the shard in memory."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -66,10 +77,11 @@ class LatentRecord:
 
 
 class ShardFolder:
-    """The shards of one split of the latent folder ``root``."""
+    """The shards of one split of the shard folder ``root``."""
 
-    def __init__(self, root: Path, split: str, fields: Sequence[str] = (LATENTS,)) -> None:
-        self.root, self.split, self.fields = root, split, tuple(fields)
+    def __init__(self, root: Path, split: str, fields: Sequence[str] = (LATENTS,), form: str = "numpy", command: str = "encode") -> None:
+        """``fields`` name the tars; ``form`` is what lhotse calls the format of their members. ``command`` is for messages."""
+        self.root, self.split, self.fields, self.form, self.command = root, split, tuple(fields), form, command
 
     def files(self, number: int) -> list[Path]:
         """The files of one shard, in the order in which they are moved into place."""
@@ -93,19 +105,20 @@ class ShardFolder:
             return None
         if record.get("fingerprint") != fingerprint:
             raise UserError(
-                f"'{self.root}' already holds latents of another encoder, corpus or setting (shard {number} of '{self.split}'); "
-                "give a new out=, or delete the folder to encode again"
+                f"'{self.root}' already holds {' and '.join(self.fields)} of another encoder, corpus or setting (shard {number} of "
+                f"'{self.split}'); give a new output folder, or delete this one to {self.command} again"
             )
         return record
 
-    def write(self, number: int, records: Iterable[LatentRecord], fingerprint: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, number: int, records: Iterable[Record], fingerprint: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write one shard beside the folder, move it into place, then record it with ``facts``; returns what was recorded."""
         self.record_path(number).unlink(missing_ok=True)
+        (self.root / index_name(self.split)).unlink(missing_ok=True)
         partial = self.root / ".partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            fields = dict.fromkeys(self.fields, "numpy")
+            fields = dict.fromkeys(self.fields, self.form)
             with _shar_writer(str(partial), fields=fields, shard_size=2**31, shard_offset=number) as writer:
                 for record in records:
                     writer.write(record.to_cut())
@@ -128,7 +141,8 @@ class ShardFolder:
         strange = sorted(path.name for path in folder.iterdir() if path not in expected) if folder.is_dir() else []
         if strange:
             raise UserError(
-                f"'{folder}' holds files of another run: {', '.join(strange[:5])}; give a new out=, or delete the folder to encode again"
+                f"'{folder}' holds files of another run: {', '.join(strange[:5])}; "
+                f"give a new output folder, or delete this one to {self.command} again"
             )
 
 
@@ -149,75 +163,46 @@ def _shar_writer(*arguments: Any, **options: Any) -> Iterator[SharWriter]:
         raise
 
 
-@dataclass(frozen=True)
-class Member:
-    """Where the bytes of one array lie."""
-
-    path: Path
-    offset: int
-    size: int
-
-    def load(self) -> np.ndarray:
-        """Read the array."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return np.load(io.BytesIO(file.read(self.size)), allow_pickle=False)
-
-
-@dataclass(frozen=True)
-class LatentItem:
-    """One utterance of a latent folder; its arrays stay on disk."""
-
-    id: str
-    text: str
-    speaker: str | None
-    frames: int
-    latents: Member
-    speaker_mels: Member | None = None
-
-
-def read_info(folder: str | Path) -> dict[str, Any]:
+def read_info(folder: str | Path | Folder) -> dict[str, Any]:
     """The info.json of a complete latent folder; a UserError when it is none, or an unfinished one."""
-    root = Path(folder)
-    if not (root / COMPLETED_NAME).is_file() or not (root / INFO_NAME).is_file():
+    root = folder if isinstance(folder, Folder) else Folder(folder)
+    if not root.exists(COMPLETED_NAME) or not root.exists(INFO_NAME):
         raise UserError(
             f"not a complete latent folder: got '{root}', expected {INFO_NAME} and {COMPLETED_NAME} in it; run `kalle encode … out={root}`"
         )
-    return read_json(root / INFO_NAME)
+    info = read_json(Path(root.root, INFO_NAME)) if not root.remote else json.loads(root.read(INFO_NAME))
+    if info.get("kind") == "waves":
+        raise UserError(f"not a latent folder: '{root}' holds waveforms; give one that `kalle encode` wrote")
+    return info
 
 
-def read_items(folder: str | Path, split: str) -> list[LatentItem]:
+def read_items(folder: str | Path | Folder, split: str) -> Table:
     """All utterances of ``split``, in stored order, without their arrays.
 
     A UserError when the folder is not complete or has no such split.
     """
-    info, root = read_info(folder), Path(folder) / split
+    root = folder if isinstance(folder, Folder) else Folder(folder)
+    info = read_info(root)
     if split not in info["splits"]:
-        raise UserError(f"no split '{split}' in '{folder}': got {', '.join(info['splits'])}; encode it, or name another split")
-    items: list[LatentItem] = []
-    for path in sorted(root.glob("cuts.*.jsonl.gz")):
-        number = path.name.split(".")[1]
-        latents = tar_members(root / f"{LATENTS}.{number}.tar")
-        mels = tar_members(root / f"{SPEAKER_MELS}.{number}.tar") if info["speaker_mels"] else {}
-        for cut in CutSet.from_file(path):
-            supervision = cut.supervisions[0]
-            frames = cut.custom["num_frames_latent"]
-            items.append(LatentItem(cut.id, supervision.text, supervision.speaker, frames, latents[cut.id], mels.get(cut.id)))
-    return items
+        raise UserError(f"no split '{split}' in '{root}': got {', '.join(info['splits'])}; encode it, or name another split")
+    return read_table(root, split, latent_fields(info["speaker_mels"]), latent_frames)
 
 
-def tar_members(path: Path) -> dict[str, Member]:
-    """Where each array of an uncompressed shard lies, by cut id."""
-    try:
-        with tarfile.open(path, "r:") as archive:
-            arrays = [member for member in archive if member.name.endswith(".npy")]
-            return {member.name.removesuffix(".npy"): Member(path, member.offset_data, member.size) for member in arrays}
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"unreadable shard: '{path}' ({error}); run the same `kalle encode` again, it rewrites torn shards") from None
+def latent_fields(speaker_mels: bool) -> tuple[str, ...]:
+    """The tars of a latent shard."""
+    return (LATENTS, SPEAKER_MELS) if speaker_mels else (LATENTS,)
+
+
+def latent_frames(cut: Mapping[str, Any]) -> int:
+    """Number of latent frames of a cut as `LatentRecord` writes it."""
+    return int(cut["custom"]["num_frames_latent"])
 
 
 def iter_posteriors(folder: Path, split: str) -> Iterator[DiagGaussian]:
     """The stored posterior of every utterance of ``split`` in turn, (T, D) fp32, padding-free."""
-    for path in sorted((folder / split).glob(f"{LATENTS}.*.tar")):
-        for member in tar_members(path).values():
-            yield DiagGaussian.from_parameters(torch.from_numpy(member.load()).float())
+    root = Folder(folder)
+    for name in root.sizes(split):
+        if name.startswith(f"{LATENTS}."):
+            for offset, size in tar_members(root, f"{split}/{name}").values():
+                stored = array_of(root.read_range(f"{split}/{name}", offset, size), name)
+                yield DiagGaussian.from_parameters(torch.from_numpy(stored).float())

@@ -184,7 +184,8 @@ def held_out(model: str | Path, lm: KalleLM, latents: str | Path, split: str = "
 
 def batches_of(dataset: LatentDataset, max_positions: int = DEFAULT_MAX_POSITIONS) -> list[Callable[[], LMBatch]]:
     """Every utterance of ``dataset`` once, in batches of at most ``max_positions`` positions where no single one is longer."""
-    from kalle.data.sampling import BudgetPlan, Visit
+    from kalle.data.plans import BudgetPlan
+    from kalle.data.sampling import Visit
 
     texts, audio = dataset.text_lengths, dataset.audio_lengths
     plan = BudgetPlan(texts, audio, max_positions=max(max_positions, int((texts + audio).max())), shuffle=False)
