@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from kalle.data.columns import Ragged, TokenLists, starts_of
 from kalle.data.items import Table, array_of, joined_tables
-from kalle.data.sampling import Visit, standard_noise
+from kalle.data.sampling import Visit, standard_noise, standard_noise_into
 from kalle.data.shards import LATENTS, SPEAKER_MELS, read_info, read_items
 from kalle.data.speaker_crops import speaker_crop
 from kalle.data.storage import Folder
@@ -103,8 +102,10 @@ class LatentDataset(Dataset):
 
     def posterior(self, index: int) -> DiagGaussian:
         """The stored posterior of one item, (T, D) fp32."""
-        stored = self._stored(index, LATENTS) if self._cache is None else self._cache[index]
-        return DiagGaussian.from_parameters(torch.from_numpy(stored).float())
+        return DiagGaussian.from_parameters(torch.from_numpy(self._latents(index)).float())
+
+    def _latents(self, index: int) -> np.ndarray:
+        return self._stored(index, LATENTS) if self._cache is None else self._cache[index]
 
     def _stored(self, index: int, field: str) -> np.ndarray:
         member = self.items.member(index, field)
@@ -113,26 +114,40 @@ class LatentDataset(Dataset):
     def __getitem__(self, visits: Sequence[Visit]) -> LMBatch:
         indices = [visit.item % len(self) for visit in visits]
         keys = [self._key(visit) for visit in visits]
-        posteriors = [self.posterior(index) for index in indices]
-        latents = [
-            posterior.sample(standard_noise(posterior.mean.shape, "posterior", *key))
-            for posterior, key in zip(posteriors, keys, strict=True)
-        ]
-        texts = [self.text_ids[index].long() for index in indices]
+        stored = [self._latents(index) for index in indices]
+        texts = [self.text_ids.rows.row(index) for index in indices]
+        latents, posterior = self._sampled(stored, keys)
         speaker_mels, speaker_noise = self._speaker(indices, keys) if self.speaker is not None else (None, None)
+        text_ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+        for row, text in enumerate(texts):
+            text_ids.numpy()[row, : len(text)] = text
         return LMBatch(
-            text_ids=pad_sequence(texts, batch_first=True),
-            text_lengths=torch.tensor([len(ids) for ids in texts]),
-            latents=pad_sequence(latents, batch_first=True),
-            latent_lengths=torch.tensor([len(latent) for latent in latents]),
-            posterior=DiagGaussian(
-                pad_sequence([posterior.mean for posterior in posteriors], batch_first=True),
-                pad_sequence([posterior.log_std for posterior in posteriors], batch_first=True),
-            ),
+            text_ids=text_ids,
+            text_lengths=torch.tensor([len(text) for text in texts]),
+            latents=latents,
+            latent_lengths=torch.tensor([len(one) for one in stored]),
+            posterior=posterior,
             speaker_mels=speaker_mels,
             speaker_noise=speaker_noise,
             cut_ids=tuple(str(key[2]) for key in keys),
         )
+
+    def _sampled(self, stored: Sequence[np.ndarray], keys: Sequence[tuple[int | str, ...]]) -> tuple[Tensor, DiagGaussian]:
+        """Samples (B, T, D) and the padded posterior of ``stored``, each (T, 2D).
+
+        Everything is written where it ends up: padding a list afterwards copies every batch three times more.
+        """
+        shape = (len(stored), max(map(len, stored)), stored[0].shape[1] // 2)
+        mean, log_std, noise = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+        generator = torch.Generator()
+        for row, (one, key) in enumerate(zip(stored, keys, strict=True)):
+            frames = len(one)
+            halves = torch.from_numpy(one)
+            mean[row, :frames] = halves[:, : shape[2]]
+            log_std[row, :frames] = halves[:, shape[2] :]
+            standard_noise_into(noise[row, :frames], generator, "posterior", *key)
+        posterior = DiagGaussian(mean, log_std)
+        return posterior.sample(noise), posterior
 
     def _key(self, visit: Visit) -> tuple[int | str, ...]:
         """What the noise of a visit is a function of; only a mixture visits an item more than once an epoch."""

@@ -43,6 +43,12 @@ def standard_noise(shape: Sequence[int], *parts: int | str) -> Tensor:
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(derived_seed(*parts)))
 
 
+def standard_noise_into(out: Tensor, generator: torch.Generator, *parts: int | str) -> None:
+    """Fill the contiguous fp32 ``out`` with what `standard_noise` gives for its shape; ``generator`` is only spared being made anew."""
+    assert out.is_contiguous(), out.stride()
+    torch.randn(out.shape, generator=generator.manual_seed(derived_seed(*parts)), out=out)
+
+
 def numpy_generator(*parts: int | str) -> np.random.Generator:
     """A NumPy generator seeded from ``parts``."""
     return np.random.default_rng(derived_seed(*parts))
