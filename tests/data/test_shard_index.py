@@ -100,9 +100,11 @@ def test_strings_survive_columns() -> None:
     assert list(Texts(Ragged.joined([texts.rows, texts.rows.take(np.array([0, 1, 1, 0, 0], bool))]))) == [*strings, "abc", "äß 好"]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and so on", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f2'}", b"\x93NUMPY\x01\x00\x02\x00{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 and so on", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f2'}", b"\x93NUMPY\x01\x00\x02\x00{}"]
+)
 def test_what_is_no_array_is_refused(content: bytes) -> None:
-    with pytest.raises(UserError, match="unreadable array in 'x.tar'"):
+    with pytest.raises(UserError, match=r"unreadable array in 'x.tar'"):
         array_of(bytearray(content), "x.tar")
 
 

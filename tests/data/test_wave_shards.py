@@ -64,7 +64,7 @@ def test_an_interrupted_run_goes_on(make_cuts: MakeCuts, tmp_path: Path, monkeyp
     monkeypatch.setattr(wave_shards, "load_audio", failing)
     with pytest.raises(KeyboardInterrupt):
         write_wave_shards(splits, tmp_path / "out", WaveShardConfig(items=3))
-    with pytest.raises(UserError, match="not a complete shard folder"):
+    with pytest.raises(UserError, match=r"not a complete shard folder"):
         module(tmp_path / "out").train_dataloader()
     calls[:] = ["x"] * 10
     info = write_wave_shards(splits, tmp_path / "out", WaveShardConfig(items=3))
@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on(make_cuts: MakeCuts, tmp_path: Path, monkeyp
     calls.clear()
     assert write_wave_shards(splits, tmp_path / "out", WaveShardConfig(items=3)) == info
     assert not calls
-    with pytest.raises(UserError, match="already holds recording of another|files of another run"):
+    with pytest.raises(UserError, match=r"already holds recording of another|files of another run"):
         write_wave_shards(splits, tmp_path / "out", WaveShardConfig(items=4))
 
 
@@ -81,7 +81,7 @@ def test_a_shard_ends_with_its_items_or_its_megabytes(make_cuts: MakeCuts) -> No
     cuts = make_cuts([5000, 5000, 20000, 1000, 1000, 1000, 1000])
     sizes = [len(part) for part in portions(cuts, WaveShardConfig(items=3, megabytes=0.02))]
     assert sizes == [2, 1, 3, 1]
-    with pytest.raises(UserError, match="megabytes"):
+    with pytest.raises(UserError, match=r"megabytes"):
         WaveShardConfig(megabytes=0)
 
 
@@ -121,17 +121,17 @@ def test_what_continues_a_cut_is_near_it(make_cuts: MakeCuts, tmp_path: Path) ->
 def test_mistakes(make_cuts: MakeCuts, write_corpus: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = write_corpus(train=make_cuts([3000]))
     write_wave_shards({"train": make_cuts([3000])}, tmp_path / "out")
-    with pytest.raises(UserError, match="run `kalle data shard"):
+    with pytest.raises(UserError, match=r"run `kalle data shard"):
         module(corpus, shuffle="shards").train_dataloader()
-    with pytest.raises(UserError, match="data.shuffle: got 'shard'"):
+    with pytest.raises(UserError, match=r"data.shuffle: got 'shard'"):
         module(tmp_path / "out", shuffle="shard").train_dataloader()
-    with pytest.raises(UserError, match="data.window_shards: got 0"):
+    with pytest.raises(UserError, match=r"data.window_shards: got 0"):
         module(tmp_path / "out", shuffle="shards", window_shards=0).train_dataloader()
-    with pytest.raises(UserError, match="no split 'test'"):
+    with pytest.raises(UserError, match=r"no split 'test'"):
         module(tmp_path / "out").test_dataloader()
-    with pytest.raises(UserError, match="holds waveforms"):
+    with pytest.raises(UserError, match=r"holds waveforms"):
         LMDataModule(tmp_path / "out", Tokenizer.bytes(), 200).train_dataloader()
-    with pytest.raises(UserError, match="nothing to shard"):
+    with pytest.raises(UserError, match=r"nothing to shard"):
         write_wave_shards({"train": []}, tmp_path / "none")
     assert main(["data", "shard", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
     assert "not a prepared corpus" in capsys.readouterr().err
@@ -146,5 +146,5 @@ def test_the_speed_of_a_loader_counts_what_it_gives(make_cuts: MakeCuts, write_c
     assert (speed.batches, speed.items, speed.seconds, speed.start_seconds) == (7, sum(sizes[2:9]), 2.0, 1.0)
     assert (speed.frames, speed.items_per_second) == (speed.items * 3200, speed.items / 2)
     assert data.num_workers == 5
-    with pytest.raises(UserError, match="batches=0"):
+    with pytest.raises(UserError, match=r"batches=0"):
         measure_loader(data, 0, 0)

@@ -91,7 +91,7 @@ class TokenLists(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return torch.from_numpy(self.rows.row(range(len(self))[index]).copy())
+        return torch.from_numpy(self.rows.row(range(len(self))[index]).astype(np.int32))
 
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:

@@ -183,4 +183,6 @@ def _tokens(table: Table, tokenizer: Tokenizer) -> Ragged:
         ids = prompt_ids(tokenizer, text)
         values.frombytes(ids.numpy().astype(np.int32).tobytes())
         lengths.append(len(ids))
-    return Ragged(np.frombuffer(values, np.int32), starts_of(np.frombuffer(lengths, np.int64)))
+    flat = np.frombuffer(values, np.int32)
+    # A byte a token for a tokenizer of bytes, two for most others.
+    return Ragged(flat.astype(np.min_scalar_type(int(flat.max(initial=0)))), starts_of(np.frombuffer(lengths, np.int64)))

@@ -51,7 +51,7 @@ class LoaderSpeed:
 def measure_loader(
     data_module: Trains, batches: int, workers: int, *, warm_up: int = WARM_UP_BATCHES, clock: Callable[[], float] = time.perf_counter
 ) -> LoaderSpeed:
-    """Take ``batches`` training batches from the loader of ``data_module`` with ``workers`` processes, epoch after epoch where one is short.
+    """Take ``batches`` training batches from the loader of ``data_module`` with ``workers`` processes, over as many epochs as that takes.
 
     With workers what they have prepared during the warm-up counts too, at most two batches each, so take many more batches than that.
     The number of workers of the module is set and put back. UserError when there is nothing to measure.
