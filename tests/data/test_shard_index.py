@@ -58,7 +58,7 @@ def test_an_index_that_does_not_fit_is_not_used(folder: Path, damage: str, caplo
     elif damage == "torn":
         path.write_bytes(content[:-40])
     else:
-        path.write_bytes(content.replace(b'"version":"1"', b'"version":"7"'))
+        path.write_bytes(content.replace(b'\\"version\\": 1', b'\\"version\\": 7'))
     assert facts(folder) == indexed
     assert "does not fit the shards; reading them instead" in caplog.text
 
@@ -145,7 +145,7 @@ def test_a_shard_is_read_within_its_window() -> None:
         batches = shards(epoch)
         assert sorted(index for batch in batches for index in batch) == list(range(1000))
         assert len(batches) == len(items(epoch)), "windows change the order and no number"
-        assert max(windows_touched(batches, shard)) <= len(batches) / 10 * 1.5 + 8
+        assert max(windows_touched(batches, shard)) <= len(batches) / 10 * 2 + 4, "its window, and the one that takes what is carried"
         assert max(windows_touched(items(epoch), shard)) > len(batches) / 2
     order = [next(iter(dict.fromkeys(int(shard[index]) for index in batch))) for batch in shards(0)]
     assert order != [next(iter(dict.fromkeys(int(shard[index]) for index in batch))) for batch in shards(1)]

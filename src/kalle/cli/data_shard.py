@@ -25,7 +25,7 @@ def shard(
     from kalle.data.wave_shards import WaveShardConfig, write_wave_shards
 
     config = WaveShardConfig(items, megabytes, rate)
-    splits = {name: load_cuts(corpus, name) for name in split or splits_of(corpus)}
+    splits = {name: load_cuts(corpus, name) for name in split or splits_of(corpus) or ["train"]}
     with progress_bar() as bar:
         task = bar.add_task("shard", total=None)
         info = write_wave_shards(splits, out, config, lambda done, total: bar.update(task, completed=done, total=total))

@@ -82,12 +82,9 @@ def write_index(root: Path, split: str, fields: Sequence[str], frames: Frames) -
         **{f"{field}.offset": column for field, column in table.offsets.items()},
         **{f"{field}.size": column for field, column in table.sizes.items()},
     }
-    facts = {
-        "version": str(INDEX_VERSION),
-        "speakers": json.dumps(table.speakers),
-        "files": json.dumps({name: sizes[name] for name in files}),
-    }
-    write_whole(root / index_name(split), save_arrays(arrays, facts))
+    facts = {"version": INDEX_VERSION, "speakers": table.speakers, "files": {name: sizes[name] for name in files}}
+    # One entry, for safetensors writes several in any order, and equal folders are to be equal files.
+    write_whole(root / index_name(split), save_arrays(arrays, {"facts": json.dumps(facts)}))
 
 
 def _from_index(
@@ -99,17 +96,18 @@ def _from_index(
         arrays = load_arrays(content)
     except SafetensorError:
         return None
-    facts = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    facts = json.loads(header.get("__metadata__", {}).get("facts", "{}"))
     expected = {name: sizes[name] for shard in shards for name in shard.values()}
-    listed = json.loads(facts.get("files", "{}"))
-    if facts.get("version") != str(INDEX_VERSION) or any(listed.get(name) != size for name, size in expected.items()):
+    listed = facts.get("files", {})
+    if facts.get("version") != INDEX_VERSION or any(listed.get(name) != size for name, size in expected.items()):
         return None
     if sum(name.startswith("cuts.") for name in listed) != len(shards) or any(f"{field}.offset" not in arrays for field in fields):
         return None
     return Table(
         Texts(Ragged(arrays["ids"], arrays["ids.starts"])),
         Texts(Ragged(arrays["texts"], arrays["texts.starts"])),
-        tuple(json.loads(facts["speakers"])),
+        tuple(facts["speakers"]),
         arrays["speaker"],
         arrays["frames"],
         arrays["shard"],
