@@ -17,6 +17,7 @@ from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
+from kalle.models.layout import Packing, RowLayout, packed_layout, padded_layout
 from kalle.models.lm_state import LMState
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
 
@@ -138,18 +139,26 @@ class KalleLM(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def forward(self, batch: LMBatch) -> DiagGaussian:
-        """Teacher forcing: (B, T+1, D). Row t predicts frame t+1, row ``latent_lengths[b]`` the end; later rows are padding."""
-        everything, first = self._run(batch)
-        steps = torch.arange(batch.latents.shape[1] + 1, device=first.device)
-        index = (first[:, None] + steps).clamp(max=everything.mean.shape[1] - 1)
-        rows = torch.arange(len(first), device=first.device)[:, None]
-        return everything[rows, index]
+    def forward(self, batch: LMBatch, packing: Packing | None = None) -> DiagGaussian:
+        """Teacher forcing: (B, T+1, D). Row t predicts frame t+1, row ``latent_lengths[b]`` the end; later rows repeat it.
+
+        With ``packing`` the utterances lie one behind the other in the rows that the backbone reads; the result is the same.
+        """
+        layout, hidden = self._run(batch, packing)
+        last = layout.start + layout.lengths - 1
+        steps = torch.arange(batch.latents.shape[1] + 1, device=last.device)
+        index = torch.minimum((last - batch.latent_lengths)[:, None] + steps, last[:, None])
+        return self._head(hidden[layout.row[:, None], index])
 
     def all_positions(self, batch: LMBatch) -> DiagGaussian:
         """The prediction at every text and latent position, (B, max(L_b + T_b), D); the speaker position is dropped."""
-        everything, _ = self._run(batch)
-        return everything[:, self._speaker_positions(batch) :]
+        _, hidden = self._run(batch, None)
+        return self._head(hidden)[:, self._speaker_positions(batch) :]
+
+    def layout(self, batch: LMBatch, packing: Packing | None = None) -> RowLayout:
+        """Where ``forward`` puts the utterances of ``batch``."""
+        lengths = batch.text_lengths + batch.latent_lengths + self._speaker_positions(batch)
+        return padded_layout(lengths) if packing is None else packed_layout(lengths, packing)
 
     def prefill(
         self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None
@@ -223,31 +232,30 @@ class KalleLM(nn.Module):
             mean = self.latent_mean + self.latent_std * prediction.mean
             return DiagGaussian(mean, prediction.log_std + self.latent_std.log())
 
-    def _run(self, batch: LMBatch) -> tuple[DiagGaussian, Tensor]:
-        """Predictions at every position, and the index (B,) of the one that predicts the first frame."""
+    def _run(self, batch: LMBatch, packing: Packing | None) -> tuple[RowLayout, Tensor]:
+        """The layout of ``batch`` and the backbone's output at every position, (R, W, H)."""
         speaker = self.speaker_latent(batch)
-        embeddings, first = self._assemble(batch, None if speaker is None else speaker[0])
-        # Rows are padded at their end only, so the causal mask alone keeps padding out of every valid position.
-        hidden = self.backbone(inputs_embeds=embeddings, attention_mask=None, use_cache=False).last_hidden_state
-        return self._head(hidden), first
+        layout = self.layout(batch, packing)
+        embeddings = self._assemble(batch, layout, None if speaker is None else speaker[0])
+        # Rows are padded at their end only, so the causal mask alone keeps padding out of every valid position. In packed rows the
+        # restarts of the positions make it block-diagonal, but only without a cache and without a mask of ours.
+        output = self.backbone(inputs_embeds=embeddings, attention_mask=None, position_ids=layout.position_ids, use_cache=False)
+        return layout, output.last_hidden_state
 
-    def _assemble(self, batch: LMBatch, speaker_latent: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Join each row's speaker, text and latents without gaps: embeddings (B, W, H) and the index (B,) of the last text position."""
-        offset = 0 if speaker_latent is None else 1
-        starts = batch.text_lengths + offset
-        width = int((starts + batch.latent_lengths).max())
+    def _assemble(self, batch: LMBatch, layout: RowLayout, speaker_latent: Tensor | None) -> Tensor:
+        """Embeddings (R, W, H): each document's speaker, text and latents joined without gaps."""
         text = self.backbone.embed_tokens(batch.text_ids)
-        embeddings = text.new_zeros(len(text), width, text.shape[-1])
+        embeddings = text.new_zeros(layout.rows, layout.width, text.shape[-1])
+        begin = layout.start
         if speaker_latent is not None:
-            embeddings[:, 0] = speaker_latent.to(text.dtype)
-        for values, lengths, begin in (
-            (text, batch.text_lengths, torch.full_like(starts, offset)),
-            (self._embed_latents(batch.latents).to(text.dtype), batch.latent_lengths, starts),
-        ):
+            embeddings = embeddings.index_put((layout.row, begin), speaker_latent.to(text.dtype))
+            begin = begin + 1
+        for values, lengths in ((text, batch.text_lengths), (self._embed_latents(batch.latents).to(text.dtype), batch.latent_lengths)):
             steps = torch.arange(values.shape[1], device=values.device)
-            rows, columns = (steps < lengths[:, None]).nonzero(as_tuple=True)
-            embeddings = embeddings.index_put((rows, begin[rows] + columns), values[rows, columns])
-        return embeddings, starts - 1
+            documents, columns = (steps < lengths[:, None]).nonzero(as_tuple=True)
+            embeddings = embeddings.index_put((layout.row[documents], begin[documents] + columns), values[documents, columns])
+            begin = begin + lengths
+        return embeddings
 
     @staticmethod
     def _speaker_positions(batch: LMBatch) -> int:

@@ -1,0 +1,102 @@
+"""Where the utterances of a batch lie in the rows that the backbone reads: one a row and padded, or several a row and packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from kalle.errors import UserError
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Several utterances a row, each seeing only itself."""
+
+    row_positions: int | None = 2048
+    """Longest row, though never shorter than the longest utterance; None puts a batch into one row. Attention whose mask is a
+    matrix (sdpa, eager) costs memory by the square of it."""
+
+    def __post_init__(self) -> None:
+        if self.row_positions is not None and self.row_positions < 1:
+            raise UserError(f"row_positions: got {self.row_positions}, expected at least 1, or null for one row; correct it")
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """B documents in R rows of W positions; a row is padded at its end only."""
+
+    row: Tensor
+    """(B,) int64: the row of each document."""
+    start: Tensor
+    """(B,) int64: its first position in that row."""
+    lengths: Tensor
+    """(B,) int64: its positions."""
+    rows: int
+    width: int
+    position_ids: Tensor | None
+    """(R, W) int64, counted from the start of each document and 0 in padding; None where every document begins its row."""
+
+    @property
+    def positions(self) -> int:
+        """Positions R * W that the backbone computes."""
+        return self.rows * self.width
+
+    @property
+    def padding_share(self) -> Tensor:
+        """Share of the computed positions that hold nothing, a scalar."""
+        return 1 - self.lengths.sum() / self.positions
+
+
+def padded_layout(lengths: Tensor) -> RowLayout:
+    """A row for each document; ``lengths`` is (B,) int64."""
+    rows = torch.arange(len(lengths), device=lengths.device)
+    return RowLayout(rows, torch.zeros_like(lengths), lengths, len(lengths), int(lengths.max()), None)
+
+
+def packed_layout(lengths: Tensor, packing: Packing) -> RowLayout:
+    """Documents one behind the other: the longest first, each into the first row with room for it; ``lengths`` is (B,) int64."""
+    sizes: list[int] = lengths.tolist()
+    room = sum(sizes) if packing.row_positions is None else max(packing.row_positions, *sizes, 1)
+    filled: list[int] = []
+    row, start = [0] * len(sizes), [0] * len(sizes)
+    for document in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        size = sizes[document]
+        place = next((index for index, used in enumerate(filled) if used + size <= room), len(filled))
+        if place == len(filled):
+            filled.append(0)
+        row[document], start[document] = place, filled[place]
+        filled[place] += size
+    width = max(filled)
+    positions = torch.zeros(len(filled), width, dtype=torch.int64)
+    for document, size in enumerate(sizes):
+        positions[row[document], start[document] : start[document] + size] = torch.arange(size)
+    device = lengths.device
+    return RowLayout(
+        torch.tensor(row, device=device), torch.tensor(start, device=device), lengths, len(filled), width, positions.to(device)
+    )
+
+
+@torch.no_grad()
+def check_documents_apart(attention: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """A UserError when this version of transformers lets the documents of a packed row see each other.
+
+    It derives the block-diagonal mask from the restarts of ``position_ids``, but not with a cache, and says nothing when it does not.
+    ``attention`` is its name of an implementation. Tried on a toy backbone of 16-wide heads.
+    """
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        toy = LlamaModel(LlamaConfig(**size, head_dim=16, vocab_size=4, attn_implementation=attention)).to(device, dtype).eval()
+        embeddings = torch.randn(1, 6, 16, device=device, dtype=dtype)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+
+    def second(inputs: Tensor) -> Tensor:
+        return toy(inputs_embeds=inputs, position_ids=positions, attention_mask=None, use_cache=False).last_hidden_state[:, 3:]
+
+    changed = embeddings.clone()
+    changed[:, :3] *= -3
+    if not torch.equal(second(embeddings), second(changed)):
+        raise UserError(f"packing: with attention '{attention}' this version of transformers mixes packed utterances; use packing=false")
