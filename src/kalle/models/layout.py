@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from kalle.errors import UserError
@@ -86,10 +87,17 @@ def check_documents_apart(attention: str, device: torch.device, dtype: torch.dty
     It derives the block-diagonal mask from the restarts of ``position_ids``, but not with a cache, and says nothing when it does not.
     ``attention`` is its name of an implementation. Tried on a toy backbone of 16-wide heads.
     """
-    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        toy = LlamaModel(LlamaConfig(**size, head_dim=16, vocab_size=4, attn_implementation=attention)).to(device, dtype).eval()
+        toy: nn.Module = LlamaModel(LlamaConfig(**size, head_dim=16, vocab_size=4, attn_implementation=attention)).eval()
+        toy.to(device, dtype)
         embeddings = torch.randn(1, 6, 16, device=device, dtype=dtype)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
 
