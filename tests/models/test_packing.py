@@ -67,6 +67,10 @@ def one(batch: LMBatch, index: int) -> LMBatch:
     )
 
 
+def packed(lm: KalleLM, batch: LMBatch, row_positions: int | None) -> DiagGaussian:
+    return lm(batch, lm.layout(batch, Packing(row_positions)))
+
+
 def separate_loss(lm: KalleLM, batch: LMBatch) -> torch.Tensor:
     """The batch loss put together from every utterance's own."""
     losses = [next_distribution_loss(lm(one(batch, index)), one(batch, index)) for index in range(len(TEXTS))]
@@ -83,39 +87,53 @@ def test_packed_loss_and_gradient_are_those_of_the_documents_alone(
     alone = copy.deepcopy(lm)
     expected = separate_loss(alone, batch)
     expected.backward()
-    packed = next_distribution_loss(lm(batch, Packing(row_positions)), batch).total
-    packed.backward()
-    torch.testing.assert_close(packed, expected, atol=1e-6, rtol=1e-6)
+    loss = next_distribution_loss(packed(lm, batch, row_positions), batch).total
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
     for (name, ours), theirs in zip(lm.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-6, rtol=1e-4, msg=lambda message, name=name: f"{name}: {message}")
 
 
 @pytest.mark.parametrize("row_positions", [None, 20])
 def test_a_change_in_one_document_leaves_the_others_bits(lm: KalleLM, batch: LMBatch, row_positions: int | None) -> None:
-    before = lm(batch, Packing(row_positions)).mean
+    before = packed(lm, batch, row_positions).mean
     for changed in range(len(TEXTS)):
         latents, ids = batch.latents.clone(), batch.text_ids.clone()
         latents[changed] *= -5
         ids[changed] = 255 - ids[changed]
-        after = lm(dataclasses.replace(batch, latents=latents, text_ids=ids), Packing(row_positions)).mean
+        after = packed(lm, dataclasses.replace(batch, latents=latents, text_ids=ids), row_positions).mean
         for index in range(len(TEXTS)):
             assert torch.equal(after[index], before[index]) == (index != changed), (changed, index)
 
 
 def test_gradients_stay_inside_a_document(lm: KalleLM, batch: LMBatch) -> None:
     latents = batch.latents.clone().requires_grad_()
-    lm(dataclasses.replace(batch, latents=latents), Packing(None)).mean[1, :3].sum().backward()
+    packed(lm, dataclasses.replace(batch, latents=latents), None).mean[1, :3].sum().backward()
     touched = latents.grad.abs().sum(-1) > 0
     assert touched[1, :2].all()
     assert int(touched.sum()) == 2, "rows 0 to 2 of one document see two frames of it and nothing else"
 
 
 def test_rows_beyond_the_end_repeat_it(lm: KalleLM, batch: LMBatch) -> None:
-    for packing in (None, Packing(None)):
-        prediction = lm(batch, packing)
+    for prediction in (lm(batch), packed(lm, batch, None)):
         for index, frames in enumerate(FRAMES):
             rest = prediction.mean[index, frames:]
             assert torch.equal(rest, rest[:1].expand_as(rest))
+
+
+def test_utterances_without_their_speaker_are_those_that_never_had_one(toy_lm_config: KalleLMConfig) -> None:
+    torch.manual_seed(0)
+    lm = KalleLM(dataclasses.replace(toy_lm_config, speaker=SPEAKER)).eval()
+    generator = torch.Generator().manual_seed(1)
+    ids, latents = torch.randint(0, 256, (3, 5), generator=generator), torch.randn(3, 6, 4, generator=generator)
+    mels = torch.randn(3, 80, 40, generator=generator)
+    whole = LMBatch(ids, torch.tensor([5, 4, 2]), latents, torch.tensor([6, 3, 5]), speaker_mels=mels)
+    mixed = dataclasses.replace(whole, speaker_kept=torch.tensor([True, False, True]))
+    spoken, silent = lm(whole).mean, lm(dataclasses.replace(whole, speaker_mels=None)).mean
+    for layout in (None, lm.layout(mixed, Packing(None)), lm.layout(mixed, Packing(12))):
+        prediction = lm(mixed, layout).mean
+        for index, (expected, frames) in enumerate(zip((spoken, silent, spoken), (6, 3, 5), strict=True)):
+            torch.testing.assert_close(prediction[index, : frames + 1], expected[index, : frames + 1], atol=1e-6, rtol=1e-5)
 
 
 def test_positions_restart(batch: LMBatch) -> None:

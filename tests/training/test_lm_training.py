@@ -12,12 +12,12 @@ from kalle.errors import UserError
 from kalle.evaluation.probe import probe
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
+from kalle.models.layout import Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig
 from kalle.training.ema import EMA
 from kalle.training.lm import KalleLMTraining, LMObjective
 from kalle.training.schedules import warmup_cosine
-from kalle.training.seeding import step_generator
 
 D = 4
 SPEAKER = SpeakerEncoderConfig(channels=16, embedding_dim=8, pooled_channels=16, attention_channels=8)
@@ -81,7 +81,7 @@ def test_input_noise_preserves_variance_and_moves_nothing_else(make) -> None:
     module.lm.set_latent_statistics(mean, std)
     latents = mean + std * torch.randn(64, 500, D, generator=torch.Generator().manual_seed(1))
     batch = LMBatch(torch.zeros(64, 2, dtype=torch.long), torch.full((64,), 2), latents, torch.full((64,), 500))
-    noisy = module.augmented(batch, step_generator(0, 0)).latents
+    noisy = module.augmented(batch).latents
     torch.testing.assert_close(noisy.mean((0, 1)), mean, atol=0.05, rtol=0.01)
     torch.testing.assert_close(noisy.std((0, 1)), std, atol=0, rtol=0.02)
     kept = ((noisy - mean) * (latents - mean)).mean((0, 1)) / std.square()
@@ -91,13 +91,25 @@ def test_input_noise_preserves_variance_and_moves_nothing_else(make) -> None:
     assert shares.std() > 0.3, "each frame has a share of its own"
 
 
-def test_input_noise_is_for_training_and_from_the_given_generator(make, batch: LMBatch) -> None:
-    assert make(input_noise=0.0).augmented(batch, step_generator(0)) is batch
+def test_input_noise_is_for_training_and_depends_on_the_visit_alone(make, batch: LMBatch) -> None:
+    assert make(input_noise=0.0).augmented(batch) is batch
+    module, visit = make(input_noise=0.5), dataclasses.replace(batch, epochs=(2, 2, 2))
+    whole = module.augmented(visit, (5, 1, 0)).latents
+    turned = LMBatch(
+        batch.text_ids.flip(0), batch.text_lengths.flip(0), batch.latents.flip(0), batch.latent_lengths.flip(0),
+        cut_ids=("c", "b", "a"), epochs=(2, 2, 2),
+    )  # fmt: skip
+    assert torch.equal(module.augmented(turned, (9, 9, 9)).latents.flip(0), whole)
+    assert not torch.equal(module.augmented(dataclasses.replace(visit, epochs=(3, 3, 3))).latents, whole)
+    assert not torch.equal(make(input_noise=0.5, seed=1).augmented(visit).latents, whole)
+    assert torch.equal(module.losses(batch)["total"], module.losses(batch)["total"])
+
+
+def test_noise_of_a_batch_without_visits_depends_on_the_step(make, batch: LMBatch) -> None:
     module = make(input_noise=0.5)
-    one, again, other = (module.augmented(batch, step_generator(seed)).latents for seed in (1, 1, 2))
+    one, again, other = (module.augmented(batch, (step, 0, 0)).latents for step in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
-    assert torch.equal(module.losses(batch)["total"], module.losses(batch)["total"])
 
 
 def test_training_noise_depends_on_the_step_not_on_global_state(make, batch: LMBatch, fit) -> None:
@@ -122,12 +134,36 @@ def test_speaker_loss_and_gradient(make, batch: LMBatch, fit) -> None:
     assert not torch.equal(before, module.lm.speaker_projection.weight)
 
 
-@pytest.mark.parametrize(("drop", "expected"), [(0.0, 0), (1.0, 40), (0.5, 20)])
-def test_speaker_drop(drop: float, expected: int, make, batch: LMBatch) -> None:
+@pytest.mark.parametrize(("drop", "expected"), [(0.0, 0), (1.0, 120), (0.5, 60)])
+def test_speakers_are_dropped_one_by_one(drop: float, expected: int, make, batch: LMBatch) -> None:
     module, spoken = make(speaker=True, speaker_drop=drop), with_speaker(batch)
-    dropped = [module.augmented(spoken, step_generator(0, step)).speaker_mels is None for step in range(40)]
-    assert abs(sum(dropped) - expected) <= (0 if drop in (0.0, 1.0) else 9)
+    batches = [module.augmented(spoken, (step,)) for step in range(40)]
+    dropped = [0 if one.speaker_kept is None else int((~one.speaker_kept).sum()) for one in batches]
+    assert abs(sum(dropped) - expected) <= (0 if drop in (0.0, 1.0) else 16)
+    assert drop != 0.5 or set(dropped) > {1, 2}, "within a batch"
     assert "speaker_kl" not in make(speaker=True).losses(batch)
+
+
+def test_the_speaker_encoder_trains_whoever_is_dropped(make, batch: LMBatch) -> None:
+    """Every parameter has a gradient at every step, as DDP wants it."""
+    module = make(speaker=True, speaker_drop=1.0)
+    module.losses(module.augmented(with_speaker(batch)))["total"].backward()
+    assert all(parameter.grad is not None for name, parameter in module.named_parameters() if "speaker" in name)
+
+
+def test_packed_training_is_padded_training(make, batch: LMBatch, fit) -> None:
+    weights, shares = [], []
+    for packing in (None, Packing(None), Packing(20)):
+        module = make(input_noise=0.3, speaker=True, speaker_drop=0.5)
+        # Adam would turn the sign of a gradient that is nothing but rounding into a full step.
+        module.packing, module.optimizer_factory = packing, partial(torch.optim.SGD, lr=0.05)
+        trainer = fit(module, [with_speaker(batch)], 3)
+        weights.append(module.state_dict())
+        shares.append(float(trainer.callback_metrics["train/padding_share"]))
+    for packed in weights[1:]:
+        for name, expected in weights[0].items():
+            torch.testing.assert_close(packed[name], expected, atol=2e-6, rtol=1e-4)
+    assert shares[0] > shares[2] > shares[1] == 0
 
 
 def test_average_of_integer_buffers(make, batch: LMBatch, fit) -> None:
@@ -185,7 +221,7 @@ def test_half_precision_autocast_keeps_the_loss_in_single(make, batch: LMBatch, 
     module = make()
     seen: list[torch.Tensor] = []
     original = module.losses
-    module.losses = lambda b: (seen.append(original(b)["total"]), original(b))[1]  # type: ignore[func-returns-value]
+    module.losses = lambda b, layout=None: (seen.append(original(b)["total"]), original(b))[1]  # type: ignore[func-returns-value]
     fit(module, [batch], 2, precision="bf16-mixed")
     assert len(seen) == 2
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in seen)

@@ -130,6 +130,7 @@ class LatentDataset(Dataset):
             speaker_mels=speaker_mels,
             speaker_noise=speaker_noise,
             cut_ids=tuple(str(key[2]) for key in keys),
+            epochs=tuple(visit.epoch for visit in visits),
         )
 
     def _sampled(self, stored: Sequence[np.ndarray], keys: Sequence[tuple[int | str, ...]]) -> tuple[Tensor, DiagGaussian]:

@@ -23,6 +23,8 @@ class LMBatch:
     ``latents`` (B, T, D) are the samples fed to the model, zeros beyond ``latent_lengths``; ``posterior`` (B, T, D)
     holds the training targets of the same frames. With a speaker encoder ``speaker_mels`` is (B, 80, F) and
     ``speaker_noise`` (B, H) the standard normal draw of its latent; without noise the mean of the latent is used.
+    ``speaker_kept`` (B,) bool is False for utterances that are to be read without their speaker; None keeps all.
+    ``cut_ids`` and ``epochs`` say of which utterances the batch is a visit, and in which epoch of the data.
     """
 
     text_ids: Tensor
@@ -33,6 +35,8 @@ class LMBatch:
     speaker_mels: Tensor | None = None
     speaker_noise: Tensor | None = None
     cut_ids: tuple[str, ...] = ()
+    speaker_kept: Tensor | None = None
+    epochs: tuple[int, ...] = ()
 
     def to(self, device: str | torch.device) -> LMBatch:
         """The same batch with every tensor on ``device``."""

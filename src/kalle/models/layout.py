@@ -96,7 +96,9 @@ def check_documents_apart(attention: str, device: torch.device, dtype: torch.dty
     }
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        toy: nn.Module = LlamaModel(LlamaConfig(**size, head_dim=16, vocab_size=4, attn_implementation=attention)).eval()
+        model = LlamaModel(LlamaConfig(**size, head_dim=16, vocab_size=4))
+        model.set_attn_implementation(attention)
+        toy: nn.Module = model.eval()
         toy.to(device, dtype)
         embeddings = torch.randn(1, 6, 16, device=device, dtype=dtype)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)

@@ -139,12 +139,14 @@ class KalleLM(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def forward(self, batch: LMBatch, packing: Packing | None = None) -> DiagGaussian:
+    def forward(self, batch: LMBatch, layout: RowLayout | None = None) -> DiagGaussian:
         """Teacher forcing: (B, T+1, D). Row t predicts frame t+1, row ``latent_lengths[b]`` the end; later rows repeat it.
 
-        With ``packing`` the utterances lie one behind the other in the rows that the backbone reads; the result is the same.
+        ``layout`` (of this batch) says where the utterances lie in the rows that the backbone reads; without one each has a row
+        and is padded. The result is the same.
         """
-        layout, hidden = self._run(batch, packing)
+        layout = layout or self.layout(batch)
+        hidden = self._run(batch, layout)
         last = layout.start + layout.lengths - 1
         steps = torch.arange(batch.latents.shape[1] + 1, device=last.device)
         index = torch.minimum((last - batch.latent_lengths)[:, None] + steps, last[:, None])
@@ -152,11 +154,12 @@ class KalleLM(nn.Module):
 
     def all_positions(self, batch: LMBatch) -> DiagGaussian:
         """The prediction at every text and latent position, (B, max(L_b + T_b), D); the speaker position is dropped."""
-        _, hidden = self._run(batch, None)
-        return self._head(hidden)[:, self._speaker_positions(batch) :]
+        assert batch.speaker_kept is None, "rows with and without a speaker have no common first column"
+        hidden = self._run(batch, self.layout(batch))
+        return self._head(hidden)[:, 0 if batch.speaker_mels is None else 1 :]
 
     def layout(self, batch: LMBatch, packing: Packing | None = None) -> RowLayout:
-        """Where ``forward`` puts the utterances of ``batch``."""
+        """Where the utterances of ``batch`` lie, each padded in a row of its own or, with ``packing``, several in one."""
         lengths = batch.text_lengths + batch.latent_lengths + self._speaker_positions(batch)
         return padded_layout(lengths) if packing is None else packed_layout(lengths, packing)
 
@@ -232,15 +235,15 @@ class KalleLM(nn.Module):
             mean = self.latent_mean + self.latent_std * prediction.mean
             return DiagGaussian(mean, prediction.log_std + self.latent_std.log())
 
-    def _run(self, batch: LMBatch, packing: Packing | None) -> tuple[RowLayout, Tensor]:
-        """The layout of ``batch`` and the backbone's output at every position, (R, W, H)."""
+    def _run(self, batch: LMBatch, layout: RowLayout) -> Tensor:
+        """The backbone's output at every position, (R, W, H)."""
         speaker = self.speaker_latent(batch)
-        layout = self.layout(batch, packing)
         embeddings = self._assemble(batch, layout, None if speaker is None else speaker[0])
         # Rows are padded at their end only, so the causal mask alone keeps padding out of every valid position. In packed rows the
         # restarts of the positions make it block-diagonal, but only without a cache and without a mask of ours.
-        output = self.backbone(inputs_embeds=embeddings, attention_mask=None, position_ids=layout.position_ids, use_cache=False)
-        return layout, output.last_hidden_state
+        return self.backbone(
+            inputs_embeds=embeddings, attention_mask=None, position_ids=layout.position_ids, use_cache=False
+        ).last_hidden_state
 
     def _assemble(self, batch: LMBatch, layout: RowLayout, speaker_latent: Tensor | None) -> Tensor:
         """Embeddings (R, W, H): each document's speaker, text and latents joined without gaps."""
@@ -248,8 +251,9 @@ class KalleLM(nn.Module):
         embeddings = text.new_zeros(layout.rows, layout.width, text.shape[-1])
         begin = layout.start
         if speaker_latent is not None:
-            embeddings = embeddings.index_put((layout.row, begin), speaker_latent.to(text.dtype))
-            begin = begin + 1
+            spoken = self._speaker_positions(batch) > 0
+            embeddings = embeddings.index_put((layout.row[spoken], begin[spoken]), speaker_latent[spoken].to(text.dtype))
+            begin = begin + spoken
         for values, lengths in ((text, batch.text_lengths), (self._embed_latents(batch.latents).to(text.dtype), batch.latent_lengths)):
             steps = torch.arange(values.shape[1], device=values.device)
             documents, columns = (steps < lengths[:, None]).nonzero(as_tuple=True)
@@ -258,5 +262,8 @@ class KalleLM(nn.Module):
         return embeddings
 
     @staticmethod
-    def _speaker_positions(batch: LMBatch) -> int:
-        return 0 if batch.speaker_mels is None else 1
+    def _speaker_positions(batch: LMBatch) -> Tensor:
+        """(B,) int64: 1 where an utterance begins with its speaker."""
+        if batch.speaker_mels is None:
+            return torch.zeros_like(batch.text_lengths)
+        return torch.ones_like(batch.text_lengths) if batch.speaker_kept is None else batch.speaker_kept.long()

@@ -92,6 +92,6 @@ def expand_vocabulary(lm: KalleLM) -> None:
     if not isinstance(compact, CompactEmbedding):
         return
     table = compact.whole()
-    whole = nn.Embedding(*table.shape, _weight=table)
+    whole = nn.Embedding.from_pretrained(table, freeze=False)
     whole.weight.requires_grad_(compact.weight.requires_grad)
     lm.backbone.embed_tokens = whole.train(lm.training)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kalle.checkpoint import check_fields
+from kalle.data.sampling import derived_seed
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
 from kalle.models.batch import LMBatch
+from kalle.models.layout import Packing, RowLayout, check_documents_apart
 from kalle.models.lm import KalleLM
-from kalle.training.seeding import step_generator
+from kalle.training.augmentation import add_input_noise, drop_speakers, visit_generators
+from kalle.training.trainable import draws_dropout, parameter_groups
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
@@ -31,7 +35,7 @@ class LMObjective:
     end_weight: float = 0.02
     speaker_weight: float = 0.1
     speaker_drop: float = 0.0
-    """Probability that a batch is trained without its speaker position."""
+    """Probability that an utterance is trained without its speaker position."""
     input_noise: float = 0.0
     """Largest share k of noise mixed into the input latents, sqrt(k) eps + sqrt(1 - k) z with k ~ U(0, input_noise) per frame
     (CALM, arXiv 2509.06926); in units of the latents' own standard deviation. Training only."""
@@ -50,51 +54,68 @@ class KalleLMTraining(lightning.LightningModule):
         scheduler: SchedulerFactory,
         objective: LMObjective,
         seed: int = 0,
+        *,
+        packing: Packing | None = None,
+        decay_all: bool = True,
     ) -> None:
-        """``optimizer`` and ``scheduler`` are partials."""
+        """``optimizer`` and ``scheduler`` are partials; ``packing`` puts several utterances into the rows of a batch; for
+        ``decay_all`` see `parameter_groups`."""
         super().__init__()
         self.lm, self.objective, self.seed = lm, objective, seed
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
+        self.packing, self.decay_all = packing, decay_all
 
     def configure_optimizers(self) -> Any:
-        """AdamW (or whatever the partial makes) over all weights, and a schedule stepped at every update."""
-        optimizer = self.optimizer_factory(self.lm.parameters())
+        """AdamW (or whatever the partial makes) over the weights that train, and a schedule stepped at every update."""
+        optimizer = self.optimizer_factory(parameter_groups(self.lm, self.decay_all))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Make sure that packed utterances do not see each other."""
+        if self.packing is not None:
+            attention = self.lm.backbone.config._attn_implementation or "eager"
+            check_documents_apart(attention, self.device, torch.bfloat16 if "flash" in attention else torch.float32)
 
     def training_step(self, batch: LMBatch, batch_idx: int) -> Tensor:
         """The loss of one batch, in nats per dimension."""
-        generator = step_generator(self.seed, self.global_step, batch_idx, self.global_rank)
-        losses = self.losses(self.augmented(batch, generator))
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch.text_ids))
+        step = (self.global_step, batch_idx, self.global_rank)
+        augmented = self.augmented(batch, step)
+        layout = self.lm.layout(augmented, self.packing)
+        with self._seeded_dropout(step):
+            losses = self.losses(augmented, layout)
+        logged = {**losses, "padding_share": layout.padding_share}
+        self.log_dict({f"train/{name}": value.detach() for name, value in logged.items()}, batch_size=len(batch.text_ids))
         self.log("train/loss", losses["total"].detach(), prog_bar=True, logger=False, batch_size=len(batch.text_ids))
         return losses["total"]
 
-    def losses(self, batch: LMBatch) -> dict[str, Tensor]:
-        """``total`` and its parts for ``batch``."""
-        loss = next_distribution_loss(self.lm(batch), batch, self.objective.direction, self.objective.end_weight)
+    def losses(self, batch: LMBatch, layout: RowLayout | None = None) -> dict[str, Tensor]:
+        """``total`` and its parts for ``batch``, computed in the rows of ``layout``."""
+        layout = layout or self.lm.layout(batch, self.packing)
+        loss = next_distribution_loss(self.lm(batch, layout), batch, self.objective.direction, self.objective.end_weight)
         losses = {"total": loss.total, "frame_kl": loss.frame_kl, "end_kl": loss.end_kl}
         if batch.speaker_mels is not None:
             losses["speaker_kl"] = speaker_kl(self.lm.encode_speaker(batch.speaker_mels))
             losses["total"] = losses["total"] + self.objective.speaker_weight * losses["speaker_kl"]
         return losses
 
-    def augmented(self, batch: LMBatch, generator: torch.Generator) -> LMBatch:
-        """``batch`` with input noise and speaker dropping applied, both drawn from ``generator``."""
-        if batch.speaker_mels is not None and torch.rand((), generator=generator) < self.objective.speaker_drop:
-            batch = dataclasses.replace(batch, speaker_mels=None, speaker_noise=None)
-        if self.objective.input_noise == 0:
+    def augmented(self, batch: LMBatch, step: Sequence[int] = (0,)) -> LMBatch:
+        """``batch`` with speakers dropped and input noise; ``step`` is used where the batch does not say which visits it holds."""
+        if self.objective.input_noise == 0 and (self.objective.speaker_drop == 0 or batch.speaker_mels is None):
             return batch
-        share = self.objective.input_noise * torch.rand((*batch.latents.shape[:2], 1), generator=generator)
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        share, noise = share.to(batch.latents.device), noise.to(batch.latents.device)
-        mean, std = self._latent_scale()
-        latents = mean + share.sqrt() * noise * std + (1 - share).sqrt() * (batch.latents - mean)
-        return dataclasses.replace(batch, latents=latents)
+        generators = visit_generators(batch, self.seed, step)
+        batch = drop_speakers(batch, self.objective.speaker_drop, generators)
+        mean, std = (self.lm.latent_mean, self.lm.latent_std) if self.lm.config.normalise_latents else (0.0, 1.0)
+        return add_input_noise(batch, self.objective.input_noise, mean, std, generators)
 
-    def _latent_scale(self) -> tuple[Tensor | float, Tensor | float]:
-        if self.lm.config.normalise_latents:
-            return self.lm.latent_mean, self.lm.latent_std
-        return 0.0, 1.0
+    @contextmanager
+    def _seeded_dropout(self, step: Sequence[int]) -> Iterator[None]:
+        """Have dropout draw what follows from the seed and ``step``, so that a resumed run draws it too."""
+        if not draws_dropout(self.lm):
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derived_seed("dropout", self.seed, *step))
+            yield
 
     @torch.no_grad()
     def validation_step(self, batch: LMBatch, batch_idx: int) -> None:

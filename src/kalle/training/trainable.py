@@ -44,7 +44,7 @@ def parameter_groups(lm: KalleLM, decay_all: bool = True) -> list[dict[str, Any]
         return [{"params": list(trainable.values())}]
     bare = [parameter for name, parameter in trainable.items() if parameter.ndim < 2 or "embed_tokens" in name]
     kept = [parameter for name, parameter in trainable.items() if not (parameter.ndim < 2 or "embed_tokens" in name)]
-    groups = [{"params": kept}, {"params": bare, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": kept}, {"params": bare, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
