@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalle.cli.train_checks import check_encoder, check_latents, check_run, check_speaker, check_vocabulary
+from kalle.cli.train_checks import check_encoder, check_run, check_speaker
+from kalle.cli.train_lm_model import export_language_model, packing_of, prepare_language_model, start_language_model
 from kalle.cli.train_run import SPLITS, TrainingRun, build_callbacks, describe, fit, prepare_run
 from kalle.disk import whole_file
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from kalle.models.flowvae import FlowVAE
-    from kalle.models.lm import KalleLM
     from kalle.text.tokenizer import Tokenizer
 
 
@@ -31,14 +31,17 @@ def train_lm(config: DictConfig) -> TrainingRun:
     for split in SPLITS:
         data.dataset(split)
     info = data.info()
-    lm = _language_model(config, info, data.tokenizer)
+    lm = start_language_model(config, info, data.tokenizer)
     check_speaker(lm, data.speaker)
+    adapters = prepare_language_model(config, lm, data)
     module = KalleLMTraining(
         lm,
         optimizer=instantiate(config.optimizer),
         scheduler=instantiate(config.scheduler),
         objective=instantiate(config.objective),
         seed=config.seed,
+        packing=packing_of(config),
+        decay_all=config.decay_all,
     )
     callbacks = build_callbacks(config)
     if config.flowvae.folder is not None:
@@ -46,32 +49,12 @@ def train_lm(config: DictConfig) -> TrainingRun:
         check_encoder(flowvae, config.flowvae.folder, info, data.latents)
         _bind_sampler(callbacks, flowvae, data.tokenizer, config.seed)
     result = fit(config, module, data, callbacks)
-    lm.save_pretrained(result.weights)
+    export_language_model(lm, adapters, result.weights)
     data.tokenizer.save(result.weights / "tokenizer")
     if config.flowvae.folder is not None:
         _copy_flowvae(config.flowvae.folder, result.weights)
     describe(result.weights, info["sample_rate_hz"])
     return result
-
-
-def _language_model(config: DictConfig, info: dict[str, Any], tokenizer: Tokenizer) -> KalleLM:
-    """The model that ``config`` describes or starts from, checked against the latents of ``info``."""
-    import torch
-    from hydra.utils import instantiate
-
-    from kalle.models.lm import KalleLM
-
-    if config.init is not None:
-        lm = KalleLM.from_pretrained(config.init).train()
-    else:
-        # Before the model is built, because transformers has something to say about token ids beyond the vocabulary.
-        check_vocabulary(config.lm.backbone.get("vocab_size", tokenizer.vocab_size), tokenizer)
-        lm = KalleLM(instantiate(config.lm, _convert_="all"))
-    check_vocabulary(lm.vocab_size, tokenizer)
-    check_latents(lm, info, config.init)
-    if config.init is None and lm.config.normalise_latents:
-        lm.set_latent_statistics(torch.tensor(info["mean"]), torch.tensor(info["std"]))
-    return lm
 
 
 def _bind_sampler(callbacks: list[Any], flowvae: FlowVAE, tokenizer: Tokenizer, seed: int) -> None:

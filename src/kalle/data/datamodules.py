@@ -22,6 +22,7 @@ from kalle.data.latent_dataset import LatentDataset, SpeakerConfig
 from kalle.data.latent_info import check_common, mixed_info
 from kalle.data.loader import ResumableLoader, rank_and_world_size
 from kalle.data.mixing import mixture_of, sources_of, weights_of
+from kalle.data.packing import PackedPlan
 from kalle.data.plans import BudgetPlan, FixedSizePlan, windows_of
 from kalle.data.sampling import ConstantSampler, EpochSampler, Plan
 from kalle.data.shards import read_info
@@ -163,6 +164,7 @@ class LMDataModule(_DataModule):
         mix: str | None = None,
         shuffle: str = "items",
         window_shards: int = 8,
+        packing: bool = False,
         cache: bool = False,
         cache_dir: str | Path | None = None,
         num_workers: int = 0,
@@ -172,7 +174,8 @@ class LMDataModule(_DataModule):
 
         ``shuffle`` "shards" reads shard by shard, ``window_shards`` at a time.
         ``max_positions`` bounds text, latents and padding of a batch together, ``max_items`` its utterances; utterances of more than
-        ``drop_longer_than`` positions (at most the budget) are left out, counted and logged.
+        ``drop_longer_than`` positions (at most the budget) are left out, counted and logged. With ``packing`` the budget holds no
+        padding, and training batches mix utterances of all lengths.
         """
         super().__init__(num_workers, pin_memory)
         if max_positions < 1 or buckets < 1 or (max_items is not None and max_items < 1):
@@ -182,7 +185,7 @@ class LMDataModule(_DataModule):
         self.latents = ", ".join(source.path for source in self.sources)
         self.tokenizer, self.max_positions = tokenizer, max_positions
         self.drop_longer_than = max_positions if drop_longer_than is None else min(drop_longer_than, max_positions)
-        self.max_items, self.buckets, self.seed, self.speaker = max_items, buckets, seed, speaker
+        self.max_items, self.buckets, self.seed, self.speaker, self.packing = max_items, buckets, seed, speaker, packing
         self.shuffle, self.window_shards, self.cache, self.cache_dir = shuffle, window_shards, cache, cache_dir
         self._datasets: dict[str, LatentDataset] = {}
 
@@ -213,9 +216,12 @@ class LMDataModule(_DataModule):
             )
         return self._datasets[split]
 
-    def plan(self, split: str, *, shuffle: bool) -> BudgetPlan:
+    def plan(self, split: str, *, shuffle: bool) -> BudgetPlan | PackedPlan:
         """The batches of one split."""
         dataset = self.dataset(split)
+        if self.packing:
+            positions = dataset.text_lengths + dataset.audio_lengths
+            return PackedPlan(positions, max_positions=self.max_positions, max_items=self.max_items, shuffle=shuffle, seed=self.seed)
         return BudgetPlan(
             dataset.text_lengths,
             dataset.audio_lengths,

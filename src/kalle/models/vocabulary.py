@@ -38,7 +38,9 @@ class CompactEmbedding(nn.Module):
         """``table`` (V, H) is kept, on the CPU; ``tokens`` (N,) int64 are the ids that train."""
         super().__init__()
         used = torch.unique(tokens.cpu())
-        assert used.numel() and int(used[0]) >= 0 and int(used[-1]) < len(table), "tokens outside the table"
+        assert len(used), "no tokens"
+        assert int(used[0]) >= 0, int(used[0])
+        assert int(used[-1]) < len(table), (int(used[-1]), len(table))
         self._table = _Table(table.detach().cpu())
         row_of = torch.full((len(table),), -1, dtype=torch.int32)
         row_of[used] = torch.arange(len(used), dtype=torch.int32)
@@ -71,7 +73,7 @@ class CompactEmbedding(nn.Module):
         theirs = state_dict.get(f"{prefix}row_of")
         if theirs is not None and not torch.equal(theirs.cpu(), self.row_of.cpu()):
             raise UserError(
-                f"the checkpoint trains other text tokens ({int((theirs >= 0).sum())}, here {len(self.weight)}): its corpus had other texts; "
+                f"the checkpoint trains {int((theirs >= 0).sum())} text tokens, this run {len(self.weight)} others, of other texts; "
                 "resume with the same data and tokenizer, or choose out=NEW or resume=never"
             )
         super()._load_from_state_dict(state_dict, prefix, *arguments)

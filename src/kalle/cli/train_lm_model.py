@@ -1,0 +1,136 @@
+"""The language model of a training run: what it starts from, what of it trains, and what is written at the end."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalle.cli.train_checks import check_latents, check_vocabulary
+from kalle.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from kalle.models.layout import Packing
+    from kalle.models.lm import KalleLM
+    from kalle.models.lora import LoRAConfig
+    from kalle.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+_LARGE_VOCABULARY = 4096
+"""Tokens from which ``compact_vocabulary=auto`` looks whether a corpus leaves most of them unused."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a run and the hash of the weights below them."""
+
+    config: LoRAConfig
+    base_hash: str
+
+
+def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: Tokenizer) -> KalleLM:
+    """The model that ``config`` describes or starts from, checked against the latents of ``info``."""
+    import torch
+    from hydra.utils import instantiate
+
+    from kalle.convert.llama import load_text_weights, with_text_backbone
+    from kalle.models.lm import KalleLM
+
+    if config.init is not None and config.init_text is not None:
+        raise UserError(f"init: got init='{config.init}' and init_text='{config.init_text}', expected one of them; leave one out")
+    if config.init is not None:
+        lm = KalleLM.from_pretrained(config.init).train()
+    else:
+        wanted = instantiate(config.lm, _convert_="all")
+        if config.init_text is not None:
+            wanted = with_text_backbone(wanted, config.init_text, tokenizer.vocab_size)
+        # Before the model is built, because transformers has something to say about token ids beyond the vocabulary.
+        check_vocabulary(wanted.backbone.get("vocab_size", tokenizer.vocab_size), tokenizer)
+        lm = KalleLM(wanted)
+        if config.init_text is not None:
+            load_text_weights(lm, config.init_text, torch.Generator().manual_seed(config.seed))
+    check_vocabulary(lm.vocab_size, tokenizer)
+    check_latents(lm, info, config.init)
+    if config.init is None and lm.config.normalise_latents:
+        lm.set_latent_statistics(torch.tensor(info["mean"]), torch.tensor(info["std"]))
+    return lm
+
+
+def packing_of(config: DictConfig) -> Packing | None:
+    """How the rows of a batch are packed, None for padded ones."""
+    from kalle.models.layout import Packing
+
+    if not config.packing:
+        return None
+    # The kernel of flash attention knows packed documents in a single row only.
+    return Packing(None if config.attention == "flash" else config.row_positions)
+
+
+def prepare_language_model(config: DictConfig, lm: KalleLM, data: Any) -> Adapters | None:
+    """Freeze, adapt, shrink the vocabulary and choose how ``lm`` is computed, all in place; the adapters where there are any."""
+    import torch
+    from hydra.utils import instantiate
+
+    from kalle.checkpoint import resolve_device, weights_hash
+    from kalle.models.lora import add_lora
+    from kalle.models.speed import compile_layers, recompute_activations, set_attention
+    from kalle.training.trainable import freeze, parameter_counts
+
+    adapters = None
+    if config.get("lora") is not None:
+        adapters = Adapters(instantiate(config.lora, _convert_="all"), weights_hash(lm))
+        add_lora(lm, adapters.config, torch.Generator().manual_seed(config.seed))
+    freeze(lm, list(config.freeze))
+    _shrink_vocabulary(config.compact_vocabulary, lm, data)
+    device = resolve_device(config.device)
+    half = "16" in str(config.precision) or (config.precision == "auto" and device.type == "cuda")
+    set_attention(lm, config.attention, device, half)
+    if config.activation_checkpointing:
+        recompute_activations(lm)
+    if config.compile:
+        compile_layers(lm)
+    trainable, total = parameter_counts(lm)
+    logger.info("the language model has %.2f M parameters, %.2f M of them train", total / 1e6, trainable / 1e6)
+    return adapters
+
+
+def export_language_model(lm: KalleLM, adapters: Adapters | None, weights: Path) -> None:
+    """Write ``weights``/lm, with adapters merged into it, and the adapters alone to ``weights``/adapter. Changes ``lm``."""
+    from kalle.models.lora import save_adapter
+    from kalle.models.vocabulary import expand_vocabulary
+    from kalle.training.trainable import finish
+
+    expand_vocabulary(lm)
+    if adapters is not None:
+        save_adapter(lm, adapters.config, weights / ADAPTER_FOLDER, adapters.base_hash)
+    finish(lm)
+    lm.save_pretrained(weights)
+
+
+def _shrink_vocabulary(wanted: bool | str, lm: KalleLM, data: Any) -> None:
+    """Train only the text tokens that occur in the training split of ``data``."""
+    import torch
+
+    from kalle.models.vocabulary import compact_vocabulary
+
+    if wanted not in (True, False, "auto"):
+        raise UserError(f"compact_vocabulary: got {wanted!r}, expected true, false or auto; correct it")
+    if wanted is False or (wanted == "auto" and lm.vocab_size < _LARGE_VOCABULARY):
+        return
+    texts = getattr(data.dataset("train"), "text_ids", None)
+    if texts is None:
+        if wanted is True:
+            raise UserError(
+                "compact_vocabulary: got true, but the texts of this data are not known in advance; use compact_vocabulary=false"
+            )
+        return
+    tokens = torch.unique(torch.cat([ids.long() for ids in texts]))
+    if wanted == "auto" and 2 * len(tokens) > lm.vocab_size:
+        return
+    logger.info("training %d of %d text tokens, those of the training texts; the others stay as they are", len(tokens), lm.vocab_size)
+    compact_vocabulary(lm, tokens)

@@ -1,0 +1,103 @@
+"""Text weights of a Llama, in a Hugging Face folder, as the start of a language model's backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kalle.checkpoint import read_json, read_tensors, require_fit
+from kalle.errors import UserError
+from kalle.models.lm import KalleLM, KalleLMConfig, check_backbone
+
+logger = logging.getLogger(__name__)
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_EMBEDDING = "embed_tokens.weight"
+_ARCHITECTURE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "rms_norm_eps", "max_position_embeddings", "attention_bias", "attention_dropout", "mlp_bias", "tie_word_embeddings",
+    "bos_token_id", "eos_token_id", "rope_theta", "rope_scaling", "rope_parameters", "initializer_range",
+)  # fmt: skip
+"""The keys of a config.json that say what the backbone is; the rest is about files, or about generating text."""
+
+
+def with_text_backbone(config: KalleLMConfig, folder: str | Path, vocab_size: int) -> KalleLMConfig:
+    """``config`` with the backbone of ``folder``/config.json, its vocabulary grown to a tokenizer's ``vocab_size`` tokens.
+
+    A UserError when that is no Llama, or has clearly more tokens than the tokenizer, which then is not the one of the text weights.
+    """
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    if values.get("model_type") != "llama":
+        raise UserError(
+            f"not a Llama: '{path}' has model_type {values.get('model_type')!r}, expected 'llama'; give a folder of Llama text weights"
+        )
+    backbone = {name: value for name, value in values.items() if name in _ARCHITECTURE}
+    check_backbone(backbone, path)
+    missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if name not in backbone]
+    if missing:
+        raise UserError(f"missing key {', '.join(missing)} in '{path}'; fetch the file again")
+    embedded = backbone["vocab_size"]
+    if vocab_size < 0.9 * embedded:
+        raise UserError(
+            f"the tokenizer has {vocab_size} tokens but the text weights in '{folder}' embed {embedded}: it is another tokenizer; "
+            "set tokenizer=llama3 tokenizer.folder=DIR to that of the text weights with the 8 added tokens"
+        )
+    return dataclasses.replace(config, backbone={**backbone, "vocab_size": max(vocab_size, embedded)})
+
+
+def load_text_weights(lm: KalleLM, folder: str | Path, generator: torch.Generator) -> None:
+    """Fill the backbone of ``lm`` from the safetensors in ``folder``, one file or several with an index, in fp32.
+
+    Rows of the text embedding beyond those stored are drawn from a normal distribution with the mean and standard deviation that
+    the stored ones have in each dimension. The output layer for text is left out. A UserError lists tensors that do not fit.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _stored(Path(folder)):
+        plain = name.removeprefix("model.")
+        if plain != "lm_head.weight" and not plain.endswith("rotary_emb.inv_freq"):
+            tensors[plain] = tensor
+    expected = dict(lm.backbone.state_dict())
+    wanted = expected[_EMBEDDING].shape
+    stored = tensors.get(_EMBEDDING)
+    if stored is not None and stored.shape[1:] == wanted[1:]:
+        tensors[_EMBEDDING] = _grown(stored, wanted[0], generator)
+    require_fit(expected, tensors, folder)
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
+    logger.info("started from the text weights in '%s', with %d new tokens", folder, wanted[0] - len(stored) if stored is not None else 0)
+
+
+def _grown(table: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """``table`` (V, H) with rows drawn like its own, to ``rows`` in all; as it is when it has as many."""
+    if len(table) >= rows:
+        return table
+    table = table.float()
+    noise = torch.randn(rows - len(table), table.shape[1], generator=generator)
+    return torch.cat([table, table.mean(0) + table.std(0) * noise])
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    index = folder / _INDEX
+    if not index.is_file():
+        if not (folder / _SINGLE).is_file():
+            raise UserError(f"no text weights in '{folder}': expected {_SINGLE} or {_INDEX}; give a Hugging Face folder with safetensors")
+        yield from read_tensors(folder / _SINGLE).items()
+        return
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"no 'weight_map' in '{index}', expected tensor names and their files; fetch the file again")
+    for file in sorted(set(places.values())):
+        tensors = read_tensors(folder / file)
+        wanted = {name for name, place in places.items() if place == file}
+        if lacking := sorted(wanted - set(tensors)):
+            raise UserError(
+                f"'{folder / file}' lacks {len(lacking)} tensors that '{index.name}' expects there, such as {lacking[0]}; fetch it again"
+            )
+        yield from ((name, tensors[name]) for name in sorted(wanted))

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kalle.errors import UserError
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lora import LoRAConfig, add_lora
+from kalle.training.trainable import draws_dropout, finish, freeze, parameter_counts, parameter_groups
+
+
+@pytest.fixture
+def lm(toy_lm_config: KalleLMConfig) -> KalleLM:
+    torch.manual_seed(0)
+    return KalleLM(toy_lm_config)
+
+
+def test_frozen_parts_do_not_reach_the_optimizer(lm: KalleLM) -> None:
+    everything = parameter_counts(lm)
+    assert everything[0] == everything[1]
+    freeze(lm, ["backbone.embed_tokens.*", "backbone.layers.0.*"])
+    names = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    assert "backbone.layers.1.mlp.up_proj.weight" in names
+    assert not any("embed_tokens" in name or "layers.0." in name for name in names)
+    given = sum(parameter.numel() for group in parameter_groups(lm) for parameter in group["params"])
+    assert given == parameter_counts(lm)[0] < everything[1] == parameter_counts(lm)[1]
+
+
+def test_a_pattern_that_fits_nothing_is_an_error(lm: KalleLM) -> None:
+    with pytest.raises(UserError, match=r"freeze: no parameter fits 'backbone.embed'; names begin with audio_linear, backbone"):
+        freeze(lm, ["audio_linear.*", "backbone.embed"])
+    assert all(parameter.requires_grad for parameter in lm.parameters())
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        freeze(lm, ["*"])
+
+
+def test_decay_can_spare_norms_biases_and_embeddings(lm: KalleLM) -> None:
+    assert [set(group) for group in parameter_groups(lm)] == [{"params"}]
+    kept, bare = parameter_groups(lm, decay_all=False)
+    assert "weight_decay" not in kept
+    assert bare["weight_decay"] == 0
+    assert all(parameter.ndim == 2 for parameter in kept["params"])
+    spared = {id(parameter) for parameter in bare["params"]}
+    assert id(lm.backbone.embed_tokens.weight) in spared
+    assert id(lm.audio_linear.bias) in spared
+    assert len(kept["params"]) + len(bare["params"]) == len(list(lm.parameters()))
+
+
+def test_dropout_is_seen(lm: KalleLM) -> None:
+    assert not draws_dropout(lm)
+    add_lora(lm, LoRAConfig(rank=1, dropout=0.1))
+    assert draws_dropout(lm)
+    names = set(lm.state_dict())
+    finish(lm)
+    assert not any("lora" in name for name in lm.state_dict())
+    assert len(lm.state_dict()) < len(names)
