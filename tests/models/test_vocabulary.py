@@ -27,7 +27,7 @@ def batch() -> LMBatch:
     generator = torch.Generator().manual_seed(1)
     mean = torch.randn(2, 6, 4, generator=generator)
     posterior = DiagGaussian(mean, torch.full_like(mean, -0.5))
-    ids = torch.tensor([[7, 3, 200, 11, 11], [3, 3, 200, 7, 7]])
+    ids = torch.tensor([[7, 3, 200, 11, 11], [3, 3, 200, 0, 0]])  # padded with a token that has no row
     return LMBatch(ids, torch.tensor([5, 3]), posterior.sample(generator=generator), torch.tensor([6, 4]), posterior)
 
 

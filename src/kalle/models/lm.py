@@ -247,17 +247,21 @@ class KalleLM(nn.Module):
 
     def _assemble(self, batch: LMBatch, layout: RowLayout, speaker_latent: Tensor | None) -> Tensor:
         """Embeddings (R, W, H): each document's speaker, text and latents joined without gaps."""
-        text = self.backbone.embed_tokens(batch.text_ids)
-        embeddings = text.new_zeros(layout.rows, layout.width, text.shape[-1])
+        dtype = self.backbone.embed_tokens.weight.dtype
+        embeddings = torch.zeros(layout.rows, layout.width, self.hidden_size, dtype=dtype, device=batch.text_ids.device)
         begin = layout.start
         if speaker_latent is not None:
             spoken = self._speaker_positions(batch) > 0
-            embeddings = embeddings.index_put((layout.row[spoken], begin[spoken]), speaker_latent[spoken].to(text.dtype))
+            embeddings = embeddings.index_put((layout.row[spoken], begin[spoken]), speaker_latent[spoken].to(dtype))
             begin = begin + spoken
-        for values, lengths in ((text, batch.text_lengths), (self._embed_latents(batch.latents).to(text.dtype), batch.latent_lengths)):
+        for embed, values, lengths in (
+            (self.backbone.embed_tokens, batch.text_ids, batch.text_lengths),
+            (self._embed_latents, batch.latents, batch.latent_lengths),
+        ):
             steps = torch.arange(values.shape[1], device=values.device)
             documents, columns = (steps < lengths[:, None]).nonzero(as_tuple=True)
-            embeddings = embeddings.index_put((layout.row[documents], begin[documents] + columns), values[documents, columns])
+            places = (layout.row[documents], begin[documents] + columns)
+            embeddings = embeddings.index_put(places, embed(values[documents, columns]).to(dtype))
             begin = begin + lengths
         return embeddings
 
