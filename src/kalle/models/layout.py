@@ -58,18 +58,14 @@ def padded_layout(lengths: Tensor) -> RowLayout:
 
 
 def packed_layout(lengths: Tensor, packing: Packing) -> RowLayout:
-    """Documents one behind the other: the longest first, each into the first row with room for it; ``lengths`` is (B,) int64."""
+    """Documents one behind the other in the fewest rows that first fit finds, nearly equally full; ``lengths`` is (B,) int64."""
     sizes: list[int] = lengths.tolist()
     room = sum(sizes) if packing.row_positions is None else max(packing.row_positions, *sizes, 1)
-    filled: list[int] = []
-    row, start = [0] * len(sizes), [0] * len(sizes)
-    for document in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        size = sizes[document]
-        place = next((index for index, used in enumerate(filled) if used + size <= room), len(filled))
-        if place == len(filled):
-            filled.append(0)
-        row[document], start[document] = place, filled[place]
-        filled[place] += size
+    longest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    row, start, filled = _first_fit(sizes, longest_first, room)
+    balanced = _emptiest_first(sizes, longest_first, len(filled))
+    if max(balanced[2]) < max(filled):  # rows are padded to the fullest
+        row, start, filled = balanced
     width = max(filled)
     positions = torch.zeros(len(filled), width, dtype=torch.int64)
     for document, size in enumerate(sizes):
@@ -78,6 +74,29 @@ def packed_layout(lengths: Tensor, packing: Packing) -> RowLayout:
     return RowLayout(
         torch.tensor(row, device=device), torch.tensor(start, device=device), lengths, len(filled), width, positions.to(device)
     )
+
+
+def _first_fit(sizes: list[int], order: list[int], room: int) -> tuple[list[int], list[int], list[int]]:
+    """Row and start of each document, and what each row holds: every document in the first row with room for it."""
+    row, start, filled = [0] * len(sizes), [0] * len(sizes), [0]
+    for document in order:
+        size = sizes[document]
+        place = next((index for index, used in enumerate(filled) if used + size <= room), len(filled))
+        if place == len(filled):
+            filled.append(0)
+        row[document], start[document] = place, filled[place]
+        filled[place] += size
+    return row, start, filled
+
+
+def _emptiest_first(sizes: list[int], order: list[int], rows: int) -> tuple[list[int], list[int], list[int]]:
+    """The same with every document in the row that holds least so far."""
+    row, start, filled = [0] * len(sizes), [0] * len(sizes), [0] * rows
+    for document in order:
+        place = min(range(rows), key=filled.__getitem__)
+        row[document], start[document] = place, filled[place]
+        filled[place] += sizes[document]
+    return row, start, filled
 
 
 @torch.no_grad()
