@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kalle.data.mixing import Mixture
 from kalle.data.packing import PackedPlan
+from kalle.data.plans import ShardWindows
 
 ITEMS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 
@@ -53,3 +55,44 @@ def test_lengths_mix() -> None:
 @pytest.mark.parametrize(("lengths", "budget", "expected"), [([7], 7, 1), ([7, 7], 7, 2), ([3, 3, 3], 9, 1)])
 def test_edges(lengths: list[int], budget: int, expected: int) -> None:
     assert PackedPlan(np.array(lengths), max_positions=budget).batches == expected
+
+
+@settings(deadline=None, max_examples=150)
+@given(ITEMS, st.integers(0, 200), st.one_of(st.none(), st.integers(1, 9)), st.integers(1, 4), st.integers(0, 3))
+def test_windows_of_shards_keep_the_budget_too(lengths: list[int], spare: int, max_items: int | None, size: int, seed: int) -> None:
+    budget = max(lengths) + spare
+    shard = np.arange(len(lengths)) // 5
+    plan = PackedPlan(np.array(lengths), max_positions=budget, max_items=max_items, seed=seed, windows=ShardWindows(shard, size))
+    for epoch in range(2):
+        batches = plan(epoch)
+        assert len(batches) == plan.batches
+        assert sorted(item for batch in batches for item in batch) == list(range(len(lengths)))
+        assert all(batch for batch in batches)
+        assert max(sum(lengths[item] for item in batch) for batch in batches) <= budget
+        assert max_items is None or max(map(len, batches)) <= max_items
+
+
+def test_a_shard_is_read_within_its_window() -> None:
+    shard = np.repeat(np.arange(20), 50)
+    lengths = np.random.default_rng(0).integers(20, 200, len(shard))
+    windows = ShardWindows(shard, 2)
+    batches = PackedPlan(lengths, max_positions=2000, windows=windows)(0)
+    spans = [np.ptp([n for n, batch in enumerate(batches) if (shard[batch] == one).any()]) for one in range(20)]
+    assert max(spans) <= np.ceil(len(batches) / 10) + 1
+
+
+@settings(deadline=None, max_examples=80)
+@given(ITEMS, st.integers(0, 200), st.floats(0.1, 2.5), st.booleans())
+def test_a_mix_has_as_many_batches_every_epoch(lengths: list[int], spare: int, weight: float, windowed: bool) -> None:
+    source = np.arange(len(lengths)) % 2 if len(lengths) > 1 else np.zeros(1, int)
+    mixture = Mixture(source, (1.0, weight)[: int(source.max()) + 1])
+    windows = ShardWindows(np.arange(len(lengths)) // 4, 2) if windowed else None
+    budget = max(lengths) + spare
+    plan = PackedPlan(np.array(lengths), max_positions=budget, seed=2, mixture=mixture, windows=windows)
+    for epoch in range(3):
+        batches = plan(epoch)
+        assert len(batches) == plan.batches
+        visited = np.array([item % len(lengths) for batch in batches for item in batch])
+        assert np.bincount(source[visited], minlength=len(mixture.weights)).tolist() == mixture.visits()
+        assert max(sum(lengths[item % len(lengths)] for item in batch) for batch in batches) <= budget
+        assert all(batch for batch in batches)

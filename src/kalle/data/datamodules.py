@@ -219,20 +219,13 @@ class LMDataModule(_DataModule):
     def plan(self, split: str, *, shuffle: bool) -> BudgetPlan | PackedPlan:
         """The batches of one split."""
         dataset = self.dataset(split)
+        options: dict[str, Any] = {"max_positions": self.max_positions, "max_items": self.max_items, "shuffle": shuffle, "seed": self.seed}
+        if shuffle:
+            options["mixture"] = mixture_of(self.sources, dataset.source, self.mix, "utterances")
+            options["windows"] = windows_of(self.shuffle, self.window_shards, dataset.items.shard)
         if self.packing:
-            positions = dataset.text_lengths + dataset.audio_lengths
-            return PackedPlan(positions, max_positions=self.max_positions, max_items=self.max_items, shuffle=shuffle, seed=self.seed)
-        return BudgetPlan(
-            dataset.text_lengths,
-            dataset.audio_lengths,
-            max_positions=self.max_positions,
-            max_items=self.max_items,
-            buckets=self.buckets,
-            shuffle=shuffle,
-            seed=self.seed,
-            mixture=mixture_of(self.sources, dataset.source, self.mix, "utterances") if shuffle else None,
-            windows=windows_of(self.shuffle, self.window_shards, dataset.items.shard) if shuffle else None,
-        )
+            return PackedPlan(dataset.text_lengths + dataset.audio_lengths, **options)
+        return BudgetPlan(dataset.text_lengths, dataset.audio_lengths, buckets=self.buckets, **options)
 
     def train_dataloader(self) -> ResumableLoader:
         """Every training utterance once an epoch, or as often as the mix says, with fresh latents."""
