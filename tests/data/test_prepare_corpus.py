@@ -112,6 +112,8 @@ def bad_items(folder: Path) -> dict[str, SourceItem]:
         make(path)
         items[reason] = SourceItem(reason.replace(" ", "-"), path, texts.get(reason, "words"), split="train")
     soundfile.write(folder / "stereo-clipped.wav", stereo_clipped, 16000)
+    soundfile.write(folder / "outside.wav", good, 16000)
+    items["outside the recording"] = SourceItem("outside", folder / "outside.wav", "words", split="train", start_s=0.2, duration_s=0.5)
     items["clipped "] = SourceItem("stereo-clipped", folder / "stereo-clipped.wav", "words", split="train")
     return items
 

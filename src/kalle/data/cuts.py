@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
@@ -29,10 +30,14 @@ def make_cut(
     speaker: str,
     language: str,
     source: str = "",
+    start_samples: int = 0,
+    seconds: float | None = None,
+    custom: dict[str, Any] | None = None,
 ) -> MonoCut:
-    """One cut over a whole mono recording with one supervision; `load_audio()` gives (1, num_samples) at ``sample_rate_hz``.
+    """One cut over a mono recording with one supervision; `load_audio()` gives (1, num_samples) at ``sample_rate_hz``.
 
-    ``stored_rate_hz`` and ``stored_samples`` describe the file as it lies on disk; another rate is resampled on loading.
+    ``stored_rate_hz`` and ``stored_samples`` describe the file as it lies on disk; another rate is resampled on loading. ``seconds``
+    from ``start_samples`` on (at the stored rate) make a cut of a part of it; None means the whole. ``custom`` goes into the cut's own.
     """
     recording = Recording(
         id=cut_id,
@@ -43,12 +48,14 @@ def make_cut(
     )
     if stored_rate_hz != sample_rate_hz:
         recording = recording.resample(sample_rate_hz)
+    start = start_samples / stored_rate_hz
+    duration = recording.duration if seconds is None else min(seconds, recording.duration - start)
     supervision = SupervisionSegment(
-        id=cut_id, recording_id=cut_id, start=0.0, duration=recording.duration, text=text, speaker=speaker, language=language or None
+        id=cut_id, recording_id=cut_id, start=0.0, duration=duration, text=text, speaker=speaker, language=language or None
     )
-    custom = {"source": source} if source else None
+    fields = {**(custom or {}), **({"source": source} if source else {})}
     return MonoCut(
-        id=cut_id, start=0.0, duration=recording.duration, channel=0, recording=recording, supervisions=[supervision], custom=custom
+        id=cut_id, start=start, duration=duration, channel=0, recording=recording, supervisions=[supervision], custom=fields or None
     )
 
 

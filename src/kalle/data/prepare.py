@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kalle.data.corpora.items import Rejection, Source, SourceItem
 from kalle.data.cuts import cuts_path, make_cut, write_cuts
 from kalle.data.prepare_check import Kept, PrepareOptions, check_item
 from kalle.data.prepare_files import Journal
+from kalle.data.prepare_jobs import WorkerLost, check_parallel
 from kalle.data.prepare_split import SPLITS
 from kalle.data.report import build_report, markdown
 from kalle.disk import output_folder, write_whole
@@ -23,7 +25,7 @@ from kalle.errors import UserError
 COMPLETED_NAME = ".completed"
 JOURNAL_NAME = "journal.jsonl"
 REPORT_JSON, REPORT_MD = "report.json", "report.md"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Progress = Callable[[list[SourceItem]], Iterable[SourceItem]]
 
 
@@ -37,12 +39,12 @@ class Prepared:
     resumed_items: int
 
 
-def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress: Progress = iter) -> Prepared:
+def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress: Progress = iter, jobs: int = 1) -> Prepared:
     """Write ``out``/cuts_{train,valid,test}.jsonl.gz, report.json, report.md and, last of all, .completed.
 
     Same source and options: nothing is done. Other ones: the folder's cuts are made anew. After an interrupt the
-    items already heard are not heard again. Raises UserError when no item at all is fit, or the disk refuses; then no
-    partial file stays.
+    items already heard are not heard again. ``jobs`` processes check items; the result does not depend on how many. Raises
+    UserError when no item at all is fit, or the disk refuses; then no partial file stays.
     """
     fingerprint = source_fingerprint(source, options)
     finished = _finished_report(out, fingerprint)
@@ -52,8 +54,11 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
         (out / COMPLETED_NAME).unlink(missing_ok=True)
         journal = Journal(out / JOURNAL_NAME, fingerprint)
         try:
-            resumed, kept, rejected = _listen(source, out, options, journal, progress)
+            resumed, kept, rejected = _listen(source, out, options, journal, progress, jobs)
             report = _finish(source, out, options, fingerprint, kept, rejected)
+        except WorkerLost:
+            journal.close()
+            raise
         except (OSError, UserError):
             journal.remove()
             raise
@@ -70,7 +75,9 @@ def source_fingerprint(source: Source, options: PrepareOptions) -> str:
     for item in source.items:
         stat = item.audio.stat() if item.audio.is_file() else None
         state = [stat.st_size, stat.st_mtime_ns] if stat else None
-        digest.update(json.dumps([item.id, str(item.audio), item.text, item.speaker, item.language, item.split, state]).encode())
+        part = [item.start_s, item.duration_s, item.channel, item.inside and asdict(item.inside), item.custom]
+        who = [item.text, item.speaker, item.language, item.split]
+        digest.update(json.dumps([item.id, str(item.audio), *who, state, *part], sort_keys=True).encode())
     for rejection in source.rejected:
         digest.update(json.dumps(asdict(rejection)).encode())
     return digest.hexdigest()
@@ -88,7 +95,7 @@ def _finished_report(out: Path, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _listen(
-    source: Source, out: Path, options: PrepareOptions, journal: Journal, progress: Progress
+    source: Source, out: Path, options: PrepareOptions, journal: Journal, progress: Progress, jobs: int
 ) -> tuple[int, list[Kept], list[Rejection]]:
     """How many results an earlier run had left, and the results of all items in the source's order."""
     results: dict[str, Kept | Rejection] = {}
@@ -99,14 +106,20 @@ def _listen(
             results[entry["id"]] = Kept(**entry)
     resumed = len(results)
     waiting = [item for item in source.items if item.id not in results]
-    for item in progress(waiting):
-        result = check_item(item, options, out)
-        journal.add(result.to_dict() if isinstance(result, Kept) else asdict(result))
-        results[item.id] = result
+    with closing(check_parallel(waiting, options, out, jobs) if jobs > 1 else _one_by_one(waiting, options, out)) as checked:
+        for item in progress(waiting):
+            result = next(checked)
+            journal.add(result.to_dict() if isinstance(result, Kept) else asdict(result))
+            results[item.id] = result
     ordered = [results[item.id] for item in source.items]
     kept = [result for result in ordered if isinstance(result, Kept)]
     rejected = source.rejected + [result for result in ordered if isinstance(result, Rejection)]
     return resumed, kept, rejected
+
+
+def _one_by_one(items: list[SourceItem], options: PrepareOptions, out: Path) -> Generator[Kept | Rejection, None, None]:
+    for item in items:
+        yield check_item(item, options, out)
 
 
 def _finish(
@@ -128,6 +141,8 @@ def _finish(
 
 
 def _cut(item: Kept, sample_rate_hz: int) -> MonoCut:
+    # A FLAC that was made for the item holds just that, at another rate perhaps; any other file may hold more.
+    whole = item.audio != item.source or round(item.seconds * item.stored_rate_hz) == item.stored_samples
     return make_cut(
         item.id,
         item.audio,
@@ -138,4 +153,7 @@ def _cut(item: Kept, sample_rate_hz: int) -> MonoCut:
         item.speaker,
         item.language,
         source=item.source if item.audio != item.source else "",
+        start_samples=item.start_samples,
+        seconds=None if whole else item.seconds,
+        custom=item.custom,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from kalle.data.prepare_split import SPLITS, word_count
 # Upper edges in seconds; the last bin is open.
 DURATION_EDGES_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0)
 SCORED_WORDS = 4
+NAMES_SHOWN = 20
 
 
 def build_report(source: Source, options: PrepareOptions, kept: list[Kept], rejected: list[Rejection]) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def build_report(source: Source, options: PrepareOptions, kept: list[Kept], reje
         "channels": _counts(kept, "source_channels"),
         "resampled": sum(item.source_rate_hz != options.sample_rate_hz for item in kept),
         "converted_to_flac": sum(item.audio != item.source for item in kept),
+        "checked_by_header_only": sum(not item.decoded for item in kept),
         "duration_histogram": histogram([item.seconds for item in kept]),
         "rejected_by_reason": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
         "rejected_items": [asdict(rejection) for rejection in rejected],
@@ -67,14 +69,11 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         [split, str(row["items"]), f"{row['minutes']:.2f}", str(row["speakers"]), str(row["words"]), str(row["items_of_four_words"])]
         for split, row in report["splits"].items()
     ]
-    who = [
-        [kind, name or "(not given)", str(row["items"]), f"{row['minutes']:.2f}"]
-        for kind in ("speakers", "languages")
-        for name, row in report[kind].items()
-    ]
+    who = [row for kind in ("speakers", "languages") for row in _who(kind, report[kind])]
     found = [["sample rate", f"{rate} Hz", str(count)] for rate, count in report["sample_rates_hz"].items()]
     found += [["channels", channels, str(count)] for channels, count in report["channels"].items()]
     found += [["converted", "resampled", str(report["resampled"])], ["converted", "to mono FLAC", str(report["converted_to_flac"])]]
+    found += [["checked", "by header only", str(report["checked_by_header_only"])]] * bool(report["checked_by_header_only"])
     found += [["note", note, str(value)] for note, value in report["notes"].items()]
     longest = max([*report["duration_histogram"].values(), 1])
     durations = [[label, str(count), "#" * round(30 * count / longest)] for label, count in report["duration_histogram"].items()]
@@ -86,6 +85,17 @@ def tables(report: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         ("Durations", ["seconds", "items", ""], durations),
         ("Rejected", ["reason", "items"], rejected),
     ]
+
+
+def _who(kind: str, groups: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row for each name, or for those with the most minutes and one for all others; report.json has everybody."""
+    shown = sorted(groups, key=lambda name: -groups[name]["minutes"])[:NAMES_SHOWN] if len(groups) > NAMES_SHOWN else list(groups)
+    rows = [[kind, name or "(not given)", str(groups[name]["items"]), f"{groups[name]['minutes']:.2f}"] for name in shown]
+    others = [groups[name] for name in sorted(groups.keys() - set(shown))]
+    if others:
+        items, minutes = sum(group["items"] for group in others), sum(group["minutes"] for group in others)
+        rows.append([kind, f"({len(others)} others)", str(items), f"{minutes:.2f}"])
+    return rows
 
 
 def _split_row(items: list[Kept]) -> dict[str, Any]:
@@ -100,9 +110,13 @@ def _split_row(items: list[Kept]) -> dict[str, Any]:
 
 
 def _minutes_by(items: list[Kept], field: str) -> dict[str, dict[str, Any]]:
-    names = sorted({getattr(item, field) for item in items})
-    groups = {name: [item for item in items if getattr(item, field) == name] for name in names}
-    return {name: {"items": len(group), "minutes": round(_seconds(group) / 60, 3)} for name, group in groups.items()}
+    counts: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for item in items:
+        name = getattr(item, field)
+        counts[name] += 1
+        seconds[name] += item.seconds
+    return {name: {"items": counts[name], "minutes": round(seconds[name] / 60, 3)} for name in sorted(counts)}
 
 
 def _counts(items: list[Kept], field: str) -> dict[str, int]:

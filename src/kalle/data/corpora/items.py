@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from kalle.data.corpora.inside import ArrowCell, TarMember
 from kalle.data.prepare_files import safe_id
 
 REASONS = (
@@ -13,6 +15,7 @@ REASONS = (
     "unreadable",
     "empty",
     "not finite",
+    "outside the recording",
     "too short",
     "too long",
     "clipped",
@@ -31,9 +34,13 @@ AUDIO_SUFFIXES = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceItem:
-    """One recording and its text, before anything is known of its sound."""
+    """One recording and its text, before anything is known of its sound.
+
+    ``start_s`` and ``duration_s`` (None: to the end) make it a part of a longer recording, ``channel`` one channel of several (None:
+    their mean). ``inside`` says where in the file ``audio`` the recording lies when that file holds many. ``custom`` goes into the cut.
+    """
 
     id: str
     audio: Path
@@ -41,6 +48,21 @@ class SourceItem:
     speaker: str = "unknown"
     language: str = ""
     split: str | None = None
+    start_s: float = 0.0
+    duration_s: float | None = None
+    channel: int | None = None
+    inside: TarMember | ArrowCell | None = None
+    custom: dict[str, Any] | None = None
+
+    @property
+    def is_segment(self) -> bool:
+        """Whether the item is a part of its recording."""
+        return self.start_s > 0 or self.duration_s is not None
+
+    @property
+    def place(self) -> str:
+        """The recording's path, with its name inside that file where it lies in one."""
+        return str(self.audio) if self.inside is None else f"{self.audio}:{self.inside.name}"
 
 
 @dataclass(frozen=True)
