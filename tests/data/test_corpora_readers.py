@@ -61,6 +61,21 @@ def test_jsonl_takes_every_documented_key(tmp_path: Path) -> None:
     assert source.notes == {"keys not used (mood)": 1}
 
 
+def test_jsonl_keeps_what_peers_write_and_takes_parts(tmp_path: Path) -> None:
+    rows = [
+        {"audio": "a.wav", "text": "one", "ref_audio": "b.wav", "duration": 3.5, "dataset_id": 2},
+        {"audio": "a.wav", "id": "part", "text": "two", "start": 1.5, "duration": 2.0, "fid": "x"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    source = read_jsonl_corpus(tmp_path / "list.jsonl")
+    found = [(item.start_s, item.duration_s, item.custom) for item in source.items]
+    assert found == [(0.0, None, {"ref_audio": "b.wav", "dataset_id": 2}), (1.5, 2.0, None)]
+    assert source.notes == {"keys not used (fid)": 1}
+    (tmp_path / "list.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "x", "start": "soon"}))
+    with pytest.raises(UserError, match="entry 1: got 'soon'"):
+        read_jsonl_corpus(tmp_path / "list.jsonl")
+
+
 def test_jsonl_may_hold_line_separators_and_windows_line_ends(tmp_path: Path) -> None:
     text = "one\u2028two"
     row = json.dumps({"audio": "a.wav", "text": text}, ensure_ascii=False)
@@ -101,6 +116,12 @@ def test_csv_with_header_finds_columns_by_name(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("Path;Speaker;Text;Language\nx.wav;ann;Hello;fr\ny.wav;;Bye\n")
     items = read_csv_corpus(tmp_path / "list.csv", delimiter=";", speaker="bob", language="en").items
     assert [(item.id, item.text, item.speaker, item.language) for item in items] == [("x", "Hello", "ann", "fr"), ("y", "Bye", "bob", "en")]
+
+
+def test_the_header_of_f5_is_known(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text(f"audio_file|text\n{tmp_path}/a.wav|Hello\n")
+    [item] = read_csv_corpus(tmp_path / "metadata.csv").items
+    assert (item.audio, item.text) == (tmp_path / "a.wav", "Hello")
 
 
 @pytest.mark.parametrize(("content", "message"), [("\n \n", "no lines"), ("audio|words\na.wav|x\n", "no text column")])

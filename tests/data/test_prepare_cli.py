@@ -5,6 +5,7 @@ import re
 import resource
 from pathlib import Path
 
+import corpus_layouts as layouts
 import numpy as np
 import pytest
 import soundfile
@@ -61,6 +62,32 @@ def test_report_lists_rejected_items(recordings: Path, tmp_path: Path) -> None:
     assert "no text" in output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {row["id"]: row["reason"] for row in report["rejected_items"]} == {"4": "no text", "5": "unreadable"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        *[("ljspeech", "2 of 5"), ("libritts", "6 of 7"), ("librispeech", "7 of 9"), ("aishell3", "3 of 4"), ("vctk", "4 of 6")],
+        *[("commonvoice", "8 of 10"), ("esd", "5 of 7"), ("emilia", "3 of 5"), ("kaldi", "3 of 8")],
+    ],
+)
+def test_published_corpora_by_one_command_each(tmp_path: Path, name: str, kept: str) -> None:
+    make = {"commonvoice": layouts.common_voice, "emilia": layouts.emilia_tar}.get(name) or getattr(layouts, name)
+    source = make(tmp_path / "in")
+    output = run(name, source, "--out", tmp_path / "out", "--valid-share", 0, "--test-share", 0, "--headers-only")
+    assert f"{kept} items kept" in output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert sum(report["rejected_by_reason"].values()) == report["rejected"]
+    cut = load_cuts(tmp_path / "out", "train")[0]
+    assert cut.load_audio().shape == (1, cut.num_samples)
+    assert "unchanged" in run(name, source, "--out", tmp_path / "out", "--valid-share", 0, "--test-share", 0, "--headers-only")
+
+
+def test_a_part_that_a_corpus_holds_out_is_not_added_to(tmp_path: Path) -> None:
+    run("aishell3", layouts.aishell3(tmp_path / "in"), "--out", tmp_path / "out", "--test-share", 0.9, "--valid-share", 0)
+    assert [len(load_cuts(tmp_path / "out", split)) for split in ("train", "valid", "test")] == [2, 0, 1]
+    with pytest.raises(UserError, match="--speaker: got 'ann', expected none"):
+        CliRunner().invoke(app, ["esd", "x", "--out", "y", "--speaker", "ann"], catch_exceptions=False)
 
 
 def test_embedded_is_found_without_being_told(tmp_path: Path) -> None:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from kalle.data.corpora.items import Source
+from kalle.cli import prepare_corpora
+from kalle.cli.prepare_run import (
+    HeadersOnly,
+    Jobs,
+    Language,
+    MaxSeconds,
+    MinSeconds,
+    Out,
+    Seed,
+    Speaker,
+    TestShare,
+    ValidShare,
+    resumable,
+    run_prepare,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
-Out = Annotated[Path, typer.Option("--out", help="the corpus folder to write")]
-MinSeconds = Annotated[float, typer.Option(help="shorter recordings are rejected")]
-MaxSeconds = Annotated[float, typer.Option(help="longer recordings are rejected")]
-ValidShare = Annotated[float, typer.Option(help="share of distinct texts held out for validation")]
-TestShare = Annotated[float, typer.Option(help="share of distinct texts held out for tests")]
-Seed = Annotated[int, typer.Option(help="another seed holds out other texts")]
-Speaker = Annotated[str, typer.Option(help="speaker of items that name none")]
-Language = Annotated[str, typer.Option(help="language of items that name none, such as en")]
 # The longest prompt of the five languages; more than a user's corpus should hold in one item.
 PROMPT_MAX_SECONDS = 120.0
+prepare_corpora.register(app)
 
 
 @app.command()
@@ -52,10 +57,10 @@ def asterisk(
         valid_share=PROMPT_SPLIT.valid_share if valid_share is None else valid_share,
         test_share=PROMPT_SPLIT.test_share if test_share is None else test_share,
     )
-    with _resumable(out, "decode") as track:
+    with resumable(out, "decode") as track:
         packages = find_packages(debs, names) if debs is not None else _fetched(out / "packages", names, find_packages, download_packages)
         build_prompts(packages, language, out, kbps, policy, track)
-    _prepare(read_embedded(out), out, min_seconds, max_seconds)
+    run_prepare(read_embedded(out), out, min_seconds, max_seconds)
 
 
 @app.command()
@@ -68,7 +73,7 @@ def embedded(
     """The English prompts inside the repository, with their fixed split."""
     from kalle.data.corpora.folder import embedded_folder, read_embedded
 
-    _prepare(read_embedded(corpus if corpus is not None else embedded_folder()), out, min_seconds, max_seconds)
+    run_prepare(read_embedded(corpus if corpus is not None else embedded_folder()), out, min_seconds, max_seconds)
 
 
 @app.command()
@@ -82,11 +87,13 @@ def folder(
     seed: Seed = 0,
     min_seconds: MinSeconds = 0.3,
     max_seconds: MaxSeconds = 30.0,
+    jobs: Jobs = 1,
+    headers_only: HeadersOnly = False,
 ) -> None:
     """A folder of audio files, each with a text file beside it."""
     from kalle.data.corpora.folder import read_folder
 
-    _prepare(read_folder(source, speaker, language), out, min_seconds, max_seconds, valid_share, test_share, seed)
+    run_prepare(read_folder(source, speaker, language), out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only)
 
 
 @app.command()
@@ -100,11 +107,15 @@ def jsonl(
     seed: Seed = 0,
     min_seconds: MinSeconds = 0.3,
     max_seconds: MaxSeconds = 30.0,
+    jobs: Jobs = 1,
+    headers_only: HeadersOnly = False,
 ) -> None:
     """A JSONL list; audio paths are relative to it. A line's own split wins over the shares."""
     from kalle.data.corpora.tables import read_jsonl_corpus
 
-    _prepare(read_jsonl_corpus(source, speaker, language), out, min_seconds, max_seconds, valid_share, test_share, seed)
+    run_prepare(
+        read_jsonl_corpus(source, speaker, language), out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only
+    )
 
 
 @app.command()
@@ -119,62 +130,23 @@ def csv(
     seed: Seed = 0,
     min_seconds: MinSeconds = 0.3,
     max_seconds: MaxSeconds = 30.0,
+    jobs: Jobs = 1,
+    headers_only: HeadersOnly = False,
 ) -> None:
     """An `audio|text` list; audio paths are relative to it."""
     from kalle.data.corpora.tables import read_csv_corpus
 
-    _prepare(read_csv_corpus(source, delimiter, speaker, language), out, min_seconds, max_seconds, valid_share, test_share, seed)
-
-
-def _prepare(
-    source: Source, out: Path, min_seconds: float, max_seconds: float, valid_share: float = 0.0, test_share: float = 0.0, seed: int = 0
-) -> None:
-    from kalle.data.prepare import prepare_corpus
-    from kalle.data.prepare_check import PrepareOptions
-    from kalle.data.prepare_split import SplitPolicy
-
-    options = PrepareOptions(min_seconds=min_seconds, max_seconds=max_seconds, split=SplitPolicy(valid_share, test_share, seed))
-    with _resumable(out, "check") as track:
-        prepared = prepare_corpus(source, out, options, track)
-    _show(prepared.report, out, prepared.unchanged, prepared.resumed_items)
-
-
-@contextmanager
-def _resumable(out: Path, label: str) -> Iterator[Callable[[list[Any]], Iterable[Any]]]:
-    """Yields what puts a progress bar around a list; Ctrl-C is one line that says how to go on."""
-    from kalle.bars import progress_bar
-    from kalle.cli.interrupts import interruptible
-
-    again = f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped"
-    with interruptible(again), progress_bar() as bar:
-        yield lambda items: bar.track(items, description=label)
-
-
-def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from kalle.data.report import tables
-
-    console = Console(highlight=False)
-    if unchanged:
-        console.print(f"unchanged: '{out}' was made from the same audio, texts and options; nothing to do", markup=False, soft_wrap=True)
-    if resumed_items:
-        console.print(f"continued: {resumed_items} items were checked by an earlier, interrupted run", markup=False)
-    for title, headers, rows in tables(report):
-        table = Table(*headers, title=title, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    console.print(
-        f"{report['kept']} of {report['items']} items kept, {report['hours'] * 60:.1f} minutes; "
-        f"every rejected item is listed in {out / 'report.json'}",
-        markup=False,
-        soft_wrap=True,
+    run_prepare(
+        read_csv_corpus(source, delimiter, speaker, language),
+        out,
+        min_seconds,
+        max_seconds,
+        valid_share,
+        test_share,
+        seed,
+        jobs,
+        headers_only,
     )
-    empty = [split for split, row in report["splits"].items() if not row["items"]]
-    if empty:
-        console.print(f"note: no items in {' and '.join(empty)}; raise the share, or give a split in the list", markup=False)
 
 
 def _fetched(folder: Path, names: list[str], find: Callable[..., list[Path]], download: Callable[..., list[Path]]) -> list[Path]:

@@ -10,7 +10,7 @@ from kalle.errors import UserError
 
 
 def find_root(folder: Path, patterns: tuple[str, ...], corpus: str, layout: str) -> Path:
-    """``folder``, or the one folder inside it, that holds something of each of ``patterns``; a UserError that tells the layout otherwise."""
+    """``folder``, or the one folder inside it, that holds something of each of ``patterns``; else a UserError that tells the layout."""
     if not folder.is_dir():
         raise UserError(f"folder not found: got '{folder}', expected {corpus}: {layout}; check the path")
     inside = sorted(path for path in folder.iterdir() if path.is_dir())

@@ -1,4 +1,4 @@
-"""LJSpeech, LibriTTS(-R), LibriSpeech, AISHELL-3, VCTK: lhotse's recipes read them; what a recipe passes over is found and reported."""
+"""LJSpeech, LibriTTS(-R), LibriSpeech, AISHELL-3: lhotse's recipes read them; what a recipe passes over is found and reported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _NamesOnly(AudioBackend):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one corpus lies on disk. ``audio`` and ``transcripts`` are patterns below a part; `ids` gives the ids of one transcript."""
+    """How one corpus lies on disk. ``audio`` and ``transcripts`` are patterns below a part, ``ids`` gives those of one transcript."""
 
     corpus: str
     function: str
@@ -47,31 +47,49 @@ class Recipe:
     audio: str
     transcripts: str
     ids: Callable[[Path], Iterable[str]]
-    parts: tuple[str, ...] = (".",)
-    arguments: dict[str, Any] | None = None
 
 
 def _first_cells(separator: str | None) -> Callable[[Path], Iterable[str]]:
     return lambda path: (line.split(separator)[0].removesuffix(".wav") for line in read_lines(path) if line.strip())
 
 
+_LIBRI_LAYOUT = "train-clean-100/SPEAKER/CHAPTER/{} (or another of its parts)"
 LJSPEECH = Recipe(
-    "LJSpeech", "prepare_ljspeech", ("metadata.csv", "wavs"), "metadata.csv (id|text|normalised text) and wavs/", "wavs/*.wav", "metadata.csv",
-    _first_cells("|"),
-)  # fmt: skip
+    corpus="LJSpeech",
+    function="prepare_ljspeech",
+    required=("metadata.csv", "wavs"),
+    layout="metadata.csv (id|text|normalised text; for other lists see `kalle prepare csv`) and wavs/",
+    audio="wavs/*.wav",
+    transcripts="metadata.csv",
+    ids=_first_cells("|"),
+)
 LIBRISPEECH = Recipe(
-    "LibriSpeech", "prepare_librispeech", (), "train-clean-100/SPEAKER/CHAPTER/*.flac with *.trans.txt, or another of its parts", "*.flac",
-    "*.trans.txt", _first_cells(None), LIBRI_PARTS,
-)  # fmt: skip
+    corpus="LibriSpeech",
+    function="prepare_librispeech",
+    required=(),
+    layout=_LIBRI_LAYOUT.format("*.flac with *.trans.txt"),
+    audio="**/*.flac",
+    transcripts="**/*.trans.txt",
+    ids=_first_cells(None),
+)
 LIBRITTS = Recipe(
-    "LibriTTS", "prepare_libritts", (), "train-clean-100/SPEAKER/CHAPTER/*.wav with *.normalized.txt or *.trans.tsv, or another of its parts",
-    "*.wav", "*.trans.tsv", _first_cells("\t"), LIBRI_PARTS,
-)  # fmt: skip
+    corpus="LibriTTS",
+    function="prepare_libritts",
+    required=(),
+    layout=_LIBRI_LAYOUT.format("*.wav with *.normalized.txt or *.trans.tsv"),
+    audio="**/*.wav",
+    transcripts="**/*.trans.tsv",
+    ids=_first_cells("\t"),
+)
 AISHELL3 = Recipe(
-    "AISHELL-3", "prepare_aishell3", ("train/content.txt", "test/content.txt", "spk-info.txt", "train/label_train-set.txt"),
-    "spk-info.txt, train/label_train-set.txt, and in train/ and test/: content.txt and wav/SPEAKER/*.wav", "wav/*/*.wav", "content.txt",
-    _first_cells("\t"), ("train", "test"),
-)  # fmt: skip
+    corpus="AISHELL-3",
+    function="prepare_aishell3",
+    required=("train/content.txt", "test/content.txt", "spk-info.txt", "train/label_train-set.txt"),
+    layout="spk-info.txt, train/label_train-set.txt, and in train/ and test/: content.txt and wav/SPEAKER/*.wav",
+    audio="wav/*/*.wav",
+    transcripts="content.txt",
+    ids=_first_cells("\t"),
+)
 
 
 def read_ljspeech(folder: Path) -> Source:
@@ -113,26 +131,11 @@ def read_aishell3(folder: Path) -> Source:
     rejected: list[Rejection] = []
     parts = _call(AISHELL3, root)
     items: list[SourceItem] = []
-    for part in AISHELL3.parts:
+    for part in ("train", "test"):
         found = list(_items(parts[part].values(), split_of_part(part), rejected))
         items += found
         _account(AISHELL3, root / part, found, rejected)
     return collected(AISHELL3.corpus, items, rejected)
-
-
-def read_vctk(folder: Path, microphone: str = "mic1") -> Source:
-    """VCTK 0.92 (one of its two microphones) or 0.80: texts from txt/, accent and age kept. Speakers without texts are reported."""
-    if microphone not in ("mic1", "mic2"):
-        raise UserError(f"--mic: got '{microphone}', expected mic1 or mic2; correct it")
-    layout = "speaker-info.txt, txt/SPEAKER/*.txt, and wav48_silence_trimmed/SPEAKER/*_mic1.flac (0.92) or wav48/SPEAKER/*.wav (0.80)"
-    root = find_root(folder, ("speaker-info.txt", "txt", "wav48*"), "VCTK", layout)
-    new = (root / "wav48_silence_trimmed").is_dir()
-    suffix = f"_{microphone}" if new else ""
-    audio = f"wav48_silence_trimmed/*/*_{microphone}.flac" if new else "wav48/*/*.wav"
-    recipe = Recipe("VCTK", "prepare_vctk", (), layout, audio, "txt/*/*.txt", lambda path: [path.stem + suffix])
-    rejected: list[Rejection] = []
-    items = list(_run(recipe, root, rejected, use_edinburgh_vctk_url=new, mic_id=microphone))
-    return collected("VCTK", items, rejected, {"microphone": microphone if new else "the only one"})
 
 
 def _libri_parts(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
@@ -151,7 +154,7 @@ def _libri_parts(folder: Path, recipe: Recipe) -> tuple[Path, list[str]]:
 def _run(recipe: Recipe, root: Path, rejected: list[Rejection], part: str = ".", **arguments: Any) -> Iterator[SourceItem]:
     """The items of one part, then into ``rejected`` what lies there and the recipe has not returned."""
     result = _call(recipe, root, **arguments)
-    manifests = result[part] if part in result else result
+    manifests = result.get(part, result)
     items = list(_items(manifests.values(), split_of_part(part), rejected))
     yield from items
     _account(recipe, root / part, items, rejected)
@@ -166,17 +169,21 @@ def _items(manifests: Iterable[Any], split: str | None, rejected: list[Rejection
 
 
 def _call(recipe: Recipe, root: Path, **arguments: Any) -> dict[str, Any]:
-    """The recipe's result; a UserError when it gives up. Its bars and its warnings, which `_account` repeats, are not shown."""
+    result: dict[str, Any] = quietly(getattr(lhotse.recipes, recipe.function), recipe.corpus, root, recipe.layout, **arguments)
+    return result
+
+
+def quietly(recipe: Callable[..., Any], corpus: str, root: Path, layout: str, **arguments: Any) -> Any:
+    """What a lhotse recipe returns of ``root``, read without opening audio, without its bars and warnings; a UserError when it gives up."""
     before = get_current_audio_backend()
     set_current_audio_backend(_NamesOnly())
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            result: dict[str, Any] = getattr(lhotse.recipes, recipe.function)(root, **arguments)
-        return result
+            return recipe(root, **arguments)
     except Exception as error:
         raise UserError(
-            f"cannot read {recipe.corpus} in '{root}' ({type(error).__name__}: {error}); expected {recipe.layout}; "
+            f"cannot read {corpus} in '{root}' ({type(error).__name__}: {error}); expected {layout}; "
             "mend that place or unpack the corpus again"
         ) from None
     finally:
@@ -187,8 +194,7 @@ def _call(recipe: Recipe, root: Path, **arguments: Any) -> dict[str, Any]:
 def _account(recipe: Recipe, part: Path, items: list[SourceItem], rejected: list[Rejection]) -> None:
     """Reject what is in a transcript without audio, and what is audio without a transcript."""
     known = {item.id for item in items}
-    nested = recipe.parts == LIBRI_PARTS
-    for path in sorted(part.rglob(recipe.transcripts) if nested else part.glob(recipe.transcripts)):
+    for path in sorted(part.glob(recipe.transcripts)):
         if path.name.startswith("._"):
             continue
         for name in recipe.ids(path):
@@ -197,7 +203,7 @@ def _account(recipe: Recipe, part: Path, items: list[SourceItem], rejected: list
                 rejected.append(
                     Rejection(safe_id(name), "", "missing", f"named in '{path.name}', but lhotse's recipe found no audio for it")
                 )
-    for path in sorted(part.rglob(recipe.audio) if nested else part.glob(recipe.audio)):
+    for path in sorted(part.glob(recipe.audio)):
         if safe_id(path.stem) not in known:
             rejected.append(Rejection(safe_id(path.stem), str(path), "no text", "audio that no transcript names"))
 

@@ -10,15 +10,18 @@ from kalle.data.prepare_files import read_jsonl, read_lines, safe_id
 from kalle.data.prepare_split import SPLITS
 from kalle.errors import UserError
 
-JSONL_KEYS = ("audio", "text", "id", "speaker", "duration", "language", "split", "source_text")
+JSONL_KEYS = ("audio", "text", "id", "speaker", "duration", "language", "split", "source_text", "start")
+KEPT_KEYS = ("ref_audio", "dataset_id", "emotion", "style", "dnsmos")
+"""Of a JSONL line, what goes into the cut's custom fields as it is."""
 HEADER_WORDS = frozenset(("audio", "path", "file", "wav", "audio_file", "filename"))
 
 
 def read_jsonl_corpus(path: Path, speaker: str = "unknown", language: str = "") -> Source:
     """``{"audio", "text", "id"?, "speaker"?, "language"?, "split"?}`` a line; audio paths are relative to the file.
 
-    ``speaker`` and ``language`` stand in where a line has none. A line without text is rejected as "no text", one
-    without audio as "missing"; a key that is not in `JSONL_KEYS` is counted in the notes. Raises UserError for a line
+    ``speaker`` and ``language`` stand in where a line has none. With ``start`` (seconds) an item is the part of its recording from there,
+    ``duration`` seconds long or to the end; ``duration`` alone says nothing that the file doesn't. A line without text is rejected as "no text", one
+    without audio as "missing"; `KEPT_KEYS` are kept, and any further key is counted in the notes. Raises UserError for a line
     that is not an object and for an unknown split.
     """
     rows = read_jsonl(path)
@@ -26,7 +29,7 @@ def read_jsonl_corpus(path: Path, speaker: str = "unknown", language: str = "") 
     rejected: list[Rejection] = []
     ignored: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
-        for key in set(row) - set(JSONL_KEYS):
+        for key in set(row) - set(JSONL_KEYS) - set(KEPT_KEYS):
             ignored[key] = ignored.get(key, 0) + 1
         audio, text = str(row.get("audio") or ""), str(row.get("text") or "")
         if not audio:
@@ -34,7 +37,10 @@ def read_jsonl_corpus(path: Path, speaker: str = "unknown", language: str = "") 
             continue
         item_id = safe_id(str(row["id"])) if row.get("id") else audio_id(audio)
         who, spoken = str(row.get("speaker") or speaker), str(row.get("language") or language)
-        items.append(SourceItem(item_id, _located(path, audio), text, who, spoken, _split_of(row, path, number)))
+        custom = {key: row[key] for key in KEPT_KEYS if isinstance(row.get(key), str | int | float)}
+        start, seconds = _part_of(row, path, number)
+        split = _split_of(row, path, number)
+        items.append(SourceItem(item_id, _located(path, audio), text, who, spoken, split, start, seconds, custom=custom or None))
     notes: dict[str, object] = {f"keys not used ({key})": count for key, count in sorted(ignored.items())}
     return Source(path.stem, unique(items, rejected), rejected, notes)
 
@@ -79,6 +85,17 @@ def _located(table: Path, audio: str) -> Path:
     given = here / audio
     candidates = [given, given.with_name(given.name + ".wav"), here / "wavs" / f"{audio}.wav", here / "wavs" / audio]
     return next((candidate for candidate in candidates if candidate.is_file()), given)
+
+
+def _part_of(row: dict[str, Any], path: Path, number: int) -> tuple[float, float | None]:
+    """Start and duration in seconds of a line that names a part; 0 and None for a whole recording."""
+    if row.get("start") is None:
+        return 0.0, None
+    try:
+        start, seconds = float(row["start"]), None if row.get("duration") is None else float(row["duration"])
+    except (TypeError, ValueError):
+        raise UserError(f"bad times in '{path}' entry {number}: got {row['start']!r}, expected start and duration in seconds") from None
+    return start, seconds
 
 
 def _split_of(row: dict[str, Any], path: Path, number: int) -> str | None:
