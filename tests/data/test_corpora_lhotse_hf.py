@@ -95,8 +95,8 @@ def test_hugging_face_datasets_are_read_without_decoding(tmp_path: Path, monkeyp
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = table(tmp_path / "files")
-    features = {name: datasets.Value("string") for name in ("sentence", "client_id", "locale")} | {"audio": datasets.Audio(decode=False)}
-    train = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    # Encoding would need torchcodec; the hub's own files come encoded.
+    train = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(decode=kind == "disk"))
     test = train.select([0])
     if kind == "disk":
         datasets.DatasetDict({"train": train, "validation": test}).save_to_disk(tmp_path / "in")

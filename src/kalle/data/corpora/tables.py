@@ -19,10 +19,10 @@ HEADER_WORDS = frozenset(("audio", "path", "file", "wav", "audio_file", "filenam
 def read_jsonl_corpus(path: Path, speaker: str = "unknown", language: str = "") -> Source:
     """``{"audio", "text", "id"?, "speaker"?, "language"?, "split"?}`` a line; audio paths are relative to the file.
 
-    ``speaker`` and ``language`` stand in where a line has none. With ``start`` (seconds) an item is the part of its recording from there,
-    ``duration`` seconds long or to the end; ``duration`` alone says nothing that the file doesn't. A line without text is rejected as "no text", one
-    without audio as "missing"; `KEPT_KEYS` are kept, and any further key is counted in the notes. Raises UserError for a line
-    that is not an object and for an unknown split.
+    ``speaker`` and ``language`` stand in where a line has none. With ``start`` (seconds) an item is the part of its
+    recording from there, ``duration`` seconds long or to the end; ``duration`` alone says nothing that the file doesn't.
+    A line without text is rejected as "no text", one without audio as "missing". `KEPT_KEYS` are kept, and any further
+    key is counted in the notes. Raises UserError for a line that is not an object, for bad times and an unknown split.
     """
     rows = read_jsonl(path)
     items: list[SourceItem] = []
