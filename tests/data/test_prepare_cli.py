@@ -86,8 +86,7 @@ def test_published_corpora_by_one_command_each(tmp_path: Path, name: str, kept: 
 def test_a_part_that_a_corpus_holds_out_is_not_added_to(tmp_path: Path) -> None:
     run("aishell3", layouts.aishell3(tmp_path / "in"), "--out", tmp_path / "out", "--test-share", 0.9, "--valid-share", 0)
     assert [len(load_cuts(tmp_path / "out", split)) for split in ("train", "valid", "test")] == [2, 0, 1]
-    with pytest.raises(UserError, match="--speaker: got 'ann', expected none"):
-        CliRunner().invoke(app, ["esd", "x", "--out", "y", "--speaker", "ann"], catch_exceptions=False)
+    assert "No such option: --speaker" in CliRunner().invoke(app, ["esd", "x", "--out", "y", "--speaker", "ann"]).output
 
 
 def test_embedded_is_found_without_being_told(tmp_path: Path) -> None:
@@ -141,6 +140,8 @@ def test_a_full_disk_is_one_line(recordings: Path, tmp_path: Path, capfd: pytest
         (["asterisk", "--debs", "gone"], "package not found: got 'gone'"),
         (["embedded", "--min-seconds", "5", "--max-seconds", "1"], "got 5.0 to 1.0 s"),
         (["asterisk", "--debs", "gone", "--test-share", "1.5"], "split shares"),
+        (["vctk", "gone", "--mic", "3"], "got '3', expected mic1 or mic2"),
+        (["hf", "/nowhere/at/all"], "no dataset in '/nowhere/at/all'"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:

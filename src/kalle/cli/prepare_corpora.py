@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,9 @@ from kalle.cli.prepare_run import (
     ValidShare,
     run_prepare,
 )
-from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from kalle.data.corpora.items import Source
-
-
-UNNAMED = {"speaker": "unknown", "language": ""}
 
 
 @dataclass(frozen=True)
@@ -42,26 +39,24 @@ class Corpus:
     takes: tuple[str, ...] = ()
 
     def read(self, source: Path, **options: str) -> Source:
-        """The corpus in ``source``; a UserError for an option that has no meaning for it."""
-        for name in options.keys() - set(self.takes):
-            if options[name] != UNNAMED[name]:
-                raise UserError(f"--{name}: got '{options[name]}', expected none: this corpus names its own; leave it out")
-        # Imported when it runs: lhotse takes seconds.
+        """Imported when it runs: lhotse takes seconds."""
         reader: Callable[..., Source] = getattr(importlib.import_module(f"kalle.data.corpora.{self.module}"), self.reader)
         return reader(source, **{name: options[name] for name in self.takes})
 
 
 CORPORA = {
-    "ljspeech": Corpus("recipes", "read_ljspeech", "LJSpeech 1.1: metadata.csv and wavs/."),
-    "libritts": Corpus("recipes", "read_libritts", "LibriTTS and LibriTTS-R: any of their parts; dev and test are kept as valid and test."),
-    "librispeech": Corpus("recipes", "read_librispeech", "LibriSpeech: any of its parts; dev and test are kept as valid and test."),
-    "aishell3": Corpus("recipes", "read_aishell3", "AISHELL-3: spk-info.txt, train/ and test/; test is kept, valid comes out of train."),
-    "commonvoice": Corpus("common_voice", "read_common_voice", "Common Voice: clips/ and train, dev, test.tsv, one language or several."),
-    "esd": Corpus("esd", "read_esd", "ESD, emotional speech: 0001/ to 0020/ with their lists; emotions are kept."),
-    "emilia": Corpus("emilia", "read_emilia", "Emilia: x.json beside x.mp3 in folders or in *.tar (WebDataset), or a tar.", ("language",)),
-    "kaldi": Corpus("kaldi", "read_kaldi", "A Kaldi data folder: wav.scp, text, segments, utt2spk, utt2lang.", ("speaker", "language")),
-    "lhotse": Corpus("manifests", "read_lhotse", "lhotse manifests, as any of lhotse's own recipes write them.", ("speaker", "language")),
+    "ljspeech": Corpus("recipes", "read_ljspeech", "LJSpeech 1.1. Expected: metadata.csv and wavs/."),
+    "libritts": Corpus("recipes", "read_libritts", "LibriTTS and LibriTTS-R. Any of their parts; dev is valid, test is test."),
+    "librispeech": Corpus("recipes", "read_librispeech", "LibriSpeech. Any of its parts; dev is valid, test is test."),
+    "aishell3": Corpus("recipes", "read_aishell3", "AISHELL-3. Expected: spk-info.txt, train/ and test/; test is kept as test."),
+    "commonvoice": Corpus("common_voice", "read_common_voice", "Common Voice. Expected: clips/ and train, dev, test.tsv, for each locale."),
+    "esd": Corpus("esd", "read_esd", "ESD, emotional speech. Expected: 0001/ to 0020/ with their lists; emotions are kept."),
+    "emilia": Corpus("emilia", "read_emilia", "Emilia. Expected: x.json beside x.mp3, in folders or in *.tar; or a tar.", ("language",)),
+    "kaldi": Corpus("kaldi", "read_kaldi", "A Kaldi data folder. Expected: wav.scp and text, at least.", ("speaker", "language")),
+    "lhotse": Corpus("manifests", "read_lhotse", "lhotse manifests, as its own recipes write them.", ("speaker", "language")),
 }
+OPTIONAL = frozenset(("speaker", "language"))
+"""Options of those corpora only that may leave these open."""
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="the folder of the corpus, unpacked")]
 
@@ -91,6 +86,10 @@ def _command(corpus: Corpus) -> Callable[..., None]:
         found = corpus.read(source, speaker=speaker, language=language)
         _run(found, out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only)
 
+    # Evaluated here: typer takes a signature that it is given as it is.
+    parameters = inspect.signature(command, eval_str=True).parameters
+    wanted = [value for name, value in parameters.items() if name not in OPTIONAL - set(corpus.takes)]
+    command.__signature__ = inspect.Signature(wanted)  # type: ignore[attr-defined]
     return command
 
 
@@ -106,7 +105,7 @@ def vctk(
     jobs: Jobs = 1,
     headers_only: HeadersOnly = False,
 ) -> None:
-    """VCTK 0.92 or 0.80: txt/ and wav48_silence_trimmed/ or wav48/."""
+    """VCTK 0.92 and 0.80. Expected: txt/ and wav48_silence_trimmed/ or wav48/."""
     from kalle.data.corpora.vctk import read_vctk
 
     _run(read_vctk(source, mic), out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only)
@@ -129,7 +128,7 @@ def hf(
     max_seconds: MaxSeconds = 30.0,
     jobs: Jobs = 1,
 ) -> None:
-    """A Hugging Face dataset with an audio and a text column; its splits are kept."""
+    """A Hugging Face dataset. Expected: an audio and a text column; its splits are kept."""
     from kalle.data.corpora.hugging_face import read_hugging_face
 
     asked = {"audio": audio_column, "text": text_column, "speaker": speaker_column, "language": language_column}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ COLUMNS = {
     "id": ("id", "utterance_id", "segment_id", "key"),
 }
 """Names that a column is known by, the first there wins; all but audio and text may be absent."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+"""NAME or OWNER/NAME; anything else can only be a path."""
 _KEPT = ("gender", "accent", "emotion", "style", "dnsmos")
 _EXPECTED = "expected a folder of `save_to_disk`, parquet files, or a dataset's name on the hub"
 
@@ -55,7 +58,7 @@ def _open(source: str, config: str | None) -> dict[str, Dataset]:
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(source)
-        elif path.exists():
+        elif path.exists() or not HUB_NAME.fullmatch(source):
             loaded = datasets.load_dataset("parquet", data_files=_parquet(path))
         else:
             loaded = datasets.load_dataset(source, config)
