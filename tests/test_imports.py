@@ -29,12 +29,21 @@ EXTRAS = (
     "pystoi",
     "faster_whisper",
     "resemblyzer",
+    "peft",
+    "accelerate",
+    "datasets",
+    "hydra_plugins",
+    "submitit",
 )
 """Top-level modules that only the extras bring."""
 CORE = ("audio", "bars", "checkpoint", "convert", "disk", "errors", "gaussian", "losses", "models", "synthesis", "text")
 
 BLOCK = f"""
+import importlib.util
 import sys
+find_spec = importlib.util.find_spec
+# Libraries that ask whether another is there, as transformers does for accelerate, must be told no.
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in {EXTRAS!r} else find_spec(name, package)
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {EXTRAS!r}:
