@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from training.distributed import kalle_on_ranks, on_ranks
 
 

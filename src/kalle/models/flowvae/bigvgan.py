@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kalle.models.alias_free import anti_aliased_snake
 from kalle.models.flowvae.config import BigVGANConfig
-from kalle.models.layers import CausalConv1d, CausalUpsample1d, same_conv
+from kalle.models.layers import CausalConv1d, CausalUpsample1d, in_full_precision, same_conv
 
 _EDGE_KERNEL = 7
 
@@ -53,6 +53,7 @@ class BigVGANDecoder(nn.Module):
 
     def __init__(self, config: BigVGANConfig, latent_dim: int) -> None:
         super().__init__()
+        self.config = config
         widths = [config.initial_channels >> i for i in range(len(config.strides) + 1)]
         self.conv_in = same_conv(latent_dim, widths[0], _EDGE_KERNEL)
         self.stages = nn.ModuleList(BigVGANStage(width, stride, config) for width, stride in zip(widths[:-1], config.strides, strict=True))
@@ -63,4 +64,10 @@ class BigVGANDecoder(nn.Module):
         x = self.conv_in(z)
         for stage in self.stages:
             x = stage(x)
-        return torch.tanh(self.conv_out(self.activation_out(x)))[:, 0]
+        # In half precision, discriminators would tell the waveform from a recording by its rounding.
+        x = in_full_precision(self.conv_out, self.activation_out(x))
+        return self.finish(x)[:, 0]
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last activation, element by element."""
+        return torch.tanh(x) if self.config.final_activation == "tanh" else x

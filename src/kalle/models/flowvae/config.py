@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from kalle.checkpoint import dataclass_from_dict
+from kalle.checkpoint import check_fields, dataclass_from_dict
 from kalle.errors import UserError
 
 
@@ -50,9 +50,12 @@ class BigVGANConfig:
     strides: tuple[int, ...] = (5, 4, 4, 4, 2, 2)
     block_kernel_sizes: tuple[int, ...] = (3, 7, 11)
     block_dilations: tuple[int, ...] = (1, 3, 5)
+    final_activation: Literal["tanh", "none"] = "tanh"
+    """What bounds the waveform; "none" (BigVGAN v2) leaves that to the clamp of `FlowVAE.decode`. The release has a tanh."""
     kind: str = "bigvgan"
 
     def __post_init__(self) -> None:
+        check_fields(self, "decoder")
         for name in ("strides", "block_kernel_sizes", "block_dilations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from kalle.models.flowvae.config import EncoderConfig
-from kalle.models.layers import same_conv
+from kalle.models.layers import in_full_precision, same_conv
 
 _STAGE_SLOPE = 0.2
 _RESIDUAL_SLOPE = 0.01
@@ -64,7 +64,9 @@ class Encoder(nn.Module):
         self._initialise()
 
     def forward(self, wav: Tensor) -> Tensor:
-        return self.conv_out(self.stages(self.activation(self.conv_in(wav))))
+        x = self.stages(self.activation(self.conv_in(wav)))
+        # Posteriors may be narrower than what bf16 resolves of their means.
+        return in_full_precision(self.conv_out, x)
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalle.models.flowvae.config import ISTFTConfig
+from kalle.models.layers import in_full_precision
 
 _MAX_LOG_MAGNITUDE = 5.0
 """exp(5) is far above what a full-scale signal needs; the limit keeps an early step from overflowing."""
@@ -72,7 +73,8 @@ class ISTFTHead(nn.Module):
 
     def frames(self, x: Tensor) -> Tensor:
         """Windowed frames (B, N, n_fft) of the hidden frames (B, C, N)."""
-        log_magnitude, phase = self.project(x.transpose(1, 2)).float().chunk(2, dim=-1)
+        parameters = in_full_precision(self.project, x.transpose(1, 2))
+        log_magnitude, phase = parameters.float().chunk(2, dim=-1)
         magnitude = log_magnitude.clamp(max=_MAX_LOG_MAGNITUDE).exp()
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
         return torch.fft.irfft(spectrum, n=self.n_fft, dim=-1) * self.window

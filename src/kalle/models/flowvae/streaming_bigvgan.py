@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from kalle.models.flowvae.bigvgan import AMPBlock, BigVGANDecoder, BigVGANStage
@@ -126,6 +125,7 @@ class BigVGANStream:
         self.stages = [_StageStream(stage, REACH if index >= window.stages else 0) for index, stage in enumerate(_stages(decoder))]
         self.activation_out = ActivationStream(decoder.activation_out, REACH)
         self.conv_out = CausalConvStream(decoder.conv_out)
+        self.finish = decoder.finish
         self.delay_samples = delay_samples(decoder, window)
 
     def start(self, batch: int) -> BigVGANState:
@@ -144,7 +144,7 @@ class BigVGANStream:
             delayed.append(after)
         x, activation_out = self.activation_out.push(x, state.activation_out, end=end)
         x, conv_out = self.conv_out.push(x, state.conv_out)
-        return torch.tanh(x)[:, 0], BigVGANState(conv_in, pending, (*windowed, *delayed), activation_out, conv_out)
+        return self.finish(x)[:, 0], BigVGANState(conv_in, pending, (*windowed, *delayed), activation_out, conv_out)
 
     def _push_window(self, x: Tensor, state: BigVGANState, end: bool) -> tuple[Tensor, Tensor, list[StageState]]:
         span, lag = self.window.stages, self.window.lag
