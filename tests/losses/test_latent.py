@@ -14,10 +14,10 @@ from kalle.losses.latent import (
     constant_gaussian_baseline,
     directed_kl,
     flow_kl,
-    latent_health,
     next_distribution_loss,
     speaker_kl,
 )
+from kalle.losses.latent_health import LatentHealth, latent_health
 from kalle.models.batch import LMBatch
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -200,12 +200,32 @@ def test_latent_health():
     posterior = DiagGaussian(mean, torch.full_like(mean, math.log(0.5)))
     z = posterior.sample()
     health = latent_health(posterior, z)
-    assert health["active_dimensions"].item() == 3
-    assert health["mean_std"].item() == pytest.approx(0.5, rel=1e-5)
-    assert health["mean_abs_mean"].item() == pytest.approx(mean.abs().mean().item(), rel=1e-5)
-    assert health["kl_per_frame"].item() == pytest.approx(4 * health["kl_per_element"].item(), rel=1e-5)
+    assert health["active_dimensions"] == 3
+    assert health["mean_std"] == pytest.approx(0.5, rel=1e-5)
+    assert health["mean_abs_mean"] == pytest.approx(mean.abs().mean().item(), rel=1e-5)
+    assert health["kl_per_frame"] == pytest.approx(4 * health["kl_per_element"], rel=1e-5)
     kl = posterior.kl_to(DiagGaussian.standard(mean)).mean().item()
-    assert health["kl_per_element"].item() == pytest.approx(kl, rel=1e-6)
-    assert health["z_std"].item() == pytest.approx(z.flatten(0, 1).std(0, unbiased=False).mean().item(), rel=1e-5)
+    assert health["kl_per_element"] == pytest.approx(kl, rel=1e-6)
+    assert health["z_std"] == pytest.approx(z.flatten(0, 1).std(0, unbiased=False).mean().item(), rel=1e-5)
     with_flow = latent_health(posterior, z, z_prior=2 * z)
-    assert with_flow["kl_per_element"].item() == pytest.approx(flow_kl(2 * z, posterior.log_std).item(), rel=1e-6)
+    assert with_flow["kl_per_element"] == pytest.approx(flow_kl(2 * z, posterior.log_std).item(), rel=1e-6)
+
+
+def test_the_health_of_a_split_is_that_of_all_its_frames() -> None:
+    """Utterances of unequal length, each with a constant mean: a dimension moves between them alone."""
+    torch.manual_seed(0)
+    means = torch.tensor([[0.0, 1.0], [4.0, 1.0], [0.0, 1.0]])
+    parts = [mean.expand(1, frames, 2) for mean, frames in zip(means, (3, 40, 7), strict=True)]
+    posteriors = [DiagGaussian(part, torch.full_like(part, -1.0)) for part in parts]
+    samples = [posterior.sample() for posterior in posteriors]
+    whole, halves = LatentHealth(2), [LatentHealth(2), LatentHealth(2)]
+    for index, (posterior, z) in enumerate(zip(posteriors, samples, strict=True)):
+        assert latent_health(posterior, z)["active_dimensions"] == 0
+        whole.add(posterior, z)
+        halves[index % 2].add(posterior, z)
+    joined = DiagGaussian(torch.cat([p.mean for p in posteriors], 1), torch.cat([p.log_std for p in posteriors], 1))
+    expected = latent_health(joined, torch.cat(samples, 1))
+    assert whole.summary() == pytest.approx(expected)
+    assert expected["active_dimensions"] == 1
+    halves[0].sums += halves[1].sums
+    assert halves[0].summary() == pytest.approx(expected), "sums of several ranks may be added"

@@ -24,6 +24,15 @@ def configs_dir() -> Path:
     raise UserError(f"no configuration folder: looked in '{package / 'configs'}' and beside src; install the wheel or work in a checkout")
 
 
+def register_resolvers() -> None:
+    """What configurations may compute: ``${product:LIST}``."""
+    import math
+
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("product", lambda values: math.prod(values), replace=True)
+
+
 def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides: list[str]) -> int:
     """Hand ``overrides`` (also -m, --cfg, --help and launchers) to a ``@hydra.main`` around ``function``.
 
@@ -33,6 +42,7 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    register_resolvers()
     job = _Job(function)
     many = any(word in ("-m", "--multirun") for word in overrides)
     entry = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)(function if many else job)
@@ -105,6 +115,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    register_resolvers()
     with initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
         try:
             return hydra_compose(config_name, overrides)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kalle.cli.train_checks import check_frames, check_manual_optimisation, check_run
+from kalle.cli.train_players import bind_reconstruction_metrics, choose_strategy
 from kalle.cli.train_run import SPLITS, TrainingRun, build_callbacks, describe, fit, prepare_run
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def train_flowvae(config: DictConfig) -> TrainingRun:
 
     check_run(config)
     check_manual_optimisation(config)
+    choose_strategy(config)
     prepare_run(config)
     data = instantiate(config.data, _convert_="all")
     for split in SPLITS:
@@ -35,10 +37,14 @@ def train_flowvae(config: DictConfig) -> TrainingRun:
         objective=instantiate(config.objective),
         clip=instantiate(config.clip),
         discriminators=judges,
-        mel_loss=None if config.mel_loss is None else instantiate(config.mel_loss, _convert_="all"),
+        mel_loss=instantiate(config.mel_loss, _convert_="all"),
         seed=config.seed,
     )
-    result = fit(config, module, data, build_callbacks(config))
+    if config.compile:
+        module.compile_players()
+    callbacks = build_callbacks(config)
+    bind_reconstruction_metrics(callbacks, flowvae.config.sample_rate)
+    result = fit(config, module, data, callbacks)
     flowvae.save_pretrained(result.weights)
     describe(result.weights, flowvae.config.sample_rate)
     return result

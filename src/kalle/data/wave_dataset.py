@@ -149,7 +149,9 @@ class CropDataset(Dataset):
     def __getitem__(self, visits: Sequence[Visit]) -> WaveBatch:
         places = [self._place(visit) for visit in visits]
         wav = np.stack([self._crop(visit.epoch, *place) for visit, place in zip(visits, places, strict=True)])
-        return WaveBatch(torch.from_numpy(wav), tuple(self.reader.name(cut) for cut, _, _ in places))
+        names = tuple(self.reader.name(cut) for cut, _, _ in places)
+        numbers = tuple(number + repetition * int(self.crops[cut]) for cut, number, repetition in places)
+        return WaveBatch(torch.from_numpy(wav), names, numbers)
 
     def _place(self, visit: Visit) -> tuple[int, int, int]:
         """Cut, number of the crop, and repetition, which only a mixture counts above 0."""

@@ -20,7 +20,7 @@ from kalle.evaluation.references import RECORDING_SYSTEM
 from kalle.evaluation.result import Result, Settings, finish
 from kalle.evaluation.scoring import Scores, counted
 from kalle.gaussian import DiagGaussian
-from kalle.losses.latent import latent_health
+from kalle.losses.latent_health import latent_health
 from kalle.models.flowvae import FlowVAE
 
 MEAN_SYSTEM = "reconstruction"

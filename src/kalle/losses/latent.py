@@ -18,9 +18,6 @@ Direction = Literal["prediction_posterior", "posterior_prediction"]
 """Which argument of the KL comes first: KL(prediction || posterior), or the paper's eq. 10, KL(posterior || prediction)."""
 Reduction = Literal["none", "mean", "sum_dim"]
 
-ACTIVE_VARIANCE = 0.01
-"""A dimension is active when its posterior mean varies by more than this (Burda et al., arXiv 1509.00519, appendix C)."""
-
 
 def flow_kl(z_prior: Tensor, posterior_log_std: Tensor, reduction: Reduction = "mean") -> Tensor:
     """KL of the posterior to the flow prior, one Monte-Carlo sample (KALL-E eq. 3-7): ``-log_std - 1/2 + z_p^2 / 2`` per element.
@@ -100,30 +97,6 @@ def _masked(distribution: DiagGaussian, valid: Tensor) -> DiagGaussian:
 def speaker_kl(speaker: DiagGaussian) -> Tensor:
     """KL of the speaker latent (B, H) to N(0, I), averaged over dimensions, then over the batch; scalar in nats, fp32."""
     return speaker.kl_to(DiagGaussian.standard(speaker.mean)).mean(-1).mean()
-
-
-def latent_health(posterior: DiagGaussian, z: Tensor, z_prior: Tensor | None = None) -> dict[str, Tensor]:
-    """Scalar health metrics of posteriors (B, T, D) and their samples ``z`` (B, T, D), detached, fp32.
-
-    ``kl_per_element`` and ``kl_per_frame`` are in nats, against the flow prior when ``z_prior`` = flow(z) is given (one
-    sample), else against N(0, I) in closed form. ``mean_std`` and ``mean_abs_mean`` average over everything,
-    ``active_dimensions`` counts dimensions, ``z_std`` is the standard deviation of the samples within a dimension, averaged.
-    """
-    posterior, z = posterior.detach(), z.detach().float()
-    dimensions = z.shape[-1]
-    if z_prior is None:
-        kl = posterior.kl_to(DiagGaussian.standard(posterior.mean))
-    else:
-        kl = flow_kl(z_prior.detach(), posterior.log_std, reduction="none")
-    mean_variance = posterior.mean.float().reshape(-1, dimensions).var(0, unbiased=False)
-    return {
-        "kl_per_element": kl.mean(),
-        "kl_per_frame": kl.sum(-1).mean(),
-        "mean_std": posterior.std.mean(),
-        "mean_abs_mean": posterior.mean.float().abs().mean(),
-        "active_dimensions": (mean_variance > ACTIVE_VARIANCE).sum().float(),
-        "z_std": z.reshape(-1, dimensions).std(0, unbiased=False).mean(),
-    }
 
 
 @dataclass(frozen=True)

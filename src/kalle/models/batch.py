@@ -49,10 +49,11 @@ class LMBatch:
 
 @dataclass(frozen=True)
 class WaveBatch:
-    """``wav`` (B, S) float32 in [-1, 1], mono, at the model's sample rate."""
+    """``wav`` (B, S) float32 in [-1, 1], mono, at the model's sample rate; random crops are numbered within their cut by ``crops``."""
 
     wav: Tensor
     cut_ids: tuple[str, ...]
+    crops: tuple[int, ...] = ()
 
     def to(self, device: str | torch.device) -> WaveBatch:
         """The same batch with the audio on ``device``."""

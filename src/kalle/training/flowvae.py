@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,14 +14,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kalle.checkpoint import check_fields
-from kalle.losses.adversarial import discriminator_loss, feature_matching_loss, generator_loss
-from kalle.losses.latent import flow_kl, latent_health
+from kalle.data.sampling import standard_noise
+from kalle.losses.adversarial import OverParts, discriminator_loss, feature_matching_loss, generator_loss
+from kalle.losses.latent import flow_kl
+from kalle.losses.latent_health import LatentHealth
 from kalle.losses.spectral import LogMel, MelConfig, MelL1, mel_l1
 from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.model import FlowVAEOutput
-from kalle.training.seeding import step_generator
+from kalle.training.players import frozen, sum_over_ranks
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -28,13 +31,24 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 @dataclass(frozen=True)
 class FlowVAEObjective:
-    """Weights and reductions of the terms. The defaults are the paper's weights with BigVGAN's own mel factor."""
+    """Weights and reductions of the terms. The defaults are the paper's weights with BigVGAN's own factors inside the terms."""
 
     kl_weight: float = 32.0
+    """The paper's lambda_kl."""
     kl_reduction: Literal["mean", "sum_dim"] = "mean"
+    """Over batch, time and dimension; or summed over dimensions first, which makes a weight latent_dim times as strong."""
     mel_weight: float = 45.0
+    """The paper's lambda_recon (1) times the mel loss' own factor: BigVGAN's 45, or 15 for the multi-scale loss."""
     adversarial_weight: float = 1.0
+    """The paper's lambda_disc."""
+    adversarial_reduction: OverParts = "sum"
+    """Over sub-discriminators, in the discriminators' loss and in the generator's."""
     feature_weight: float = 1.0
+    """The paper's lambda_fm."""
+    feature_factor: float = 2.0
+    """BigVGAN's factor inside the feature matching term."""
+    feature_reduction: OverParts = "sum"
+    """Over feature maps, each of which is averaged."""
     discriminator_start_step: int = 0
     """First step at which the discriminators train and judge."""
 
@@ -62,7 +76,8 @@ class FlowVAETraining(lightning.LightningModule):
     """Discriminator step on detached audio first, then the generator on a fresh judgement, as BigVGAN does.
 
     Optimisation is manual. Only generator updates count as steps: the discriminators' optimizer is stepped without
-    Lightning's counter. ``discriminators=None`` trains on reconstruction and KL alone.
+    Lightning's counter. ``discriminators=None`` trains on reconstruction and KL alone. On several ranks the strategy must be
+    `PlayersDDP`. Under bf16 autocast the networks' bodies run in bf16; waveforms, spectrograms and every loss are fp32.
     """
 
     def __init__(
@@ -85,11 +100,20 @@ class FlowVAETraining(lightning.LightningModule):
         mel = MelConfig(sample_rate=flowvae.config.sample_rate)
         self.mel_loss = mel_loss if mel_loss is not None else MelL1(mel)
         self.log_mel = LogMel(mel)
+        self._start_validation()
+
+    def players(self) -> list[nn.Module]:
+        """The generator, and the discriminators when there are any: what is optimised in turn."""
+        return [self.flowvae] if self.discriminators is None else [self.flowvae, self.discriminators]
+
+    def compile_players(self) -> None:
+        """Compile the training passes in place: names of weights stay, and whole utterances, which differ in length, stay uncompiled."""
+        for player in self.players():
+            player.compile(dynamic=False)
 
     def configure_optimizers(self) -> Any:
         """One optimizer and schedule for the generator, one more pair for the discriminators when there are any."""
-        modules = [self.flowvae] if self.discriminators is None else [self.flowvae, self.discriminators]
-        optimizers = [self.optimizer_factory(module.parameters()) for module in modules]
+        optimizers = [self.optimizer_factory(player.parameters()) for player in self.players()]
         return optimizers, [self.scheduler_factory(optimizer) for optimizer in optimizers]
 
     @property
@@ -97,10 +121,16 @@ class FlowVAETraining(lightning.LightningModule):
         """Whether the discriminators take part at this step."""
         return self.discriminators is not None and self.global_step >= self.objective.discriminator_start_step
 
+    def noise(self, batch: WaveBatch) -> Tensor:
+        """Standard normal (B, T, D) on the CPU: a function of seed, epoch, cut and crop, whatever the rank and the batch."""
+        frames, rows = batch.wav.shape[1] // self.flowvae.config.hop_length, range(len(batch.wav))
+        shape, crops = (frames, self.flowvae.config.latent_dim), batch.crops or rows
+        keys = zip(batch.cut_ids, crops, strict=True)
+        return torch.stack([standard_noise(shape, "posterior", self.seed, self.current_epoch, cut, crop) for cut, crop in keys])
+
     def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
-        """One update of each side."""
-        noise = step_generator(self.seed, self.global_step, self.global_rank)
-        output = self.flowvae(batch.wav, generator=noise)
+        """One update of each side. ``wav`` is a whole number of frames long."""
+        output: FlowVAEOutput = self.flowvae(batch.wav, noise=self.noise(batch).to(self.device))
         real = batch.wav[:, : output.wav.shape[1]]
         losses: dict[str, Tensor] = {}
         if self.adversarial:
@@ -113,34 +143,47 @@ class FlowVAETraining(lightning.LightningModule):
             scheduler.step()
 
     def _generator_step(self, real: Tensor, output: FlowVAEOutput) -> dict[str, Tensor]:
-        objective = self.objective
+        # Gradients pass through the judges to the audio; their own would be computed, sent to every rank, and thrown away.
+        with nullcontext() if self.discriminators is None else frozen(self.discriminators):
+            losses = self._generator_losses(real, output)
+            optimizer = self._optimizers()[0]
+            optimizer.zero_grad()
+            self.manual_backward(losses["total"])
+        losses["gradient_norm"] = nn.utils.clip_grad_norm_(self.flowvae.parameters(), self.clip.at(self.global_step))
+        optimizer.step()
+        return losses
+
+    def _generator_losses(self, real: Tensor, output: FlowVAEOutput) -> dict[str, Tensor]:
+        objective, fake = self.objective, output.wav.float()
         losses = {
-            "mel": self.mel_loss(real, output.wav.float()),
+            "mel": self.mel_loss(real, fake),
             "kl": flow_kl(output.z_prior, output.posterior.log_std, objective.kl_reduction),
         }
         total = objective.mel_weight * losses["mel"] + objective.kl_weight * losses["kl"]
         if self.adversarial:
             assert self.discriminators is not None
-            judged, truth = self.discriminators(output.wav), self.discriminators(real)
-            losses["generator"] = generator_loss(judged.scores)
-            losses["feature"] = feature_matching_loss(truth.features, judged.features)
+            with torch.no_grad():
+                truth = self.discriminators(real)
+            judged = self.discriminators(fake)
+            losses["generator"] = generator_loss(judged.scores, objective.adversarial_reduction)
+            losses["feature"] = feature_matching_loss(
+                truth.features, judged.features, objective.feature_factor, objective.feature_reduction
+            )
             total = total + objective.adversarial_weight * losses["generator"] + objective.feature_weight * losses["feature"]
-        optimizer = self._optimizers()[0]
-        optimizer.zero_grad()
-        self.manual_backward(total)
-        losses["gradient_norm"] = nn.utils.clip_grad_norm_(self.flowvae.parameters(), self.clip.at(self.global_step))
-        optimizer.step()
         return losses | {"total": total}
 
     def _discriminator_step(self, real: Tensor, fake: Tensor) -> Tensor:
         assert self.discriminators is not None
-        loss = discriminator_loss(self.discriminators(real).scores, self.discriminators(fake).scores)
+        judged_real, judged_fake = self.discriminators(torch.cat([real, fake.float()])).split(len(real))
+        loss = discriminator_loss(judged_real.scores, judged_fake.scores, self.objective.adversarial_reduction)
         # Lightning's wrapper would count this as a step of its own and halve every schedule.
         optimizer = self._optimizers()[1].optimizer
         optimizer.zero_grad()
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip.at(self.global_step))
         optimizer.step()
+        # Autocast keeps half-precision copies of the weights until the step ends; the generator is to meet the new ones.
+        torch.clear_autocast_cache()
         return loss
 
     def _optimizers(self) -> list[Any]:
@@ -151,13 +194,34 @@ class FlowVAETraining(lightning.LightningModule):
         schedulers = self.lr_schedulers()
         return list(schedulers) if isinstance(schedulers, list) else [schedulers]
 
+    def _start_validation(self) -> None:
+        self._health = LatentHealth(self.flowvae.config.latent_dim)
+        self._distances = torch.zeros(2, dtype=torch.float64)  # sum of log-mel L1 over utterances, their number
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._start_validation()
+
     @torch.no_grad()
-    def validation_step(self, batch: WaveBatch, batch_idx: int) -> None:
-        """Whole utterances: log-mel L1 of the decoded mean, and the health of the latents."""
-        posterior = self.flowvae.encode(batch.wav)
-        z = posterior.sample(generator=step_generator(self.seed, batch_idx))
-        wav = self.flowvae.decode(posterior.mean)
-        samples = min(wav.shape[1], batch.wav.shape[1])
-        distance = mel_l1(self.log_mel(batch.wav[:, :samples]), self.log_mel(wav[:, :samples]))
-        metrics = {"mel_l1": distance} | latent_health(posterior, z, self.flowvae.to_prior(z))
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=len(batch.wav), sync_dist=True)
+    def validation_step(self, batch: WaveBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Whole utterances in full precision: log-mel L1 of the decoded mean, and the health of the latents.
+
+        Returns ``wav``, the reconstruction (B, S'), and ``std``, the posterior's (B, T, D), for callbacks.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            posterior = self.flowvae.encode(batch.wav)
+            noise = standard_noise(posterior.mean.shape, "validation", self.seed, *batch.cut_ids)
+            z = posterior.sample(noise)
+            wav = self.flowvae.decode(posterior.mean)
+            samples = min(wav.shape[1], batch.wav.shape[1])
+            distance = mel_l1(self.log_mel(batch.wav[:, :samples]), self.log_mel(wav[:, :samples]))
+            self._health.add(posterior, z, self.flowvae.to_prior(z))
+        self._distances += torch.tensor([float(distance) * len(batch.wav), len(batch.wav)], dtype=torch.float64)
+        return {"wav": wav, "std": posterior.std}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the split's ``val/mel_l1`` (mean over utterances) and ``val/*`` of `LatentHealth` (over frames), over all ranks."""
+        self._health.sums = sum_over_ranks(self._health.sums, self.device)
+        distance, utterances = sum_over_ranks(self._distances, self.device).tolist()
+        metrics = {"mel_l1": distance / utterances, **self._health.summary()}
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
