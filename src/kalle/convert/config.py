@@ -117,8 +117,8 @@ def released_flowvae_config(config: FlowVAEConfig, source: str | Path) -> dict[s
     }
     if flowvae_config(values, source) != config:
         raise UserError(
-            f"no released format for '{source}': its JSON has no residual_layers, couplings, kernel_size, wavenet_layers or final_activation, "
-            "expected their defaults; such a model stays in our format"
+            f"no released format for '{source}': its JSON has no residual_layers, couplings, kernel_size, wavenet_layers, "
+            "final_activation, expected their defaults; such a model stays in our format"
         )
     return values
 
