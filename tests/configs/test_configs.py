@@ -85,12 +85,12 @@ def test_option_composes_under_its_roots(name: str) -> None:
 
 FLOWVAES = {  # millions of parameters, dimensions, latent frames a second
     "full": (204.4, 512, 12.5),
-    "dim64": (199.4, 64, 12.5),
-    "dim64_no_flow": (149.9, 64, 12.5),
-    "dim64_100hz": (166.0, 64, 100),
-    "dim256": (201.5, 256, 12.5),
-    "dim256_25hz": (190.0, 256, 25),
-    "dim1024": (210.0, 1024, 12.5),
+    "dim64": (196.63, 64, 12.5),
+    "dim64_no_flow": (147.16, 64, 12.5),
+    "dim64_100hz": (194.70, 64, 100),
+    "dim256": (199.98, 256, 12.5),
+    "dim256_25hz": (199.88, 256, 25),
+    "dim1024": (213.35, 1024, 12.5),
     "small": (20.0, 128, 12.5),
     "nano": (5.0, 64, 12.5),
     "nano_bigvgan": (5.0, 64, 12.5),
