@@ -81,13 +81,18 @@ class _Job:
         functools.update_wrapper(self, function)
         self.function = function
         self.error: Exception | None = None
+        self.command = list(sys.argv)
 
     def __call__(self, config: DictConfig) -> Any:
+        # With several devices, Lightning starts the other processes by this process's own command.
+        hydras, sys.argv = sys.argv, self.command
         try:
             return self.function(config)
         except Exception as error:
             self.error = error
             return None
+        finally:
+            sys.argv = hydras
 
 
 class _errors_propagate:

@@ -45,6 +45,7 @@ def train_flowvae(config: DictConfig) -> TrainingRun:
     callbacks = build_callbacks(config)
     bind_reconstruction_metrics(callbacks, flowvae.config.sample_rate)
     result = fit(config, module, data, callbacks)
-    flowvae.save_pretrained(result.weights)
-    describe(result.weights, flowvae.config.sample_rate)
+    if result.trainer.is_global_zero:
+        flowvae.save_pretrained(result.weights)
+        describe(result.weights, flowvae.config.sample_rate)
     return result
