@@ -13,7 +13,6 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from training.distributed import kalle_on_ranks, on_ranks
 
 from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
@@ -22,6 +21,7 @@ from kalle.training.ema import EMA
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
 from kalle.training.players import PlayersDDP
 from kalle.training.schedules import exponential
+from training.distributed import kalle_on_ranks, on_ranks
 
 JUDGES = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
 RANKS = 2

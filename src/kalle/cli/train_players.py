@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kalle.errors import UserError
@@ -50,7 +51,7 @@ def bind_reconstruction_metrics(callbacks: list[Any], sample_rate: int) -> None:
     from kalle.evaluation.signal import PESQ, STOI
     from kalle.training.reconstruction import ReconstructionMetrics
 
-    makers = {"stoi": STOI, "pesq_wb": lambda: PESQ("wb"), "pesq_nb": lambda: PESQ("nb")}
+    makers: dict[str, Callable[[], Any]] = {"stoi": STOI, "pesq_wb": lambda: PESQ("wb"), "pesq_nb": lambda: PESQ("nb")}
 
     def scorer(name: str) -> Any:
         metric = makers[name]()
