@@ -224,4 +224,4 @@ class FlowVAETraining(lightning.LightningModule):
         self._health.sums = sum_over_ranks(self._health.sums, self.device)
         distance, utterances = sum_over_ranks(self._distances, self.device).tolist()
         metrics = {"mel_l1": distance / utterances, **self._health.summary()}
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)

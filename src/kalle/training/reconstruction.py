@@ -68,6 +68,6 @@ class ReconstructionMetrics(Callback):
             return
         for name, (total, scored, failed) in zip(self._metrics, sum_over_ranks(self._sums, pl_module.device).tolist(), strict=True):
             if scored:
-                pl_module.log(f"val/{name}", total / scored, rank_zero_only=True)
+                pl_module.log(f"val/{name}", total / scored, sync_dist=True)
             if failed:
-                pl_module.log(f"val/{name}_not_scored", failed, rank_zero_only=True)
+                pl_module.log(f"val/{name}_not_scored", failed, sync_dist=True)
