@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import resource
 import shutil
@@ -21,7 +22,7 @@ from kalle.cli.train_flowvae import train_flowvae
 from kalle.cli.train_lm import train_lm
 from kalle.cli.train_run import TrainingRun
 from kalle.errors import UserError
-from kalle.training.checkpointing import LAST, LastCheckpoint, resume_path
+from kalle.training.checkpointing import LAST, LastCheckpoint
 
 Train = Callable[..., TrainingRun]
 STAGES = ("flowvae", "lm")
@@ -55,6 +56,19 @@ def assert_equal(one: Any, other: Any, where: str = "") -> None:
             assert_equal(a, b, f"{where}/{index}")
     else:
         assert one == other, where
+
+
+def log_rows(out: Path) -> list[dict[str, str]]:
+    """Everything a run logged, one dictionary a step and kind of row, whatever the order of the columns; no step may appear twice."""
+    assert [path.name for path in (out / "csv").iterdir()] == ["version_0"]
+    with (out / "csv" / "version_0" / "metrics.csv").open() as file:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    merged: dict[int, dict[str, str]] = {}
+    for row in rows:
+        step = merged.setdefault(int(row["step"]), {})
+        assert not {name for name in row if name not in ("step", "epoch")} & step.keys(), f"twice in the log: {row}"
+        step |= row
+    return [merged[step] for step in sorted(merged)]
 
 
 def assert_same_end(one: Path, other: Path, stage: str) -> None:
@@ -114,16 +128,6 @@ def test_never_starts_anew_and_a_path_is_taken(train: Train, tmp_path: Path) -> 
     assert_same_end(tmp_path / "one", tmp_path / "two", "lm")
 
 
-def test_which_checkpoint_is_meant(tmp_path: Path) -> None:
-    assert resume_path("auto", tmp_path) is None
-    (tmp_path / LAST).touch()
-    assert resume_path("auto", tmp_path) == tmp_path / LAST
-    assert resume_path("never", tmp_path) is None
-    assert resume_path(str(tmp_path / LAST), tmp_path / "elsewhere") == tmp_path / LAST
-    with pytest.raises(UserError, match=r"no checkpoint to resume from: got resume='.*gone\.ckpt', expected auto, never or an existing"):
-        resume_path(str(tmp_path / "gone.ckpt"), tmp_path)
-
-
 class CtrlC(Callback):
     """Presses Ctrl-C ``times`` in the middle of an update, or in the middle of a validation."""
 
@@ -156,10 +160,14 @@ def test_ctrl_c_saves_and_the_run_can_go_on(
             train(stage, tmp_path / "cut")
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "cut" / "weights").exists()
-    assert sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()) == [LAST]
+    names = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert names[0] == LAST
+    assert names[-1] == f"step-{saved:08d}.ckpt"
+    assert len(names) <= 3
     assert checkpoint(tmp_path / "cut")["global_step"] == saved
     train(stage, tmp_path / "cut")
     assert_same_end(tmp_path / "whole", tmp_path / "cut", stage)
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "cut")
 
 
 def test_a_second_ctrl_c_does_not_wait(train: Train, tmp_path: Path, monkeypatch) -> None:
@@ -202,11 +210,11 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_checkpoint(train: Train, tmp_
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, before[1]))
     try:
-        with pytest.raises(UserError, match=rf"cannot write '{path}': .*make room on the disk or choose another folder"):
+        with pytest.raises(UserError, match=r"cannot write '.*step-00000004.ckpt': .*make room on the disk or choose another folder"):
             train("lm", tmp_path / "run", "trainer.max_steps=4")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [file.name for file in path.parent.iterdir()] == [LAST]
+    assert sorted(file.name for file in path.parent.iterdir()) == [LAST, "step-00000002.ckpt"]
     assert path.read_bytes() == old
 
 
@@ -221,7 +229,7 @@ def test_checkpoints_are_written_where_they_belong(train: Train, tmp_path: Path,
 
     monkeypatch.setattr(torch, "save", save)
     train("lm", tmp_path / "run", "trainer.max_steps=2")
-    assert [str(name) for name in written] == [str(tmp_path / "run" / "checkpoints" / f"{LAST}.partial")]
+    assert [str(name) for name in written] == [str(tmp_path / "run" / "checkpoints" / "step-00000002.ckpt.partial")]
 
 
 def test_every_steps_must_be_positive(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kalle.cli.run_record import write_record
+
 if TYPE_CHECKING:
     import lightning
     from omegaconf import DictConfig
@@ -59,25 +61,26 @@ def fit(config: DictConfig, module: lightning.LightningModule, data: Any, callba
 
     from kalle.checkpoint import resolve_device
     from kalle.training.checkpointing import check_checkpoint, resume_path
+    from kalle.training.seeding import StepSeeds
 
     out = Path(config.out)
     device = resolve_device(config.device)
     precision = config.precision
     if precision == "auto":
         precision = "bf16-mixed" if device.type == "cuda" else "32-true"
+    checkpoint = resume_path(config.resume, out / "checkpoints")
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, module)
     trainer = instantiate(
         config.trainer,
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index] if device.index is not None else config.trainer.devices,
         precision=precision,
-        logger=[instantiate(node) for node in config.logger] if config.logger else False,
-        callbacks=callbacks,
+        logger=build_loggers(config, checkpoint) or False,
+        callbacks=[StepSeeds(config.seed), *callbacks],
         default_root_dir=str(out),
         _convert_="all",
     )
-    checkpoint = resume_path(config.resume, out / "checkpoints")
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, module)
     parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     end = f"step {trainer.max_steps}" if trainer.max_steps > 0 else f"the end of epoch {trainer.max_epochs}"
     logger.info(
@@ -86,16 +89,42 @@ def fit(config: DictConfig, module: lightning.LightningModule, data: Any, callba
     )  # fmt: skip
     if trainer.is_global_zero:
         _save_config(config, out / "config.yaml")
+        write_record(out, config, trainer, checkpoint)
+    _run(trainer, module, data, checkpoint)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return TrainingRun(module, trainer, out / WEIGHTS_FOLDER, metrics)
+
+
+def build_loggers(config: DictConfig, checkpoint: Path | None) -> list[Any]:
+    """The loggers that ``config`` names, told where the run continues so that no step appears twice."""
+    from hydra.utils import instantiate
+
+    from kalle.training.checkpointing import saved_log_step
+    from kalle.training.log_tail import LogTail
+
+    step = None if checkpoint is None else saved_log_step(checkpoint)
+    keys = {"TensorBoardLogger": "purge_step", "MetricsCSV": "resume_step"}
+    loggers: list[Any] = []
+    for node in config.logger or []:
+        key = keys.get(node["_target_"].rpartition(".")[2])
+        loggers.append(instantiate(node, **({} if key is None or step is None else {key: step})))
+    return [*loggers, LogTail()] if loggers else []
+
+
+def _run(trainer: lightning.Trainer, module: lightning.LightningModule, data: Any, checkpoint: Path | None) -> None:
+    from kalle.training.stopping import Preempted
+
     try:
         trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+    except Preempted as preempted:
+        logger.info("%s; saved, run the same command again to continue", preempted)
+        raise SystemExit(preempted.exit_code) from None
     except (RuntimeError, SystemExit) as error:
         # Lightning answers Ctrl-C with exit code 1, and data workers that got it too die under the trainer.
         asked = any(getattr(callback, "stop_asked", False) for callback in trainer.callbacks)
         if not isinstance(error.__context__, KeyboardInterrupt) and not (trainer.interrupted and asked):
             raise
         raise KeyboardInterrupt from None
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return TrainingRun(module, trainer, out / WEIGHTS_FOLDER, metrics)
 
 
 def _save_config(config: DictConfig, path: Path) -> None:

@@ -100,6 +100,8 @@ class FlowVAETraining(lightning.LightningModule):
         mel = MelConfig(sample_rate=flowvae.config.sample_rate)
         self.mel_loss = mel_loss if mel_loss is not None else MelL1(mel)
         self.log_mel = LogMel(mel)
+        self.gradient_norms: dict[int, Tensor] = {}
+        """The norm before clipping, by the optimizer's index, for what judges an update before it is made."""
         self._start_validation()
 
     def players(self) -> list[nn.Module]:
@@ -180,7 +182,7 @@ class FlowVAETraining(lightning.LightningModule):
         optimizer = self._optimizers()[1].optimizer
         optimizer.zero_grad()
         self.manual_backward(loss)
-        nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip.at(self.global_step))
+        self.gradient_norms[1] = nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip.at(self.global_step))
         optimizer.step()
         # Autocast keeps half-precision copies of the weights until the step ends; the generator is to meet the new ones.
         torch.clear_autocast_cache()
