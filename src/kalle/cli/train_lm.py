@@ -49,6 +49,8 @@ def train_lm(config: DictConfig) -> TrainingRun:
         check_encoder(flowvae, config.flowvae.folder, info, data.latents)
         _bind_sampler(callbacks, flowvae, data.tokenizer, config.seed)
     result = fit(config, module, data, callbacks)
+    if not result.trainer.is_global_zero:
+        return result
     export_language_model(lm, adapters, result.weights)
     data.tokenizer.save(result.weights / "tokenizer")
     if config.flowvae.folder is not None:

@@ -121,7 +121,7 @@ def _run(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
         raise SystemExit(preempted.exit_code) from None
     except (RuntimeError, SystemExit) as error:
         # Lightning answers Ctrl-C with exit code 1, and data workers that got it too die under the trainer.
-        asked = any(getattr(callback, "stop_asked", False) for callback in trainer.callbacks)
+        asked = any(getattr(callback, "stop_asked", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if not isinstance(error.__context__, KeyboardInterrupt) and not (trainer.interrupted and asked):
             raise
         raise KeyboardInterrupt from None

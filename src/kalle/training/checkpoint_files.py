@@ -149,7 +149,7 @@ def _newest_whole(folder: Path) -> Path | None:
     last = folder / LAST
     # A last.ckpt that is no link comes from a version that kept only this one, so everything with a step in its name is newer.
     candidates = step_paths(folder) + ([last] if last.is_file() and not last.is_symlink() else [])
-    passed_over = []
+    passed_over: list[str] = []
     for path in candidates:
         reason = damage(path)
         if reason is None:

@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 class LastCheckpoint(Checkpoint):
     """Keeps the newest ``keep`` states in ``folder``/step-N.ckpt, with last.ckpt a link to the newest.
 
-    They are written every ``every_steps`` updates, every ``every_minutes`` if given, before a validation, after the last update, and when
-    a run is cut short. A state is only ever taken between two updates, with the optimizer's weights in place and no gradients accumulated,
-    so that the continued run equals an uninterrupted one. The first Ctrl-C therefore waits for the end of the update, as SIGTERM and SIGUSR1
-    do, and all ranks stop at the same one; a second Ctrl-C stops at once and saves nothing. An old state goes only when a new one is whole;
-    what does not fit on the disk is tried again at the next period, and is an error at the end of a run.
+    They are written every ``every_steps`` updates, every ``every_minutes`` if given, before a validation, after the last update, and
+    when a run is cut short. A state is only ever taken between two updates, with the optimizer's weights in place and no gradients
+    accumulated, so that the continued run equals an uninterrupted one. The first Ctrl-C therefore waits for the end of the update, as
+    SIGTERM and SIGUSR1 do, and all ranks stop at the same one; a second Ctrl-C stops at once and saves nothing. An old state goes only
+    when a new one is whole; what does not fit on the disk is tried again at the next period, and is an error at the end of a run.
 
     ``best`` names a validation metric: best.ckpt then holds the state in which it was smallest (``best_mode: max``: largest).
 
@@ -196,7 +196,8 @@ class LastCheckpoint(Checkpoint):
         self._tried_step, self._saved_at = step, time.monotonic()
         loop = trainer.fit_loop.epoch_loop
         row, row_step = pending_row(trainer)
-        due = bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher)) and not trainer.received_sigterm
+        fetcher = trainer.fit_loop._data_fetcher
+        due = fetcher is not None and bool(loop._should_check_val_fx(fetcher))
         self._state = {"validation_due": due, "row": row, "row_step": row_step}
         path = step_path(self.folder, step)
         trainer.save_checkpoint(path)
