@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalle.cli.run_record import write_record
+from kalle.cli.train_plan import make_plan
 
 if TYPE_CHECKING:
     import lightning
@@ -88,6 +89,10 @@ def fit(config: DictConfig, module: lightning.LightningModule, data: Any, callba
         parameters / 1e6, device, precision, end, f"continuing from '{checkpoint}'" if checkpoint else "from the start", out,
     )  # fmt: skip
     if trainer.is_global_zero:
+        trained = parameters
+        every = sum(parameter.numel() for parameter in module.parameters())
+        plan = make_plan(config, "lm" if "lm" in config else "flowvae", (every, trained), data, checkpoint)
+        logger.info("%s", "\n".join(plan.lines()[:-1]))
         _save_config(config, out / "config.yaml")
         write_record(out, config, trainer, checkpoint)
     _run(trainer, module, data, checkpoint)

@@ -1,0 +1,72 @@
+"""Memory and compute of one training step, found on the meta device: shapes are checked and nothing is computed or allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from kalle.models.discriminators import Discriminators
+from kalle.models.flowvae import FlowVAE
+from kalle.models.lm import KalleLM
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One step of one process: fp32 bytes that the backward pass needs, floating-point operations, and the batch that was asked about."""
+
+    activation_bytes: int
+    flops: int
+    batch: str
+
+
+def measure(forward: Callable[[], Any], modules: list[nn.Module]) -> tuple[int, int]:
+    """Bytes saved for the backward pass and operations of ``forward``, whose tensors are all on the meta device.
+
+    Parameters are not counted, nor square attention matrices: the kernels in use do not keep them.
+    """
+    weights = {id(parameter) for module in modules for parameter in module.parameters()}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        square = tensor.dim() == 4 and tensor.shape[-1] == tensor.shape[-2] > 1
+        if id(tensor) not in weights and not square:
+            saved[tensor.untyped_storage()._cdata] = tensor  # kept, so that no other storage takes its number
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    storages = {tensor.untyped_storage()._cdata for module in modules for tensor in module.parameters()}
+    size = sum(tensor.untyped_storage().nbytes() for number, tensor in saved.items() if number not in storages)
+    return size, int(counter.get_total_flops())
+
+
+def lm_footprint(lm: KalleLM, items: int, text: int, frames: int) -> Footprint:
+    """A step on ``items`` utterances of ``text`` positions and ``frames`` latents; the backward pass costs twice the forward pass.
+
+    A speaker encoder, small beside the backbone, is left out.
+    """
+    ids = torch.zeros(items, text, dtype=torch.int64, device="meta")
+    latents = torch.zeros(items, frames, lm.config.latent_dim, device="meta")
+    lm.train()
+    with torch.enable_grad(), torch.device("meta"):
+        size, flops = measure(lambda: lm.predict(ids, latents), [lm])
+    return Footprint(size, 3 * flops, f"{items} utterances of {text} text positions and {frames} frames, the largest batch")
+
+
+def flowvae_footprint(flowvae: FlowVAE, judges: Discriminators | None, items: int, samples: int) -> Footprint:
+    """A step on ``items`` crops of ``samples``: the Flow-VAE once, and each player's judgement of real and generated audio."""
+    wav = torch.zeros(items, samples, device="meta")
+    with torch.enable_grad(), torch.device("meta"):
+        size, flops = measure(lambda: flowvae(wav), [flowvae])
+        step = 3 * flops
+        if judges is not None:
+            judged, judging = measure(lambda: judges(wav.requires_grad_()), [judges])
+            size, step = size + 2 * judged, step + 2 * 2 * 3 * judging
+    return Footprint(size, step, f"{items} crops of {samples} samples")
