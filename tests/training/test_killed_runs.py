@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from kalle.training.checkpoint_files import LAST, step_paths
 from training.distributed import free_port, rank_environment
 
-STEPS = 80
+STEPS = 40
 Overrides = Sequence[str]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -55,7 +55,7 @@ class Run:
         table = self.out / "csv" / "version_0" / "metrics.csv"
         return table.read_bytes().count(b"\n") if table.is_file() else 0
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 200) -> bool:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 600) -> bool:
         until = time.monotonic() + seconds
         while self.running and time.monotonic() < until:
             if condition():
@@ -126,7 +126,7 @@ def assert_same_end(one: Path, other: Path, stage: str) -> None:
 def longer(stage: str, overrides: Overrides, *more: str) -> list[str]:
     """Dropout draws from the global generators, data workers prepare ahead, and epochs are a few batches long."""
     dropout = ["+lm.backbone.attention_dropout=0.2"] if stage == "lm" else []
-    words = [f"trainer.max_steps={STEPS}", "trainer.val_check_interval=25", "callbacks.checkpoint.every_steps=7", "data.num_workers=1"]
+    words = [f"trainer.max_steps={STEPS}", "trainer.val_check_interval=15", "callbacks.checkpoint.every_steps=7", "data.num_workers=1"]
     return [*overrides, *words, *dropout, *more]
 
 
@@ -147,12 +147,12 @@ def test_killed_at_random_moments(
     for start in range(3):
         run = Run(stage, overrides, tmp_path / "cut", ranks)
         rows = run.rows() if start == 0 else len(log(tmp_path / "cut"))
-        wanted = rows + moments.randint(1, 2 * STEPS // 4)
+        wanted = rows + moments.randint(1, STEPS // 2)
         if run.wait_for(lambda run=run, wanted=wanted: run.rows() >= wanted):
             time.sleep(moments.random() * 0.05)
             kills += run.running
         run.kill()
-    assert kills >= 2, "it was over before it could be killed"
+    assert kills >= 2, run.said()
     finished(stage, overrides, tmp_path / "cut", ranks)
     assert_same_end(tmp_path / "whole", tmp_path / "cut", stage)
 

@@ -20,16 +20,15 @@ FLAG = "--dry-run"
 
 def dry_run_lm(config: DictConfig) -> Plan:
     """The plan of a language-model training, printed."""
-    import torch
     from hydra.utils import instantiate
 
     from kalle.data.shards import read_info
-    from kalle.training.footprint import lm_footprint
+    from kalle.training.footprint import lm_footprint, without_storage
 
     data = _data(config)
     info = read_info(data.latents)
-    with torch.device("meta"):
-        lm = _meta_lm(config)
+    with without_storage() as storageless:
+        lm = _empty_lm(config)
     check_vocabulary(lm.vocab_size, data.tokenizer)
     check_latents(lm, info, config.init)
     check_speaker(lm, data.speaker)
@@ -39,10 +38,12 @@ def dry_run_lm(config: DictConfig) -> Plan:
     items, longest_text, longest_audio = max(
         ((len(batch), int(text[batch].max()), int(audio[batch].max())) for batch in batches), key=lambda size: size[0] * sum(size[1:])
     )
-    return _print(config, "lm", [lm], data, lm_footprint(lm, items, longest_text, longest_audio))
+    with storageless:
+        footprint = lm_footprint(lm, items, longest_text, longest_audio)
+    return _print(config, "lm", [lm], data, footprint)
 
 
-def _meta_lm(config: DictConfig) -> KalleLM:
+def _empty_lm(config: DictConfig) -> KalleLM:
     from hydra.utils import instantiate
 
     from kalle.checkpoint import CONFIG_NAME, part_folder, read_json
@@ -56,23 +57,24 @@ def _meta_lm(config: DictConfig) -> KalleLM:
 
 def dry_run_flowvae(config: DictConfig) -> Plan:
     """The plan of a Flow-VAE training, printed."""
-    import torch
     from hydra.utils import instantiate
 
     from kalle.models.discriminators import Discriminators
     from kalle.models.flowvae import FlowVAE
-    from kalle.training.footprint import flowvae_footprint
+    from kalle.training.footprint import flowvae_footprint, without_storage
 
     check_manual_optimisation(config)
     data = _data(config)
-    with torch.device("meta"):
+    with without_storage() as storageless:
         flowvae = FlowVAE(instantiate(config.flowvae, _convert_="all"))
         judges = None if config.discriminators is None else Discriminators(instantiate(config.discriminators, _convert_="all"))
     check_frames(config, flowvae)
     for part in ("objective", "clip"):
         instantiate(config[part])
     modules: list[nn.Module] = [flowvae] if judges is None else [flowvae, judges]
-    return _print(config, "flowvae", modules, data, flowvae_footprint(flowvae, judges, data.batch_size, data.segment_samples))
+    with storageless:
+        footprint = flowvae_footprint(flowvae, judges, data.batch_size, data.segment_samples)
+    return _print(config, "flowvae", modules, data, footprint)
 
 
 def _data(config: DictConfig) -> Any:

@@ -1,4 +1,4 @@
-"""Memory and compute of one training step, found on the meta device: shapes are checked and nothing is computed or allocated."""
+"""Memory and compute of one training step, found with tensors that have no storage: shapes are checked, nothing is computed or allocated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,8 +26,13 @@ class Footprint:
     batch: str
 
 
+def without_storage() -> FakeTensorMode:
+    """In this context modules and tensors of any size cost nothing. They claim to be on the CPU, for autocast knows no meta device."""
+    return FakeTensorMode()
+
+
 def measure(forward: Callable[[], Any], modules: list[nn.Module]) -> tuple[int, int]:
-    """Bytes saved for the backward pass and operations of ``forward``, whose tensors are all on the meta device.
+    """Bytes saved for the backward pass and operations of ``forward``, whose tensors have no storage.
 
     Parameters are not counted, nor square attention matrices: the kernels in use do not keep them.
     """
@@ -50,23 +56,22 @@ def measure(forward: Callable[[], Any], modules: list[nn.Module]) -> tuple[int, 
 def lm_footprint(lm: KalleLM, items: int, text: int, frames: int) -> Footprint:
     """A step on ``items`` utterances of ``text`` positions and ``frames`` latents; the backward pass costs twice the forward pass.
 
+    To be called inside `without_storage`, like `flowvae_footprint`.
+
     A speaker encoder, small beside the backbone, is left out.
     """
-    ids = torch.zeros(items, text, dtype=torch.int64, device="meta")
-    latents = torch.zeros(items, frames, lm.config.latent_dim, device="meta")
-    lm.train()
-    with torch.enable_grad(), torch.device("meta"):
-        size, flops = measure(lambda: lm.predict(ids, latents), [lm])
+    ids = torch.zeros(items, text, dtype=torch.int64)
+    latents = torch.zeros(items, frames, lm.config.latent_dim)
+    size, flops = measure(lambda: lm.predict(ids, latents), [lm.train()])
     return Footprint(size, 3 * flops, f"{items} utterances of {text} text positions and {frames} frames, the largest batch")
 
 
 def flowvae_footprint(flowvae: FlowVAE, judges: Discriminators | None, items: int, samples: int) -> Footprint:
     """A step on ``items`` crops of ``samples``: the Flow-VAE once, and each player's judgement of real and generated audio."""
-    wav = torch.zeros(items, samples, device="meta")
-    with torch.enable_grad(), torch.device("meta"):
-        size, flops = measure(lambda: flowvae(wav), [flowvae])
-        step = 3 * flops
-        if judges is not None:
-            judged, judging = measure(lambda: judges(wav.requires_grad_()), [judges])
-            size, step = size + 2 * judged, step + 2 * 2 * 3 * judging
+    wav = torch.zeros(items, samples)
+    size, flops = measure(lambda: flowvae(wav), [flowvae])
+    step = 3 * flops
+    if judges is not None:
+        judged, judging = measure(lambda: judges(wav.requires_grad_()), [judges])
+        size, step = size + 2 * judged, step + 2 * 2 * 3 * judging
     return Footprint(size, step, f"{items} crops of {samples} samples")
