@@ -136,3 +136,14 @@ def test_what_the_disk_refuses_is_kept_for_later(tmp_path: Path) -> None:
     assert isinstance(io.error, DiskError)
     io.save_checkpoint({"state_dict": {}}, tmp_path / "step-00000001.ckpt")
     assert io.error is None
+
+
+def test_a_folder_of_shards_is_whole_with_its_last_file(tmp_path: Path) -> None:
+    older, newer = save(tmp_path, 1), step_path(tmp_path, 2)
+    newer.mkdir()
+    (newer / "meta.pt").touch()
+    assert resume_path("auto", tmp_path) == older
+    (newer / ".metadata").touch()
+    assert resume_path("auto", tmp_path) == newer
+    prune(tmp_path, [older])
+    assert step_paths(tmp_path) == [older]

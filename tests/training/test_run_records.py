@@ -38,6 +38,21 @@ def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], 
     assert f"out={out}" in first["command"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_shows_every_step_once_after_a_resume(lm_overrides: list[str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [*lm_overrides, f"out={tmp_path}", "logger=tensorboard", "scheduler.total_steps=7", "callbacks.checkpoint.keep=9"]
+    assert main(["train", "lm", *words, "trainer.max_steps=5"]) == 0
+    (tmp_path / "checkpoints" / "step-00000005.ckpt").unlink()  # as if killed before it was written
+    assert main(["train", "lm", *words, "trainer.max_steps=7"]) == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("train/total", "lr-AdamW"):
+        assert [event.step for event in events.Scalars(name)] == list(range(7)), name
+    assert [event.step for event in events.Scalars("val/total")] == [3]
+
+
 @pytest.mark.parametrize("stage", ["lm", "flowvae"])
 def test_a_dry_run_counts_and_writes_nothing(stage: str, lm_overrides, flowvae_overrides, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

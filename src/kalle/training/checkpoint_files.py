@@ -114,11 +114,21 @@ def prune(folder: Path, kept: list[Path]) -> None:
     """Remove every checkpoint with a step in its name that is not in ``kept``, and what a killed process left half written."""
     for path in [*step_paths(folder), *folder.glob("*.ckpt.partial")]:
         if path not in kept:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def state_file(path: Path) -> Path:
+    """Where everything but sharded tensors is: ``path`` itself, or meta.pt in the folder that a sharding strategy wrote."""
+    return path / "meta.pt" if path.is_dir() else path
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the file of a checkpoint, or None. Every record is read and its checksum compared."""
+    """What is wrong with a checkpoint, or None. Every record of a file is read and its checksum compared.
+
+    A folder of shards counts as whole when it has its .metadata, which is written last.
+    """
+    if path.is_dir():
+        return None if (path / ".metadata").is_file() and state_file(path).is_file() else "no .metadata or meta.pt"
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -140,7 +150,7 @@ def resume_path(resume: str, folder: Path) -> Path | None:
     if resume == "auto":
         return _newest_whole(folder)
     path = Path(resume)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no checkpoint to resume from: got resume='{resume}', expected auto, never or an existing .ckpt file")
     return path
 
@@ -166,7 +176,12 @@ def _newest_whole(folder: Path) -> Path | None:
 
 
 def check_checkpoint(path: Path, module: nn.Module) -> None:
-    """A UserError when ``path`` is not a checkpoint of a run like ours, or when its tensors are not those of ``module``."""
+    """A UserError when ``path`` is not a checkpoint of a run like ours, or when its tensors are not those of ``module``.
+
+    The tensors of a folder of shards are compared when they are loaded.
+    """
+    if (path / ".metadata").is_file():
+        return
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = checkpoint["state_dict"]

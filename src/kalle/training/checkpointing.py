@@ -21,6 +21,7 @@ from kalle.training.checkpoint_files import (
     point_last,
     prune,
     resume_path,
+    state_file,
     step_of,
     step_path,
     step_paths,
@@ -229,6 +230,6 @@ def _at_the_end(trainer: lightning.Trainer) -> bool:
 
 def saved_log_step(path: Path) -> int | None:
     """The step under which the run logged the last update of the checkpoint ``path``; None when it does not say."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(state_file(path), map_location="cpu", weights_only=True, mmap=True)
     step = state.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("row_step")
     return None if step is None else int(step)

@@ -1,0 +1,37 @@
+"""What is estimated without storage is what a real step keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kalle.models.discriminators import DiscriminatorConfig, Discriminators
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.training.footprint import flowvae_footprint, lm_footprint, measure, without_storage
+
+
+def test_a_linear_layer_keeps_its_input_and_multiplies_once() -> None:
+    with without_storage():
+        layer = nn.Linear(8, 4)
+        assert measure(lambda: layer(torch.zeros(10, 8)), [layer]) == (10 * 8 * 4, 2 * 10 * 8 * 4)
+        assert measure(lambda: layer(layer(torch.zeros(10, 8))[:, [0, 0, 1, 1, 2, 2, 3, 3]]), [layer])[1] == 2 * 2 * 10 * 8 * 4
+
+
+def test_what_is_estimated_is_what_a_real_step_keeps(toy_lm_config: KalleLMConfig, toy_flowvae_config: FlowVAEConfig) -> None:
+    judging = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
+    with without_storage():
+        estimated = lm_footprint(KalleLM(toy_lm_config), 3, 7, 20)
+        estimated_wave = flowvae_footprint(FlowVAE(toy_flowvae_config), Discriminators(judging), 2, 3200)
+    real = lm_footprint(KalleLM(toy_lm_config), 3, 7, 20)
+    real_wave = flowvae_footprint(FlowVAE(toy_flowvae_config), Discriminators(judging), 2, 3200)
+    assert estimated == real
+    assert estimated_wave == real_wave
+    assert estimated.activation_bytes > 3 * 27 * 16 * 4 * 2, "at least the input of every layer"
+
+
+def test_twice_the_batch_is_twice_the_step(toy_lm_config: KalleLMConfig) -> None:
+    with without_storage():
+        one, two = (lm_footprint(KalleLM(toy_lm_config), items, 7, 20) for items in (2, 4))
+    assert 1.9 * one.activation_bytes < two.activation_bytes <= 2 * one.activation_bytes
+    assert two.flops == 2 * one.flops
