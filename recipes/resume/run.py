@@ -1,8 +1,9 @@
 """Trains a nano language model twice, once killed three times, and draws both loss curves and their difference.
 
-    python recipes/resume/run.py LATENTS OUT [STEPS]
+    python recipes/resume/run.py LATENTS OUT [STEPS [KEY=VALUE ...]]
 
 LATENTS is a folder that `kalle encode` wrote, such as runs/quickstart/latents. OUT gets whole/, killed/, resume.png and resume.json.
+What follows STEPS goes to both trainings, for instance to make the model smaller.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from matplotlib import pyplot as plt
 KILLS, EVERY_STEPS, SEED = 3, 20, 0
 
 
-def command(latents: Path, out: Path, steps: int) -> list[str]:
+def command(latents: Path, out: Path, steps: int, more: list[str]) -> list[str]:
     """One training; dropout makes the global random generators matter, a data worker runs ahead of the step."""
     words = ["experiment=quickstart_lm", "lm.latent_dim=" + str(json.loads((latents / "info.json").read_text())["latent_dim"])]
     words += ["+lm.backbone.attention_dropout=0.1", f"data.latents={latents}", "data.num_workers=1", f"trainer.max_steps={steps}"]
     words += ["data.max_positions=300", "data.drop_longer_than=300"]  # small batches: steps matter here, not speech
     words += [f"callbacks.checkpoint.every_steps={EVERY_STEPS}", "trainer.val_check_interval=100", "trainer.log_every_n_steps=1"]
-    return [sys.executable, "-m", "kalle", "train", "lm", *words, "logger=csv", "device=cpu", "threads=1", f"out={out}"]
+    return [sys.executable, "-m", "kalle", "train", "lm", *words, "logger=csv", "device=cpu", "threads=1", f"out={out}", *more]
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -92,10 +93,11 @@ def main() -> None:
     """Run both, compare to the last bit, draw."""
     latents, out = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute()
     steps = int(sys.argv[3]) if len(sys.argv) > 3 else 200
+    more = sys.argv[4:]
     whole, killed = out / "whole", out / "killed"
     out.mkdir(parents=True, exist_ok=True)
-    subprocess.run(command(latents, whole, steps), check=True)
-    kills = run_killed(command(latents, killed, steps), killed, steps)
+    subprocess.run(command(latents, whole, steps, more), check=True)
+    kills = run_killed(command(latents, killed, steps, more), killed, steps)
     one, other = losses(whole), losses(killed)
     assert one.keys() == other.keys() == set(range(steps)), "a hole in a log"
     weights = [load_file(folder / "weights" / "lm" / "model.safetensors") for folder in (whole, killed)]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kalle.training.checkpoint_files import LAST, step_paths
+from kalle.training.checkpoint_files import LAST, step_of, step_paths
 from training.distributed import free_port, rank_environment
 
 STEPS = 40
@@ -55,6 +55,19 @@ class Run:
         table = self.out / "csv" / "version_0" / "metrics.csv"
         return table.read_bytes().count(b"\n") if table.is_file() else 0
 
+    @property
+    def started(self) -> bool:
+        """Whether it has said what it is going to do, which is after its table was cut to the checkpoint."""
+        return any(b"disk: " in path.read_bytes() for path in self.errors)
+
+    def last_step(self) -> int:
+        table = self.out / "csv" / "version_0" / "metrics.csv"
+        if not table.is_file():
+            return 0
+        lines = table.read_text().splitlines()
+        column = lines[0].split(",").index("step")
+        return max((int(line.split(",")[column]) for line in lines[1:] if line.count(",") == lines[0].count(",")), default=0)
+
     def wait_for(self, condition: Callable[[], bool], seconds: float = 600) -> bool:
         until = time.monotonic() + seconds
         while self.running and time.monotonic() < until:
@@ -82,6 +95,12 @@ class Run:
 
     def said(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-3000:] for path in self.errors)
+
+
+def newest(out: Path) -> int:
+    """Steps in the newest checkpoint, 0 without any."""
+    paths = step_paths(out / "checkpoints")
+    return step_of(paths[0]) or 0 if paths else 0
 
 
 def finished(stage: str, overrides: Overrides, out: Path, ranks: int = 1) -> None:
@@ -144,11 +163,12 @@ def test_killed_at_random_moments(
     overrides = longer(stage, lm_overrides if stage == "lm" else flowvae_overrides)
     finished(stage, overrides, tmp_path / "whole", ranks)
     moments, kills = random.Random(seed), 0
-    for start in range(3):
+    for _ in range(3):
+        before = newest(tmp_path / "cut")
         run = Run(stage, overrides, tmp_path / "cut", ranks)
-        rows = run.rows() if start == 0 else len(log(tmp_path / "cut"))
-        wanted = rows + moments.randint(1, STEPS // 2)
-        if run.wait_for(lambda run=run, wanted=wanted: run.rows() >= wanted):
+        # Rows of the part that is made anew vanish when the run has started, so count from the checkpoint that it goes on from.
+        wanted = before + moments.randint(1, STEPS // 3)
+        if run.wait_for(lambda run=run, wanted=wanted, before=before: run.started and run.last_step() >= min(wanted, STEPS - 2)):
             time.sleep(moments.random() * 0.05)
             kills += run.running
         run.kill()

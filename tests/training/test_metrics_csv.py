@@ -52,3 +52,11 @@ def test_a_start_from_the_first_step_leaves_the_old_table_alone(tmp_path: Path) 
 def test_a_table_that_is_gone_begins_where_the_run_stands(tmp_path: Path) -> None:
     MetricsCSV(str(tmp_path), resume_step=8).log_metrics({"loss": 1.0}, step=8)
     assert rows(tmp_path) == [{"loss": "1.0", "step": "8"}]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_its_table_anew(tmp_path: Path) -> None:
+    MetricsCSV(str(tmp_path)).log_metrics({"loss": 1.0}, step=0)
+    MetricsCSV(str(tmp_path), resume_step=0).log_metrics({"loss": 2.0}, step=0)
+    assert rows(tmp_path) == [{"loss": "2.0", "step": "0"}]
+    MetricsCSV(str(tmp_path / "other"), resume_step=0).log_metrics({"loss": 3.0}, step=0)
+    assert rows(tmp_path / "other") == [{"loss": "3.0", "step": "0"}]

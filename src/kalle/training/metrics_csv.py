@@ -20,7 +20,7 @@ class MetricsCSV(Logger):
     """``save_dir``/``name``/version_N/metrics.csv, a row a call, each on the disk at once.
 
     A new run takes the first free N. A resumed one (``resume_step`` given: the first step that it logs anew) continues the table with the
-    largest N, from which the rows of that step and later, which another process wrote before it was killed, are removed.
+    largest N, from which the rows of that step and later, which another process wrote before it was killed, are removed; 0 removes all.
     """
 
     def __init__(self, save_dir: str, name: str = "csv", resume_step: int | None = None) -> None:
