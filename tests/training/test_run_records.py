@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import subprocess
 from pathlib import Path
@@ -11,7 +12,6 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from training.test_guard import Line, batches
 
 from kalle.cli import run_record
 from kalle.cli.main import main
@@ -21,10 +21,12 @@ from kalle.training.checkpoint_files import BEST, LAST, step_paths
 from kalle.training.checkpointing import LastCheckpoint
 from kalle.training.footprint import Footprint
 from kalle.training.seeding import StepSeeds
+from training.test_guard import Line, batches
 
 
 def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], tmp_path: Path, caplog) -> None:
     out = tmp_path / "run"
+    caplog.set_level(logging.INFO)
     for steps in (1, 2):
         assert main(["train", "lm", *lm_overrides, f"out={out}", f"trainer.max_steps={steps}", "scheduler.total_steps=2"]) == 0
     assert "data: train 12 utterances" in caplog.text

@@ -88,7 +88,8 @@ class Plan:
     def _steps(self) -> str:
         epochs = self.steps / self.steps_per_epoch
         hours = epochs * self.splits["train"].hours
-        return f"steps: {self.steps} of {self.steps_per_epoch} an epoch on {self.processes} process(es): {epochs:.1f} epochs, {hours:.1f} h of speech"
+        amount = f"{epochs:.1f} epochs, {hours:.1f} h of speech"
+        return f"steps: {self.steps} of {self.steps_per_epoch} an epoch on {self.processes} process(es): {amount}"
 
     def _memory(self, footprint: Footprint) -> str:
         weights, copies = 4 * self.parameters, 4 * self.parameters if self.averaged else 0

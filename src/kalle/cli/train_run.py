@@ -107,10 +107,9 @@ def build_loggers(config: DictConfig, checkpoint: Path | None) -> list[Any]:
     from kalle.training.checkpointing import saved_log_step
     from kalle.training.log_tail import LogTail
 
-    if checkpoint is not None:
-        step = saved_log_step(checkpoint)
-    else:  # a run killed before its first checkpoint continues too, from nothing
-        step = 0 if config.resume == "auto" else None
+    # A run killed before its first checkpoint continues too, from nothing.
+    anew = 0 if config.resume == "auto" else None
+    step = anew if checkpoint is None else saved_log_step(checkpoint)
     keys = {"TensorBoardLogger": "purge_step", "MetricsCSV": "resume_step"}
     loggers: list[Any] = []
     for node in config.logger or []:

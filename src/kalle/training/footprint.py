@@ -1,4 +1,4 @@
-"""Memory and compute of one training step, found with tensors that have no storage: shapes are checked, nothing is computed or allocated."""
+"""Memory and compute of one training step, found with tensors that have no storage: shapes are checked, nothing is computed."""
 
 from __future__ import annotations
 
