@@ -42,7 +42,7 @@ def losses(out: Path) -> dict[int, float]:
     found: dict[int, float] = {}
     with (out / "csv" / "version_0" / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
-            if row["train/total"]:
+            if row.get("train/total"):
                 assert int(row["step"]) not in found, f"step {row['step']} twice"
                 found[int(row["step"])] = float(row["train/total"])
     return found
