@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import subprocess
 from pathlib import Path
@@ -24,13 +23,13 @@ from kalle.training.seeding import StepSeeds
 from training.test_guard import Line, batches
 
 
-def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], tmp_path: Path, caplog) -> None:
+def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], tmp_path: Path, capfd) -> None:
     out = tmp_path / "run"
-    caplog.set_level(logging.INFO)
     for steps in (1, 2):
         assert main(["train", "lm", *lm_overrides, f"out={out}", f"trainer.max_steps={steps}", "scheduler.total_steps=2"]) == 0
-    assert "data: train 12 utterances" in caplog.text
-    assert "steps: 2 of " in caplog.text
+    said = "".join(capfd.readouterr())
+    assert "data: train 12 utterances" in said
+    assert "steps: 2 of " in said
     starts = json.loads((out / "run.json").read_text())["starts"]
     assert [start["resumed_from"] for start in starts] == [None, str(out / "checkpoints" / "step-00000001.ckpt")]
     first = starts[0]
