@@ -34,7 +34,7 @@ def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], 
     assert [start["resumed_from"] for start in starts] == [None, str(out / "checkpoints" / "step-00000001.ckpt")]
     first = starts[0]
     assert first["seed"] == first["config"]["seed"] == 3
-    assert first["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(first["versions"]["torch"])
     assert first["machine"]["world_size"] == 1
     assert f"out={out}" in first["command"]
 
