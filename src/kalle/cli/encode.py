@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from kalle.data.encode import EncodeConfig
+
+logger = logging.getLogger(__name__)
 
 
 def run(overrides: list[str]) -> int:
@@ -18,14 +21,18 @@ def run(overrides: list[str]) -> int:
     return run_hydra(encode, "encode", folder_override(overrides, "flowvae"))
 
 
-def encode(config: DictConfig) -> dict[str, Any]:
-    """Encode the corpus that ``config`` names; returns the info.json of the latent folder."""
+def encode(config: DictConfig) -> dict[str, Any] | None:
+    """Encode this rank's share of the corpus that ``config`` names.
+
+    Returns the info.json of the latent folder; None when shards of other ranks are not there yet.
+    """
     from omegaconf import OmegaConf
 
     from kalle.bars import progress_bar
-    from kalle.checkpoint import resolve_device
+    from kalle.cli.ranks import rank_device
     from kalle.data.corpus_cuts import load_cuts
     from kalle.data.encode import CorpusEncoder, encode_corpus
+    from kalle.data.ranks import OthersUnfinished, share_of_process
     from kalle.errors import UserError
     from kalle.models.flowvae import FlowVAE
     from kalle.models.speaker_mel import SpeakerMel
@@ -34,13 +41,17 @@ def encode(config: DictConfig) -> dict[str, Any]:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"kalle encode: no value for {', '.join(missing)}, expected flowvae=DIR corpus=DIR out=DIR; add {missing[0]}=DIR")
-    options = encode_config(config)
-    flowvae = FlowVAE.from_pretrained(config.flowvae.folder, device=resolve_device(config.device))
+    options, share = encode_config(config), share_of_process(config.rank, config.world_size)
+    flowvae = FlowVAE.from_pretrained(config.flowvae.folder, device=rank_device(config.device))
     splits = {split: load_cuts(config.corpus, split) for split in config.splits}
     encoder = CorpusEncoder(flowvae, options, SpeakerMel() if options.speaker_mels else None)
     with progress_bar() as bar:
-        task = bar.add_task("encode", total=None)
-        return encode_corpus(encoder, splits, config.out, lambda done, total: bar.update(task, completed=done, total=total))
+        task = bar.add_task("encode" if share.world_size == 1 else f"encode, {share}", total=None)
+        try:
+            return encode_corpus(encoder, splits, config.out, lambda done, total: bar.update(task, completed=done, total=total), share)
+        except OthersUnfinished as unfinished:
+            logger.info("%s", unfinished)
+            return None
 
 
 def encode_config(config: DictConfig) -> EncodeConfig:

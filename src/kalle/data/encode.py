@@ -20,6 +20,9 @@ from torch import nn
 
 from kalle.checkpoint import weights_hash, write_json
 from kalle.data.joining import JoinConfig, Utterance, joined, singles
+from kalle.data.locks import folder_lock
+from kalle.data.prefetch import in_background
+from kalle.data.ranks import OthersUnfinished, Share
 from kalle.data.shard_index import write_index
 from kalle.data.shards import (
     COMPLETED_NAME,
@@ -57,12 +60,16 @@ class EncodeConfig:
     """Append zeros up to a whole number of frames; the release does not, and its last frames differ."""
     speaker_mels: bool = False
     """Also store the log-mels of a speaker encoder."""
+    loader_threads: int = 2
+    """Threads that read and resample audio ahead of the encoder; 0 reads in turn. The result does not depend on it."""
     join: JoinConfig = field(default_factory=JoinConfig)
     """Joining of short training utterances; single ones are always kept too."""
 
     def __post_init__(self) -> None:
         if self.shard_size < 1 or self.batch_size < 1:
             raise UserError(f"encode: got shard_size={self.shard_size} and batch_size={self.batch_size}, expected at least 1; correct them")
+        if self.loader_threads < 0:
+            raise UserError(f"encode: got loader_threads={self.loader_threads}, expected at least 0; correct it")
 
 
 class CorpusEncoder:
@@ -85,8 +92,8 @@ class CorpusEncoder:
         records: dict[str, LatentRecord] = {}
 
         def loaded() -> Iterator[tuple[Utterance, np.ndarray]]:
-            for utterance in utterances:
-                audio = utterance.audio(sample_rate_hz)
+            read = in_background(lambda utterance: utterance.audio(sample_rate_hz), utterances, self.config.loader_threads)
+            for utterance, audio in read:
                 if len(audio) < hop:
                     skipped[utterance.id] = f"shorter than one frame: {len(audio)} of {hop} samples"
                 else:
@@ -143,32 +150,65 @@ def half_precision(posterior: DiagGaussian, cut_id: str) -> np.ndarray:
     return half.numpy()
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """One shard of the plan: where it goes and what goes in."""
+
+    folder: ShardFolder
+    number: int
+    utterances: Sequence[Utterance]
+    mark: str
+
+    def finished(self) -> dict[str, Any] | None:
+        return self.folder.finished(self.number, self.mark)
+
+
 def encode_corpus(
-    encoder: CorpusEncoder, splits: Mapping[str, Sequence[Cut]], out: str | Path, progress: Progress | None = None
+    encoder: CorpusEncoder,
+    splits: Mapping[str, Sequence[Cut]],
+    out: str | Path,
+    progress: Progress | None = None,
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """Write the latent folder ``out`` from the cuts of each split and return its info.json.
 
-    Whole shards of an earlier, interrupted run are kept and torn ones written again. UserError for cuts without audio, for posteriors that
-    half precision cannot hold, for an ``out`` that holds something else, and for a full disk.
+    Whole shards of an earlier, interrupted run are kept and torn ones written again. ``share`` is the part of this process where several
+    encode into one folder: shard n, counted over all splits, belongs to rank n % world_size, and the rank that ends last completes the
+    folder, which holds the same bytes as one process's. The others raise OthersUnfinished; ``progress`` counts the own share.
+    UserError for cuts without audio, for posteriors that half precision cannot hold, for an ``out`` that holds something else, and for a
+    full disk.
     """
-    root = Path(out)
+    root, share = Path(out), share or Share()
     plan = {split: planned(split, cuts, encoder) for split, cuts in splits.items()}
-    done, total = 0, sum(len(utterances) for utterances in plan.values())
-    if not total:
+    if not any(plan.values()):
         raise UserError("nothing to encode: got no cuts, expected at least one; run `kalle prepare` on the corpus")
-    recorded: dict[str, list[dict[str, Any]]] = {split: [] for split in plan}
     with output_folder(root):
-        for split, utterances in plan.items():
-            folder = ShardFolder(root, split, latent_fields(encoder.config.speaker_mels))
-            size = encoder.config.shard_size
-            shards = [utterances[start : start + size] for start in range(0, len(utterances), size)]
-            folder.check_only(len(shards))
-            for number, shard in enumerate(shards):
-                recorded[split].append(_shard(encoder, folder, number, shard))
-                done += len(shard)
-                if progress is not None:
-                    progress(done, total)
-        return _finish(encoder, root, plan, recorded)
+        shards = {split: _shards(encoder, root, split, utterances) for split, utterances in plan.items()}
+        own = [shard for index, shard in enumerate(_all(shards)) if share.owns(index)]
+        done, total = 0, sum(len(shard.utterances) for shard in own)
+        for shard in own:
+            _write(encoder, shard, share)
+            done += len(shard.utterances)
+            if progress is not None:
+                progress(done, total)
+        recorded = {split: [shard.finished() for shard in some] for split, some in shards.items()}
+        missing = sum(record is None for records in recorded.values() for record in records)
+        if missing:
+            raise OthersUnfinished(share, missing, "shards")
+        with folder_lock(root, "info", wait=True):
+            return _finish(encoder, root, {split: [r for r in records if r is not None] for split, records in recorded.items()})
+
+
+def _shards(encoder: CorpusEncoder, root: Path, split: str, utterances: Sequence[Utterance]) -> list[_Shard]:
+    folder = ShardFolder(root, split, latent_fields(encoder.config.speaker_mels))
+    size = encoder.config.shard_size
+    parts = [utterances[start : start + size] for start in range(0, len(utterances), size)]
+    folder.check_only(len(parts))
+    return [_Shard(folder, number, part, fingerprint(encoder, part)) for number, part in enumerate(parts)]
+
+
+def _all(shards: Mapping[str, Sequence[_Shard]]) -> list[_Shard]:
+    return [shard for some in shards.values() for shard in some]
 
 
 def planned(split: str, cuts: Sequence[Cut], encoder: CorpusEncoder) -> list[Utterance]:
@@ -192,35 +232,37 @@ def fingerprint(encoder: CorpusEncoder, utterances: Sequence[Utterance]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _shard(encoder: CorpusEncoder, folder: ShardFolder, number: int, utterances: Sequence[Utterance]) -> dict[str, Any]:
-    """What was recorded of one shard, which is written unless it is whole already."""
-    mark = fingerprint(encoder, utterances)
-    found = folder.finished(number, mark)
-    if found is not None:
-        return found
-    (folder.root / COMPLETED_NAME).unlink(missing_ok=True)
-    started = time.perf_counter()
-    records, skipped = encoder.records(utterances)
-    frames, samples = sum(len(record.latents) for record in records), sum(record.samples for record in records)
-    seconds = samples / encoder.flowvae.config.sample_rate
-    facts = {
-        "utterances": len(records),
-        "joined": sum(len(record.sources) > 1 for record in records),
-        "frames": frames,
-        "seconds": seconds,
-        "skipped": skipped,
-    }
-    result = folder.write(number, records, mark, facts)
+def _write(encoder: CorpusEncoder, shard: _Shard, share: Share) -> None:
+    """Write ``shard`` unless it is whole already, or another process, started with the same rank by mistake, is at it."""
+    if shard.finished() is not None:
+        return
+    folder, number = shard.folder, shard.number
+    with folder_lock(folder.root, f"{folder.split}.{number:06d}", wait=False) as holder:
+        if holder is not None:
+            logger.warning("%s shard %d is being written by %s, left to it; start every rank once", folder.split, number, holder)
+            return
+        if shard.finished() is not None:
+            return
+        (folder.root / COMPLETED_NAME).unlink(missing_ok=True)
+        started = time.perf_counter()
+        records, skipped = encoder.records(shard.utterances)
+        seconds = sum(record.samples for record in records) / encoder.flowvae.config.sample_rate
+        facts = {
+            "utterances": len(records),
+            "joined": sum(len(record.sources) > 1 for record in records),
+            "frames": sum(len(record.latents) for record in records),
+            "seconds": seconds,
+            "skipped": skipped,
+        }
+        folder.write(number, records, shard.mark, facts)
     for name, reason in skipped.items():
         logger.warning("skipped %s: %s", name, reason)
-    elapsed = time.perf_counter() - started
-    logger.info("%s shard %d: %d utterances, %.0f s at %.0f x real time", folder.split, number, len(records), seconds, seconds / elapsed)
-    return result
+    speed = seconds / (time.perf_counter() - started)
+    who = f"{share}: " if share.world_size > 1 else ""
+    logger.info("%s%s shard %d: %d utterances, %.0f s at %.0f x real time", who, folder.split, number, len(records), seconds, speed)
 
 
-def _finish(
-    encoder: CorpusEncoder, root: Path, plan: Mapping[str, Sequence[Utterance]], recorded: Mapping[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
+def _finish(encoder: CorpusEncoder, root: Path, recorded: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Write the indices, info.json, then the marker that the folder is complete; no more than the first when it is."""
     for split in recorded:
         write_index(root, split, latent_fields(encoder.config.speaker_mels), latent_frames)
@@ -251,7 +293,7 @@ def _finish(
         "frame_rate_hz": config.frame_rate_hz,
         "encoder_hash": encoder.encoder_hash,
         "speaker_mels": encoder.config.speaker_mels,
-        "config": dataclasses.asdict(encoder.config),
+        "config": {key: value for key, value in dataclasses.asdict(encoder.config).items() if key != "loader_threads"},
         "total_frames": sum(count["frames"] for count in counts.values()),
         "splits": counts,
         "constant_gaussian_kl": {

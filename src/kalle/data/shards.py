@@ -114,7 +114,7 @@ class ShardFolder:
         """Write one shard beside the folder, move it into place, then record it with ``facts``; returns what was recorded."""
         self.record_path(number).unlink(missing_ok=True)
         (self.root / index_name(self.split)).unlink(missing_ok=True)
-        partial = self.root / ".partial"
+        partial = self.root / f".partial.{self.split}.{number:06d}"  # of its own, for other ranks write beside it
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -125,6 +125,9 @@ class ShardFolder:
             (self.root / self.split).mkdir(exist_ok=True)
             # lhotse opens no file for a shard without a single utterance.
             written = [path for path in self.files(number) if (partial / path.name).is_file()]
+            for path in written:
+                if path.suffix == ".gz":
+                    _without_time(partial / path.name)
             for path in written:
                 os.replace(partial / path.name, path)
         finally:
@@ -144,6 +147,13 @@ class ShardFolder:
                 f"'{folder}' holds files of another run: {', '.join(strange[:5])}; "
                 f"give a new output folder, or delete this one to {self.command} again"
             )
+
+
+def _without_time(path: Path) -> None:
+    """Zero the time of writing in the header of a gzip file (RFC 1952, MTIME), so that equal shards are equal files."""
+    with path.open("r+b") as file:
+        file.seek(4)
+        file.write(bytes(4))
 
 
 @contextlib.contextmanager
