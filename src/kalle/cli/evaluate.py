@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from kalle.data.testlist import TestItem, TestList
     from kalle.evaluation import Metric, Result, Settings
+    from kalle.evaluation.journal import Journal
 
 logger = logging.getLogger(__name__)
 KINDS = ("reconstruction", "synthesis", "wavs")
@@ -37,10 +38,15 @@ def testset_path(override: str) -> str:
     return f"testset.path='{quoted}'"
 
 
-def evaluate(config: DictConfig) -> Result:
-    """Score what ``config`` describes and log the report; returns the result."""
+def evaluate(config: DictConfig) -> Result | None:
+    """Score this rank's share of what ``config`` describes and log the report.
+
+    Returns the result; None when items of other ranks are not scored yet.
+    """
     from omegaconf import OmegaConf
 
+    from kalle.cli.evaluate_ranks import open_journal
+    from kalle.data.ranks import OthersUnfinished
     from kalle.data.testlist import read_test_list
     from kalle.disk import output_folder
     from kalle.errors import UserError
@@ -55,30 +61,36 @@ def evaluate(config: DictConfig) -> Result:
         raise UserError(f"kind={config.kind}: got no {needed}, expected {needed}=DIR; add it")
     test_list = read_test_list(config.testset.path, config.testset.min_words, config.testset.limit)
     out = Path(config.out)
-    with output_folder(out):
-        result = _score(config, test_list)
+    try:
+        with output_folder(out), open_journal(config, test_list) as journal:
+            result = _score(config, test_list, journal)
+    except OthersUnfinished as unfinished:
+        logger.info("%s", unfinished)
+        return None
     logger.info("%s", (out / "report.md").read_text(encoding="utf-8"))
     if result.errors:
         logger.warning("%d items could not be scored; see error in %s", result.errors, out / "items.jsonl")
     return result
 
 
-def _score(config: DictConfig, test_list: TestList) -> Result:
-    from kalle.checkpoint import resolve_device
+def _score(config: DictConfig, test_list: TestList, journal: Journal) -> Result:
+    from kalle.cli.ranks import rank_device
     from kalle.evaluation import evaluate_reconstruction, evaluate_wavs
     from kalle.models.flowvae import FlowVAE
 
     settings, items, out = evaluation_settings(config, test_list), test_list.items, Path(config.out)
     if config.kind == "reconstruction":
-        flowvae = FlowVAE.from_pretrained(config.model, resolve_device(config.device))
+        flowvae = FlowVAE.from_pretrained(config.model, rank_device(config.device))
         sample, seed, metrics = config.reconstruction.sample, config.reconstruction.seed, build_metrics(config, items)
-        return evaluate_reconstruction(flowvae, items, metrics, out, sample=sample, seed=seed, settings=settings)
+        return evaluate_reconstruction(flowvae, items, metrics, out, sample=sample, seed=seed, settings=settings, journal=journal)
     if config.kind == "synthesis":
-        return _score_synthesis(config, items, settings)
-    return evaluate_wavs(config.wavs, items, build_metrics(config, items), out, aligned=config.aligned, settings=settings)
+        return _score_synthesis(config, items, settings, journal)
+    metrics = build_metrics(config, items)
+    return evaluate_wavs(config.wavs, items, metrics, out, aligned=config.aligned, settings=settings, journal=journal)
 
 
-def _score_synthesis(config: DictConfig, items: Sequence[TestItem], settings: Settings) -> Result:
+def _score_synthesis(config: DictConfig, items: Sequence[TestItem], settings: Settings, journal: Journal) -> Result:
+    from kalle.cli.ranks import rank_device
     from kalle.errors import UserError
     from kalle.evaluation import SpeakingConfig, evaluate_synthesis
     from kalle.synthesis.kalle import Kalle
@@ -87,9 +99,10 @@ def _score_synthesis(config: DictConfig, items: Sequence[TestItem], settings: Se
     speaking = SpeakingConfig(options.prompts, tuple(options.seeds), options.temperature)
     if options.prompt_text is not None and options.prompt_audio is None:
         raise UserError("synthesis.prompt_text: got a transcript and no recording, expected synthesis.prompt_audio=FILE too; add it")
-    kalle = Kalle.from_pretrained(config.model, config.device, config.dtype)
+    kalle = Kalle.from_pretrained(config.model, str(rank_device(config.device)), config.dtype)
     voice = None if options.prompt_audio is None else kalle.voice(options.prompt_audio, options.prompt_text)
-    return evaluate_synthesis(kalle, items, build_metrics(config, items), config.out, config=speaking, voice=voice, settings=settings)
+    metrics = build_metrics(config, items)
+    return evaluate_synthesis(kalle, items, metrics, config.out, config=speaking, voice=voice, settings=settings, journal=journal)
 
 
 def evaluation_settings(config: DictConfig, test_list: TestList) -> Settings:

@@ -67,6 +67,6 @@ class OthersUnfinished(Exception):
     def __init__(self, share: Share, missing: int, pieces: str) -> None:
         """``missing`` counts the ``pieces`` (a plural noun) that other ranks have yet to write."""
         super().__init__(
-            f"{share} has done its part; {missing} {pieces} of other ranks are not there yet, and the rank that ends last completes the result"
-            " (if no other runs, start the missing ranks, or the same command alone with rank=0 world_size=1)"
+            f"{share} has done its part; {missing} {pieces} of other ranks are not there yet, and the rank that ends last completes the "
+            "result (if no other runs, start the missing ranks, or the same command alone with rank=0 world_size=1)"
         )

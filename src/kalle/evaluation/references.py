@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from kalle.audio import Audio
+from kalle.audio import Audio, read_audio
 from kalle.data.testlist import TestItem
 from kalle.errors import UserError
+from kalle.evaluation.figure import FigureRow
 from kalle.evaluation.metric import RATE_HZ, ScoreItem
-from kalle.evaluation.scoring import Scores
+from kalle.evaluation.scoring import Row, Scores
 
 RECORDING_SYSTEM = "recording"
 
@@ -43,6 +45,29 @@ def read_references(scores: Scores, item: TestItem, voice: TestItem | None, scor
     if recording is not None and score_recording:
         scores.add(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language, speaker=speaker))
     return references
+
+
+def figure_rows(items: Sequence[TestItem], rows: Sequence[Row], folder: Path, limit: int) -> list[FigureRow]:
+    """The first ``limit`` items that have a wav under ``folder``, each with its recording (where there is one) and the systems' audio.
+
+    Read from disk, for another process may have made them. Of an item that was spoken several times the first is shown.
+    """
+    wavs: dict[str, dict[str, Path]] = {}
+    for row in rows:
+        if row.get("wav") is not None:
+            wavs.setdefault(row["id"], {}).setdefault(row["system"], folder / row["wav"])
+    shown = [item for item in items if item.id in wavs][:limit]
+    return [
+        FigureRow(item.text, {**_recording(item), **{system: read_audio(path, RATE_HZ) for system, path in wavs[item.id].items()}})
+        for item in shown
+    ]
+
+
+def _recording(item: TestItem) -> dict[str, Audio]:
+    try:
+        return {} if item.audio_path is None else {RECORDING_SYSTEM: item.audio(RATE_HZ)}
+    except UserError:  # its row says so
+        return {}
 
 
 def other_recordings(items: Sequence[TestItem]) -> list[TestItem | None]:

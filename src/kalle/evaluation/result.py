@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kalle.data.locks import folder_lock
 from kalle.disk import write_whole
 from kalle.errors import UserError
 from kalle.evaluation.figure import FigureRow, draw
@@ -100,11 +101,12 @@ def finish(
         notes=[*notes, *unmeasured(scores.metrics, scores.rows)],
         extra=dict(extra or {}),
     )
-    write_whole(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows))
-    write_whole(out / "results.json", _json(asdict(result), indent=2) + "\n")
-    write_whole(out / "report.md", report(result))
-    if settings.figure_items and figure_rows:
-        write_whole(out / "figure.png", draw(figure_rows[: settings.figure_items]))
+    with folder_lock(out, "results", wait=True):  # two ranks may end at the same time
+        write_whole(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows))
+        write_whole(out / "results.json", _json(asdict(result), indent=2) + "\n")
+        write_whole(out / "report.md", report(result))
+        if settings.figure_items and figure_rows:
+            write_whole(out / "figure.png", draw(figure_rows[: settings.figure_items]))
     return result
 
 

@@ -11,13 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from kalle.audio import resample, write_audio
-from kalle.bars import progress_bar
 from kalle.data.testlist import TestItem
 from kalle.errors import UserError
-from kalle.evaluation.figure import FigureRow
+from kalle.evaluation.journal import Journal, score_items
 from kalle.evaluation.metric import RATE_HZ, Aggregate, Metric
 from kalle.evaluation.reconstruction import item_seed
-from kalle.evaluation.references import RECORDING_SYSTEM, References, other_recordings, read_references
+from kalle.evaluation.references import References, figure_rows, other_recordings, read_references
 from kalle.evaluation.result import Result, Settings, finish
 from kalle.evaluation.scoring import Row, Scores, counted
 from kalle.synthesis.kalle import Kalle
@@ -64,28 +63,28 @@ def evaluate_synthesis(
     config: SpeakingConfig | None = None,
     voice: Voice | None = None,
     settings: Settings | None = None,
+    journal: Journal | None = None,
 ) -> Result:
     """Speak every text and score it: WER against the text, SIM to the prompt, or to another recording of the speaker when unprompted.
 
     Systems: "recording" (the ceiling, where the list has recordings) and "synthesis". ``voice`` speaks all items when ``config.prompts`` is
     "none". Beside the metrics: stop reasons, no-end rate (ran into the length cap), early-stop rate, RTF. Writes wavs/synthesis/ID.wav
-    and what ``finish`` writes. A prompt that is missing is an error row; UserError when all items fail.
+    and what ``finish`` writes. A prompt that is missing is an error row; UserError when all items fail. ``journal`` as in ``score_items``.
     """
     config, settings, scores = config or SpeakingConfig(), settings or Settings(), Scores(metrics)
     if voice is not None and config.prompts != "none":
         raise UserError(f"a voice and prompts={config.prompts}: got both, expected one; use prompts=none with a voice")
     run = _Run(kalle, scores, Path(out_dir), config, voice, settings)
     others = other_recordings(items)
-    with progress_bar(settings.progress) as bar:
-        for index, item in bar.track(list(enumerate(items)), description=SYSTEM):
-            run.item(index, item, others[index])
+    score_items(items, scores, journal, lambda index, item: run.item(index, item, others[index]), SYSTEM, settings.progress)
     described = {
         **asdict(config),
         "voice_given": voice is not None,
         "device": str(kalle.device),
         "torch_threads": torch.get_num_threads(),
     }
-    return finish("synthesis", scores, described, settings, out_dir, run.figure_rows, RULES, [RTF_NOTE])
+    shown = figure_rows(items, scores.rows, Path(out_dir), settings.figure_items)
+    return finish("synthesis", scores, described, settings, out_dir, shown, RULES, [RTF_NOTE])
 
 
 class _Run:
@@ -95,7 +94,6 @@ class _Run:
         self, kalle: Kalle, scores: Scores, out_dir: Path, config: SpeakingConfig, voice: Voice | None, settings: Settings
     ) -> None:
         self.kalle, self.scores, self.out_dir, self.config, self.voice, self.settings = kalle, scores, out_dir, config, voice, settings
-        self.figure_rows: list[FigureRow] = []
 
     def item(self, index: int, item: TestItem, other: TestItem | None) -> None:
         references = read_references(self.scores, item, other, self.settings.score_recordings)
@@ -119,9 +117,6 @@ class _Run:
         seconds = time.perf_counter() - start_s
         audio = resample(speech.audio, speech.sample_rate, RATE_HZ)
         self.scores.add(SYSTEM, references.score_item(item, audio), self._columns(item, speech, references, seed, seconds))
-        if len(self.figure_rows) < self.settings.figure_items and seed == self.config.seeds[0]:
-            recording = {} if references.recording is None else {RECORDING_SYSTEM: references.recording}
-            self.figure_rows.append(FigureRow(item.text, {**recording, SYSTEM: audio}))
 
     def _columns(self, item: TestItem, speech: Speech, references: References, seed: int, seconds: float) -> Row:
         columns: dict[str, Any] = {

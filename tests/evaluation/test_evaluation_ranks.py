@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalle.data.locks import folder_lock
+from kalle.data.ranks import OthersUnfinished, Share
+from kalle.data.testlist import TestItem
+from kalle.errors import UserError
+from kalle.evaluation import Settings, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs
+from kalle.evaluation.journal import Journal, fingerprint, folder_digest
+from kalle.evaluation.signal import DurationRatio, MelL1
+from kalle.models.flowvae import FlowVAE
+from kalle.synthesis.kalle import Kalle
+
+SETTINGS = Settings(resamples=50, figure_items=2)
+NAMES = ("results.json", "items.jsonl", "report.md", "figure.png")
+
+
+def score(kind: str, flowvae: FlowVAE, kalle: Kalle, items: list[TestItem], out: Path, share: Share, **options: Any) -> bool:
+    """Whether the evaluation is complete after this rank."""
+    metrics = [MelL1(), DurationRatio()]
+    with Journal(out, "mark", share, len(items), **options) as journal:
+        try:
+            if kind == "reconstruction":
+                evaluate_reconstruction(flowvae, items, metrics, out, sample=True, settings=SETTINGS, journal=journal)
+            elif kind == "synthesis":
+                evaluate_synthesis(kalle, items, metrics, out, settings=SETTINGS, journal=journal)
+            else:
+                assert items[0].audio_path is not None
+                evaluate_wavs(items[0].audio_path.parent, items, metrics, out, settings=SETTINGS, journal=journal)
+        except OthersUnfinished:
+            return False
+    return True
+
+
+@pytest.fixture
+def named(items: list[TestItem]) -> list[TestItem]:
+    """The items under the names of their files, so that a folder of wavs holds them."""
+    import dataclasses
+
+    return [dataclasses.replace(item, id=str(index)) for index, item in enumerate(items)]
+
+
+def untimed(path: Path) -> Any:
+    """A result's text without what differs between runs: seconds of synthesis."""
+    if path.name == "items.jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key != "synthesis_s"} for row in rows]
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["reconstruction", "synthesis", "wavs"])
+def test_ranks_leave_what_one_process_does(kind: str, flowvae: FlowVAE, kalle: Kalle, named: list[TestItem], tmp_path: Path) -> None:
+    assert score(kind, flowvae, kalle, named, tmp_path / "one", Share())
+    assert not score(kind, flowvae, kalle, named, tmp_path / "many", Share(1, 2))
+    assert not any((tmp_path / "many" / name).exists() for name in NAMES), "nothing is summarised before all is there"
+    assert score(kind, flowvae, kalle, named, tmp_path / "many", Share(0, 2))
+    timed = ("results.json", "report.md") if kind == "synthesis" else ()
+    for name in NAMES:
+        if name not in timed:
+            assert untimed(tmp_path / "many" / name) == untimed(tmp_path / "one" / name), name
+    one, many = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "many"))
+    for summary in (one["summary"], many["summary"]):
+        summary.get("synthesis", {}).pop("rtf", None)
+    assert many["summary"] == one["summary"]
+    assert many["counts"] == one["counts"]
+
+
+def test_the_journal_adds_nothing_to_a_result(flowvae: FlowVAE, kalle: Kalle, named: list[TestItem], tmp_path: Path) -> None:
+    assert score("reconstruction", flowvae, kalle, named, tmp_path / "a", Share())
+    evaluate_reconstruction(flowvae, named, [MelL1(), DurationRatio()], tmp_path / "b", sample=True, settings=SETTINGS)
+    for name in NAMES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_interrupted_evaluation_continues(
+    flowvae: FlowVAE, kalle: Kalle, named: list[TestItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert score("reconstruction", flowvae, kalle, named, tmp_path / "one", Share())
+    decoded: list[int] = []
+    plain = FlowVAE.decode
+
+    def dying(self: FlowVAE, z: Any) -> Any:
+        decoded.append(1)
+        if len(decoded) == 3:
+            raise KeyboardInterrupt
+        return plain(self, z)
+
+    monkeypatch.setattr(FlowVAE, "decode", dying)
+    with pytest.raises(KeyboardInterrupt):
+        score("reconstruction", flowvae, kalle, named, tmp_path / "out", Share())
+    journal = tmp_path / "out" / "progress" / "rank-0.jsonl"
+    journal.write_bytes(journal.read_bytes() + b'{"index": 1, "rows": [{"torn')
+    decoded[:] = [1, 1, 1]
+    with caplog.at_level(logging.INFO):
+        assert score("reconstruction", flowvae, kalle, named, tmp_path / "out", Share())
+    assert len(decoded) == 3 + 4, "two systems of the two items that were left"
+    assert "1 of 3 items were scored before" in caplog.text
+    for name in NAMES:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_never_scores_again(flowvae: FlowVAE, kalle: Kalle, named: list[TestItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert score("reconstruction", flowvae, kalle, named, tmp_path, Share())
+    encoded: list[int] = []
+    plain = FlowVAE.encode
+    monkeypatch.setattr(FlowVAE, "encode", lambda self, wav: encoded.append(1) or plain(self, wav))
+    decoded: list[int] = []
+    decode = FlowVAE.decode
+    monkeypatch.setattr(FlowVAE, "decode", lambda self, z: decoded.append(1) or decode(self, z))
+    assert score("reconstruction", flowvae, kalle, named, tmp_path, Share())
+    assert (len(encoded), len(decoded)) == (3, 0), "encoded for the latent health alone"
+    assert score("reconstruction", flowvae, kalle, named, tmp_path, Share(), resume=False)
+    assert len(decoded) == 6
+
+
+def test_failed_items_are_tried_once_more(flowvae: FlowVAE, kalle: Kalle, named: list[TestItem], tmp_path: Path) -> None:
+    path = named[1].audio_path
+    assert path is not None
+    away = path.rename(path.with_suffix(".away"))
+    assert score("reconstruction", flowvae, kalle, named, tmp_path / "out", Share())
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["counts"]["reconstruction"]["errors"] == 1
+    away.rename(path)
+    assert score("reconstruction", flowvae, kalle, named, tmp_path / "out", Share())
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["counts"]["reconstruction"]["errors"] == 0
+
+
+def test_rows_of_another_evaluation_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Journal(tmp_path, "a", Share(), 2) as journal:
+        journal.keep(0, [{"system": "x", "id": "0", "text": "", "audio_s": 1.0}])
+    with Journal(tmp_path, "a", Share(), 2) as journal:
+        assert journal.pending() == [1]
+    with caplog.at_level(logging.INFO), Journal(tmp_path, "b", Share(), 2) as journal:
+        assert journal.pending() == [0, 1]
+    assert "starting anew" in caplog.text
+
+
+def test_two_processes_of_one_rank_are_refused(tmp_path: Path) -> None:
+    with folder_lock(tmp_path, "rank-1", wait=False), pytest.raises(UserError, match="rank 1 of 2 already evaluates into"):
+        Journal(tmp_path, "a", Share(1, 2), 2).__enter__()
+
+
+def test_the_fingerprint_follows_settings_and_files(tmp_path: Path) -> None:
+    assert fingerprint({"a": 1, "b": Path("x")}) == fingerprint({"b": Path("x"), "a": 1}) != fingerprint({"a": 2, "b": Path("x")})
+    (tmp_path / "weights").write_bytes(b"1")
+    before = folder_digest(tmp_path)
+    (tmp_path / "weights").write_bytes(b"2")
+    assert folder_digest(tmp_path) != before
