@@ -45,7 +45,9 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
     register_resolvers()
     job = _Job(function)
     many = any(word in ("-m", "--multirun") for word in overrides)
-    entry = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)(function if many else job)
+    if many:
+        overrides = folder_per_job(overrides)
+    entry = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)(SweepJob(function) if many else job)
     before = sys.argv
     sys.argv = [f"kalle {config_name}", *overrides]
     try:
@@ -69,6 +71,35 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
 def folder_override(overrides: list[str], name: str) -> list[str]:
     """``overrides`` with ``name=DIR`` spelt out as ``name.folder=DIR``: Hydra takes ``name=`` for a choice in the group of that name."""
     return [f"{name}.folder={word.removeprefix(f'{name}=')}" if word.startswith(f"{name}=") else word for word in overrides]
+
+
+def folder_per_job(overrides: list[str]) -> list[str]:
+    """``overrides`` of a sweep with the one folder ``out=DIR`` replaced by DIR/0, DIR/1, …: two runs in a folder would continue each other.
+
+    An ``out`` that is swept itself or made of references stays as it is.
+    """
+    given = [word for word in overrides if word.startswith("out=")]
+    if len(given) != 1 or "," in given[0] or "${" in given[0]:
+        return overrides
+    folder = given[0].removeprefix("out=")
+    words = [f"out={folder}/${{hydra:job.num}}" if word is given[0] else word for word in overrides]
+    return words if any(word.startswith("hydra.sweep.dir=") for word in words) else [*words, f"hydra.sweep.dir={folder}"]
+
+
+class SweepJob:
+    """One job of a sweep. What it returns may have to come from another machine, so only the run's metrics do, not its trainer."""
+
+    def __init__(self, function: Callable[[DictConfig], Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, config: DictConfig) -> dict[str, float] | None:
+        """Run; returns the metrics of a training."""
+        import logging
+
+        logging.getLogger().setLevel(logging.INFO)  # a launcher's process has not been set up by the command line
+        metrics = getattr(self.function(config), "metrics", None)
+        return {str(name): float(value) for name, value in metrics.items() if isinstance(value, float)} if metrics else None
 
 
 class _Job:

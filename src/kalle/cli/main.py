@@ -63,7 +63,9 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int = USAGE_ERROR) -> int:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    from kalle.cli.launch import error_prefix
+
+    sys.stderr.write(error_prefix() + " ".join(message.split()) + "\n")
     return code
 
 

@@ -24,6 +24,7 @@ def train_lm(config: DictConfig) -> TrainingRun:
 
     from kalle.models.flowvae import FlowVAE
     from kalle.training.lm import KalleLMTraining
+    from kalle.training.sharding import ShardedLMTraining, check_sharding, whole_model
 
     check_run(config)
     prepare_run(config)
@@ -34,7 +35,10 @@ def train_lm(config: DictConfig) -> TrainingRun:
     lm = start_language_model(config, info, data.tokenizer)
     check_speaker(lm, data.speaker)
     adapters = prepare_language_model(config, lm, data)
-    module = KalleLMTraining(
+    sharded = "Sharded" in str(config.trainer.strategy)
+    if sharded:
+        check_sharding(lm, averages_weights=config.callbacks.get("ema") is not None)
+    module = (ShardedLMTraining if sharded else KalleLMTraining)(
         lm,
         optimizer=instantiate(config.optimizer),
         scheduler=instantiate(config.scheduler),
@@ -49,6 +53,7 @@ def train_lm(config: DictConfig) -> TrainingRun:
         check_encoder(flowvae, config.flowvae.folder, info, data.latents)
         _bind_sampler(callbacks, flowvae, data.tokenizer, config.seed)
     result = fit(config, module, data, callbacks)
+    lm = whole_model(lm)
     if not result.trainer.is_global_zero:
         return result
     export_language_model(lm, adapters, result.weights)

@@ -38,6 +38,9 @@ def prepare_run(config: DictConfig) -> None:
     import lightning
     import torch
 
+    from kalle.cli.launch import start_ranks
+
+    start_ranks(config)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # Its own handler would repeat every line of ours, and what it says about devices and steps we say ourselves.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -61,6 +64,7 @@ def fit(config: DictConfig, module: lightning.LightningModule, data: Any, callba
     from hydra.utils import instantiate
 
     from kalle.checkpoint import resolve_device
+    from kalle.cli.launch import placement
     from kalle.training.checkpointing import check_checkpoint, resume_path
     from kalle.training.seeding import StepSeeds
 
@@ -75,7 +79,7 @@ def fit(config: DictConfig, module: lightning.LightningModule, data: Any, callba
     trainer = instantiate(
         config.trainer,
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index] if device.index is not None else config.trainer.devices,
+        **placement(config, device.index, getattr(module, "leaves_parameters_unused", False)),
         precision=precision,
         logger=build_loggers(config, checkpoint) or False,
         callbacks=[StepSeeds(config.seed), *callbacks],
@@ -119,6 +123,8 @@ def build_loggers(config: DictConfig, checkpoint: Path | None) -> list[Any]:
 
 
 def _run(trainer: lightning.Trainer, module: lightning.LightningModule, data: Any, checkpoint: Path | None) -> None:
+    from kalle.cli.launch import lost_peer
+    from kalle.errors import UserError
     from kalle.training.stopping import Preempted
 
     try:
@@ -130,6 +136,8 @@ def _run(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
         # Lightning answers Ctrl-C with exit code 1, and data workers that got it too die under the trainer.
         asked = any(getattr(callback, "stop_asked", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if not isinstance(error.__context__, KeyboardInterrupt) and not (trainer.interrupted and asked):
+            if lost_peer(error):
+                raise UserError("another rank has ended: expected all to go on; see its message, then run the same command again") from None
             raise
         raise KeyboardInterrupt from None
 

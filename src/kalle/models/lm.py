@@ -127,6 +127,12 @@ class KalleLM(nn.Module):
         config = KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
         return load_module(lambda: cls(config), part, device, {"backbone.": dtype})
 
+    @classmethod
+    def names_of(cls, config: KalleLMConfig) -> set[str]:
+        """Names of the state of a model of ``config``."""
+        with torch.device("meta"):
+            return set(cls(config).state_dict())
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``folder``/lm/{config.json, model.safetensors} (``folder`` itself when it is named lm)."""
         root = Path(folder)

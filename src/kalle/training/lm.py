@@ -16,11 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kalle.checkpoint import check_fields
 from kalle.data.sampling import derived_seed
+from kalle.errors import UserError
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
 from kalle.models.batch import LMBatch
 from kalle.models.layout import Packing, RowLayout, check_documents_apart
 from kalle.models.lm import KalleLM
 from kalle.training.augmentation import add_input_noise, drop_speakers, visit_generators
+from kalle.training.reduction import REDUCTIONS, Reduction, global_weight
 from kalle.training.trainable import draws_dropout, parameter_groups
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
@@ -40,8 +42,14 @@ class LMObjective:
     """Largest share k of noise mixed into the input latents, sqrt(k) eps + sqrt(1 - k) z with k ~ U(0, input_noise) per frame
     (CALM, arXiv 2509.06926); in units of the latents' own standard deviation. Training only."""
 
+    reduction: Reduction = "global"
+    """What several processes minimise: the means over the frames and utterances of all ranks together, so that the update is one
+    process's on all their batches; or "rank", the average of each rank's own means, which saves one small exchange a step."""
+
     def __post_init__(self) -> None:
         check_fields(self, "objective")
+        if self.reduction not in REDUCTIONS:
+            raise UserError(f"objective.reduction: got {self.reduction!r}, expected one of {', '.join(REDUCTIONS)}; correct it")
 
 
 class KalleLMTraining(lightning.LightningModule):
@@ -86,7 +94,20 @@ class KalleLMTraining(lightning.LightningModule):
         logged = {**losses, "padding_share": layout.padding_share}
         self.log_dict({f"train/{name}": value.detach() for name, value in logged.items()}, batch_size=len(batch.text_ids))
         self.log("train/loss", losses["total"].detach(), prog_bar=True, logger=False, batch_size=len(batch.text_ids))
-        return losses["total"]
+        return losses["total"] if self.objective.reduction == "rank" else self._over_ranks(losses, augmented)
+
+    def _over_ranks(self, losses: dict[str, Tensor], batch: LMBatch) -> Tensor:
+        """``total`` with each mean weighted by what it covers, see `global_weight`."""
+        frames, utterances = global_weight(batch.latent_lengths.sum()), global_weight(torch.tensor(len(batch.text_ids), device=self.device))
+        total = frames * losses["frame_kl"] + utterances * self.objective.end_weight * losses["end_kl"]
+        if "speaker_kl" in losses:
+            total = total + utterances * self.objective.speaker_weight * losses["speaker_kl"]
+        return total
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether a step may train without the speaker encoder, which DDP has to be told."""
+        return self.lm.speaker_encoder is not None and self.objective.speaker_drop > 0
 
     def losses(self, batch: LMBatch, layout: RowLayout | None = None) -> dict[str, Tensor]:
         """``total`` and its parts for ``batch``, computed in the rows of ``layout``."""
