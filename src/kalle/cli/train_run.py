@@ -43,7 +43,8 @@ def prepare_run(config: DictConfig) -> None:
     start_ranks(config)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # Its own handler would repeat every line of ours, and what it says about devices and steps we say ourselves.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
