@@ -7,20 +7,24 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kalle.adaptation.adapt import adapt
     from kalle.gaussian import DiagGaussian
     from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM
+    from kalle.synthesis.adapter import Adapter
     from kalle.synthesis.kalle import Kalle
     from kalle.synthesis.voice import Voice
 
-__all__ = ["DiagGaussian", "FlowVAE", "Kalle", "KalleLM", "Voice"]
+__all__ = ["Adapter", "DiagGaussian", "FlowVAE", "Kalle", "KalleLM", "Voice", "adapt"]
 
 _HOMES = {
+    "Adapter": "kalle.synthesis.adapter",
     "DiagGaussian": "kalle.gaussian",
     "FlowVAE": "kalle.models.flowvae",
     "Kalle": "kalle.synthesis.kalle",
     "KalleLM": "kalle.models.lm",
     "Voice": "kalle.synthesis.voice",
+    "adapt": "kalle.adaptation.adapt",
 }
 
 try:

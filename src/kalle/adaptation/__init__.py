@@ -1,1 +1,1 @@
-"""Adapting a language model to one recording."""
+"""Test-time training: a few hundred steps on one recording, kept as a small adapter."""

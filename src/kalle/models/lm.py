@@ -184,6 +184,14 @@ class KalleLM(nn.Module):
         embeddings = self._context(text_ids, latents, speaker_latent)
         return self._head(self.backbone(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1])
 
+    def predict_all(self, text_ids: Tensor, latents: Tensor, speaker_latent: Tensor | None = None) -> DiagGaussian:
+        """The distributions (B, T + 1, D) of every frame of ``latents`` (B, T, D) and of the one after them, with gradients.
+
+        They come from the very context that ``prefill`` reads, shapes as there: teacher forcing for a speaker latent that is given.
+        """
+        hidden = self.backbone(inputs_embeds=self._context(text_ids, latents, speaker_latent), use_cache=False).last_hidden_state
+        return self._head(hidden[:, -(latents.shape[1] + 1) :])
+
     def step(self, z: Tensor, state: LMState) -> tuple[DiagGaussian, LMState]:
         """Append the frame ``z`` (B, D) and predict the next: the distribution (B, D) and the (same, extended) state.
 

@@ -154,7 +154,7 @@ class VoiceShelf:
         key = (path, _changed(path))
         if key not in self._fits:
             config = self.kalle.lm.config.latent_dim, self.kalle.lm.hidden_size
-            problem = stored_voices([path], Binding(self.kalle.hashes, *config))[0].problem
+            problem = stored_voices([path], Binding(self.kalle.hashes, *config, lambda: self.kalle.lm_hash))[0].problem
             if problem is not None:
                 LOGGER.warning("the voice '%s' is not offered: %s", path, problem)
             self._fits[key] = problem is None

@@ -99,6 +99,8 @@ class BatchedGenerator:
         """
         if request.quirks.changes_model:
             raise UserError("a batch runs one model: got a request with quirks config_dtype or no_cache, expected neither; speak it alone")
+        if request.adapter is not None:
+            raise UserError("a batch runs one model: got a request with an adapter, expected none; `Kalle.synthesize_batch` sorts them")
         sampler = RowSampler(
             self._lm.config.latent_dim,
             noise=request.noise,

@@ -19,6 +19,7 @@ from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.models.lm import KalleLM
+from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.batching import DEFAULT_FRAME_BUDGET
 from kalle.synthesis.folder import FolderConfig, load_tokenizer, read_folder
 from kalle.synthesis.length import cap_frames, cap_seconds, check_length
@@ -48,8 +49,12 @@ class Kalle:
     """A language model, a Flow-VAE and a tokenizer that belong together.
 
     Their weights are fixed: ``hashes``, the streaming decoder and a copy in the release's precision are made once and kept.
-    After changing a weight make a new Kalle.
+    After changing a weight make a new Kalle. An adapter changes none: requests that have one are spoken by another
+    model over the same memory.
     """
+
+    adapter: Adapter | None = None
+    """Applied to every request whose voice has no adapter of its own; random voices are made without it. Assign ``load_adapter(FILE)``."""
 
     def __init__(
         self, flowvae: FlowVAE, lm: KalleLM, tokenizer: Tokenizer, config: FolderConfig | None = None, folder: Path | None = None
@@ -102,6 +107,11 @@ class Kalle:
             found[SPEAKER_ENCODER] = weights_hash(torch.nn.ModuleList([self.lm.speaker_encoder, self.lm.speaker_projection]))
         return found
 
+    @cached_property
+    def lm_hash(self) -> str:
+        """What adapters bind to: ``base_hash`` of the language model, taken once."""
+        return base_hash(self.lm.state_dict())
+
     def voice(
         self,
         audio: str | Path | NDArray[np.floating],
@@ -143,6 +153,15 @@ class Kalle:
         voice = Voice.load(find_voice(self.folder, name))
         check_voice(self, voice)
         return voice
+
+    def load_adapter(self, path: str | Path) -> Adapter:
+        """The adapter in a file that `kalle adapt` wrote: for ``adapter``, or with ``dataclasses.replace`` for a voice's.
+
+        UserError when it is missing, damaged, or made for another language model.
+        """
+        adapter = Adapter.load(path)
+        adapter.check_fits(self.lm_hash)
+        return adapter
 
     @cached_property
     def default_voice(self) -> Voice | None:
@@ -237,7 +256,16 @@ class Kalle:
         cap = released_cap or cap_frames(request.text, self.flowvae.config.frame_rate_hz, request.max_seconds)
         used = len(ids) + (0 if prompt is None else len(prompt)) + (0 if speaker is None else 1)
         cap = min(cap, self._free_positions(used))
-        return Request(ids, cap, seed, prompt, speaker, request.temperature, quirks.stop_rule(request.stop, self.config.stop), quirks)
+        stop = quirks.stop_rule(request.stop, self.config.stop)
+        adapter = self._adapter(voice)
+        return Request(ids, cap, seed, prompt, speaker, request.temperature, stop, quirks, adapter=adapter)
+
+    def _adapter(self, voice: Voice | None) -> Adapter | None:
+        if voice is not None and voice.adapter is not None:
+            return voice.adapter
+        if self.adapter is not None:
+            self.adapter.check_fits(self.lm_hash)
+        return self.adapter
 
     def _free_positions(self, used: int) -> int:
         limit = int(self.lm.backbone.config.max_position_embeddings)

@@ -23,6 +23,7 @@ from kalle.synthesis.longform_part import Part
 from kalle.text.sentences import Sentence
 
 if TYPE_CHECKING:
+    from kalle.synthesis.adapter import Adapter
     from kalle.synthesis.longform import LongForm
     from kalle.synthesis.voice import Voice
 
@@ -133,7 +134,7 @@ def settings_of(long: LongForm) -> dict[str, Any]:
         "text": hashlib.sha256(long.text.encode()).hexdigest(),
         # Sentences and words also depend on the versions of the libraries that find them.
         "words": hashlib.sha256("\n".join(long.words(sentence.text)[0] for sentence in long.sentences).encode()).hexdigest(),
-        "voice": _voice_hash(long.voice),
+        "voice": _voice_hash(long.voice, long.voice.adapter or kalle.adapter),
         "model": hashlib.sha256((weights_hash(kalle.lm) + weights_hash(kalle.flowvae)).encode()).hexdigest(),
         "stop": dataclasses.asdict(kalle.config.stop),
         "device": kalle.device.type,
@@ -144,11 +145,13 @@ def settings_of(long: LongForm) -> dict[str, Any]:
     }
 
 
-def _voice_hash(voice: Voice) -> str:
+def _voice_hash(voice: Voice, adapter: Adapter | None) -> str:
     digest = hashlib.sha256((voice.text or "").encode())
     for name in ("prompt_latents", "speaker_latent"):
         value = getattr(voice, name)
         digest.update(name.encode() + (b"" if value is None else value.contiguous().numpy().tobytes()))
+    if adapter is not None:
+        digest.update(adapter.digest.encode())
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
+from kalle.synthesis.adapter import Adapter
 from kalle.synthesis.quirks import ConvertedModels, ReleaseQuirks
 from kalle.synthesis.row import Frame, FrameWatcher, StopRule
 from kalle.synthesis.sampling import Generation, generate
@@ -41,6 +42,8 @@ class Request:
     """(max_frames, D) standard normal, used in order."""
     decode_noise: Tensor | None = None
     """(T, D) standard normal of the second draw, for ``decode="resample"`` only."""
+    adapter: Adapter | None = None
+    """Applied to the language model for this request alone."""
     watch: bool = True
     """Stop when the model says the same, or nothing, for seconds; quirks and a threshold of 0 switch it off too."""
 
@@ -82,6 +85,9 @@ def start(
     UserError for a value the loop cannot use. ``converted`` is that of ``ReleaseQuirks.language_model``.
     """
     generator = torch.Generator().manual_seed(request.seed)
+    if request.adapter is not None:
+        # A model in another precision is kept for ever in ``converted``; one that an adapter made is not to outlive the adapter.
+        lm, converted = request.adapter.applied_to(lm), None
     generation = generate(
         request.quirks.language_model(lm, converted),
         request.text_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from kalle.errors import UserError
@@ -63,25 +64,39 @@ def _round(
 ) -> Iterator[tuple[int, Speech]]:
     """One try of each of ``requests``; every row is decoded as it ends, so that its frames need not wait in memory.
 
-    One whose quirks need another model is spoken after the others, alone.
+    Those of one adapter are spoken together, one adapter after the other; a request whose quirks need another model comes last, alone.
     """
     numbers = list(indices)
-    together = [index for index, request in enumerate(requests) if not request.quirks.changes_model]
-    watchers = [watcher_of(flowvae, requests[index]) for index in together]
-    waiting = iter(watchers)
-    generated = iterate_batch(lm, [requests[index] for index in together], frame_budget=frame_budget, watcher=lambda _: next(waiting))
-    try:
-        for row, result in generated:
-            index = together[row]
-            speech = finish(flowvae, result.frames, result.stop_reason, requests[index], result.generator, watchers[row])
-            yield numbers[index], speech
-    except RowError as error:
-        raise _named(numbers[together[error.handle]], error.reason) from None
-    for index in sorted(set(range(len(requests))) - set(together)):
+    for together in _groups(requests):
+        yield from _together(lm, flowvae, [(numbers[index], requests[index]) for index in together], frame_budget)
+    for index in [index for index, request in enumerate(requests) if request.quirks.changes_model]:
         try:
             yield numbers[index], speak(lm, flowvae, requests[index], converted)
         except UserError as error:
             raise _named(numbers[index], str(error)) from None
+
+
+def _groups(requests: Sequence[Request]) -> list[list[int]]:
+    """Indices of the requests that can share a batch, by their adapter, in the order of their first."""
+    groups: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        if not request.quirks.changes_model:
+            groups.setdefault(id(request.adapter), []).append(index)
+    return list(groups.values())
+
+
+def _together(lm: KalleLM, flowvae: FlowVAE, group: Sequence[tuple[int, Request]], frame_budget: int) -> Iterator[tuple[int, Speech]]:
+    """One try of each of ``group``, (number, request) of one adapter or none, in one running batch."""
+    adapter = group[0][1].adapter
+    plain = [dataclasses.replace(request, adapter=None) for _, request in group]
+    watchers = [watcher_of(flowvae, request) for request in plain]
+    waiting = iter(watchers)
+    adapted = lm if adapter is None else adapter.applied_to(lm)
+    try:
+        for row, result in iterate_batch(adapted, plain, frame_budget=frame_budget, watcher=lambda _: next(waiting)):
+            yield group[row][0], finish(flowvae, result.frames, result.stop_reason, plain[row], result.generator, watchers[row])
+    except RowError as error:
+        raise _named(group[error.handle][0], error.reason) from None
 
 
 def _named(index: int, reason: str) -> UserError:

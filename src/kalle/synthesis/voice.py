@@ -15,8 +15,11 @@ from torch import Tensor
 from kalle.checkpoint import require_readable
 from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.synthesis.adapter import Adapter
 
-FORMAT = "kalle-voice-1"
+FORMAT, WITH_ADAPTER = "kalle-voice-1", "kalle-voice-2"
+"""The second one holds an adapter too, so that a program that knows none refuses it."""
+_ADAPTER = "adapter."
 FLOWVAE_ENCODER = "flowvae_encoder"
 SPEAKER_ENCODER = "speaker_encoder"
 RECORDING, RANDOM = "recording", "random"
@@ -57,6 +60,8 @@ class Voice:
     """The seed it was made with: of the draw of the prompt latents, or of the random voice."""
     seconds: float | None = None
     """Length of the recording, or of what the random voice said."""
+    adapter: Adapter | None = None
+    """What test-time training changed in the language model for this voice; applied to the requests that it speaks, and to no other."""
 
     def __post_init__(self) -> None:
         if self.prompt_latents is None and self.speaker_latent is None:
@@ -72,8 +77,8 @@ class Voice:
 
     @property
     def kind(self) -> str:
-        """What it holds, for people: "prompt", "speaker" or "prompt + speaker"."""
-        held = {"prompt": self.prompt_latents, "speaker": self.speaker_latent}
+        """What it holds, for people: "prompt", "speaker", "adapter", joined by +."""
+        held = {"prompt": self.prompt_latents, "speaker": self.speaker_latent, "adapter": self.adapter}
         return " + ".join(name for name, value in held.items() if value is not None)
 
     def save(self, path: str | Path) -> None:
@@ -81,6 +86,9 @@ class Voice:
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS if getattr(self, name) is not None}
         metadata = {name: str(getattr(self, name)) for name in (*_NOTES, *_NUMBERS) if getattr(self, name) is not None}
         metadata |= {"format": FORMAT} | {f"bound_to.{name}": value for name, value in self.bound_to.items()}
+        if self.adapter is not None:
+            metadata |= {"format": WITH_ADAPTER, "adapter": self.adapter.header()}
+            tensors |= {_ADAPTER + name: tensor.contiguous() for name, tensor in self.adapter.tensors.items()}
         write_whole(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
@@ -93,15 +101,21 @@ class Voice:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys() if name in _TENSORS}  # noqa: SIM118 (not a dict)
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise UserError(f"not a voice file: '{path}' ({error}); make the voice again") from None
-        if metadata.get("format") != FORMAT:
-            raise UserError(f"not a voice file: '{path}' has format {metadata.get('format')!r}, expected {FORMAT!r}; make the voice again")
+        if metadata.get("format") not in (FORMAT, WITH_ADAPTER):
+            got = metadata.get("format")
+            hint = "give it as --adapter, beside a voice" if str(got).startswith("kalle-adapter") else "make the voice again"
+            raise UserError(f"not a voice file: '{path}' has format {got!r}, expected {FORMAT!r}; {hint}")
         prefix = "bound_to."
         bound = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
         notes: dict[str, Any] = {name: metadata[name] for name in _NOTES if name in metadata}
         notes |= {name: _number(path, name, kind, metadata[name]) for name, kind in _NUMBERS.items() if name in metadata}
+        tensors = {name: tensor for name, tensor in stored.items() if name in _TENSORS}
+        if metadata["format"] == WITH_ADAPTER:
+            changes = {name.removeprefix(_ADAPTER): tensor for name, tensor in stored.items() if name.startswith(_ADAPTER)}
+            notes["adapter"] = Adapter.from_parts(metadata.get("adapter", ""), changes, path)
         try:
             return cls(bound_to=bound, **tensors, **notes)
         except UserError as error:

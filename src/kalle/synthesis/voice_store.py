@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from kalle.checkpoint import (
@@ -17,6 +19,7 @@ from kalle.checkpoint import (
     tensors_hash,
 )
 from kalle.errors import UserError
+from kalle.synthesis.adapter import base_hash
 from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, Voice
 
@@ -42,6 +45,8 @@ class Binding:
     hashes: dict[str, str]
     latent_dim: int
     hidden_size: int
+    take_lm_hash: Callable[[], str] | None = None
+    """Gives ``base_hash`` of the language model, which adapters must fit."""
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> Binding:
@@ -52,14 +57,21 @@ class Binding:
         if read_json(lm / CONFIG_NAME).get("speaker") is not None:
             hashes[SPEAKER_ENCODER] = _hash(lm, {"speaker_encoder.": "0.", "speaker_projection.": "1."})
         try:
-            return cls(hashes, int(config["latent_dim"]), int(backbone["hidden_size"]))
+            return cls(hashes, int(config["latent_dim"]), int(backbone["hidden_size"]), lambda: base_hash(read_tensors(lm / WEIGHTS_NAME)))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"bad configuration in '{folder}': no usable {error}; convert or export the weights again") from None
+
+    @cached_property
+    def lm_hash(self) -> str | None:
+        """``base_hash`` of the language model, taken when an adapter asks for it; None where there is none to ask."""
+        return None if self.take_lm_hash is None else self.take_lm_hash()
 
     def problem(self, voice: Voice) -> str | None:
         """Why ``voice`` does not fit; None when it does."""
         try:
             voice.check_fits(self.hashes, self.latent_dim, self.hidden_size)
+            if voice.adapter is not None and self.lm_hash is not None:
+                voice.adapter.check_fits(self.lm_hash)
         except UserError as error:
             return str(error)
         return None

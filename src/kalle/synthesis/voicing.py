@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kalle.audio import Audio, load_channels, resample
 from kalle.errors import UserError
+from kalle.gaussian import DiagGaussian
 from kalle.models.speaker import SpeakerMel
 from kalle.synthesis.prompt_checks import LONGEST_PROMPT_SECONDS, check_prompt, prompt_warnings
 from kalle.synthesis.sampling import StopRule, generate
@@ -46,6 +47,12 @@ def voice_from_audio(
     consent: str | None = None,
 ) -> Voice:
     """See ``Kalle.voice``. What makes the recording doubtful (``prompt_warnings``) is logged, a line each."""
+    samples = prompt_samples(kalle, audio, text, sample_rate_hz)
+    return voice_of_samples(kalle, samples, text, seed=seed, language=language, licence=licence, consent=consent)
+
+
+def prompt_samples(kalle: Kalle, audio: str | Path | NDArray[np.floating], text: str | None, sample_rate_hz: int | None = None) -> Audio:
+    """The recording of a voice, (S,) at the model's rate; a UserError, and warnings in the log, as in ``voice_from_audio``."""
     if text is None and not kalle.has_speaker_encoder:
         raise UserError(
             "a prompt without its transcript: got audio and no text, but this model has no speaker encoder; "
@@ -57,6 +64,20 @@ def voice_from_audio(
     check_prompt(samples, kalle.sample_rate, kalle.flowvae.config.hop_length)
     for warning in prompt_warnings(samples, kalle.sample_rate, text, rate_hz):
         LOGGER.warning("%s", warning)
+    return samples
+
+
+def voice_of_samples(
+    kalle: Kalle,
+    samples: Audio,
+    text: str | None,
+    *,
+    seed: int = 0,
+    language: str | None = None,
+    licence: str | None = None,
+    consent: str | None = None,
+) -> Voice:
+    """The voice of a recording that ``prompt_samples`` read."""
     wav = torch.from_numpy(samples)
     bound = {}
     prompt = speaker = None
@@ -112,6 +133,8 @@ def spoken_voice(kalle: Kalle, seed: int) -> Voice:
 def check_voice(kalle: Kalle, voice: Voice) -> None:
     """UserError unless ``voice`` was made with this model's encoders and its tensors have this model's widths."""
     voice.check_fits(kalle.hashes, kalle.lm.config.latent_dim, kalle.lm.hidden_size)
+    if voice.adapter is not None:
+        voice.adapter.check_fits(kalle.lm_hash)
 
 
 def random_voice_text(language: str | None) -> str:
@@ -134,10 +157,14 @@ def _waveform(kalle: Kalle, audio: str | Path | NDArray[np.floating], sample_rat
 
 
 @torch.no_grad()
-def _prompt_latents(kalle: Kalle, wav: torch.Tensor, seed: int) -> torch.Tensor:
+def prompt_posterior(kalle: Kalle, wav: torch.Tensor) -> DiagGaussian:
+    """The Flow-VAE's posterior (P, D), fp32 on the CPU, of a recording (S,)."""
     weight = next(kalle.flowvae.parameters())
-    posterior = kalle.flowvae.encode(wav[None].to(weight.device, weight.dtype))
-    return posterior.sample(generator=_generator("prompt posterior", seed))[0].cpu().contiguous()
+    return kalle.flowvae.encode(wav[None].to(weight.device, weight.dtype))[0].to("cpu", torch.float32)
+
+
+def _prompt_latents(kalle: Kalle, wav: torch.Tensor, seed: int) -> torch.Tensor:
+    return prompt_posterior(kalle, wav).sample(generator=_generator("prompt posterior", seed)).contiguous()
 
 
 def _generator(purpose: str, seed: int) -> torch.Generator:

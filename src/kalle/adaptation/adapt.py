@@ -1,0 +1,174 @@
+"""One speaker's recording in, what the language model is to be for that voice out (test-time training, KALL-E paper)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kalle.adaptation.loop import learn
+from kalle.adaptation.material import PromptSequence, Recording, Reporter, mean_kl, prompt_sequence, read_recording
+from kalle.adaptation.measure import spoken_similarity
+from kalle.adaptation.options import AdaptOptions, default_lr
+from kalle.errors import UserError
+from kalle.synthesis.adapter import Adapter
+from kalle.synthesis.quirks import ReleaseQuirks
+from kalle.synthesis.seeds import derived_seed
+from kalle.synthesis.voice import Voice
+
+if TYPE_CHECKING:
+    from kalle.evaluation.similarity import SpeakerEmbedder
+    from kalle.models.lm import KalleLM
+    from kalle.synthesis.kalle import Kalle
+
+LOGGER = logging.getLogger(__name__)
+KL_DRAWS = 4
+"""Fixed noises with which a divergence is measured."""
+Source = str | Path | NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """A number of the model as it was, and with the adapter as it is stored."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """What ``adapt`` gives."""
+
+    adapter: Adapter
+    voice: Voice
+    """The first recording's voice, with the adapter."""
+    losses: tuple[float, ...]
+    """Loss of every step, in nats per dimension, each with its own noise and so not quite comparable."""
+    kl: BeforeAfter
+    """Of the recordings that were learnt, in nats per dimension, with noise that is the same before and after."""
+    held_out_kl: BeforeAfter | None
+    """Of the recordings that were not: the honest number."""
+    similarity: BeforeAfter | None
+    """Mean cosine of spoken texts to the first recording; None where there was no embedder."""
+    held_out_similarity: BeforeAfter | None
+    seconds: float
+    """Wall time of the steps."""
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Everything as JSON values; a number that is not finite is None."""
+        return {**self.adapter.notes, "size_bytes": self.adapter.size_bytes, "losses": list(self.losses)}
+
+
+def adapt(
+    kalle: Kalle,
+    audio: Source | Sequence[Source],
+    text: str | Sequence[str],
+    *,
+    options: AdaptOptions | None = None,
+    target_text: str | None = None,
+    validate: Sequence[tuple[Source, str]] = (),
+    language: str | None = None,
+    sample_rate_hz: int | None = None,
+    quirks: ReleaseQuirks | None = None,
+    embedder: SpeakerEmbedder | None = None,
+    texts: Sequence[str] = (),
+    report: Reporter | None = None,
+) -> Adaptation:
+    """Learn the voice of ``audio``, in which ``text`` is said; ``kalle`` and its weights stay as they are to the bit.
+
+    Several recordings of one speaker, each with its transcript, take turns. The context is the transcript alone, so that the adapter serves
+    any text; with ``target_text`` it is the transcript and that text, as in the paper, which adapts anew for each sentence. ``quirks`` are
+    those that the voice will be spoken with. ``validate`` are other recordings of the speaker, with their transcripts, to measure on.
+    With an ``embedder`` the ``texts`` are spoken before and after and compared with the speaker. UserError for what can't be learnt from.
+    """
+    options = options or AdaptOptions()
+    if kalle.adapter is not None:
+        raise UserError("the model has an adapter already: expected none; set kalle.adapter to None first")
+    recordings = [read_recording(kalle, *pair, options.seed, language, sample_rate_hz) for pair in _pairs(audio, text)]
+    others = [read_recording(kalle, *pair, options.seed, language, sample_rate_hz) for pair in validate]
+    sequences = [prompt_sequence(kalle, each, target_text, quirks) for each in recordings]
+    held_out = [prompt_sequence(kalle, each, None, quirks) for each in others]
+    lr = options.lr or default_lr(options.mode, kalle.lm.hidden_size)
+    learnt = learn(kalle.lm, kalle.lm_hash, sequences, options, lr, report)
+    adapted = learnt.adapter.applied_to(kalle.lm)
+    kl = _kls(kalle.lm, adapted, sequences, options)
+    held_out_kl = _kls(kalle.lm, adapted, held_out, options) if held_out else None
+    voice = recordings[0].voice
+    similarity, held_out_similarity = (None, None)
+    if embedder is not None and texts:
+        similarity, held_out_similarity = _similarities(kalle, voice, learnt.adapter, recordings, others, texts, embedder)
+    notes = {
+        **_notes(options, lr, recordings, target_text, quirks),
+        "steps_made": len(learnt.losses),
+        "seconds": round(learnt.seconds, 2),
+        "rounding": learnt.rounding,
+        "kl": _json(kl),
+        "held_out_kl": _json(held_out_kl),
+        "similarity": _json(similarity),
+        "held_out_similarity": _json(held_out_similarity),
+        "embedder": None if embedder is None else dict(embedder.describe()),
+    }
+    adapter = dataclasses.replace(learnt.adapter, notes=notes)
+    spoken = dataclasses.replace(voice, adapter=adapter)
+    return Adaptation(adapter, spoken, learnt.losses, kl, held_out_kl, similarity, held_out_similarity, learnt.seconds)
+
+
+def _pairs(audio: Source | Sequence[Source], text: str | Sequence[str]) -> list[tuple[Source, str]]:
+    audios: list[Source] = list(audio) if isinstance(audio, list | tuple) else [audio]  # type: ignore[list-item]
+    texts = [text] if isinstance(text, str) else list(text)
+    if len(audios) != len(texts) or not audios:
+        raise UserError(f"recordings and transcripts don't pair: got {len(audios)} and {len(texts)}, expected a --text for each")
+    return list(zip(audios, texts, strict=True))
+
+
+def _kls(lm: KalleLM, adapted: KalleLM, sequences: Sequence[PromptSequence], options: AdaptOptions) -> BeforeAfter:
+    seed = derived_seed(f"kalle adapt measure {options.seed}")
+    return BeforeAfter(*(mean_kl(model, sequences, KL_DRAWS, seed, options.direction) for model in (lm, adapted)))
+
+
+def _similarities(
+    kalle: Kalle,
+    voice: Voice,
+    adapter: Adapter,
+    recordings: Sequence[Recording],
+    others: Sequence[Recording],
+    texts: Sequence[str],
+    embedder: SpeakerEmbedder,
+) -> tuple[BeforeAfter, BeforeAfter | None]:
+    audios = [recordings[0].audio, *(each.audio for each in others)]
+    before, after = (
+        [each.mean for each in spoken_similarity(kalle, dataclasses.replace(voice, adapter=each), audios, texts, embedder)]
+        for each in (None, adapter)
+    )
+    held_out = BeforeAfter(float(np.mean(before[1:])), float(np.mean(after[1:]))) if others else None
+    return BeforeAfter(before[0], after[0]), held_out
+
+
+def _notes(
+    options: AdaptOptions, lr: float, recordings: Sequence[Recording], target_text: str | None, quirks: ReleaseQuirks | None
+) -> dict[str, Any]:
+    from kalle import __version__
+
+    return {
+        "kalle": __version__,
+        **dataclasses.asdict(options),
+        "lr": lr,
+        "texts": [each.voice.text for each in recordings],
+        "seconds_of_speech": [round(each.voice.seconds or 0.0, 3) for each in recordings],
+        "target_text": target_text,
+        "quirks": None if quirks is None else dataclasses.asdict(quirks),
+    }
+
+
+def _json(pair: BeforeAfter | None) -> dict[str, float | None] | None:
+    if pair is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(pair).items()}
