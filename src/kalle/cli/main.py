@@ -11,6 +11,7 @@ COMMANDS = {
     "say": "speak a text, or a whole book, into a file",
     "stream": "speak a text and hear it while it is being made",
     "voices": "make, list, show and play voices",
+    "adapt": "learn one voice from a recording (test-time training) and keep it as a small adapter",
     "web": "a page for the browser, on this machine only unless told otherwise",
     "prepare": "turn recordings and texts into a corpus folder",
     "data": "check, filter and shard prepared corpora",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import typer
 from kalle.cli.interrupts import interruptible
 from kalle.cli.say_one import check_output, report, speak_to_file
 from kalle.cli.say_options import (
+    AdapterOption,
     DeviceOption,
     DtypeOption,
     KeepPartsOption,
@@ -73,6 +75,7 @@ def say(
     rolling: RollingOption = False,
     restart: RestartOption = False,
     keep_parts: KeepPartsOption = False,
+    adapter: AdapterOption = None,
 ) -> None:
     """Speak a text into a file, in a voice that the model makes up, a recording's or a stored one.
 
@@ -99,7 +102,7 @@ def say(
         check_files(output, long=why is not None, plot=plot, srt=srt)
         # The quirk of the precision rounds the weights itself, from fp32.
         kalle = load_model(model, device, "float32" if release_exact and dtype == "auto" else dtype)
-        chosen = choose_voice(kalle, prompt_audio, prompt_text, voice)
+        chosen = adapted(kalle, choose_voice(kalle, prompt_audio, prompt_text, voice), adapter)
         if why is None:
             tell_without_effect(options, restart, keep_parts)
             speak_to_file(kalle, words, output, chosen, seed, temperature, max_seconds, quirks, retries, plot=plot, written=written)
@@ -179,6 +182,14 @@ def choose_voice(kalle: Kalle, prompt_audio: Path | None, prompt_text: str | Non
     if voice is not None:
         return kalle.load_voice(voice)
     return None if prompt_audio is None else kalle.voice(prompt_audio, prompt_text)
+
+
+def adapted(kalle: Kalle, voice: Voice | None, adapter: Path | None) -> Voice | None:
+    """``voice`` with the adapter in a file instead of its own; without a voice ``kalle`` takes it for whatever voice the model chooses."""
+    if adapter is None:
+        return voice
+    kalle.adapter = kalle.load_adapter(adapter)
+    return None if voice is None else dataclasses.replace(voice, adapter=kalle.adapter)
 
 
 def _show(text: str, language: str | None, normalise: bool) -> None:

@@ -13,6 +13,9 @@ ModelOption = Annotated[str, typer.Option(help="Weight folder, or a hub id OWNER
 PromptAudioOption = Annotated[Path | None, typer.Option(help="Recording whose voice to speak in.")]
 PromptTextOption = Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")]
 VoiceOption = Annotated[str | None, typer.Option(help="Voice file, or the name of one in the weight folder.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="Adapter file of `kalle adapt`; used instead of one inside the voice.", metavar="FILE")
+]
 SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same speech; without one it is drawn and printed.")]
 TemperatureOption = Annotated[float, typer.Option(help="Scale of the standard deviations; 1 is the model's own spread.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

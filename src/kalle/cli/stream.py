@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kalle.cli.interrupts import interruptible
 from kalle.cli.main import INTERRUPTED
 from kalle.cli.renamed import renamed
-from kalle.cli.say import DEFAULT_MODEL, check_request, choose_voice, load_model, read_text
+from kalle.cli.say import DEFAULT_MODEL, adapted, check_request, choose_voice, load_model, read_text
 from kalle.cli.say_text import wordless
 from kalle.cli.sinks import GrowingWav, Pipe, Sink, Sinks
 from kalle.errors import UserError
@@ -46,6 +46,7 @@ def stream(
     prompt_audio: Annotated[Path | None, typer.Option(help="Recording whose voice to speak in.")] = None,
     prompt_text: Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")] = None,
     voice: Annotated[str | None, typer.Option(help="Voice file, or the name of one in the weight folder.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter file of `kalle adapt`; used instead of one inside the voice.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same speech; without one it is drawn and printed.")] = None,
     temperature: Annotated[float, typer.Option(help="Scale of the standard deviations; 1 is the model's own spread.")] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -68,7 +69,7 @@ def stream(
         from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES
 
         kalle = load_model(model, device, dtype)
-        chosen = choose_voice(kalle, prompt_audio, prompt_text, voice)
+        chosen = adapted(kalle, choose_voice(kalle, prompt_audio, prompt_text, voice), adapter)
         started = time.perf_counter()
         speaking = kalle.stream(
             spoken,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kalle.evaluation.voice_similarity import VoiceSimilarity
+    from kalle.synthesis.adapter import Adapter
     from kalle.synthesis.voice import Voice
     from kalle.synthesis.voice_store import Binding, StoredVoice
 
@@ -58,11 +59,35 @@ def description_lines(voice: Voice, path: Path, model: Path, binding: Binding | 
         lines.append(f"prompt latents: {voice.prompt_latents.shape[0]} frames of {voice.prompt_latents.shape[1]} dimensions")
     if voice.speaker_latent is not None:
         lines.append(f"speaker latent: {voice.speaker_latent.shape[0]} dimensions")
+    if voice.adapter is not None:
+        lines += [f"adapter: {voice.adapter.description}", *adapter_lines(voice.adapter)]
     lines += [f"bound to {name}: {value}" for name, value in voice.bound_to.items()]
     if binding is None:
         return [*lines, f"fits: not known ({problem})"]
     reason = binding.problem(voice)
     return [*lines, f"fits {model}: {'yes' if reason is None else f'no: {reason}'}"]
+
+
+def adapter_lines(adapter: Adapter) -> list[str]:
+    """How an adapter was made and what that did, as its file says."""
+    notes, lines = adapter.notes, []
+    if "lr" in notes:
+        lines.append(
+            f"adapter made with: learning rate {notes['lr']:g}, seed {notes.get('seed')}, on {len(notes.get('texts', []))} recording(s)"
+        )
+    if notes.get("target_text"):
+        lines.append(f"adapter made for the text: {notes['target_text']}")
+    named = {
+        "kl": "KL of the recording",
+        "held_out_kl": "KL of another recording",
+        "similarity": "similarity to the recording",
+        "held_out_similarity": "similarity to another recording",
+    }
+    for name, words in named.items():
+        if notes.get(name) is not None:
+            before, after = (UNKNOWN if value is None else f"{value:.3f}" for value in (notes[name][end] for end in ("before", "after")))
+            lines.append(f"{words}: {before} before, {after} with the adapter")
+    return lines
 
 
 def similarity_lines(name: str, result: VoiceSimilarity) -> list[str]:
