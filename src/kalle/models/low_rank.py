@@ -53,7 +53,9 @@ def with_low_rank(module: Module, factors: Mapping[str, tuple[Tensor, Tensor]], 
     for name, (lora_a, lora_b) in factors.items():
         parent, leaf = _parent(view, name)
         base = getattr(parent, leaf)
-        setattr(parent, leaf, LowRankLinear(base, lora_a.to(base.weight.device), lora_b.to(base.weight.device), scale))
+        # Memory of its own: a tensor that is mapped from a file may lie askew, which changes the last bit of a product.
+        ours = [factor.detach().to(base.weight.device, copy=True) for factor in (lora_a, lora_b)]
+        setattr(parent, leaf, LowRankLinear(base, *ours, scale))
     return view
 
 
