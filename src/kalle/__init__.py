@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kalle.adaptation.adapt import adapt
     from kalle.gaussian import DiagGaussian
     from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM

@@ -25,11 +25,12 @@ from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.quirks import ReleaseQuirks
 from kalle.synthesis.request import SpeechRequest
 from kalle.synthesis.sampling import StopRule
+from kalle.synthesis.seeds import derived_seed
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import Voice
 
 OPTIONS = {"lora": AdaptOptions(steps=6, lr=2e-2), "full": AdaptOptions(mode="full", steps=6, lr=1e-2)}
-SAY = {"seed": 1, "max_seconds": 0.2, "stop": StopRule(0.0), "retries": 0}
+SAY = {"seed": 1, "max_seconds": 0.08, "stop": StopRule(0.0), "retries": 0}
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -99,14 +100,11 @@ def test_the_model_that_learnt_is_the_one_that_is_stored(kalle: Kalle) -> None:
         longer = learn(kalle.lm, "b", [sequence], dataclasses.replace(options, steps=6, warmup_share=1.0), 2e-2)
         again = learn(kalle.lm, "b", [sequence], dataclasses.replace(options, steps=7, warmup_share=6 / 7), 2e-2)
         assert again.losses[:6] == longer.losses
-        generator_losses = again.losses[6]
-        from kalle.synthesis.seeds import derived_seed
-
         generator = torch.Generator().manual_seed(derived_seed("kalle adapt noise 0"))
         noises = [torch.randn(sequence.noise_shape, generator=generator) for _ in range(7)]
         with torch.no_grad():
             loss = float(sequence.loss(longer.adapter.applied_to(kalle.lm), noises[6], "prediction_posterior"))
-        assert loss == pytest.approx(generator_losses, rel=tolerance)
+        assert loss == pytest.approx(again.losses[6], rel=tolerance)
 
 
 class Interrupting(StopRule):
@@ -148,7 +146,7 @@ def test_an_exception_inside_a_request_leaves_no_trace(kalle: Kalle, learnt: Ada
             return False
 
     before = weights(kalle)
-    request = SpeechRequest("four", learnt.voice, seed=0, max_seconds=0.2, stop=Bang())
+    request = SpeechRequest("four", learnt.voice, seed=0, max_seconds=0.08, stop=Bang())
     for action in (lambda: kalle.speak(request), lambda: kalle.synthesize_batch([request, "five"])):
         with pytest.raises(RuntimeError, match="bang"):
             action()
@@ -234,7 +232,7 @@ def damaged(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> No
 
 
 def test_damaged_files(kalle: Kalle, learnt: Adaptation, tmp_path: Path) -> None:
-    path, name = tmp_path / "a.safetensors", next(iter(learnt.adapter.tensors))
+    path, name = tmp_path / "a.safetensors", next(name for name in learnt.adapter.tensors if not name.endswith(ROWS))
     for change, message in (
         (lambda tensors: tensors.pop(name), "stands alone or is misshapen"),
         (lambda tensors: tensors[name].fill_(float("nan")), "NaN or infinite values"),

@@ -54,8 +54,8 @@ def with_low_rank(module: Module, factors: Mapping[str, tuple[Tensor, Tensor]], 
         parent, leaf = _parent(view, name)
         base = getattr(parent, leaf)
         # Memory of its own: a tensor that is mapped from a file may lie askew, which changes the last bit of a product.
-        ours = [factor.detach().to(base.weight.device, copy=True) for factor in (lora_a, lora_b)]
-        setattr(parent, leaf, LowRankLinear(base, *ours, scale))
+        own_a, own_b = (factor.detach().to(base.weight.device, copy=True) for factor in (lora_a, lora_b))
+        setattr(parent, leaf, LowRankLinear(base, own_a, own_b, scale))
     return view
 
 
