@@ -103,9 +103,7 @@ class Adapter:
         kind = f"low rank {self.rank}" if self.kind == "lora" else "all weights"
         made = self.notes.get("steps_made")
         steps = "" if made is None else f", {made} steps"
-        return (
-            f"{kind}{'' if steps is None else f', {steps} steps'}, {self.size_bytes / 1e6:.1f} MB, for the language model {self.base[:12]}"
-        )
+        return f"{kind}{steps}, {self.size_bytes / 1e6:.1f} MB, for the language model {self.base[:12]}"
 
     @property
     def rank(self) -> int | None:
