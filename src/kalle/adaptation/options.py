@@ -20,7 +20,7 @@ WARMUP_SHARE = 0.2
 """Share of the steps; the authors' scripts have the same."""
 PAPER_WIDTH, PAPER_LR = 2048, 1e-6
 NANO_WIDTH = 256
-NANO_FULL_LR, NANO_LORA_LR = 1e-4, 1e-3
+NANO_FULL_LR, NANO_LORA_LR = 1e-4, 3e-4
 
 
 @dataclass(frozen=True)
