@@ -77,17 +77,24 @@ def adapt(
                 kalle, list(audio), text, options=options, target_text=target_text, validate=held_out, language=language,
                 quirks=ReleaseQuirks.release() if release_exact else None, embedder=embedder, texts=spoken, report=progress.report,
             )  # fmt: skip
-        written = []
-        if adapter_path is not None:
-            result.adapter.save(adapter_path)
-            written.append(f"wrote {adapter_path}: {result.adapter.description}")
-        if voice is not None:
-            result.voice.save(voice)
-            written.append(f"wrote {voice} ({result.voice.kind})")
-        if report is not None:
-            _write_report(report, result)
-            written.append(f"report: {report}")
-        typer.echo("\n".join([*summary(result, len(spoken)), *written]))
+        typer.echo("\n".join([*summary(result, len(spoken)), *_write(result, adapter_path, voice, report)]))
+
+
+def _write(result: Adaptation, adapter: Path | None, voice: Path | None, report: Path | None) -> list[str]:
+    """Write what was asked for, and a line for each file."""
+    from kalle.checkpoint import write_json
+
+    written = []
+    if adapter is not None:
+        result.adapter.save(adapter)
+        written.append(f"wrote {adapter}: {result.adapter.description}")
+    if voice is not None:
+        result.voice.save(voice)
+        written.append(f"wrote {voice} ({result.voice.kind})")
+    if report is not None:
+        write_json(report, result.report)
+        written.append(f"report: {report}")
+    return written
 
 
 def summary(result: Adaptation, texts: int) -> list[str]:
@@ -172,9 +179,3 @@ def _embedder(texts: int) -> SpeakerEmbedder | None:
     except UserError as error:
         typer.echo(f"no speaker similarity: {error}", err=True)
         return None
-
-
-def _write_report(path: Path, result: Adaptation) -> None:
-    from kalle.checkpoint import write_json
-
-    write_json(path, result.report)
