@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,3 @@ def embedding(embedder: SpeakerEmbedder, audio: Audio, rate_hz: int) -> np.ndarr
     except MetricError:
         return None
     return found / np.linalg.norm(found)
-
-
-Similarities = Callable[[Voice], list[SpokenSimilarity]]
