@@ -14,7 +14,7 @@ COMMANDS = {
     "adapt": "learn one voice from a recording (test-time training) and keep it as a small adapter",
     "web": "a page for the browser, on this machine only unless told otherwise",
     "prepare": "turn recordings and texts into a corpus folder",
-    "data": "check, filter and shard prepared corpora",
+    "data": "judge a corpus, make a better one of it, or put it into shards",
     "encode": "write the Flow-VAE posteriors of a corpus as shards",
     "train": "train a Flow-VAE or a language model (`kalle train flowvae|lm`, then any Hydra override)",
     "evaluate": "score synthesis, reconstruction or a folder of wavs",

@@ -1,0 +1,80 @@
+"""``kalle data doctor``: what is wrong with a prepared corpus, with pictures, and a copy without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kalle.data.doctor.findings import Finding
+
+VERDICT_STYLES = {"good": "green", "look": "yellow", "bad": "bold red"}
+BAD_CORPUS = 1
+"""Exit code for a corpus with a bad verdict."""
+
+
+def doctor(
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="folder that `kalle prepare` wrote")],
+    out: Annotated[Path | None, typer.Option(help="where the report goes; CORPUS/doctor by default")] = None,
+    filter_to: Annotated[Path | None, typer.Option("--filter", metavar="OUT", help="write a corpus without the flagged items")] = None,
+    remove: Annotated[str, typer.Option(metavar="CHECK,…", help="checks whose items --filter leaves out; `default` or names")] = "default",
+    limit: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="another threshold; may be given again")] = None,
+    jobs: Annotated[int, typer.Option(help="processes that measure")] = 1,
+) -> None:
+    """Measure every item, judge the corpus check by check (good, look, bad), and write a report with pictures.
+
+    Exit code 0, or 1 when a check says bad; with --filter the verdict is that on the filtered copy. An interrupted run goes on.
+    """
+    from kalle.data.doctor.diagnose import diagnose, write_filtered
+    from kalle.data.doctor.examine import REMOVED_BY_DEFAULT, removal_list
+    from kalle.data.doctor.limits import limits_from
+
+    limits = limits_from(limit or [])
+    removed = REMOVED_BY_DEFAULT if remove == "default" else removal_list(remove)
+    folder = out if out is not None else corpus / "doctor"
+    with measuring(folder, "measure") as progress:
+        diagnosis = diagnose(corpus, folder, limits, jobs, progress)
+        verdict = diagnosis.report["verdict"]
+        _show(diagnosis.findings, diagnosis.report, folder, diagnosis.reused)
+        if filter_to is not None:
+            report = write_filtered(diagnosis, corpus, filter_to, removed, limits)
+            verdict = report["verdict"]
+            counts = ", ".join(f"{count} {check}" for check, count in report["removed_by_check"].items() if count) or "none"
+            typer.echo(f"{report['items']} of {report['items_before']} items in {filter_to} ({verdict}); left out: {counts}")
+    raise typer.Exit(BAD_CORPUS if verdict == "bad" else 0)
+
+
+@contextmanager
+def measuring(out: Path, label: str) -> Iterator[Callable[[Iterable[Any], int], Iterable[Any]]]:
+    """Yields what puts a progress bar around an iterable of known length; Ctrl-C is one line that says how to go on."""
+    from kalle.bars import progress_bar
+    from kalle.cli.interrupts import interruptible
+
+    again = f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped"
+    with interruptible(again), progress_bar() as bar:
+        yield lambda items, total: bar.track(items, total=total, description=label)
+
+
+def _show(findings: list[Finding], report: dict[str, Any], out: Path, reused: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if reused:
+        console.print(f"{reused} items were measured by an earlier run", markup=False)
+    table = Table("check", "verdict", "found", "threshold", "what to do")
+    for finding in findings:
+        verdict = Text(finding.verdict, style=VERDICT_STYLES[finding.verdict])
+        table.add_row(finding.check, verdict, Text(finding.summary), Text(finding.threshold), Text(finding.remedy))
+    console.print(table)
+    console.print(
+        f"{report['verdict']}: {report['items']} items, {report['hours'] * 60:.1f} minutes, {report['flagged_items']} items flagged by some "
+        f"check; pictures and every item in {out}",
+        markup=False,
+        soft_wrap=True,
+    )
