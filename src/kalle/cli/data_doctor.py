@@ -67,14 +67,17 @@ def _show(findings: list[Finding], report: dict[str, Any], out: Path, reused: in
     console = Console(highlight=False)
     if reused:
         console.print(f"{reused} items were measured by an earlier run", markup=False)
-    table = Table("check", "verdict", "found", "threshold", "what to do")
+    table = Table("check", "verdict", "found", "threshold")
     for finding in findings:
         verdict = Text(finding.verdict, style=VERDICT_STYLES[finding.verdict])
-        table.add_row(finding.check, verdict, Text(finding.summary), Text(finding.threshold), Text(finding.remedy))
+        table.add_row(finding.check, verdict, Text(finding.summary), Text(finding.threshold))
     console.print(table)
+    for finding in findings:
+        if finding.remedy:
+            console.print(f"{finding.check}: {finding.remedy}", markup=False, soft_wrap=True)
     console.print(
-        f"{report['verdict']}: {report['items']} items, {report['hours'] * 60:.1f} minutes, {report['flagged_items']} items flagged by some "
-        f"check; pictures and every item in {out}",
+        f"{report['verdict']}: {report['items']} items, {report['hours'] * 60:.1f} minutes, {report['flagged_items']} items flagged by "
+        f"some check; pictures and every item in {out}",
         markup=False,
         soft_wrap=True,
     )

@@ -28,7 +28,7 @@ def corpus_digest(corpus: Path) -> str:
 
 
 def check_target(out: Path, corpus: Path, made_by: str, others: Sequence[str] = ()) -> None:
-    """A UserError unless ``out`` is new, empty, or an earlier result of ``made_by``; files called ``others`` may be left from an interrupt."""
+    """A UserError unless ``out`` is new, empty, or an earlier result of ``made_by``; an interrupt may have left files called ``others``."""
     if out.resolve() == corpus.resolve():
         raise UserError(f"'{out}' is the corpus itself: expected another folder for the new one; nothing is changed in place")
     if not out.exists() or {path.name for path in out.iterdir()} <= set(others):

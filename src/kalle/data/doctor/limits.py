@@ -58,14 +58,14 @@ class Limits:
 
 def limits_from(settings: list[str]) -> Limits:
     """`Limits` with ``NAME=NUMBER`` settings applied; a UserError lists the names there are."""
-    names = {field.name: field for field in fields(Limits)}
+    defaults = {field.name: getattr(Limits(), field.name) for field in fields(Limits)}
     changed: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
-        if name not in names:
-            raise UserError(f"unknown limit: got '{setting}', expected NAME=NUMBER with one of {', '.join(names)}")
+        if name not in defaults:
+            raise UserError(f"unknown limit: got '{setting}', expected NAME=NUMBER with one of {', '.join(defaults)}")
         try:
-            changed[name] = type(names[name].default)(value)
+            changed[name] = type(defaults[name])(value)
         except ValueError:
-            raise UserError(f"bad limit: got '{setting}', expected {name}=NUMBER, such as {name}={names[name].default}") from None
+            raise UserError(f"bad limit: got '{setting}', expected {name}=NUMBER, such as {name}={defaults[name]}") from None
     return Limits(**changed)

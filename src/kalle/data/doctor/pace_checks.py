@@ -44,7 +44,8 @@ def rate(items: Sequence[Item], limits: Limits) -> Finding:
         if not least <= value <= most:
             flags.append(Flag("rate", *item.key, f"{value:.1f} {unit} a second"))
     numbers = {f"{unit}_per_s": spread(values, 2) for unit, values in rates.items() if values}
-    threshold = " and ".join("{:g} to {:g} {} a second".format(*_rate_limits(unit, limits), unit) for unit in rates if rates[unit])
+    bounds = {unit: _rate_limits(unit, limits) for unit in rates if rates[unit]}
+    threshold = " and ".join(f"{least:g} to {most:g} {unit} a second" for unit, (least, most) in bounds.items())
     remedy = "the text is not what is spoken: correct it, or leave the items out"
     return flagged_finding("rate", items, flags, limits, threshold or "no text", remedy, numbers)
 

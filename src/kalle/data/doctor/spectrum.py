@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ def spectrum(audio: Audio, sample_rate_hz: int) -> Spectrum:
     present = power >= max(power.max() * 10 ** (-PRESENT_DB / 10), min(rounding * 10 ** (_FLOOR_MARGIN_DB / 10), power.max()))
     highest = int(np.flatnonzero(present)[-1])
     edges = np.linspace(0, len(power), BANDS + 1).astype(int)
-    levels = [10 * np.log10(power[low:high].mean() / power.max() + 1e-12) for low, high in zip(edges, edges[1:], strict=False)]
+    levels = [10 * np.log10(power[low:high].mean() / power.max() + 1e-12) for low, high in itertools.pairwise(edges)]
     return Spectrum(highest * sample_rate_hz / size, tuple(round(level) for level in levels))
 
 

@@ -25,7 +25,7 @@ SCRIPTS_OF_LANGUAGE: Mapping[str, frozenset[str]] = {
     "ko": frozenset({"HANGUL", "CJK"}),
 }
 """ISO 639 code -> the scripts it is written in."""
-MARKUP = re.compile(r"<[^<>\s][^<>]*>|&(?:#\d+|#x[0-9a-f]+|[a-z]+);|https?://|www\.|\[[^\]]*\]|\{[^}]*\}", re.IGNORECASE)
+MARKUP = re.compile(r"<[^<>\s][^<>]*>|&(?:#\d+|#x[0-9a-f]+|[a-z]+);|https?://|\[[^\]]*\]|\{[^}]*\}", re.IGNORECASE)
 MOJIBAKE = re.compile("[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac|\u00ef\u00bb\u00bf")
 """UTF-8 read as Latin-1 or Windows-1252."""
 _UNSPEAKABLE = {"Cc": "control character", "Cn": "unassigned character", "Co": "private character", "Cs": "half a character"}
