@@ -23,6 +23,7 @@ def doctor(
     filter_to: Annotated[Path | None, typer.Option("--filter", metavar="OUT", help="write a corpus without the flagged items")] = None,
     remove: Annotated[str, typer.Option(metavar="CHECK,…", help="checks whose items --filter leaves out; `default` or names")] = "default",
     limit: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="another threshold; may be given again")] = None,
+    pictures: Annotated[bool, typer.Option(help="draw the pictures")] = True,
     jobs: Annotated[int, typer.Option(help="processes that measure")] = 1,
 ) -> None:
     """Measure every item, judge the corpus check by check (good, look, bad), and write a report with pictures.
@@ -37,7 +38,7 @@ def doctor(
     removed = REMOVED_BY_DEFAULT if remove == "default" else removal_list(remove)
     folder = out if out is not None else corpus / "doctor"
     with measuring(folder, "measure") as progress:
-        diagnosis = diagnose(corpus, folder, limits, jobs, progress)
+        diagnosis = diagnose(corpus, folder, limits, jobs, progress, pictures)
         verdict = diagnosis.report["verdict"]
         _show(diagnosis.findings, diagnosis.report, folder, diagnosis.reused)
         if filter_to is not None:

@@ -15,7 +15,22 @@ from kalle.audio import resample
 from kalle.data.cuts import cuts_path, make_cut, write_cuts
 
 RATE_HZ = 16000
-WORDS = "river stone amber candle window garden silver morning paper forest travel yellow number winter".split()
+WORDS = [
+    "river",
+    "stone",
+    "amber",
+    "candle",
+    "window",
+    "garden",
+    "silver",
+    "morning",
+    "paper",
+    "forest",
+    "travel",
+    "yellow",
+    "number",
+    "winter",
+]
 Audio = np.ndarray
 
 
@@ -32,7 +47,9 @@ class Entry:
 
 def text_of(number: int) -> str:
     """A text of 2 to 8 words that no other number has."""
-    return " ".join(WORDS[(number * 5 + step * (1 + number % 3)) % len(WORDS)] for step in range(2 + number % 7)) + f" {chr(97 + number // 7)}"
+    return (
+        " ".join(WORDS[(number * 5 + step * (1 + number % 3)) % len(WORDS)] for step in range(2 + number % 7)) + f" {chr(97 + number // 7)}"
+    )
 
 
 def speech(text: str, seed: int) -> Audio:
@@ -90,8 +107,18 @@ def faulty_entries(clean: dict[str, Entry]) -> tuple[dict[str, Entry], dict[str,
     add("lookalike", {"script"}, text="silver m\u043erning paper")
     add("broken_decoding", {"characters"}, text="caf\ufffd amber river")
     add("markup", {"characters"}, text="river <b>stone</b> candle")
-    add("leaked_text", {"leakage", "duplicate_text"}, text=clean["clean35"].text.upper() + "!", change=lambda _: speech(clean["clean35"].text, 90))
-    add("leaked_audio", {"leakage", "duplicate_audio"}, change=lambda _: clean["clean34"].audio, text=clean["clean34"].text.replace("a", "o"))
+    add(
+        "leaked_text",
+        {"leakage", "duplicate_text"},
+        text=clean["clean35"].text.upper() + "!",
+        change=lambda _: speech(clean["clean35"].text, 90),
+    )
+    add(
+        "leaked_audio",
+        {"leakage", "duplicate_audio"},
+        change=lambda _: clean["clean34"].audio,
+        text=clean["clean34"].text.replace("a", "o"),
+    )
     add("copied_audio", {"duplicate_audio"}, change=lambda _: clean["clean03"].audio, text="number " + text_of(3).split(" ", 1)[1])
     add("long", {"duration"}, text=" ".join(WORDS * 5), change=lambda _: speech(" ".join(WORDS * 5), 93))
     entries["broken"], expected["broken"] = Entry("travel winter forest", b"no audio at all"), {"unreadable"}

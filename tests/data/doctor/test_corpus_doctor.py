@@ -67,7 +67,7 @@ def test_the_report_holds_verdicts_thresholds_and_every_flagged_item(sick, diagn
 
 
 def test_a_healthy_corpus_is_good(healthy: Path, tmp_path: Path) -> None:
-    output = run(healthy, "--out", tmp_path / "out")
+    output = run(healthy, "--out", tmp_path / "out", "--no-pictures")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {name: check["verdict"] for name, check in report["checks"].items()} == dict.fromkeys(CHECKS, "good")
     assert report["flagged_items"] == 0
@@ -75,7 +75,7 @@ def test_a_healthy_corpus_is_good(healthy: Path, tmp_path: Path) -> None:
 
 
 def test_a_filtered_copy_has_the_rest_and_counts_what_went(sick, diagnosis: Diagnosis, report_folder: Path, tmp_path: Path) -> None:
-    output = run(sick.folder, "--out", report_folder, "--filter", tmp_path / "fine")
+    output = run(sick.folder, "--out", report_folder, "--filter", tmp_path / "fine", "--no-pictures")
     assert f"{len(sick.expected)} items were measured by an earlier run" in output
     gone = {name for name, checks in sick.expected.items() if checks & set(REMOVED_BY_DEFAULT)}
     left = {cut.id: cut for split in ("train", "valid", "test") for cut in load_cuts(tmp_path / "fine", split)}
@@ -86,9 +86,9 @@ def test_a_filtered_copy_has_the_rest_and_counts_what_went(sick, diagnosis: Diag
     assert report["removed_by_check"]["leakage"] == 2
     assert report["checks"]["leakage"]["verdict"] == "good"
     assert {json.loads(line)["id"] for line in (tmp_path / "fine" / "items.jsonl").read_text().splitlines()} == gone
-    run(sick.folder, "--out", report_folder, "--filter", tmp_path / "fine", "--remove", "clipping")
+    run(sick.folder, "--out", report_folder, "--filter", tmp_path / "fine", "--no-pictures", "--remove", "clipping", code=1)
     assert {cut.id for cut in load_cuts(tmp_path / "fine", "train")} >= gone - {"clipped", "clipped_then_lowered"}
-    assert run(tmp_path / "fine", "--out", tmp_path / "again", code=1)
+    assert run(tmp_path / "fine", "--out", report_folder.parent / "fine", "--no-pictures", code=1)
 
 
 def test_an_interrupted_run_goes_on_and_changed_audio_is_measured_again(
@@ -103,24 +103,24 @@ def test_an_interrupted_run_goes_on_and_changed_audio_is_measured_again(
         return real(cut)
 
     monkeypatch.setattr(gather, "measure", interrupted)
-    assert main(["data", "doctor", str(healthy), "--out", str(tmp_path / "out")]) == 130
+    assert main(["data", "doctor", str(healthy), "--out", str(tmp_path / "out"), "--no-pictures"]) == 130
     assert "run the same command again" in capfd.readouterr().err
     monkeypatch.undo()
-    assert "10 items were measured" in run(healthy, "--out", tmp_path / "out")
-    assert "36 items were measured" in run(healthy, "--out", tmp_path / "out")
+    assert "10 items were measured" in run(healthy, "--out", tmp_path / "out", "--no-pictures")
+    assert "36 items were measured" in run(healthy, "--out", tmp_path / "out", "--no-pictures")
     again = load_cuts(healthy, "train")[0]
     path = Path(again.recording.sources[0].source)
     before = path.read_bytes()
     try:
         write_audio(path, 0.5 * again.load_audio()[0], 16000)
-        assert "35 items were measured" in run(healthy, "--out", tmp_path / "out")
+        assert "35 items were measured" in run(healthy, "--out", tmp_path / "out", "--no-pictures")
     finally:
         path.write_bytes(before)
 
 
 @pytest.mark.slow
 def test_several_processes_measure_the_same(sick, diagnosis: Diagnosis, tmp_path: Path) -> None:
-    assert diagnose(sick.folder, tmp_path / "out", Limits(), 2, untracked).items == diagnosis.items
+    assert diagnose(sick.folder, tmp_path / "out", Limits(), 2, untracked, pictures=False).items == diagnosis.items
 
 
 def test_mistakes_are_one_line_and_harm_nothing(healthy: Path, tmp_path: Path) -> None:
@@ -134,11 +134,14 @@ def test_mistakes_are_one_line_and_harm_nothing(healthy: Path, tmp_path: Path) -
         ([healthy, "--remove", "speakers", "--filter", tmp_path / "x"], "no check flags 'speakers'"),
         ([healthy, "--limit", "loudness=3"], "unknown limit: got 'loudness=3'"),
         ([healthy, "--limit", "max_seconds=long"], "bad limit: got 'max_seconds=long'"),
-        ([healthy, "--limit", "max_seconds=0.1", "--remove", "duration", "--filter", tmp_path / "x", "--out", tmp_path / "r"], "nothing to train"),
+        (
+            [healthy, "--limit", "max_seconds=0.1", "--remove", "duration", "--filter", tmp_path / "x", "--out", tmp_path / "r"],
+            "nothing to train",
+        ),
         ([healthy, "--jobs", "0", "--out", tmp_path / "other"], "jobs: got 0"),
     ]
     for arguments, message in cases:
-        result = CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+        result = CliRunner().invoke(app, ["doctor", "--no-pictures", *map(str, arguments)])
         assert isinstance(result.exception, UserError), (arguments, result.output)
         assert message in str(result.exception)
         assert "\n" not in str(result.exception)

@@ -37,7 +37,7 @@ class Diagnosis:
     reused: int
 
 
-def diagnose(corpus: Path, out: Path, limits: Limits, jobs: int, progress: Progress) -> Diagnosis:
+def diagnose(corpus: Path, out: Path, limits: Limits, jobs: int, progress: Progress, pictures: bool = True) -> Diagnosis:
     """Measure ``corpus`` and write report.json, report.md, items.jsonl, overview.png, pictures/ and the measurements into ``out``.
 
     UserError for a folder that is no prepared corpus, or an ``out`` that is the corpus itself.
@@ -48,8 +48,9 @@ def diagnose(corpus: Path, out: Path, limits: Limits, jobs: int, progress: Progr
         findings = examine(gathered.items, limits)
         report = {"made_by": MADE_BY, **build_report(str(corpus), gathered.items, findings, limits)}
         title = f"{corpus.resolve().name}: {report['verdict']}; {report['items']} items, {report['hours']:.2f} hours"
-        write_pictures(out, gathered.items, findings, limits, title)
-        write_report(out, report, gathered.items, findings)
+        if pictures:
+            write_pictures(out, gathered.items, findings, limits, title)
+        write_report(out, report, gathered.items, findings, pictures)
     return Diagnosis(gathered.items, gathered.cuts, findings, report, gathered.reused)
 
 
@@ -91,6 +92,4 @@ def _filtered_markdown(report: dict[str, Any], findings: Sequence[Finding]) -> s
     lines = ["# Filtered corpus", "", f"Made from {report['source']['corpus']} without the items that some checks flag:"]
     lines += [f"{report['removed']} of {report['items_before']} items, {report['removed_hours']:.3f} hours. An item may count twice.", ""]
     lines += [f"- {check}: {count}" for check, count in report["removed_by_check"].items()]
-    # Pictures belong to a diagnosis; the copy has none.
-    rest = [line for line in markdown(report, findings).split("\n") if not line.startswith("![")]
-    return "\n".join([*lines, "", *rest])
+    return "\n".join([*lines, "", markdown(report, findings, pictures=False)])

@@ -51,22 +51,24 @@ def flagged_rows(items: Sequence[Item], findings: Sequence[Finding]) -> list[dic
     ]
 
 
-def write_report(folder: Path, report: dict[str, Any], items: Sequence[Item], findings: Sequence[Finding]) -> None:
+def write_report(folder: Path, report: dict[str, Any], items: Sequence[Item], findings: Sequence[Finding], pictures: bool) -> None:
     """Write the three files."""
     write_jsonl(folder / ITEMS_NAME, flagged_rows(items, findings))
-    write_whole(folder / REPORT_MD, markdown(report, findings))
+    write_whole(folder / REPORT_MD, markdown(report, findings, pictures))
     write_whole(folder / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def markdown(report: dict[str, Any], findings: Sequence[Finding]) -> str:
-    """report.md: verdicts, remedies, examples and pictures."""
+def markdown(report: dict[str, Any], findings: Sequence[Finding], pictures: bool) -> str:
+    """report.md: verdicts, remedies, examples and, where there are some, pictures."""
     lines = [f"# Diagnosis of {report['corpus']}", "", f"**{report['verdict']}**: {report['items']} items, {report['hours']:.3f} hours,"]
-    lines += [f"{report['flagged_items']} items flagged by some check.", "", f"![overview]({OVERVIEW_NAME})", "", "## Verdicts", ""]
+    lines += [f"{report['flagged_items']} items flagged by some check.", ""]
+    lines += [f"![overview]({OVERVIEW_NAME})", ""] if pictures else []
+    lines += ["## Verdicts", ""]
     lines += [_row(["check", "verdict", "found", "threshold", "what to do"]), _row(["---"] * 5)]
     lines += [_row([f.check, f.verdict, f.summary, f.threshold, f.remedy]) for f in findings] + [""]
     for finding in findings:
         lines += [f"## {finding.check}", ""]
-        if finding.check in PANELS:
+        if pictures and finding.check in PANELS:
             lines += [f"![{finding.check}]({PICTURES_FOLDER}/{finding.check}.png)", ""]
         lines += [f"- {name}: {_value(value)}" for name, value in finding.numbers.items()]
         shown = finding.flags[:EXAMPLES]

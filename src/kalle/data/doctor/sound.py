@@ -17,6 +17,7 @@ BLOCK_S = 0.4
 _LOUD_PERCENTILE, _FLOOR_PERCENTILE = 95, 5
 _BELOW_LOUD_DB, _ABOVE_FLOOR_DB, _LEAST_BELOW_LOUD_DB = 40.0, 8.0, 20.0
 _SOUND_FRAMES = 4
+_LOWEST_DB = -120.0
 _QUIETEST_PEAK = 0.1
 
 
@@ -41,7 +42,7 @@ def silence(audio: Audio, sample_rate_hz: int) -> Silence:
     loud, floor = np.percentile(levels, _LOUD_PERCENTILE), np.percentile(levels, _FLOOR_PERCENTILE)
     # Speech without a pause has a floor that is speech itself, hence the last bound.
     threshold = max(loud - _BELOW_LOUD_DB, min(floor + _ABOVE_FLOOR_DB, loud - _LEAST_BELOW_LOUD_DB))
-    sounding = (levels >= threshold) & np.isfinite(levels)
+    sounding = (levels >= threshold) & (levels > _LOWEST_DB)
     starts, ends = _runs(sounding)
     kept = ends - starts >= _SOUND_FRAMES
     starts, ends = starts[kept], ends[kept]
@@ -76,11 +77,11 @@ def flat_share(audio: Audio) -> float:
 
 
 def _frame_levels_db(audio: Audio, frame: int) -> NDArray[np.float64]:
-    """RMS in dB of full scale of the whole frames of (S,), minus infinity for zeros."""
+    """RMS in dB of full scale of the whole frames of (S,), at least `_LOWEST_DB`."""
     samples = np.pad(audio, (0, max(frame - len(audio), 0)))
     squares = np.square(samples[: len(samples) // frame * frame], dtype=np.float64).reshape(-1, frame)
     with np.errstate(divide="ignore"):
-        return np.maximum(10 * np.log10(squares.mean(axis=1)), -120.0)
+        return np.maximum(10 * np.log10(squares.mean(axis=1)), _LOWEST_DB)
 
 
 def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
