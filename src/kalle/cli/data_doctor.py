@@ -30,13 +30,16 @@ def doctor(
 
     Exit code 0, or 1 when a check says bad; with --filter the verdict is that on the filtered copy. An interrupted run goes on.
     """
-    from kalle.data.doctor.diagnose import diagnose, write_filtered
+    from kalle.data.derived_corpus import check_target
+    from kalle.data.doctor.diagnose import FILTERED_BY, diagnose, write_filtered
     from kalle.data.doctor.examine import REMOVED_BY_DEFAULT, removal_list
     from kalle.data.doctor.limits import limits_from
 
     limits = limits_from(limit or [])
     removed = REMOVED_BY_DEFAULT if remove == "default" else removal_list(remove)
     folder = out if out is not None else corpus / "doctor"
+    if filter_to is not None:  # before the long part, too
+        check_target(filter_to, corpus, FILTERED_BY)
     with measuring(folder, "measure") as progress:
         diagnosis = diagnose(corpus, folder, limits, jobs, progress, pictures)
         verdict = diagnosis.report["verdict"]

@@ -21,6 +21,7 @@ from kalle.data.prepare_files import Journal, write_jsonl
 from kalle.data.retranscribe_report import build_report, markdown, write_picture
 from kalle.disk import output_folder
 from kalle.errors import UserError
+from kalle.text.languages import has_words
 
 MADE_BY = "kalle data retranscribe"
 TRANSCRIPTS_NAME, ITEMS_NAME = "transcripts.jsonl", "items.jsonl"
@@ -156,15 +157,14 @@ def _judge(item: Item, language: str, heard: dict[str, Any] | None, recogniser: 
         return Verdict(**nothing, reason=f"longer than {recogniser.max_seconds:g} s")
     if "problem" in heard:
         return Verdict(**nothing, reason="unreadable")
-    second = _tokens(transcript, language, recogniser)
     if not item.text:
         if options.text != FILL:
             return Verdict(**nothing, reason="no text")
-        return Verdict(**nothing, reason="" if second else "nothing heard", new_text=transcript)
-    first = _tokens(item.text, language, recogniser)
+        return Verdict(**nothing, reason="" if has_words(transcript) else "nothing heard", new_text=transcript)
+    first = _tokens(item.text, language, recogniser) if has_words(item.text) else []
     if not first:
         return Verdict(**nothing, reason="text without words")
-    errors = recogniser.errors(first, second)
+    errors = recogniser.errors(first, _tokens(transcript, language, recogniser))
     agrees = errors <= options.max_error_rate * len(first)
     new_text = transcript if options.text == ASR else item.text
     return Verdict(**facts, errors=errors, tokens=len(first), reason="" if agrees else "disagrees", new_text=new_text if agrees else "")

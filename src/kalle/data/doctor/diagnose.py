@@ -24,6 +24,7 @@ from kalle.data.prepare_files import write_jsonl
 from kalle.disk import output_folder
 
 MADE_BY = "kalle data doctor"
+FILTERED_BY = f"{MADE_BY} --filter"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write_filtered(diagnosis: Diagnosis, corpus: Path, out: Path, remove: Sequen
     The report counts the removed items by check and holds the verdicts on what is left, from the same measurements.
     items.jsonl lists every removed item with its reasons. UserError as `check_target` and `write_derived`.
     """
-    check_target(out, corpus, f"{MADE_BY} --filter")
+    check_target(out, corpus, FILTERED_BY)
     removing = [finding for finding in diagnosis.findings if finding.check in remove]
     removed = {flag.key for finding in removing for flag in finding.flags}
     left = [item for item in diagnosis.items if item.key not in removed]
@@ -83,7 +84,7 @@ def write_filtered(diagnosis: Diagnosis, corpus: Path, out: Path, remove: Sequen
             cuts[key[0]].append(cut)
     fingerprint = hashlib.sha256(json.dumps([source, list(remove), asdict(limits), sorted(removed)]).encode()).hexdigest()
     with output_folder(out):
-        write_derived(out, cuts, report, _filtered_markdown(report, findings), f"{MADE_BY} --filter", fingerprint)
+        write_derived(out, cuts, report, _filtered_markdown(report, findings), FILTERED_BY, fingerprint)
         write_jsonl(out / ITEMS_NAME, flagged_rows(diagnosis.items, removing))
     return report
 
