@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from summary import write_summary
 
-from kalle.checkpoint import read_json, write_json
-from kalle.cli.main import dispatch
+from kalle.cli.stages import Stages
 from kalle.errors import UserError
 from kalle.evaluation.asr_models import find_asr_model
 
@@ -62,43 +58,6 @@ class Budget:
             )
         flowvae = training * FLOWVAE_SHARE * FLOWVAE_STEPS_PER_MINUTE
         return cls(round(flowvae), round(training * (1 - FLOWVAE_SHARE) * LM_STEPS_PER_MINUTE))
-
-
-class Stages:
-    """Runs stages in order, once each, and remembers what is done and how long it took, interruptions included."""
-
-    def __init__(self, out: Path, settings: dict[str, object]) -> None:
-        self.path = out / "stages.json"
-        state = read_json(self.path) if self.path.is_file() else {"settings": settings, "seconds": {}, "done": []}
-        if state["settings"] != settings:
-            raise UserError(f"'{out}' holds a quickstart with {state['settings']}, asked for is {settings}; use another --out or delete it")
-        self.settings = settings
-        self.seconds: dict[str, float] = state["seconds"]
-        self.done: list[str] = state["done"]
-
-    def run(self, name: str, action: Callable[[], object]) -> None:
-        """Run ``action`` unless stage ``name`` is done."""
-        if name in self.done:
-            logger.info("[%s] done before, in %.0f s", name, self.seconds[name])
-            return
-        started = time.monotonic()
-        try:
-            action()
-            self.done.append(name)
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
-            write_json(self.path, {"settings": self.settings, "seconds": self.seconds, "done": self.done})
-
-    def command(self, name: str, *arguments: str) -> None:
-        """Run a `kalle` command as a stage."""
-
-        def action() -> None:
-            logger.info("[%s] kalle %s", name, shlex.join(arguments))
-            code = dispatch(arguments)
-            if code:
-                raise UserError(f"stage '{name}' ended with exit code {code}; see above, then run the quickstart again")
-
-        self.run(name, action)
 
 
 def quickstart(out: Path, budget: Budget, given: argparse.Namespace) -> None:

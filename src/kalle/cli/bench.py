@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kalle.cli.bench_train import train
 from kalle.cli.interrupts import interruptible
 from kalle.errors import UserError
 
@@ -28,6 +29,9 @@ class Size(StrEnum):
     full = "full"
     small = "small"
     nano = "nano"
+
+
+app.command()(train)
 
 
 @app.callback()

@@ -1,0 +1,52 @@
+"""Resumable stages of a recipe: `kalle` commands in order, each run once."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kalle.checkpoint import read_json, write_json
+from kalle.cli.main import dispatch
+from kalle.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Stages:
+    """Runs stages in order, once each, and remembers what is done and how long it took, interruptions included."""
+
+    def __init__(self, out: Path, settings: dict[str, object]) -> None:
+        self.path = out / "stages.json"
+        state = read_json(self.path) if self.path.is_file() else {"settings": settings, "seconds": {}, "done": []}
+        if state["settings"] != settings:
+            raise UserError(f"'{out}' holds a run with {state['settings']}, asked for is {settings}; use another --out or delete it")
+        self.settings = settings
+        self.seconds: dict[str, float] = state["seconds"]
+        self.done: list[str] = state["done"]
+
+    def run(self, name: str, action: Callable[[], object]) -> None:
+        """Run ``action`` unless stage ``name`` is done."""
+        if name in self.done:
+            logger.info("[%s] done before, in %.0f s", name, self.seconds[name])
+            return
+        started = time.monotonic()
+        try:
+            action()
+            self.done.append(name)
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
+            write_json(self.path, {"settings": self.settings, "seconds": self.seconds, "done": self.done})
+
+    def command(self, name: str, *arguments: str) -> None:
+        """Run a `kalle` command as a stage."""
+
+        def action() -> None:
+            logger.info("[%s] kalle %s", name, shlex.join(arguments))
+            code = dispatch(arguments)
+            if code:
+                raise UserError(f"stage '{name}' ended with exit code {code}; see above, then run it again")
+
+        self.run(name, action)
