@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,5 +146,3 @@ def _quiet() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-
-

@@ -43,7 +43,9 @@ class Contest:
     warmup: int = 3
 
 
-def lm_contest(size: str, latents: Path | None, folder: Path, positions: int, workers: int, device: torch.device, compiled: bool) -> Contest:
+def lm_contest(
+    size: str, latents: Path | None, folder: Path, positions: int, workers: int, device: torch.device, compiled: bool
+) -> Contest:
     """The plain loop on padded rows, then ours: batches of like length, packed rows, bf16, compiled layers."""
     tokenizer = Tokenizer.bytes()
     config = _configuration("lm", size)
@@ -66,7 +68,11 @@ def lm_contest(size: str, latents: Path | None, folder: Path, positions: int, wo
     batch = next(iter(data["packed"].train_dataloader()))
     per_frame = lm_step_flops(lm, batch) / lm_frames(batch)
     return Contest(
-        rivals, lm_frames, per_frame, _parameters(lm), lambda: measure_loader(_lm_data(source, tokenizer, positions, workers, True), 40, workers)
+        rivals,
+        lm_frames,
+        per_frame,
+        _parameters(lm),
+        lambda: measure_loader(_lm_data(source, tokenizer, positions, workers, packing=True), 40, workers),
     )
 
 
@@ -157,7 +163,9 @@ def _encoded(folder: Path, latent_dim: int) -> Path:
     corpus = _prepared(folder)
     torch.manual_seed(SEED)
     flowvae = FlowVAE(dataclasses.replace(_configuration("flowvae", "nano"), latent_dim=latent_dim))
-    encode_corpus(CorpusEncoder(flowvae, EncodeConfig()), {split: load_cuts(corpus, split) for split in ("train", "valid")}, folder / "latents")
+    encode_corpus(
+        CorpusEncoder(flowvae, EncodeConfig()), {split: load_cuts(corpus, split) for split in ("train", "valid")}, folder / "latents"
+    )
     return folder / "latents"
 
 

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.main import dispatch
@@ -20,7 +21,7 @@ class Stages:
 
     def __init__(self, out: Path, settings: dict[str, object]) -> None:
         self.path = out / "stages.json"
-        state = read_json(self.path) if self.path.is_file() else {"settings": settings, "seconds": {}, "done": []}
+        state: dict[str, Any] = read_json(self.path) if self.path.is_file() else {"settings": settings, "seconds": {}, "done": []}
         if state["settings"] != settings:
             raise UserError(f"'{out}' holds a run with {state['settings']}, asked for is {settings}; use another --out or delete it")
         self.settings = settings

@@ -172,14 +172,12 @@ def process_count(config: DictConfig) -> int:
 
 def lm_splits(data: LMDataModule) -> dict[str, SplitCount]:
     """Utterances, hours and what is left out, from the shards' headers."""
-    from kalle.data.shards import read_info
-
-    info = read_info(data.latents)
+    info = data.info()
     seconds_per_frame = info["hop_length"] / info["sample_rate_hz"]
     counts = {}
     for split in ("train", "valid"):
         dataset = data.dataset(split)
-        frames = sum(item.frames for item in dataset.items)
+        frames = int(dataset.audio_lengths.sum()) - (0 if data.speaker is None else len(dataset))
         counts[split] = SplitCount(len(dataset), frames * seconds_per_frame / 3600, dict(dataset.rejected))
     return counts
 
@@ -188,6 +186,6 @@ def flowvae_splits(data: FlowVAEDataModule) -> dict[str, SplitCount]:
     """Utterances and hours, from the manifests."""
     counts = {}
     for split in ("train", "valid"):
-        cuts = data.reader(split).cuts
-        counts[split] = SplitCount(len(cuts), sum(cut.duration for cut in cuts) / 3600, {})
+        lengths = data.reader(split).lengths()
+        counts[split] = SplitCount(len(lengths), float(lengths.sum()) / data.sample_rate_hz / 3600, {})
     return counts

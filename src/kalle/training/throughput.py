@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kalle.data.sampling import FixedSizePlan, Visit
+from kalle.data.plans import FixedSizePlan
+from kalle.data.sampling import Visit
 from kalle.losses.latent import next_distribution_loss
 from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.lm import KalleLM
