@@ -29,6 +29,7 @@ ROOTS_OF_GROUP = {
     "flowvae": ["train_flowvae"],
     "lm": ["train_lm"],
     "logger": ["train_flowvae", "train_lm"],
+    "lora": ["train_lm"],
     "mel_loss": ["train_flowvae"],
     "optimizer": ["train_flowvae", "train_lm"],
     "scheduler": ["train_flowvae", "train_lm"],
@@ -54,6 +55,8 @@ def suits(root: str, group: str, option: str) -> bool:
     """Options that are named after a stage belong to its root only."""
     stage = root.removeprefix("train_")
     other = {"flowvae": "lm", "lm": "flowvae"}.get(stage)
+    if (group, option) == ("experiment", "lora"):
+        return stage == "lm"
     if group == "testset" or group in ("flowvae", "lm") or other is None:
         return True
     return other not in option.split("_")
@@ -91,9 +94,9 @@ FLOWVAES = {  # millions of parameters, dimensions, latent frames a second
     "dim256": (199.98, 256, 12.5),
     "dim256_25hz": (199.88, 256, 25),
     "dim1024": (213.35, 1024, 12.5),
-    "small": (20.0, 128, 12.5),
-    "nano": (5.0, 64, 12.5),
-    "nano_bigvgan": (5.0, 64, 12.5),
+    "small": (25.35, 128, 12.5),
+    "nano": (6.01, 64, 12.5),
+    "nano_bigvgan": (4.21, 64, 12.5),
 }
 
 

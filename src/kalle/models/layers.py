@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,11 +42,16 @@ class CausalUpsample1d(nn.Module):
         return self.conv(x)[..., : -self.stride]
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block outside any autocast of ``device``. The meta device, on which models are only measured, has none to leave."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def in_full_precision(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)`` outside any autocast, in the dtype of the layer's parameters.
 
     For the last layer of a network whose output is a signal: rounded to bf16, a waveform carries noise at -54 dB.
     """
     dtypes = [parameter.dtype for parameter in layer.parameters()]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return layer(x.to(dtypes[0]) if dtypes else x)

@@ -17,6 +17,7 @@ from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
+from kalle.models.layers import without_autocast
 from kalle.models.layout import Packing, RowLayout, packed_layout, padded_layout
 from kalle.models.lm_state import LMState
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
@@ -203,7 +204,7 @@ class KalleLM(nn.Module):
         """Distribution (B, H) of the speaker latent of ``mels`` (B, 80, F)."""
         if self.speaker_encoder is None:
             raise UserError("this model has no speaker encoder; give prompt audio with its transcript instead")
-        with torch.autocast(mels.device.type, enabled=False):
+        with without_autocast(mels.device):
             return DiagGaussian.from_parameters(self.speaker_projection(self.speaker_encoder(mels.float())))
 
     def speaker_latent(self, batch: LMBatch) -> tuple[Tensor, DiagGaussian] | None:
@@ -235,14 +236,14 @@ class KalleLM(nn.Module):
         return self._head(hidden[:, -1]), state
 
     def _embed_latents(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             z = z.float()
             if self.config.normalise_latents:
                 z = (z - self.latent_mean) / self.latent_std
             return self.audio_linear(z).to(self.backbone.embed_tokens.weight.dtype)
 
     def _head(self, hidden: Tensor) -> DiagGaussian:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             prediction = DiagGaussian.from_parameters(self.distribution_linear(hidden.float()))
             if not self.config.normalise_latents:
                 return prediction

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchaudio.functional import melscale_fbanks
 
 from kalle.errors import UserError
+from kalle.models.layers import without_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,6 @@ class LogMel(nn.Module):
 
     def forward(self, wav: Tensor) -> Tensor:
         """``wav`` (B, S) in [-1, 1] to log-mel magnitudes (B, n_mels, frames), fp32; UserError when S is too short to reflect."""
-        with torch.autocast(wav.device.type, enabled=False):
+        with without_autocast(wav.device):
             mel = self.filters.float() @ self.magnitudes(wav)
             return torch.log(mel.clamp(min=LOG_FLOOR))
