@@ -46,11 +46,12 @@ def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: To
     if config.init is not None:
         lm = KalleLM.from_pretrained(config.init).train()
     else:
+        if config.init_text is None:
+            # Before its configuration is built, because transformers has something to say about token ids beyond the vocabulary.
+            check_vocabulary(config.lm.backbone.get("vocab_size", tokenizer.vocab_size), tokenizer)
         wanted = instantiate(config.lm, _convert_="all")
         if config.init_text is not None:
             wanted = with_text_backbone(wanted, config.init_text, tokenizer.vocab_size)
-        # Before the model is built, because transformers has something to say about token ids beyond the vocabulary.
-        check_vocabulary(wanted.backbone.get("vocab_size", tokenizer.vocab_size), tokenizer)
         lm = KalleLM(wanted)
         if config.init_text is not None:
             load_text_weights(lm, config.init_text, torch.Generator().manual_seed(config.seed))
