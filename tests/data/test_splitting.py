@@ -18,8 +18,9 @@ from kalle.data import datamodules
 from kalle.data.datamodules import FlowVAEDataModule, LMDataModule
 from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
 from kalle.data.plans import FixedSizePlan
-from kalle.data.sampling import EpochSampler, even_out
+from kalle.data.sampling import ConstantSampler, EpochSampler, even_out, one_each
 from kalle.data.wave_shards import WaveShardConfig, write_wave_shards
+from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.text.tokenizer import Tokenizer
 
@@ -191,3 +192,19 @@ def test_ranks_are_disjoint(count: int, size: int, world_size: int, epoch: int) 
     steps = -(-len(FixedSizePlan(count, size)(0)) // world_size)
     assert len(seen) - count == max(0, steps * world_size - count)
     assert set(seen) == set(range(count))
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.integers(1, 6))
+def test_every_rank_has_something_to_validate(sizes: list[int], world_size: int) -> None:
+    numbers = iter(range(sum(sizes)))
+    batches = [list(itertools.islice(numbers, size)) for size in sizes]
+    if sum(sizes) < world_size:
+        with pytest.raises(UserError, match=f"got {sum(sizes)} utterances for {world_size} processes"):
+            one_each(batches, world_size, "valid")
+        return
+    dealt = one_each(batches, world_size, "valid")
+    assert len(dealt) >= min(world_size, len(batches))
+    assert all(ConstantSampler(dealt, rank=rank, world_size=world_size) for rank in range(world_size))
+    assert sorted(itertools.chain(*dealt)) == list(range(sum(sizes))), "each utterance once, none twice"
+    if len(batches) >= world_size:
+        assert dealt == batches

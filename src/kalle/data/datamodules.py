@@ -24,7 +24,7 @@ from kalle.data.loader import ResumableLoader, rank_and_world_size
 from kalle.data.mixing import mixture_of, sources_of, weights_of
 from kalle.data.packing import PackedPlan
 from kalle.data.plans import BudgetPlan, FixedSizePlan, windows_of
-from kalle.data.sampling import ConstantSampler, EpochSampler, Plan
+from kalle.data.sampling import ConstantSampler, EpochSampler, Plan, one_each
 from kalle.data.shards import read_info
 from kalle.data.storage import Folder
 from kalle.data.wave_dataset import CropDataset, JoinedWaves, ShortCuts, WaveReader, Waves, WholeDataset
@@ -59,9 +59,9 @@ class _DataModule(lightning.LightningDataModule):
             )  # fmt: skip
         return self._loader(dataset, sampler)
 
-    def _constant_loader(self, dataset: Dataset, batches: Sequence[list[int]]) -> ResumableLoader:
+    def _constant_loader(self, dataset: Dataset, batches: Sequence[list[int]], split: str) -> ResumableLoader:
         rank, world_size = rank_and_world_size()
-        return self._loader(dataset, ConstantSampler(batches, rank=rank, world_size=world_size))
+        return self._loader(dataset, ConstantSampler(one_each(batches, world_size, split), rank=rank, world_size=world_size))
 
 
 class FlowVAEDataModule(_DataModule):
@@ -144,7 +144,7 @@ class FlowVAEDataModule(_DataModule):
 
     def _whole(self, split: str) -> ResumableLoader:
         dataset = WholeDataset(self.reader(split))
-        return self._constant_loader(dataset, [[index] for index in range(len(dataset))])
+        return self._constant_loader(dataset, [[index] for index in range(len(dataset))], split)
 
 
 class LMDataModule(_DataModule):
@@ -240,4 +240,4 @@ class LMDataModule(_DataModule):
         return self._constant(TEST)
 
     def _constant(self, split: str) -> ResumableLoader:
-        return self._constant_loader(self.dataset(split), self.plan(split, shuffle=False)(0))
+        return self._constant_loader(self.dataset(split), self.plan(split, shuffle=False)(0), split)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from kalle.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 Plan = Callable[[int], Sequence[list[int]]]
@@ -143,3 +145,21 @@ class ConstantSampler(Sampler[list[Visit]]):
 
     def __iter__(self) -> Iterator[list[Visit]]:
         return iter([[Visit(0, index) for index in batch] for batch in self.batches])
+
+
+def one_each(batches: Sequence[list[int]], world_size: int, split: str) -> Sequence[list[int]]:
+    """``batches`` of a split that is looked at once, at least one for every rank: the larger ones are halved when there are too few.
+
+    A rank without a batch would miss the meeting in which all add up their sums, and the others would wait for it.
+    UserError when the split has fewer utterances than ``world_size``: none may count twice.
+    """
+    if world_size == 1 or len(batches) >= world_size:
+        return batches
+    utterances = sum(map(len, batches))
+    if utterances < world_size:
+        raise UserError(
+            f"split '{split}': got {utterances} utterances for {world_size} processes, expected at least one for each; "
+            f"use {utterances or 1} of them or prepare a larger split"
+        )
+    body, tail, _ = even_out(batches, world_size)
+    return [*body, *tail]
