@@ -5,22 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kalle.checkpoint import weights_hash
 from kalle.errors import UserError
 from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.models.lora import (
-    PROJECTIONS,
-    LoRAConfig,
-    add_lora,
-    load_adapter,
-    load_lora,
-    lora_layers,
-    lora_state,
-    merge_lora,
-    remove_lora,
-    save_adapter,
-)
+from kalle.models.lora import PROJECTIONS, LoRAConfig, add_lora, also_trained, lora_factors, merge_lora, remove_lora
 
 SMALL = LoRAConfig(rank=2, alpha=4.0)
 
@@ -50,7 +38,7 @@ def test_adapters_begin_as_nothing_and_alone_are_trained(lm: KalleLM, batch: LMB
     before, outputs = {name: tensor.clone() for name, tensor in lm.state_dict().items()}, lm(batch).mean
     add_lora(lm, SMALL)
     assert torch.equal(lm(batch).mean, outputs)
-    assert len(list(lora_layers(lm))) == 2 * len(PROJECTIONS)
+    assert len(lora_factors(lm)) == 2 * len(PROJECTIONS)
     assert all(".lora_" in name for name, parameter in lm.named_parameters() if parameter.requires_grad)
     train_a_little(lm, batch)
     assert not torch.equal(lm(batch).mean, outputs)
@@ -74,52 +62,39 @@ def test_merging_keeps_the_output_and_the_names(lm: KalleLM, batch: LMBatch, toy
     torch.testing.assert_close(KalleLM.from_pretrained(tmp_path)(batch).mean, adapted, atol=1e-6, rtol=1e-5)
 
 
-def test_an_adapter_file_makes_the_same_model(lm: KalleLM, batch: LMBatch, toy_lm_config: KalleLMConfig, tmp_path: Path) -> None:
-    config = LoRAConfig(rank=2, targets=("q_proj", "backbone.layers.1.mlp.*"), also_train=("audio_linear.*",))
-    base = weights_hash(lm)
+def test_what_is_trained_beside_the_factors(lm: KalleLM, batch: LMBatch) -> None:
+    config = LoRAConfig(rank=2, targets=("q_proj", "backbone.layers.1.mlp.*"), also_train=("audio_linear.*", "*q_proj*"))
+    add_lora(lm, config)
+    before = {name: tensor.clone() for name, tensor in also_trained(lm, config).items()}
+    train_a_little(lm, batch)
+    trained = also_trained(lm, config)
+    assert set(trained) == {"audio_linear.weight", "audio_linear.bias", *(f"backbone.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))}
+    assert all(not torch.equal(trained[name], before[name]) for name in trained)
+    assert len(lora_factors(lm)) == 2 + 3
+
+
+def test_the_layers_compute_what_peft_does(lm: KalleLM, batch: LMBatch, toy_lm_config: KalleLMConfig) -> None:
+    """An implementation that others wrote, with the same factors."""
+    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     other = KalleLM(toy_lm_config).eval()
-    add_lora(lm, config)
+    add_lora(lm, SMALL)
     train_a_little(lm, batch)
-    save_adapter(lm, config, tmp_path, base)
-    assert load_adapter(other, tmp_path, base) == config
-    assert torch.equal(other(batch).mean, lm(batch).mean)
-    state = lora_state(lm, config.also_train)
-    assert "backbone.layers.0.self_attn.q_proj.lora_A.weight" in state
-    assert {name for name in state if "lora" not in name} == {"audio_linear.weight", "audio_linear.bias"}
-    assert (tmp_path / "adapter.safetensors").stat().st_size < 20_000
-
-
-def test_an_adapter_over_other_weights_is_refused(lm: KalleLM, tmp_path: Path) -> None:
-    base = weights_hash(lm)
-    add_lora(lm, SMALL)
-    save_adapter(lm, SMALL, tmp_path, base)
-    remove_lora(lm)
+    settings = peft.LoraConfig(r=SMALL.rank, lora_alpha=SMALL.alpha, target_modules=list(PROJECTIONS))
+    peft.inject_adapter_in_model(settings, other, "default")
     with torch.no_grad():
-        lm.audio_linear.bias += 1
-    with pytest.raises(UserError, match="belongs to other weights"):
-        load_adapter(lm, tmp_path, weights_hash(lm))
-    assert not list(lora_layers(lm))
-
-
-def test_tensors_that_do_not_fit_leave_no_adapter(lm: KalleLM, tmp_path: Path) -> None:
-    add_lora(lm, SMALL)
-    save_adapter(lm, SMALL, tmp_path)
-    state = lora_state(lm)
-    with pytest.raises(UserError, match="missing"):
-        load_lora(lm, dict(list(state.items())[1:]), "here")
-    remove_lora(lm)
-    (tmp_path / "adapter.json").write_text('{"rank": 3, "alpha": 4.0}')
-    with pytest.raises(UserError, match="misshapen"):
-        load_adapter(lm, tmp_path)
-    assert not list(lora_layers(lm))
+        for name, (lora_a, lora_b) in lora_factors(lm).items():
+            layer = other.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(lora_a)
+            layer.lora_B["default"].weight.copy_(lora_b)
+    torch.testing.assert_close(lm(batch).mean, other(batch).mean, atol=1e-6, rtol=1e-5)
 
 
 def test_the_start_comes_from_the_generator(lm: KalleLM) -> None:
     starts = []
     for seed in (1, 1, 2):
         add_lora(lm, SMALL, torch.Generator().manual_seed(seed))
-        starts.append(torch.cat([tensor.flatten() for tensor in lora_state(lm).values()]))
+        starts.append(torch.cat([lora_a.flatten() for lora_a, _ in lora_factors(lm).values()]))
         remove_lora(lm)
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])

@@ -46,7 +46,7 @@ def test_recomputed_activations_have_equal_gradients(lm: KalleLM, batch: LMBatch
         add_lora(lm, LoRAConfig(rank=2, dropout=0.5, also_train=("distribution_linear.*",)))
         with torch.no_grad():
             for name, parameter in lm.named_parameters():
-                if "lora_B" in name:
+                if "lora_b" in name:
                     parameter.fill_(0.1)
     expected = gradients(lm, batch, packing)
     recomputed = copy.deepcopy(lm)

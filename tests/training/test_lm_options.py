@@ -17,7 +17,7 @@ from kalle.cli.train_run import TrainingRun
 from kalle.data.datamodules import TRAIN
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
-from kalle.models.lora import load_adapter
+from kalle.synthesis.adapter import Adapter
 
 
 @pytest.fixture
@@ -55,8 +55,11 @@ def test_adapters_are_exported_merged_and_alone(train, toy_weights: Path, caplog
     base, merged = KalleLM.from_pretrained(toy_weights), KalleLM.from_pretrained(run.weights)
     ids = torch.tensor([[1, 2, 3]])
     before = base.predict(ids).mean
-    load_adapter(base, run.weights / "adapter")
-    torch.testing.assert_close(base.eval().predict(ids).mean, merged.predict(ids).mean, atol=1e-5, rtol=1e-4)
+    adapter = Adapter.load(run.weights / "adapter")
+    assert adapter.notes["steps_made"] == run.trainer.global_step > 0
+    adapted = adapter.applied_to(base.eval())
+    torch.testing.assert_close(adapted.predict(ids).mean, merged.predict(ids).mean, atol=1e-5, rtol=1e-4)
+    assert torch.equal(base.predict(ids).mean, before)
     assert not torch.allclose(before, merged.predict(ids).mean, atol=1e-6)
     assert not any("lora" in name for name in weights(run))
 
@@ -65,9 +68,9 @@ def test_adapters_are_exported_merged_and_alone(train, toy_weights: Path, caplog
 def test_averaged_adapters_are_those_exported(train, toy_weights: Path) -> None:
     run = train("lora=default", "lora.rank=2", f"init={toy_weights}", "lora.also_train=[audio_linear.*]")
     base, merged = KalleLM.from_pretrained(toy_weights), KalleLM.from_pretrained(run.weights)
-    load_adapter(base, run.weights / "adapter")
+    adapted = Adapter.load(run.weights / "adapter").applied_to(base)
     ids, latents = torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(base.eval().predict(ids, latents).mean, merged.predict(ids, latents).mean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(adapted.predict(ids, latents).mean, merged.predict(ids, latents).mean, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from kalle.adaptation.material import PromptSequence, Reporter
 from kalle.adaptation.options import AdaptOptions, schedule
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
-from kalle.models.low_rank import LowRankLinear, linear_layers, new_factors, with_low_rank, with_weights
+from kalle.models.low_rank import linear_layers, low_rank_layers, new_factors, with_low_rank, with_weights
 from kalle.synthesis.adapter import LORA_A, LORA_B, SPEAKER_PARTS, Adapter
 from kalle.synthesis.seeds import derived_seed
 
@@ -66,9 +66,8 @@ def trainable(lm: KalleLM, options: AdaptOptions) -> tuple[KalleLM, dict[str, nn
         generator = torch.Generator().manual_seed(derived_seed(f"kalle adapt factors {options.seed}"))
         view = with_low_rank(lm, new_factors(layers, options.rank, generator), options.scale)
         chosen: dict[str, nn.Parameter] = {}
-        for name, module in view.named_modules():
-            if isinstance(module, LowRankLinear):
-                chosen |= {name + LORA_A: module.lora_a, name + LORA_B: module.lora_b}
+        for name, layer in low_rank_layers(view):
+            chosen |= {name + LORA_A: layer.lora_a, name + LORA_B: layer.lora_b}
     else:
         copies = {
             name: weight.detach().to(torch.float32, copy=True)

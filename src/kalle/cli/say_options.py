@@ -14,7 +14,8 @@ PromptAudioOption = Annotated[Path | None, typer.Option(help="Recording whose vo
 PromptTextOption = Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")]
 VoiceOption = Annotated[str | None, typer.Option(help="Voice file, or the name of one in the weight folder.")]
 AdapterOption = Annotated[
-    Path | None, typer.Option(help="Adapter file of `kalle adapt`; used instead of one inside the voice.", metavar="FILE")
+    Path | None,
+    typer.Option(help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.", metavar="FILE"),
 ]
 SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same speech; without one it is drawn and printed.")]
 TemperatureOption = Annotated[float, typer.Option(help="Scale of the standard deviations; 1 is the model's own spread.")]

@@ -46,7 +46,9 @@ def stream(
     prompt_audio: Annotated[Path | None, typer.Option(help="Recording whose voice to speak in.")] = None,
     prompt_text: Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")] = None,
     voice: Annotated[str | None, typer.Option(help="Voice file, or the name of one in the weight folder.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter file of `kalle adapt`; used instead of one inside the voice.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same speech; without one it is drawn and printed.")] = None,
     temperature: Annotated[float, typer.Option(help="Scale of the standard deviations; 1 is the model's own spread.")] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

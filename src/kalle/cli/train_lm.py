@@ -56,7 +56,7 @@ def train_lm(config: DictConfig) -> TrainingRun:
     lm = whole_model(lm)
     if not result.trainer.is_global_zero:
         return result
-    export_language_model(lm, adapters, result.weights)
+    export_language_model(lm, adapters, result.weights, result.trainer.global_step)
     data.tokenizer.save(result.weights / "tokenizer")
     if config.flowvae.folder is not None:
         _copy_flowvae(config.flowvae.folder, result.weights)

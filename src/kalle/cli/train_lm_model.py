@@ -77,14 +77,15 @@ def prepare_language_model(config: DictConfig, lm: KalleLM, data: Any) -> Adapte
     import torch
     from hydra.utils import instantiate
 
-    from kalle.checkpoint import resolve_device, weights_hash
+    from kalle.checkpoint import resolve_device
     from kalle.models.lora import add_lora
     from kalle.models.speed import compile_layers, recompute_activations, set_attention
+    from kalle.synthesis.adapter import base_hash
     from kalle.training.trainable import freeze, parameter_counts
 
     adapters = None
     if config.get("lora") is not None:
-        adapters = Adapters(instantiate(config.lora, _convert_="all"), weights_hash(lm))
+        adapters = Adapters(instantiate(config.lora, _convert_="all"), base_hash(lm.state_dict()))
         add_lora(lm, adapters.config, torch.Generator().manual_seed(config.seed))
     freeze(lm, list(config.freeze))
     _shrink_vocabulary(config.compact_vocabulary, lm, data)
@@ -100,17 +101,30 @@ def prepare_language_model(config: DictConfig, lm: KalleLM, data: Any) -> Adapte
     return adapters
 
 
-def export_language_model(lm: KalleLM, adapters: Adapters | None, weights: Path) -> None:
+def export_language_model(lm: KalleLM, adapters: Adapters | None, weights: Path, steps: int) -> None:
     """Write ``weights``/lm, with adapters merged into it, and the adapters alone to ``weights``/adapter. Changes ``lm``."""
-    from kalle.models.lora import save_adapter
     from kalle.models.vocabulary import expand_vocabulary
     from kalle.training.trainable import finish
 
     expand_vocabulary(lm)
     if adapters is not None:
-        save_adapter(lm, adapters.config, weights / ADAPTER_FOLDER, adapters.base_hash)
+        _export_adapters(lm, adapters, weights / ADAPTER_FOLDER, steps)
     finish(lm)
     lm.save_pretrained(weights)
+
+
+def _export_adapters(lm: KalleLM, adapters: Adapters, folder: Path, steps: int) -> None:
+    from kalle.models.lora import also_trained, lora_factors
+    from kalle.synthesis.adapter import ADAPTER_FILE, SPEAKER_PARTS, Adapter
+
+    config = adapters.config
+    factors, whole = lora_factors(lm), also_trained(lm, config)
+    if any(name.startswith(SPEAKER_PARTS) for name in [*factors, *whole]):
+        logger.warning("no %s/: these adapters change the speaker encoder, which voices depend on; use the merged lm/", folder)
+        return
+    notes = {"steps_made": steps, "lora": config.to_dict()}
+    folder.mkdir(parents=True, exist_ok=True)
+    Adapter.of_factors(adapters.base_hash, factors, config.scale, notes, whole).save(folder / ADAPTER_FILE)
 
 
 def _shrink_vocabulary(wanted: bool | str, lm: KalleLM, data: Any) -> None:

@@ -1,4 +1,4 @@
-"""What test-time training changed in a language model, as one small file that knows which model it belongs to."""
+"""What test-time training or low-rank fine-tuning changed in a language model, as one file that knows which model it belongs to."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from kalle.checkpoint import require_readable
 from kalle.disk import write_whole
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
+from kalle.models.lora import FACTORS
 from kalle.models.low_rank import linear_layers, with_low_rank, with_weights
 from kalle.synthesis.adapter_codec import ROWS, decode_change, encode_changes
 
 FORMAT = "kalle-adapter-1"
-LORA_A, LORA_B = ".lora_a", ".lora_b"
+ADAPTER_FILE = "adapter.safetensors"
+"""Its name in the folder that a training run writes."""
+LORA_A, LORA_B = FACTORS
+WHOLE = ".whole"
 SPEAKER_PARTS = ("speaker_encoder.", "speaker_projection")
 """What test-time training leaves alone (the paper freezes the speaker encoder)."""
-AGAIN = "make the adapter again with `kalle adapt`"
+AGAIN = "make the adapter again with `kalle adapt` or `kalle train lm lora=default`"
 Kind = Literal["lora", "full"]
 
 
@@ -56,7 +60,8 @@ class Adapter:
     base: str
     """``base_hash`` of the language model it was made for."""
     tensors: Mapping[str, Tensor]
-    """"lora": LAYER.lora_a (r, in) and LAYER.lora_b (out, r), fp32. "full": see ``kalle.synthesis.adapter_codec``."""
+    """"lora": LAYER.lora_a (r, in) and LAYER.lora_b (out, r), fp32; WEIGHT.whole takes the place of a weight that was trained beside them.
+    "full": see ``kalle.synthesis.adapter_codec``."""
     scale: float = 1.0
     """What the product of the factors is multiplied by."""
     exponents: Mapping[str, int] = field(default_factory=dict)
@@ -86,11 +91,17 @@ class Adapter:
 
     @classmethod
     def of_factors(
-        cls, base: str, factors: Mapping[str, tuple[Tensor, Tensor]], scale: float, notes: Mapping[str, Any] | None = None
+        cls,
+        base: str,
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        scale: float,
+        notes: Mapping[str, Any] | None = None,
+        whole: Mapping[str, Tensor] | None = None,
     ) -> Adapter:
-        """An adapter of low-rank ``factors`` (A, B) by the names of the linear layers."""
-        tensors = {f"{name}{end}": value for name, pair in factors.items() for end, value in zip((LORA_A, LORA_B), pair, strict=True)}
-        return cls("lora", base, tensors, scale, notes=notes or {})
+        """An adapter of low-rank ``factors`` (A, B) by the names of the linear layers; ``whole`` replaces weights and buffers by name."""
+        tensors = {f"{name}{end}": value for name, pair in factors.items() for end, value in zip(FACTORS, pair, strict=True)}
+        tensors |= {name + WHOLE: value for name, value in (whole or {}).items()}
+        return cls("lora", base, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, scale, notes=notes or {})
 
     @property
     def size_bytes(self) -> int:
@@ -123,7 +134,7 @@ class Adapter:
         if base != self.base:
             raise UserError(
                 f"the adapter does not fit: it was made for the language model {self.base[:12]}, this one is {base[:12]}; "
-                "use the weights it was made with (in float32 or bfloat16), or make it again with `kalle adapt`"
+                f"use the weights it was made with (in float32 or bfloat16), or {AGAIN}"
             )
 
     def applied_to(self, lm: KalleLM) -> KalleLM:
@@ -143,7 +154,7 @@ class Adapter:
             for name, (lora_a, lora_b) in factors.items():
                 wanted = None if name not in layers else (layers[name].out_features, layers[name].in_features)
                 _check_shape(name, (len(lora_b), lora_a.shape[1]), wanted)
-            return with_low_rank(lm, factors, self.scale)
+            return with_weights(with_low_rank(lm, factors, self.scale), self._whole(lm))
         weights, changed = dict(lm.named_parameters()), {}
         for name, exponent in self.exponents.items():
             _check_shape(name, self._full_shape(name, weights.get(name)), None if name not in weights else tuple(weights[name].shape))
@@ -166,11 +177,19 @@ class Adapter:
         names = [name.removesuffix(LORA_A) for name in self.tensors if name.endswith(LORA_A)]
         return {name: (self.tensors[name + LORA_A], self.tensors[name + LORA_B]) for name in names}
 
+    def _whole(self, lm: KalleLM) -> dict[str, Tensor]:
+        """ "lora": weights and buffers that take the place of those of ``lm``, in its dtypes and on its device."""
+        state = {name: tensor for name, tensor in lm.state_dict().items() if not name.startswith(SPEAKER_PARTS)}
+        found = {name.removesuffix(WHOLE): tensor for name, tensor in self.tensors.items() if name.endswith(WHOLE)}
+        for name, tensor in found.items():
+            _check_shape(name, tuple(tensor.shape), None if name not in state else tuple(state[name].shape))
+        return {name: tensor.to(state[name].device, state[name].dtype, copy=True) for name, tensor in found.items()}
+
     def _unpaired(self) -> list[str]:
         """Names of tensors that are not what ``kind`` has."""
         given = self.tensors
         if self.kind == "lora":
-            stems = {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in given}
+            stems = {name.removesuffix(LORA_A).removesuffix(LORA_B) for name in given if not name.endswith(WHOLE)}
             ranks = {stem: [given.get(stem + LORA_A), given.get(stem + LORA_B)] for stem in stems}
             return [
                 stem for stem, (a, b) in ranks.items()
@@ -209,8 +228,9 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | Path) -> Adapter:
-        """Read a file that ``save`` wrote; a UserError when it is missing, torn or something else."""
+        """Read a file that ``save`` wrote, or the one in a folder; a UserError when it is missing, torn or something else."""
         path = Path(path)
+        path = path / ADAPTER_FILE if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"adapter file not found: got '{path}', expected a .safetensors adapter; check the path")
         require_readable(path)

@@ -155,7 +155,9 @@ class Kalle:
         return voice
 
     def load_adapter(self, path: str | Path) -> Adapter:
-        """The adapter in a file that `kalle adapt` wrote: for ``adapter``, or with ``dataclasses.replace`` for a voice's.
+        """The adapter of `kalle adapt` (a file) or `kalle train lm lora=default` (a file or weights/adapter).
+
+        It is for ``adapter``, or with ``dataclasses.replace`` for a voice's.
 
         UserError when it is missing, damaged, or made for another language model.
         """
