@@ -23,10 +23,12 @@ from kalle.training.seeding import StepSeeds
 from training.test_guard import Line, batches
 
 
-def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], tmp_path: Path, capfd) -> None:
+def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], tmp_path: Path, capfd, monkeypatch) -> None:
     out = tmp_path / "run"
     for steps in (1, 2):
-        assert main(["train", "lm", *lm_overrides, f"out={out}", f"trainer.max_steps={steps}", "scheduler.total_steps=2"]) == 0
+        words = [*lm_overrides, f"out={out}", f"trainer.max_steps={steps}", "scheduler.total_steps=2"]
+        monkeypatch.setattr("sys.argv", ["kalle", "train", "lm", *words])  # the record is of the process's own command
+        assert main() == 0
     said = "".join(capfd.readouterr())
     assert "data: train 12 utterances" in said
     assert "steps: 2 of " in said
@@ -36,6 +38,7 @@ def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], 
     assert first["seed"] == first["config"]["seed"] == 3
     assert torch.__version__.startswith(first["versions"]["torch"])
     assert first["machine"]["world_size"] == 1
+    assert first["command"][1:3] == ["train", "lm"]
     assert f"out={out}" in first["command"]
 
 
