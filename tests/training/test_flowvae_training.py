@@ -15,6 +15,7 @@ from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
+from kalle.training.guard import UpdateGuard
 from kalle.training.players import frozen
 from kalle.training.schedules import warmup_cosine
 
@@ -321,3 +322,12 @@ def test_validation_measures_whole_utterances(make, batches, fit) -> None:
         samples = min(wav.shape[1], 3333)
         expected = (module.log_mel(odd[0].wav[:, :samples]) - module.log_mel(wav[:, :samples])).abs().mean()
     assert metrics["val/mel_l1"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_guard_judges_both_players_before_clipping(make, batches, fit, tmp_path) -> None:
+    module, guard = make(), UpdateGuard(str(tmp_path))
+    module.clip = ClipSchedule(norm=1e-3, early=1e-3)
+    trainer = fit(module, batches, 1, callbacks=[guard])
+    norms = guard.state_dict()["norms"]
+    assert norms["0"] == pytest.approx([float(trainer.callback_metrics["train/gradient_norm"])])
+    assert min(norms["0"] + norms["1"]) > 1e-2

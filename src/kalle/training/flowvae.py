@@ -151,7 +151,8 @@ class FlowVAETraining(lightning.LightningModule):
             optimizer = self._optimizers()[0]
             optimizer.zero_grad()
             self.manual_backward(losses["total"])
-        losses["gradient_norm"] = nn.utils.clip_grad_norm_(self.flowvae.parameters(), self.clip.at(self.global_step))
+        self.gradient_norms[0] = nn.utils.clip_grad_norm_(self.flowvae.parameters(), self.clip.at(self.global_step))
+        losses["gradient_norm"] = self.gradient_norms[0]
         optimizer.step()
         return losses
 
