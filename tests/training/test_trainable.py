@@ -54,3 +54,13 @@ def test_dropout_is_seen(lm: KalleLM) -> None:
     finish(lm)
     assert not any("lora" in name for name in lm.state_dict())
     assert len(lm.state_dict()) < len(names)
+
+
+def test_adapters_can_be_frozen_in_part(lm: KalleLM) -> None:
+    add_lora(lm, LoRAConfig(rank=1, also_train=("audio_linear.*",)))
+    freeze(lm, ["backbone.layers.0.*", "audio_linear.bias"])
+    training = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    assert "audio_linear.weight" in training
+    assert "audio_linear.bias" not in training
+    assert any(".layers.1." in name for name in training)
+    assert not any(".layers.0." in name for name in training)
