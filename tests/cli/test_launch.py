@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kalle.cli.hydra_entry import folder_per_job
-from kalle.cli.launch import started_ranks, wanted_ranks
+from kalle.cli.launch import rank_command, started_ranks, wanted_ranks
 from kalle.errors import UserError
 
 
@@ -43,3 +43,17 @@ def test_every_job_of_a_sweep_has_a_folder_of_its_own() -> None:
     assert folder_per_job(["-m", "seed=1,2", "out=runs/a"]) == ["-m", "seed=1,2", "out=runs/a/${hydra:job.num}", "hydra.sweep.dir=runs/a"]
     for own in ("out=a,b", "out=runs/${seed}"):
         assert folder_per_job(["-m", own]) == ["-m", own]
+
+
+def test_another_rank_gets_the_overrides_of_the_first(tmp_path) -> None:
+    """Whatever sys.argv is by then."""
+    import hydra.core.hydra_config
+
+    from kalle.cli.hydra_entry import run_hydra
+
+    found: list[list[str]] = []
+    words = ["data.latents=a", f"out={tmp_path}", "trainer.devices=2"]
+    run_hydra(lambda config: found.append(rank_command(hydra.core.hydra_config.HydraConfig.get())), "train_lm", words)
+    assert found[0][1:5] == ["-m", "kalle", "train", "lm"]
+    assert found[0][-3:] == words
+    assert all("=" in word for word in found[0][5:])

@@ -92,8 +92,13 @@ def start_ranks(config: DictConfig) -> None:
             f"a sweep over runs on {count} devices: got trainer.devices={config.trainer.devices}, expected 1 in a sweep; "
             "set trainer.devices=1, or give each job its tasks with hydra/launcher=submitit_slurm (docs/distributed.md)"
         )
-    stage = str(HydraConfig.get().job.config_name).removeprefix("train_")
-    _start(count, [sys.executable, "-m", "kalle", "train", stage, *sys.argv[1:]])
+    _start(count, rank_command(HydraConfig.get()))
+
+
+def rank_command(hydra: Any) -> list[str]:
+    """The command of another rank of the training that ``hydra`` (Hydra's own configuration) describes."""
+    stage = str(hydra.job.config_name).removeprefix("train_")
+    return [sys.executable, "-m", "kalle", "train", stage, *hydra.overrides.hydra, *hydra.overrides.task]
 
 
 def _start(count: int, command: list[str]) -> None:
