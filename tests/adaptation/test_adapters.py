@@ -110,7 +110,7 @@ def test_the_model_that_learnt_is_the_one_that_is_stored(kalle: Kalle) -> None:
 class Interrupting(StopRule):
     """Ctrl-C while frame 20 is looked at."""
 
-    def stops(self, end_kl: float, index: int) -> bool:
+    def stops(self, end_kl: float, index: int, stop_probability: float | None = None) -> bool:
         if index == 20:
             raise KeyboardInterrupt
         return False
@@ -140,7 +140,7 @@ def test_a_stream_leaves_no_trace(kalle: Kalle, learnt: Adaptation, end: str) ->
 
 def test_an_exception_inside_a_request_leaves_no_trace(kalle: Kalle, learnt: Adaptation) -> None:
     class Bang(StopRule):
-        def stops(self, end_kl: float, index: int) -> bool:
+        def stops(self, end_kl: float, index: int, stop_probability: float | None = None) -> bool:
             if index == 2:
                 raise RuntimeError("bang")
             return False

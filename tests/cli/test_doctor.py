@@ -13,6 +13,7 @@ from kalle.cli import doctor_packages as packages
 from kalle.cli.doctor_findings import Finding, examined, gigabytes
 from kalle.cli.doctor_weights import folder_findings, found_findings, speaks, weight_folders
 from kalle.cli.main import main
+from kalle.models.lm import KalleLM
 from kalle.synthesis.kalle import Kalle
 from kalle.text.tokenizer import Tokenizer
 
@@ -134,6 +135,7 @@ def test_a_folder_is_described_from_its_files(model: Path, toy_weights: Path) ->
             "0.3 (calibrated: false stop rate 1.0%)",
         ),
         ("", {"stop": {"threshold": 0.3, "min_index": 3}}, "set by hand"),
+        ("", {"stop": {"probability": 0.9}}, "no: config.json stops by probability 0.9 but the language model has no stop head"),
         ("", {"sample_rate": 24000}, "config.json says 24000 Hz, the Flow-VAE 16000 Hz"),
         ("", {"format_version": 99}, "format_version 99"),
         ("lm", {"latent_dim": 5}, "a part is missing or broken"),
@@ -145,6 +147,16 @@ def test_what_the_configuration_says(model: Path, part: str, change: dict, messa
     findings = folder_findings(model)
     assert message in by_name(findings)["toy speaking"].value
     assert speaks(findings) == ("calibrated" in message or "by hand" in message)
+
+
+def test_the_rule_of_a_stop_head(model: Path) -> None:
+    lm = KalleLM.from_pretrained(model)
+    lm.add_stop_head(torch.Generator())
+    lm.save_pretrained(model)
+    assert by_name(folder_findings(model))["toy speaking"].value == "yes, stop probability 0.5 (of the stop head)"
+    path = model / "config.json"
+    write_json(path, read_json(path) | {"stop": {"probability": 0.9}})
+    assert by_name(folder_findings(model))["toy speaking"].value == "yes, stop probability 0.9 (set by hand)"
 
 
 def test_broken_weights(model: Path) -> None:

@@ -23,7 +23,7 @@ def language_model() -> KalleLM:
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     backbone = {**size, "head_dim": 8, "vocab_size": 32, "max_position_embeddings": 64}
-    return KalleLM(KalleLMConfig(backbone=backbone, latent_dim=4))
+    return KalleLM(KalleLMConfig(backbone=backbone, latent_dim=4, stop_head=True))
 
 
 def batch_of(lengths: list[tuple[int, int]]) -> LMBatch:
@@ -51,7 +51,7 @@ def batch_of(lengths: list[tuple[int, int]]) -> LMBatch:
 
 def training_loss(lm: KalleLM, batch: LMBatch, reduction: str) -> Tensor:
     nothing = partial(torch.optim.AdamW, lr=1e-3)
-    objective = LMObjective(end_weight=0.5, reduction=reduction)  # type: ignore[arg-type]
+    objective = LMObjective(end_weight=0.5, stop_weight=0.3, stop_positive_weight=5.0, reduction=reduction)  # type: ignore[arg-type]
     module = KalleLMTraining(lm, nothing, nothing, objective)  # type: ignore[arg-type]
     losses = module.losses(batch)
     return losses["total"] if reduction == "rank" else module._over_ranks(losses, batch)
@@ -107,6 +107,7 @@ def test_two_ranks_make_the_update_of_one_process_on_both_batches() -> None:
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, alone[name], atol=1e-6, rtol=1e-4, msg=name)
     by_rank = ranks[0][1]
+    assert {"stop_head.weight", "stop_head.bias"} <= alone.keys()
     assert any((by_rank[name] - gradient).abs().max() > 1e-3 for name, gradient in alone.items()), "the other reduction differs"
 
 

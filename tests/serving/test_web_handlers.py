@@ -135,7 +135,7 @@ def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers, monkeypatch) 
     job = handlers.studio.begin("a", asked)
     steps, frames, rule = [], [], StoppableRule.stops
 
-    def stops(self: StoppableRule, end_kl: float, index: int) -> bool:
+    def stops(self: StoppableRule, end_kl: float, index: int, stop_probability: float | None = None) -> bool:
         frames.append(index)
         if len(frames) == 230:  # 200 frames are the first sentence
             job.stop()

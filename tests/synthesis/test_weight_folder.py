@@ -30,7 +30,10 @@ def test_every_known_key_is_read(weight_folder: Path) -> None:
     ("values", "message"),
     [
         ({"bogus": 1}, r"unknown key 'bogus' in .*config\.json'; valid keys: format_version, parts, stop, language, voice, sample_rate"),
-        ({"stop": {"tresh": 1}}, r"unknown key 'stop\.tresh' .*valid keys: stop\.threshold, stop\.min_index, stop\.false_stop_rate"),
+        (
+            {"stop": {"tresh": 1}},
+            r"unknown key 'stop\.tresh' .*valid keys: stop\.threshold, stop\.min_index, stop\.probability, stop\.false_stop_rate",
+        ),
         ({"stop": {"threshold": "x"}}, r"stop\.threshold is 'x', expected a number"),
         ({"stop": {"min_index": 1.5}}, r"stop\.min_index is 1\.5, expected a whole number"),
         ({"stop": 3}, r"stop is 3, expected an object"),

@@ -18,6 +18,8 @@ from kalle.data.datamodules import TRAIN
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
 from kalle.synthesis.adapter import Adapter
+from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.row import StopRule
 
 
 @pytest.fixture
@@ -109,6 +111,24 @@ def test_start_from_text_weights(train, tmp_path: Path) -> None:
     assert len(trained.backbone.layers) == 1
 
 
+@pytest.mark.slow
+def test_a_stop_head_is_taught_to_weights_that_have_none(train, toy_weights: Path) -> None:
+    frozen = "freeze=[backbone.*,audio_linear.*,distribution_linear.*]"
+    run = train(f"init={toy_weights}", "lm.stop_head=true", frozen, "compact_vocabulary=false", f"flowvae={toy_weights}", "packing=true")
+    before, after = load_file(toy_weights / "lm" / "model.safetensors"), weights(run)
+    assert after.keys() - before.keys() == {"stop_head.weight", "stop_head.bias"}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    untrained = KalleLM.from_pretrained(toy_weights)
+    untrained.add_stop_head(torch.Generator().manual_seed(0))
+    assert not torch.equal(untrained.state_dict()["stop_head.weight"], after["stop_head.weight"])
+    with (run.weights.parent / "csv" / "version_0" / "metrics.csv").open() as file:
+        columns = next(csv.reader(file))
+    assert {"train/stop_bce", "val/stop_bce"} <= set(columns)
+    kalle = Kalle.from_pretrained(run.weights, "cpu")
+    assert kalle.config.stop == StopRule(probability=0.5)
+    assert len(kalle.synthesize("Hi.", seed=1, max_seconds=0.1, retries=0).stop_probability) > 0
+
+
 def test_mistakes_are_told_before_anything_is_written(train, toy_weights: Path, tmp_path: Path) -> None:
     for options, message in (
         (("freeze=[nothing.*]",), "freeze: no parameter fits"),
@@ -117,6 +137,7 @@ def test_mistakes_are_told_before_anything_is_written(train, toy_weights: Path, 
         (("packing=true", "row_positions=0"), "row_positions: got 0"),
         ((f"init={toy_weights}", f"init_text={toy_weights}"), "expected one of them; leave one out"),
         (("lora=default", "lora.targets=[qkv]"), "no linear layer is named 'qkv'"),
+        (("lora=default", "lm.stop_head=true", f"init={toy_weights}"), "without a stop head, expected weights that have one"),
     ):
         with pytest.raises(UserError, match=message):
             train(*options)

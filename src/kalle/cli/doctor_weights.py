@@ -13,6 +13,8 @@ from kalle.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kalle.synthesis.row import StopRule
+
 RELEASED = ("flowvae.pt", "model.pt")
 NO_WEIGHTS = "fetch the released ones with `kalle download`, train some (make quickstart), or give --model DIR"
 SPEAKING_BYTES = 4
@@ -168,13 +170,17 @@ def _speaking(folder: Path, whole: bool) -> Finding:
         return Finding("weights", name, "no: a part is missing or broken", "problem", NO_WEIGHTS)
     try:
         config, tokenizer = read_folder(folder), load_tokenizer(folder)
-        problem = _fits(folder, tokenizer.vocab_size, config.sample_rate)
+        problem = _fits(folder, tokenizer.vocab_size, config.sample_rate, config.stop)
     except UserError as error:
         return Finding("weights", name, str(error), "problem", "mend what the message names")
     if problem is not None:
         return Finding("weights", name, problem, "problem", "use parts and a tokenizer that were made together")
     stored = read_json(folder / CONFIG_NAME).get("stop") if (folder / CONFIG_NAME).is_file() else None
     rule = f"stop threshold {config.stop.threshold:g}"
+    if config.stop.probability is not None:
+        rule = f"stop probability {config.stop.probability:g}"
+    if stored is None and config.stop.probability is not None:
+        return Finding("weights", name, f"yes, {rule} (of the stop head)")
     if stored is None:
         return Finding("weights", name, f"yes, {rule} (not calibrated)", "note", f"kalle calibrate --help; it measures one for '{folder}'")
     rates = {key: stored[key] for key in ("false_stop_rate", "missed_stop_rate") if stored.get(key) is not None}
@@ -182,7 +188,7 @@ def _speaking(folder: Path, whole: bool) -> Finding:
     return Finding("weights", name, f"yes, {rule} ({f'calibrated: {told}' if told else 'set by hand'})")
 
 
-def _fits(folder: Path, vocabulary: int, sample_rate: int | None) -> str | None:
+def _fits(folder: Path, vocabulary: int, sample_rate: int | None, stop: StopRule) -> str | None:
     """What contradicts what between the parts; None when they fit."""
     from kalle.checkpoint import CONFIG_NAME, part_folder, read_json
     from kalle.models.flowvae import FlowVAEConfig
@@ -194,6 +200,8 @@ def _fits(folder: Path, vocabulary: int, sample_rate: int | None) -> str | None:
         return f"no: the language model has {lm.latent_dim} latent dimensions, the Flow-VAE {flowvae.latent_dim}"
     if vocabulary > int(lm.backbone["vocab_size"]):
         return f"no: the tokenizer has {vocabulary} ids, the language model {lm.backbone['vocab_size']}"
+    if stop.probability is not None and not lm.stop_head:
+        return f"no: config.json stops by probability {stop.probability:g} but the language model has no stop head"
     if sample_rate not in (None, flowvae.sample_rate):
         return f"no: config.json says {sample_rate} Hz, the Flow-VAE {flowvae.sample_rate} Hz"
     return None

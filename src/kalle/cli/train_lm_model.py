@@ -45,6 +45,8 @@ def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: To
         raise UserError(f"init: got init='{config.init}' and init_text='{config.init_text}', expected one of them; leave one out")
     if config.init is not None:
         lm = KalleLM.from_pretrained(config.init).train()
+        if config.lm.get("stop_head") and not lm.config.stop_head:
+            _add_stop_head(lm, config)
     else:
         if config.init_text is None:
             # Before its configuration is built, because transformers has something to say about token ids beyond the vocabulary.
@@ -60,6 +62,19 @@ def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: To
     if config.init is None and lm.config.normalise_latents:
         lm.set_latent_statistics(torch.tensor(info["mean"]), torch.tensor(info["std"]))
     return lm
+
+
+def _add_stop_head(lm: KalleLM, config: DictConfig) -> None:
+    """An untrained stop head for a model that starts from weights without one."""
+    import torch
+
+    if config.get("lora") is not None:
+        raise UserError(
+            f"lm.stop_head: got lora and init='{config.init}' without a stop head, expected weights that have one, for an adapter belongs "
+            "to the weights it was made for; train the head first (lora=null), or leave lm.stop_head out"
+        )
+    lm.add_stop_head(torch.Generator().manual_seed(config.seed))
+    logger.info("the language model of '%s' has no stop head: it gets an untrained one", config.init)
 
 
 def packing_of(config: DictConfig) -> Packing | None:

@@ -132,7 +132,7 @@ def _draw_end(axis: Axes, speech: Speech) -> None:
         return
     values = speech.end_kl.astype(np.float64).clip(min=_LOWEST_KL)
     axis.step(_edges(speech), _held(values), where="post", linewidth=1.3, color=_ORANGE, label="to the end distribution")
-    threshold = speech.stop.threshold
+    threshold = speech.stop.threshold if speech.stop.probability is None else 0.0  # it has no say beside a probability
     lowest = values.min()
     if threshold > 0:
         axis.axhline(threshold, linestyle="--", linewidth=1.1, color=_GREY, label=f"threshold {threshold:.3g}")

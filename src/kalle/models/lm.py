@@ -20,6 +20,7 @@ from kalle.models.batch import LMBatch
 from kalle.models.layers import without_autocast
 from kalle.models.layout import Packing, RowLayout, packed_layout, padded_layout
 from kalle.models.lm_state import LMState
+from kalle.models.next_frame import NextFrame
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
 
 PART = "lm"
@@ -38,13 +39,18 @@ class KalleLMConfig:
     """The speaker encoder; the released weights have none."""
     normalise_latents: bool = False
     """Keep per-dimension mean and std of the latents in the weights, feed normalised latents and predict in those units."""
+    stop_head: bool = False
+    """One more output at every position, the logit that the frame after it is the end (MELLE, arXiv 2407.08551)."""
 
     def __post_init__(self) -> None:
         check_backbone(self.backbone, "lm.backbone")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as stored in config.json."""
-        return dataclasses.asdict(dataclasses.replace(self, backbone=dict(self.backbone)))
+        """Plain values, as stored in config.json; a head that is not there is not mentioned, so that older programs read the rest."""
+        values = dataclasses.asdict(dataclasses.replace(self, backbone=dict(self.backbone)))
+        if not self.stop_head:
+            del values["stop_head"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "lm/config.json") -> KalleLMConfig:
@@ -81,7 +87,8 @@ class KalleLM(nn.Module):
     """Shapes: B batch, L text positions, T latent frames, D latent_dim, H hidden size.
 
     The sequence is ``[speaker] text z_1 … z_T``; the last text position predicts z_1, z_t predicts z_{t+1} and z_T
-    the end distribution. The backbone may run in half precision; the two latent layers and all outputs are fp32.
+    the end distribution, and so with the stop head's logit. The backbone may run in half precision; the two latent layers, the
+    stop head and all outputs are fp32.
     """
 
     latent_mean: Tensor
@@ -101,6 +108,8 @@ class KalleLM(nn.Module):
         if config.normalise_latents:
             self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
             self.register_buffer("latent_std", torch.ones(config.latent_dim))
+        # The last to be drawn, so that a seed means the same for everything else with and without it.
+        self.stop_head = nn.Linear(hidden, 1) if config.stop_head else None
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +148,17 @@ class KalleLM(nn.Module):
         root = Path(folder)
         save_part(root if root.name == PART else root / PART, self.config.to_dict(), self)
 
+    def add_stop_head(self, generator: torch.Generator) -> None:
+        """Give a model that has none an untrained stop head, drawn from ``generator`` (CPU) as ``nn.Linear`` draws its own."""
+        assert self.stop_head is None, "a second stop head"
+        self.config = dataclasses.replace(self.config, stop_head=True)
+        self.stop_head = nn.Linear(self.hidden_size, 1)
+        bound = self.hidden_size**-0.5
+        with torch.no_grad():
+            for parameter in self.stop_head.parameters():
+                parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
+        self.stop_head.to(self.device)
+
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Store the per-dimension mean and std (D,) of the latents; only with ``normalise_latents``."""
         if not self.config.normalise_latents:
@@ -146,7 +166,7 @@ class KalleLM(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def forward(self, batch: LMBatch, layout: RowLayout | None = None) -> DiagGaussian:
+    def forward(self, batch: LMBatch, layout: RowLayout | None = None) -> NextFrame:
         """Teacher forcing: (B, T+1, D). Row t predicts frame t+1, row ``latent_lengths[b]`` the end; later rows repeat it.
 
         ``layout`` (of this batch) says where the utterances lie in the rows that the backbone reads; without one each has a row
@@ -159,7 +179,7 @@ class KalleLM(nn.Module):
         index = torch.minimum((last - batch.latent_lengths)[:, None] + steps, last[:, None])
         return self._head(hidden[layout.row[:, None], index])
 
-    def all_positions(self, batch: LMBatch) -> DiagGaussian:
+    def all_positions(self, batch: LMBatch) -> NextFrame:
         """The prediction at every text and latent position, (B, max(L_b + T_b), D); the speaker position is dropped."""
         assert batch.speaker_kept is None, "rows with and without a speaker have no common first column"
         hidden = self._run(batch, self.layout(batch))
@@ -172,7 +192,7 @@ class KalleLM(nn.Module):
 
     def prefill(
         self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None
-    ) -> tuple[DiagGaussian, LMState]:
+    ) -> tuple[NextFrame, LMState]:
         """Read the context and predict the first new frame.
 
         ``text_ids`` (B, L) int64 without padding, ``prompt_latents`` (B, P, D), ``speaker_latent`` (B, H).
@@ -180,12 +200,12 @@ class KalleLM(nn.Module):
         """
         return self._extend(self._context(text_ids, prompt_latents, speaker_latent), LMState(DynamicCache()))
 
-    def predict(self, text_ids: Tensor, latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> DiagGaussian:
+    def predict(self, text_ids: Tensor, latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> NextFrame:
         """The distribution (B, D) of the frame after ``latents``, from the whole context and with no cache; shapes as in ``prefill``."""
         embeddings = self._context(text_ids, latents, speaker_latent)
         return self._head(self.backbone(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1])
 
-    def predict_all(self, text_ids: Tensor, latents: Tensor, speaker_latent: Tensor | None = None) -> DiagGaussian:
+    def predict_all(self, text_ids: Tensor, latents: Tensor, speaker_latent: Tensor | None = None) -> NextFrame:
         """The distributions (B, T + 1, D) of every frame of ``latents`` (B, T, D) and of the one after them, with gradients.
 
         They come from the very context that ``prefill`` reads, shapes as there: teacher forcing for a speaker latent that is given.
@@ -193,7 +213,7 @@ class KalleLM(nn.Module):
         hidden = self.backbone(inputs_embeds=self._context(text_ids, latents, speaker_latent), use_cache=False).last_hidden_state
         return self._head(hidden[:, -(latents.shape[1] + 1) :])
 
-    def step(self, z: Tensor, state: LMState) -> tuple[DiagGaussian, LMState]:
+    def step(self, z: Tensor, state: LMState) -> tuple[NextFrame, LMState]:
         """Append the frame ``z`` (B, D) and predict the next: the distribution (B, D) and the (same, extended) state.
 
         The rows of ``state`` may differ in length, see ``LMState.join``.
@@ -224,7 +244,7 @@ class KalleLM(nn.Module):
         dtype = self.backbone.embed_tokens.weight.dtype
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
-    def _extend(self, embeddings: Tensor, state: LMState) -> tuple[DiagGaussian, LMState]:
+    def _extend(self, embeddings: Tensor, state: LMState) -> tuple[NextFrame, LMState]:
         new = embeddings.shape[1]
         hidden = self.backbone(
             inputs_embeds=embeddings,
@@ -242,13 +262,14 @@ class KalleLM(nn.Module):
                 z = (z - self.latent_mean) / self.latent_std
             return self.audio_linear(z).to(self.backbone.embed_tokens.weight.dtype)
 
-    def _head(self, hidden: Tensor) -> DiagGaussian:
+    def _head(self, hidden: Tensor) -> NextFrame:
         with without_autocast(hidden.device):
-            prediction = DiagGaussian.from_parameters(self.distribution_linear(hidden.float()))
+            hidden = hidden.float()
+            mean, log_std = self.distribution_linear(hidden).chunk(2, dim=-1)
+            logit = None if self.stop_head is None else self.stop_head(hidden)[..., 0]
             if not self.config.normalise_latents:
-                return prediction
-            mean = self.latent_mean + self.latent_std * prediction.mean
-            return DiagGaussian(mean, prediction.log_std + self.latent_std.log())
+                return NextFrame(mean, log_std, logit)
+            return NextFrame(self.latent_mean + self.latent_std * mean, log_std + self.latent_std.log(), logit)
 
     def _run(self, batch: LMBatch, layout: RowLayout) -> Tensor:
         """The backbone's output at every position, (R, W, H)."""

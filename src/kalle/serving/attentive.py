@@ -22,11 +22,11 @@ class StoppableRule(StopRule):
 
     job: Job | None = None
 
-    def stops(self, end_kl: float, index: int) -> bool:
+    def stops(self, end_kl: float, index: int, stop_probability: float | None = None) -> bool:
         """As ``StopRule.stops``."""
         if self.job is not None and self.job.stopped:
             raise Stopped
-        return super().stops(end_kl, index)
+        return super().stops(end_kl, index, stop_probability)
 
 
 class AttentiveKalle(Kalle):
@@ -41,7 +41,8 @@ class AttentiveKalle(Kalle):
     def resolve(self, request: SpeechRequest) -> Request:
         """As ``Kalle.resolve``, with a rule that listens."""
         rule = request.stop or self.config.stop
-        return super().resolve(replace(request, stop=StoppableRule(rule.threshold, rule.min_index, self._job)))
+        heard = StoppableRule(rule.threshold, rule.min_index, self._job, probability=rule.probability)
+        return super().resolve(replace(request, stop=heard))
 
     def speak(self, request: SpeechRequest) -> Speech:
         """As ``Kalle.speak``."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kalle.errors import UserError
-from kalle.gaussian import DiagGaussian
 from kalle.models.lm import KalleLM
 from kalle.models.lm_state import LMState
-from kalle.synthesis.row import Ending, Frame, FrameWatcher, RowSampler, RowStep, StopReason, draw_frames
+from kalle.models.next_frame import NextFrame
+from kalle.synthesis.row import Ending, Frame, FrameWatcher, RowSampler, RowStep, StopReason, check_stop, draw_frames
 from kalle.synthesis.sampling import check_context
 from kalle.synthesis.speak import Request
 
@@ -101,6 +101,7 @@ class BatchedGenerator:
             raise UserError("a batch runs one model: got a request with quirks config_dtype or no_cache, expected neither; speak it alone")
         if request.adapter is not None:
             raise UserError("a batch runs one model: got a request with an adapter, expected none; `Kalle.synthesize_batch` sorts them")
+        check_stop(request.stop, self._lm.config.stop_head)
         sampler = RowSampler(
             self._lm.config.latent_dim,
             noise=request.noise,
@@ -139,8 +140,7 @@ class BatchedGenerator:
         predictions += self._admit()
         if not predictions:
             return []
-        together = DiagGaussian(torch.cat([each.mean for each in predictions]), torch.cat([each.log_std for each in predictions]))
-        frames = draw_frames(together, [row.sampler for row in self._rows])
+        frames = draw_frames(NextFrame.cat(predictions), [row.sampler for row in self._rows])
         steps = [_seen(row, frame) for row, frame in zip(self._rows, frames, strict=True)]
         events = [BatchEvent(row.handle, step.frame, step.ending) for row, step in zip(self._rows, steps, strict=True)]
         for row, frame in zip(self._rows, frames, strict=True):
@@ -148,7 +148,7 @@ class BatchedGenerator:
         self._keep([step.ending is None for step in steps])
         return events
 
-    def _admit(self) -> list[DiagGaussian]:
+    def _admit(self) -> list[NextFrame]:
         """Read the contexts of the waiting requests there is room for, and put them at the end of the batch."""
         predictions, states = [], [] if self._state is None else [self._state]
         while self._waiting and self._fits(self._waiting[0]):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, permission_errors, read_json, write_json
 from kalle.errors import UserError
-from kalle.synthesis.sampling import StopRule
+from kalle.synthesis.row import StopRule, default_stop
 from kalle.text.tokenizer import TOKENIZER_NAME, Tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -20,7 +19,7 @@ class FolderConfig:
     """What NAME/config.json says about speaking; every key is optional."""
 
     stop: StopRule = field(default_factory=StopRule)
-    """The stop rule calibrated for these weights."""
+    """The stop rule stored for these weights, or else `default_stop`."""
     language: str | None = None
     """Language of the texts, an ISO 639-1 code."""
     voice: str | None = None
@@ -73,8 +72,9 @@ def read_folder(folder: str | Path) -> FolderConfig:
             f"no tokenizer in '{folder}': expected {TOKENIZER_FOLDER}/{TOKENIZER_NAME}; "
             "copy the tokenizer folder of these weights there, or convert again with --tokenizer DIR"
         )
+    stop_head = bool(read_json(part_folder(root, "lm") / CONFIG_NAME).get("stop_head"))
     path = root / CONFIG_NAME
-    return _read_config(path) if path.is_file() else FolderConfig()
+    return _read_config(path, stop_head) if path.is_file() else FolderConfig(default_stop(stop_head))
 
 
 def write_stop(folder: str | Path, stop: StoredStop) -> None:
@@ -85,7 +85,7 @@ def write_stop(folder: str | Path, stop: StoredStop) -> None:
     read_folder(folder)
     path = Path(folder) / CONFIG_NAME
     values = read_json(path) if path.is_file() else {"format_version": FORMAT_VERSION}
-    write_json(path, values | {"stop": dataclasses.asdict(stop)})
+    write_json(path, values | {"stop": stop.to_dict()})
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -93,11 +93,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer.load(Path(folder) / TOKENIZER_FOLDER)
 
 
-def _read_config(path: Path) -> FolderConfig:
+def _read_config(path: Path, stop_head: bool) -> FolderConfig:
     values = read_json(path)
     version = values.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(f"unknown format in '{path}': got format_version {version!r}, expected at most {FORMAT_VERSION}; update kalle")
     stored: _Stored = dataclass_from_dict(_Stored, values, path)
-    stop = StopRule() if stored.stop is None else StopRule(stored.stop.threshold, stored.stop.min_index)
+    stop = default_stop(stop_head)
+    if stored.stop is not None:
+        stop = StopRule(stored.stop.threshold, stored.stop.min_index, probability=stored.stop.probability)
     return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate)

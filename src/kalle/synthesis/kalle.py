@@ -26,7 +26,7 @@ from kalle.synthesis.length import cap_frames, cap_seconds, check_length
 from kalle.synthesis.quirks import RELEASED_STEPS, ConvertedModels, ReleaseQuirks
 from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES, DEFAULT_RETRIES, SpeechRequest
 from kalle.synthesis.retry import speak_with_retries
-from kalle.synthesis.row import StopRule
+from kalle.synthesis.row import StopRule, check_stop, default_stop
 from kalle.synthesis.seeds import check_seed
 from kalle.synthesis.speak import Request
 from kalle.synthesis.speak_batch import speak_batch
@@ -61,7 +61,7 @@ class Kalle:
     ) -> None:
         """Put loaded parts together; a UserError when they don't fit. ``folder`` is where named voices are looked up."""
         self.flowvae, self.lm, self.tokenizer = flowvae, lm, tokenizer
-        self.config = config or FolderConfig()
+        self.config = config or FolderConfig(default_stop(lm.config.stop_head))
         self.folder = folder
         self._converted: ConvertedModels = {}
         self._decoder: tuple[int | None, StreamingDecoder] | None = None
@@ -286,6 +286,7 @@ class Kalle:
                 f"the tokenizer doesn't fit: it has {self.tokenizer.vocab_size} ids, the language model {self.lm.vocab_size}; "
                 "use the tokenizer of these weights"
             )
+        check_stop(self.config.stop, self.lm.config.stop_head)
         if self.config.sample_rate not in (None, self.sample_rate):
             raise UserError(
                 f"the weight folder contradicts itself: config.json says {self.config.sample_rate} Hz, the Flow-VAE "

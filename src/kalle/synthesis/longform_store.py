@@ -136,7 +136,7 @@ def settings_of(long: LongForm) -> dict[str, Any]:
         "words": hashlib.sha256("\n".join(long.words(sentence.text)[0] for sentence in long.sentences).encode()).hexdigest(),
         "voice": _voice_hash(long.voice, long.voice.adapter or kalle.adapter),
         "model": hashlib.sha256((weights_hash(kalle.lm) + weights_hash(kalle.flowvae)).encode()).hexdigest(),
-        "stop": dataclasses.asdict(kalle.config.stop),
+        "stop": kalle.config.stop.to_dict(),
         "device": kalle.device.type,
         "dtype": str(next(kalle.lm.backbone.parameters()).dtype),
         "seed": long.seed,

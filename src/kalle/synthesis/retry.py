@@ -44,7 +44,7 @@ def allowed_retries(request: Request, retries: int) -> int:
     if not hasattr(retries, "__index__") or retries < 0:
         raise UserError(f"bad retries: got {retries!r}, expected an integer of at least 0; 0 keeps the first try whatever its ending")
     reproduces = request.quirks != ReleaseQuirks() or request.noise is not None or request.temperature == 0
-    return 0 if reproduces or request.stop.threshold <= 0 else int(retries)
+    return 0 if reproduces or request.stop.never else int(retries)
 
 
 def log_retry(speech: Speech, again: Request, number: int, allowed: int) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
+from kalle.models.next_frame import NextFrame
 
 StopReason = Literal["end", "max_frames", "repetition", "silence"]
 Ending = tuple[StopReason, "Frame | None"]
 """Why a row ended, and the end frame where there was one."""
 DEFAULT_MAX_FRAMES = 1000
+DEFAULT_STOP_PROBABILITY = 0.5
+"""The rule of a model with a stop head that stores none (MELLE, arXiv 2407.08551)."""
 
 
 @dataclass(frozen=True)
@@ -24,32 +27,68 @@ class StopRule:
     """When a predicted distribution counts as the end of speech.
 
     The end is where KL(prediction || N(1, e)), averaged over the dimensions, falls below ``threshold`` (nats) at a
-    0-based frame index above ``min_index``. A threshold of 0 never stops, for a divergence is not below it. UserError for a
-    threshold that is negative or not a number.
+    0-based frame index above ``min_index``. A threshold of 0 never stops, for a divergence is not below it. With ``probability`` the end
+    is instead where the model's stop head gives at least that, and ``threshold`` has no say. UserError for a threshold that is negative
+    or not a number, or a probability not in (0, 1].
     """
 
     threshold: float = 0.5
     min_index: int = 3
+    probability: float | None = field(default=None, kw_only=True)
+    """None, the divergence decides; else the model must have a stop head."""
 
     def __post_init__(self) -> None:
         if not hasattr(self.threshold, "__float__") or not self.threshold >= 0:
             raise UserError(f"bad stop threshold: got {self.threshold!r}, expected a number of at least 0; 0 never stops")
         if not hasattr(self.min_index, "__index__"):
             raise UserError(f"bad min_index of the stop rule: got {self.min_index!r}, expected an integer; correct it")
+        if self.probability is not None and not (hasattr(self.probability, "__float__") and 0 < self.probability <= 1):
+            raise UserError(f"bad stop probability: got {self.probability!r}, expected a number above 0, at most 1; correct it")
 
-    def stops(self, end_kl: float, index: int) -> bool:
-        """Whether the frame of 0-based ``index`` at ``end_kl`` nats from the end distribution is the end."""
-        return end_kl < self.threshold and index > self.min_index
+    @property
+    def never(self) -> bool:
+        """Whether it stops nothing."""
+        return self.probability is None and self.threshold <= 0
+
+    def stops(self, end_kl: float, index: int, stop_probability: float | None = None) -> bool:
+        """Whether the frame of 0-based ``index`` is the end, ``end_kl`` nats from the end distribution and with ``stop_probability``."""
+        if self.probability is None:
+            return end_kl < self.threshold and index > self.min_index
+        assert stop_probability is not None, "a stop rule by probability for a model without a stop head"
+        return stop_probability >= self.probability and index > self.min_index
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in config.json, without a probability that is not asked for, so that older programs read the rest."""
+        values = asdict(self)
+        if self.probability is None:
+            del values["probability"]
+        return values
+
+
+def default_stop(stop_head: bool) -> StopRule:
+    """The rule of a model that stores none, with or without a stop head."""
+    return StopRule(probability=DEFAULT_STOP_PROBABILITY) if stop_head else StopRule()
+
+
+def check_stop(stop: StopRule | None, stop_head: bool) -> None:
+    """UserError for a rule that looks at a stop head which is not there."""
+    if stop is not None and stop.probability is not None and not stop_head:
+        raise UserError(
+            f"this model has no stop head: got a stop rule by probability {stop.probability:g}, expected one by threshold; "
+            "use StopRule(threshold=…), or train with lm.stop_head=true"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
     """One step: ``z`` (D,) fp32 is the sample fed back, ``distribution`` (D,) the fp32 Gaussian it was drawn from,
-    ``end_kl`` that Gaussian's divergence from the end distribution in nats per dimension, NaN where ``z`` is not finite."""
+    ``end_kl`` that Gaussian's divergence from the end distribution in nats per dimension, NaN where ``z`` is not finite,
+    ``stop_probability`` what the stop head says of its being the end, None without a head."""
 
     z: Tensor
     distribution: DiagGaussian
     end_kl: float
+    stop_probability: float | None = None
 
 
 class FrameWatcher(Protocol):
@@ -111,7 +150,7 @@ class RowSampler:
         if not math.isfinite(frame.end_kl):
             raise _not_finite(frame, index, self.temperature)
         assert index < self.max_frames, f"frame {index} of a row that ended at its cap of {self.max_frames}"
-        if self._stop.stops(frame.end_kl, index):
+        if self._stop.stops(frame.end_kl, index, frame.stop_probability):
             return RowStep(None, ("end", frame))
         last = self.index == self.max_frames
         if last and self._drop_last:
@@ -132,12 +171,18 @@ def draw_frames(prediction: DiagGaussian, rows: Sequence[RowSampler]) -> list[Fr
     noise = torch.stack([row.temperature * row.noise() for row in rows])
     z = distribution.sample(noise)
     divergence = distribution.kl_to(DiagGaussian.end(distribution.mean)).mean(dim=-1)
+    logit = distribution.stop_logit if isinstance(distribution, NextFrame) else None
+    finite = z.isfinite().all(dim=-1)
     # Marked in the divergence, because reading a second value from an accelerator would cost a second wait.
-    end_kl = divergence.where(z.isfinite().all(dim=-1), torch.nan).tolist()
+    if logit is None:
+        ends = [(end_kl, None) for end_kl in divergence.where(finite, torch.nan).tolist()]
+    else:
+        end_kl = divergence.where(finite & logit.isfinite(), torch.nan)
+        ends = [tuple(pair) for pair in torch.stack([end_kl, logit.sigmoid()], dim=1).tolist()]
     # A frame that was a view would keep those of every other row in memory as long as itself.
     own = (lambda tensor: tensor) if len(rows) == 1 else Tensor.clone
     return [
-        Frame(own(z[row]), DiagGaussian(own(distribution.mean[row]), own(distribution.log_std[row])), end_kl[row])
+        Frame(own(z[row]), DiagGaussian(own(distribution.mean[row]), own(distribution.log_std[row])), *ends[row])
         for row in range(len(rows))
     ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kalle.errors import UserError
-from kalle.synthesis.row import DEFAULT_MAX_FRAMES, Ending, Frame, FrameWatcher, RowSampler, StopReason, StopRule
+from kalle.synthesis.row import DEFAULT_MAX_FRAMES, Ending, Frame, FrameWatcher, RowSampler, StopReason, StopRule, check_stop
 
 if TYPE_CHECKING:
     from kalle.models.lm import KalleLM
@@ -65,8 +65,11 @@ def generate(
     without either the sampling differs from call to call. ``stop=None`` never stops. ``max_frames`` defaults to the
     length of ``noise``, or to the 1000 steps of the release. With ``drop_last_frame_always`` the frame at the
     length cap is dropped too, as the release does. ``watcher`` sees every frame and may end the speech. UserError for a
-    bad value, before the first frame, and at a frame that is not finite.
+    bad value, a stop rule that needs a head ``lm`` lacks, before the first frame, and at a frame that is not finite.
     """
+    # Asked only where it matters, so that anything with ``prefill`` and ``step`` can be sampled from.
+    if stop is not None and stop.probability is not None:
+        check_stop(stop, lm.config.stop_head)
     check_context(lm, text_ids[None], prompt_latents, speaker_latent)
     row = RowSampler(
         lm.config.latent_dim,

@@ -72,7 +72,7 @@ def speak(lm: KalleLM, flowvae: FlowVAE, request: Request, converted: ConvertedM
 
 def watcher_of(flowvae: FlowVAE, request: Request) -> Watcher | None:
     """What ends ``request`` when it is stuck; None where the release is to be reproduced or the caller wants no stop at all."""
-    if not request.watch or request.quirks != ReleaseQuirks() or request.stop.threshold <= 0:
+    if not request.watch or request.quirks != ReleaseQuirks() or request.stop.never:
         return None
     return Watcher(lambda latents: decode_latents(flowvae, latents), flowvae.config.frame_rate_hz)
 
@@ -150,6 +150,7 @@ def assemble(
         latents=z.cpu().numpy(),
         log_std=distribution.log_std.cpu().numpy(),
         end_kl=np.array([frame.end_kl for frame in frames], dtype=np.float32),
+        stop_probability=np.array([f.stop_probability for f in frames if f.stop_probability is not None], dtype=np.float32),
         max_frames=request.max_frames,
         means=distribution.mean.cpu().numpy(),
         log_likelihood=distribution.log_prob(z).mean(dim=-1).cpu().numpy(),

@@ -63,7 +63,7 @@ class Speech:
     whether the frame is good speech or fits the text: a confident mistake scores high.
     """
     stop: StopRule = field(default_factory=StopRule)
-    """The stop rule that held; ``end_kl`` is to be read against its threshold."""
+    """The stop rule that held; ``end_kl`` is to be read against its threshold, or ``stop_probability`` against its probability."""
     attempts: tuple[Attempt, ...] = ()
     """Every try, in order; one of them is the result."""
     trimmed_seconds: float = 0.0
@@ -72,6 +72,8 @@ class Speech:
     """Repetition or silence that ``audio`` still ends with, because a stream had yielded it before that could be known."""
     warnings: tuple[str, ...] = ()
     """What a listener should know: a sentence each."""
+    stop_probability: FloatArray = field(default_factory=_unknown)
+    """(T,): what the stop head said of each frame's being the end; (0,) without a head."""
 
     @property
     def frames(self) -> int:

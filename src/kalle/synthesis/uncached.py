@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kalle.gaussian import DiagGaussian
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.next_frame import NextFrame
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class UncachedLM:
 
     def prefill(
         self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None
-    ) -> tuple[DiagGaussian, Prefix]:
+    ) -> tuple[NextFrame, Prefix]:
         """Predict the first new frame, as ``KalleLM.prefill`` does."""
         return self._predict(Prefix(text_ids, prompt_latents, speaker_latent))
 
-    def step(self, z: Tensor, state: Prefix) -> tuple[DiagGaussian, Prefix]:
+    def step(self, z: Tensor, state: Prefix) -> tuple[NextFrame, Prefix]:
         """Append the frame ``z`` (B, D) and predict the next: the distribution (B, D) and the new state; ``state`` is unchanged."""
         latents = z[:, None] if state.latents is None else torch.cat([state.latents.to(z), z[:, None]], dim=1)
         return self._predict(Prefix(state.text_ids, latents, state.speaker_latent))
 
-    def _predict(self, prefix: Prefix) -> tuple[DiagGaussian, Prefix]:
+    def _predict(self, prefix: Prefix) -> tuple[NextFrame, Prefix]:
         return self._lm.predict(prefix.text_ids, prefix.latents, prefix.speaker_latent), prefix

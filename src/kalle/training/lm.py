@@ -18,6 +18,7 @@ from kalle.checkpoint import check_fields
 from kalle.data.sampling import derived_seed
 from kalle.errors import UserError
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
+from kalle.losses.stop import stop_bce, stop_rows
 from kalle.models.batch import LMBatch
 from kalle.models.layout import Packing, RowLayout, check_documents_apart
 from kalle.models.lm import KalleLM
@@ -41,6 +42,11 @@ class LMObjective:
     input_noise: float = 0.0
     """Largest share k of noise mixed into the input latents, sqrt(k) eps + sqrt(1 - k) z with k ~ U(0, input_noise) per frame
     (CALM, arXiv 2509.06926); in units of the latents' own standard deviation. Training only."""
+
+    stop_weight: float = 1.0
+    """Weight of the stop head's cross-entropy, where the model has a stop head."""
+    stop_positive_weight: float = 100.0
+    """How often an end counts in it (MELLE, arXiv 2407.08551)."""
 
     reduction: Reduction = "global"
     """What several processes minimise: the means over the frames and utterances of all ranks together, so that the update is one
@@ -102,6 +108,8 @@ class KalleLMTraining(lightning.LightningModule):
         total = frames * losses["frame_kl"] + utterances * self.objective.end_weight * losses["end_kl"]
         if "speaker_kl" in losses:
             total = total + utterances * self.objective.speaker_weight * losses["speaker_kl"]
+        if "stop_bce" in losses:
+            total = total + global_weight(stop_rows(batch.latent_lengths)) * self.objective.stop_weight * losses["stop_bce"]
         return total
 
     @property
@@ -112,11 +120,15 @@ class KalleLMTraining(lightning.LightningModule):
     def losses(self, batch: LMBatch, layout: RowLayout | None = None) -> dict[str, Tensor]:
         """``total`` and its parts for ``batch``, computed in the rows of ``layout``."""
         layout = layout or self.lm.layout(batch, self.packing)
-        loss = next_distribution_loss(self.lm(batch, layout), batch, self.objective.direction, self.objective.end_weight)
+        prediction = self.lm(batch, layout)
+        loss = next_distribution_loss(prediction, batch, self.objective.direction, self.objective.end_weight)
         losses = {"total": loss.total, "frame_kl": loss.frame_kl, "end_kl": loss.end_kl}
         if batch.speaker_mels is not None:
             losses["speaker_kl"] = speaker_kl(self.lm.encode_speaker(batch.speaker_mels))
             losses["total"] = losses["total"] + self.objective.speaker_weight * losses["speaker_kl"]
+        if prediction.stop_logit is not None:
+            losses["stop_bce"] = stop_bce(prediction.stop_logit, batch.latent_lengths, self.objective.stop_positive_weight)
+            losses["total"] = losses["total"] + self.objective.stop_weight * losses["stop_bce"]
         return losses
 
     def augmented(self, batch: LMBatch, step: Sequence[int] = (0,)) -> LMBatch:
@@ -142,12 +154,14 @@ class KalleLMTraining(lightning.LightningModule):
     def validation_step(self, batch: LMBatch, batch_idx: int) -> None:
         """Losses on held-out utterances, and the same with every text swapped for another's.
 
-        The KL is averaged over the frames of the whole split, everything else over its utterances.
+        The KL is averaged over the frames of the whole split, the stop head's loss over those and the ends, everything else over its
+        utterances.
         """
         metrics = {f"val/{name}": value for name, value in self.losses(batch).items()}
         if len(batch.text_ids) > 1:
             swapped = dataclasses.replace(batch, text_ids=batch.text_ids.roll(1, 0), text_lengths=batch.text_lengths.roll(1, 0))
             metrics["val/frame_kl_swapped_text"] = self.losses(swapped)["frame_kl"]
-        frames = int(batch.latent_lengths.sum())
+        frames, utterances = int(batch.latent_lengths.sum()), len(batch.text_ids)
+        counts = {"val/frame_kl": frames, "val/frame_kl_swapped_text": frames, "val/stop_bce": frames + utterances}
         for name, value in metrics.items():
-            self.log(name, value, batch_size=frames if "frame_kl" in name else len(batch.text_ids), sync_dist=True)
+            self.log(name, value, batch_size=counts.get(name, utterances), sync_dist=True)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kalle.models.flowvae import FlowVAE
-from kalle.synthesis.sampling import StopRule, generate
+from kalle.synthesis.row import StopRule, default_stop
+from kalle.synthesis.sampling import generate
 from kalle.text.prompt import prompt_ids
 from kalle.text.tokenizer import Tokenizer
 from kalle.training.lm import KalleLMTraining
@@ -19,7 +20,8 @@ def speech_sampler(flowvae: FlowVAE, tokenizer: Tokenizer, seed: int, max_frames
     def sample(module: KalleLMTraining, text: str) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         ids = prompt_ids(tokenizer, text).to(module.device)
-        frames = list(generate(module.lm, ids, generator=generator, stop=stop or StopRule(), max_frames=max_frames))
+        rule = stop or default_stop(module.lm.config.stop_head)
+        frames = list(generate(module.lm, ids, generator=generator, stop=rule, max_frames=max_frames))
         if not frames:
             return torch.zeros(0)
         z = torch.stack([frame.z for frame in frames])[None].cpu()
