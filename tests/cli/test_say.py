@@ -181,3 +181,18 @@ def test_a_speech_that_never_began_is_an_error(model: Path, tmp_path: Path, caps
     assert say(model, "Hi", "-o", tmp_path / "out.wav") == 2
     assert "before its first frame" in capsys.readouterr().err
     assert not (tmp_path / "out.wav").exists()
+
+
+def test_guidance_is_that_of_the_library_in_one_request_and_in_sentences(model: Path, tmp_path: Path, capsys) -> None:
+    out, kalle = tmp_path / "out.wav", Kalle.from_pretrained(model, "cpu")
+    assert say(model, "Hello.", "-o", out, "--seed", 4, "--max-seconds", 0.8, "--guidance", 2.5) == 0
+    expected = kalle.synthesize("Hello.", seed=4, max_seconds=0.8, guidance=2.5)
+    assert not np.array_equal(expected.audio, kalle.synthesize("Hello.", seed=4, max_seconds=0.8).audio)
+    np.testing.assert_allclose(read_audio(out), expected.pcm16() / 32768, atol=1e-6)
+    assert say(model, "Hello.", "-o", out, "--guidance", -1) == 2
+    assert "bad guidance: got -1.0" in capsys.readouterr().err
+    audio = []
+    for guidance in (1.0, 2.5):
+        assert say(model, "Hello.", "-o", out, "--seed", 4, "--max-seconds", 0.8, "--guidance", guidance, "--srt") == 0
+        audio.append(read_audio(out))
+    assert not np.array_equal(*audio)

@@ -114,7 +114,9 @@ def test_start_from_text_weights(train, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stop_head_is_taught_to_weights_that_have_none(train, toy_weights: Path) -> None:
     frozen = "freeze=[backbone.*,audio_linear.*,distribution_linear.*]"
-    run = train(f"init={toy_weights}", "lm.stop_head=true", frozen, "compact_vocabulary=false", f"flowvae={toy_weights}", "packing=true")
+    run = train(
+        f"init={toy_weights}", "lm.stop_head=true", frozen, "compact_vocabulary=false", f"flowvae.folder={toy_weights}", "packing=true"
+    )
     before, after = load_file(toy_weights / "lm" / "model.safetensors"), weights(run)
     assert after.keys() - before.keys() == {"stop_head.weight", "stop_head.bias"}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

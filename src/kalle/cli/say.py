@@ -14,6 +14,7 @@ from kalle.cli.say_options import (
     AdapterOption,
     DeviceOption,
     DtypeOption,
+    GuidanceOption,
     KeepPartsOption,
     LanguageOption,
     MaxSecondsOption,
@@ -76,6 +77,7 @@ def say(
     restart: RestartOption = False,
     keep_parts: KeepPartsOption = False,
     adapter: AdapterOption = None,
+    guidance: GuidanceOption = 1.0,
 ) -> None:
     """Speak a text into a file, in a voice that the model makes up, a recording's or a stored one.
 
@@ -96,7 +98,7 @@ def say(
         quirks = ReleaseQuirks.release() if release_exact else None
         options = LongFormOptions(
             language, normalise, pause, paragraph_pause, rolling=rolling,
-            temperature=temperature, max_seconds=max_seconds, quirks=quirks, retries=retries,
+            temperature=temperature, max_seconds=max_seconds, quirks=quirks, retries=retries, guidance=guidance,
         )  # fmt: skip
         words, why = plan(written, language, normalise, from_file=text_file is not None, srt=srt)
         check_files(output, long=why is not None, plot=plot, srt=srt)
@@ -105,7 +107,9 @@ def say(
         chosen = adapted(kalle, choose_voice(kalle, prompt_audio, prompt_text, voice), adapter)
         if why is None:
             tell_without_effect(options, restart, keep_parts)
-            speak_to_file(kalle, words, output, chosen, seed, temperature, max_seconds, quirks, retries, plot=plot, written=written)
+            speak_to_file(
+                kalle, words, output, chosen, seed, temperature, max_seconds, quirks, retries, guidance, plot=plot, written=written
+            )
             return
         from kalle.cli.say_long import speak_long_to_file
 

@@ -43,6 +43,7 @@ def speak_to_file(
     max_seconds: float | None = None,
     quirks: ReleaseQuirks | None = None,
     retries: int = 1,
+    guidance: float = 1.0,
     *,
     plot: Path | None = None,
     written: str | None = None,
@@ -52,7 +53,9 @@ def speak_to_file(
     ``plot`` is a picture to draw beside; ``written`` is the text before normalisation.
     """
     started = time.perf_counter()
-    speech = kalle.synthesize(text, voice, seed=seed, temperature=temperature, max_seconds=max_seconds, quirks=quirks, retries=retries)
+    speech = kalle.synthesize(
+        text, voice, seed=seed, temperature=temperature, max_seconds=max_seconds, quirks=quirks, retries=retries, guidance=guidance
+    )
     elapsed = time.perf_counter() - started
     if not speech.frames:
         raise UserError(

@@ -198,7 +198,20 @@ class KalleLM(nn.Module):
         ``text_ids`` (B, L) int64 without padding, ``prompt_latents`` (B, P, D), ``speaker_latent`` (B, H).
         Returns the distribution (B, D) and the state for ``step``.
         """
-        return self._extend(self._context(text_ids, prompt_latents, speaker_latent), LMState(DynamicCache()))
+        hidden, state = self.read(text_ids, prompt_latents, speaker_latent)
+        return self._head(hidden), state
+
+    def read(self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> tuple[Tensor, LMState]:
+        """As ``prefill``, with the last position's hidden state (B, H) in place of what ``predict_from`` makes of it."""
+        return self._advance(self._context(text_ids, prompt_latents, speaker_latent), LMState(DynamicCache()))
+
+    def append(self, z: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        """As ``step``, with the hidden state (B, H) of the new position in place of what ``predict_from`` makes of it."""
+        return self._advance(self._embed_latents(z[:, None]), state)
+
+    def predict_from(self, hidden: Tensor) -> NextFrame:
+        """The prediction (..., D) that belongs to hidden states (..., H)."""
+        return self._head(hidden)
 
     def predict(self, text_ids: Tensor, latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> NextFrame:
         """The distribution (B, D) of the frame after ``latents``, from the whole context and with no cache; shapes as in ``prefill``."""
@@ -245,6 +258,10 @@ class KalleLM(nn.Module):
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
     def _extend(self, embeddings: Tensor, state: LMState) -> tuple[NextFrame, LMState]:
+        hidden, state = self._advance(embeddings, state)
+        return self._head(hidden), state
+
+    def _advance(self, embeddings: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         new = embeddings.shape[1]
         hidden = self.backbone(
             inputs_embeds=embeddings,
@@ -253,7 +270,7 @@ class KalleLM(nn.Module):
             past_key_values=state.cache,
             use_cache=True,
         ).last_hidden_state
-        return self._head(hidden[:, -1]), state
+        return hidden[:, -1], state
 
     def _embed_latents(self, z: Tensor) -> Tensor:
         with without_autocast(z.device):

@@ -13,6 +13,7 @@ from kalle.errors import UserError
 from kalle.models.lm import KalleLM
 from kalle.models.lm_state import LMState
 from kalle.models.next_frame import NextFrame
+from kalle.synthesis.guidance import NO_GUIDANCE
 from kalle.synthesis.row import Ending, Frame, FrameWatcher, RowSampler, RowStep, StopReason, check_stop, draw_frames
 from kalle.synthesis.sampling import check_context
 from kalle.synthesis.speak import Request
@@ -99,6 +100,8 @@ class BatchedGenerator:
         """
         if request.quirks.changes_model:
             raise UserError("a batch runs one model: got a request with quirks config_dtype or no_cache, expected neither; speak it alone")
+        if request.guidance != NO_GUIDANCE:
+            raise UserError(f"a batch is not guided: got a request with guidance {request.guidance!r}, expected 1; speak it alone")
         if request.adapter is not None:
             raise UserError("a batch runs one model: got a request with an adapter, expected none; `Kalle.synthesize_batch` sorts them")
         check_stop(request.stop, self._lm.config.stop_head)

@@ -22,6 +22,7 @@ from kalle.models.lm import KalleLM
 from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.batching import DEFAULT_FRAME_BUDGET
 from kalle.synthesis.folder import FolderConfig, load_tokenizer, read_folder
+from kalle.synthesis.guidance import NO_GUIDANCE
 from kalle.synthesis.length import cap_frames, cap_seconds, check_length
 from kalle.synthesis.quirks import RELEASED_STEPS, ConvertedModels, ReleaseQuirks
 from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES, DEFAULT_RETRIES, SpeechRequest
@@ -181,6 +182,7 @@ class Kalle:
         stop: StopRule | None = None,
         quirks: ReleaseQuirks | None = None,
         retries: int = DEFAULT_RETRIES,
+        guidance: float = NO_GUIDANCE,
     ) -> Speech:
         """Speak ``text``; ``SpeechRequest`` explains the arguments.
 
@@ -188,7 +190,7 @@ class Kalle:
         by default at what slow speech of the text does not reach; ``Speech.stop_reason`` tells whether it did.
         UserError for empty text, one too long for a request (``speak_long`` speaks it), a voice that doesn't fit and bad values.
         """
-        return self.speak(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, quirks, retries))
+        return self.speak(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, quirks, retries, guidance))
 
     def speak(self, request: SpeechRequest) -> Speech:
         """``synthesize`` for a whole request."""
@@ -218,6 +220,7 @@ class Kalle:
         stop: StopRule | None = None,
         latency_frames: int | None = None,
         chunk_frames: int = DEFAULT_CHUNK_FRAMES,
+        guidance: float = NO_GUIDANCE,
     ) -> SpeechStream:
         """Speak ``text`` and yield audio, float32 (n,), while the frames are being generated.
 
@@ -226,7 +229,7 @@ class Kalle:
         ``latency_frames`` + 1 are there. What was heard can't be taken back: a bad ending is not tried again, and
         speech that turns out to be stuck is cut only as far as it has not been yielded (``Speech.stuck_seconds`` says how much was).
         """
-        request = self.resolve(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, retries=0))
+        request = self.resolve(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, retries=0, guidance=guidance))
         return SpeechStream(self.lm, self.flowvae, self.streaming_decoder(latency_frames), request, chunk_frames)
 
     def streaming_decoder(self, latency_frames: int | None = None) -> StreamingDecoder:
@@ -260,7 +263,7 @@ class Kalle:
         cap = min(cap, self._free_positions(used))
         stop = quirks.stop_rule(request.stop, self.config.stop)
         adapter = self._adapter(voice)
-        return Request(ids, cap, seed, prompt, speaker, request.temperature, stop, quirks, adapter=adapter)
+        return Request(ids, cap, seed, prompt, speaker, request.temperature, stop, quirks, adapter=adapter, guidance=request.guidance)
 
     def _adapter(self, voice: Voice | None) -> Adapter | None:
         if voice is not None and voice.adapter is not None:

@@ -176,6 +176,7 @@ class LongForm:
             voice,
             seed=seed,
             temperature=options.temperature,
+            guidance=options.guidance,
             max_seconds=options.max_seconds,
             quirks=options.quirks,
             retries=options.retries,

@@ -9,6 +9,7 @@ import numpy as np
 
 from kalle.audio import Audio
 from kalle.errors import UserError
+from kalle.synthesis.guidance import NO_GUIDANCE
 from kalle.synthesis.quirks import ReleaseQuirks
 from kalle.synthesis.request import DEFAULT_RETRIES
 from kalle.synthesis.speech import FloatArray
@@ -41,6 +42,7 @@ class LongFormOptions:
     quirks: ReleaseQuirks | None = None
     retries: int = DEFAULT_RETRIES
     """How often a bad ending is tried again with another seed."""
+    guidance: float = NO_GUIDANCE
 
     def __post_init__(self) -> None:
         for name in ("pause_s", "paragraph_pause_s", "fade_s", "max_prompt_s", "max_gain_db"):

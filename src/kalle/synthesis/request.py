@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from kalle.errors import UserError
+from kalle.synthesis.guidance import NO_GUIDANCE
 from kalle.synthesis.quirks import ReleaseQuirks
 from kalle.synthesis.sampling import StopRule
 from kalle.synthesis.voice import Voice
@@ -38,12 +39,16 @@ class SpeechRequest:
     """Habits of the release to reproduce; None for none of them."""
     retries: int = DEFAULT_RETRIES
     """How often a bad ending (anything but "end") is tried again with another seed; every try is in ``Speech.attempts``."""
+    guidance: float = NO_GUIDANCE
+    """How far each prediction goes from what the model would predict without the words; 1 is its own, more follows the text more
+    closely, at twice the cost. For models trained with objective.text_drop."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise UserError(f"bad text: got {_type(self.text)}, expected a str; decode bytes with .decode('utf-8')")
         check_voice_given(self.voice)
-        for name, value in (("temperature", self.temperature), ("length cap", 1.0 if self.max_seconds is None else self.max_seconds)):
+        numbers = {"temperature": self.temperature, "length cap": 1.0 if self.max_seconds is None else self.max_seconds}
+        for name, value in (numbers | {"guidance": self.guidance}).items():
             if not isinstance(value, Real):
                 raise UserError(f"bad {name}: got {value!r}, expected a number")
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kalle.errors import UserError
+from kalle.synthesis.guidance import NO_GUIDANCE, guided
 from kalle.synthesis.row import DEFAULT_MAX_FRAMES, Ending, Frame, FrameWatcher, RowSampler, StopReason, StopRule, check_stop
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def generate(
     stop: StopRule | None = _DEFAULT_STOP,
     max_frames: int | None = None,
     temperature: float = 1.0,
+    guidance: float = NO_GUIDANCE,
     drop_last_frame_always: bool = False,
     watcher: FrameWatcher | None = None,
 ) -> Generation:
@@ -63,7 +65,8 @@ def generate(
     mean + temperature * noise_t * std, with ``noise`` (max_frames, D) used in order or, without it, one fp32 draw of D
     values per frame from ``generator``, which must live on the CPU so that a seed means the same on every device;
     without either the sampling differs from call to call. ``stop=None`` never stops. ``max_frames`` defaults to the
-    length of ``noise``, or to the 1000 steps of the release. With ``drop_last_frame_always`` the frame at the
+    length of ``noise``, or to the 1000 steps of the release. ``guidance`` other than 1 moves each prediction away from what ``lm`` would
+    predict without the words (`GuidedLM`), at twice the cost. With ``drop_last_frame_always`` the frame at the
     length cap is dropped too, as the release does. ``watcher`` sees every frame and may end the speech. UserError for a
     bad value, a stop rule that needs a head ``lm`` lacks, before the first frame, and at a frame that is not finite.
     """
@@ -81,7 +84,7 @@ def generate(
         drop_last_frame_always=drop_last_frame_always,
         watcher=watcher,
     )
-    return Generation(_frames(lm, text_ids, prompt_latents, speaker_latent, row))
+    return Generation(_frames(guided(lm, guidance), text_ids, prompt_latents, speaker_latent, row))
 
 
 def check_context(lm: KalleLM, text_ids: Tensor, prompt_latents: Tensor | None, speaker_latent: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
 from kalle.synthesis.adapter import Adapter
+from kalle.synthesis.guidance import NO_GUIDANCE
 from kalle.synthesis.quirks import ConvertedModels, ReleaseQuirks
 from kalle.synthesis.row import Frame, FrameWatcher, StopRule
 from kalle.synthesis.sampling import Generation, generate
@@ -46,6 +47,14 @@ class Request:
     """Applied to the language model for this request alone."""
     watch: bool = True
     """Stop when the model says the same, or nothing, for seconds; quirks and a threshold of 0 switch it off too."""
+
+    guidance: float = NO_GUIDANCE
+    """How far from what the model would say without the words; 1 is its own prediction."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other request can share a batch with it."""
+        return self.quirks.changes_model or self.guidance != NO_GUIDANCE
 
     @property
     def heard_prompt(self) -> Tensor | None:
@@ -98,6 +107,7 @@ def start(
         stop=request.stop,
         max_frames=request.max_frames,
         temperature=request.temperature,
+        guidance=request.guidance,
         drop_last_frame_always=request.quirks.drop_last_frame_always,
         watcher=watcher,
     )

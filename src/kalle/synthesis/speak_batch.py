@@ -64,12 +64,12 @@ def _round(
 ) -> Iterator[tuple[int, Speech]]:
     """One try of each of ``requests``; every row is decoded as it ends, so that its frames need not wait in memory.
 
-    Those of one adapter are spoken together, one adapter after the other; a request whose quirks need another model comes last, alone.
+    Those of one adapter are spoken together, one adapter after the other; one that is guided, or of another model, comes last, alone.
     """
     numbers = list(indices)
     for together in _groups(requests):
         yield from _together(lm, flowvae, [(numbers[index], requests[index]) for index in together], frame_budget)
-    for index in [index for index, request in enumerate(requests) if request.quirks.changes_model]:
+    for index in [index for index, request in enumerate(requests) if request.alone]:
         try:
             yield numbers[index], speak(lm, flowvae, requests[index], converted)
         except UserError as error:
@@ -80,7 +80,7 @@ def _groups(requests: Sequence[Request]) -> list[list[int]]:
     """Indices of the requests that can share a batch, by their adapter, in the order of their first."""
     groups: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
-        if not request.quirks.changes_model:
+        if not request.alone:
             groups.setdefault(id(request.adapter), []).append(index)
     return list(groups.values())
 

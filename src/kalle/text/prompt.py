@@ -37,6 +37,12 @@ def prompt_ids(tokenizer: Tokenizer, text: str, prompt_text: str | None = None, 
     return torch.tensor(ids + [tokenizer.special(name) for name in BEFORE_SPEECH], dtype=torch.int64)
 
 
+def without_text(ids: Tensor) -> Tensor:
+    """``ids`` (..., L) of ``prompt_ids`` without their words: beginning of text and the two tokens before speech, (..., 3)."""
+    assert ids.shape[-1] > len(BEFORE_SPEECH), f"{ids.shape[-1]} ids hold no prompt"
+    return torch.cat([ids[..., :1], ids[..., -len(BEFORE_SPEECH) :]], dim=-1)
+
+
 def check_text(text: str, name: str) -> None:
     """A UserError when ``text`` has nothing to say, is no Unicode, or has a control character other than white space."""
     found = _UNSPEAKABLE.search(text)

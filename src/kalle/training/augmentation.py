@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kalle.data.sampling import derived_seed
 from kalle.models.batch import LMBatch
+from kalle.text.prompt import without_text
 
 
 def visit_generators(batch: LMBatch, seed: int, step: Sequence[int]) -> list[torch.Generator]:
@@ -31,6 +32,22 @@ def drop_speakers(batch: LMBatch, probability: float, generators: Sequence[torch
     if batch.speaker_mels is None or bool(kept.all()):
         return batch
     return dataclasses.replace(batch, speaker_kept=kept.to(batch.text_lengths.device))
+
+
+def drop_texts(batch: LMBatch, probability: float, generators: Sequence[torch.Generator]) -> LMBatch:
+    """Have each utterance read without its words (`without_text`) with ``probability``, for classifier-free guidance.
+
+    Such a row is as much shorter as its words were long. One number is drawn from each generator where ``probability`` is not 0.
+    """
+    if probability == 0:
+        return batch
+    dropped = [row for row, generator in enumerate(generators) if float(torch.rand((), generator=generator)) < probability]
+    ids, lengths = batch.text_ids.clone(), batch.text_lengths.clone()
+    for row in dropped:
+        kept = without_text(batch.text_ids[row, : int(batch.text_lengths[row])])
+        ids[row] = 0
+        ids[row, : len(kept)], lengths[row] = kept, len(kept)
+    return dataclasses.replace(batch, text_ids=ids, text_lengths=lengths)
 
 
 def add_input_noise(

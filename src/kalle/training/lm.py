@@ -22,7 +22,7 @@ from kalle.losses.stop import stop_bce, stop_rows
 from kalle.models.batch import LMBatch
 from kalle.models.layout import Packing, RowLayout, check_documents_apart
 from kalle.models.lm import KalleLM
-from kalle.training.augmentation import add_input_noise, drop_speakers, visit_generators
+from kalle.training.augmentation import add_input_noise, drop_speakers, drop_texts, visit_generators
 from kalle.training.reduction import REDUCTIONS, Reduction, global_weight
 from kalle.training.trainable import draws_dropout, parameter_groups
 
@@ -39,6 +39,8 @@ class LMObjective:
     speaker_weight: float = 0.1
     speaker_drop: float = 0.0
     """Probability that an utterance is trained without its speaker position."""
+    text_drop: float = 0.0
+    """Probability that an utterance is trained without its words, which makes guidance at synthesis possible (arXiv 2207.12598)."""
     input_noise: float = 0.0
     """Largest share k of noise mixed into the input latents, sqrt(k) eps + sqrt(1 - k) z with k ~ U(0, input_noise) per frame
     (CALM, arXiv 2509.06926); in units of the latents' own standard deviation. Training only."""
@@ -54,6 +56,8 @@ class LMObjective:
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
+        if not 0 <= self.text_drop <= 1:
+            raise UserError(f"objective.text_drop: got {self.text_drop}, expected a probability from 0 to 1; correct it")
         if self.reduction not in REDUCTIONS:
             raise UserError(f"objective.reduction: got {self.reduction!r}, expected one of {', '.join(REDUCTIONS)}; correct it")
 
@@ -132,13 +136,16 @@ class KalleLMTraining(lightning.LightningModule):
         return losses
 
     def augmented(self, batch: LMBatch, step: Sequence[int] = (0,)) -> LMBatch:
-        """``batch`` with speakers dropped and input noise; ``step`` is used where the batch does not say which visits it holds."""
-        if self.objective.input_noise == 0 and (self.objective.speaker_drop == 0 or batch.speaker_mels is None):
+        """``batch`` with speakers and texts dropped and input noise; ``step`` is used where it does not say which visits it holds."""
+        idle = self.objective.input_noise == self.objective.text_drop == 0
+        if idle and (self.objective.speaker_drop == 0 or batch.speaker_mels is None):
             return batch
         generators = visit_generators(batch, self.seed, step)
         batch = drop_speakers(batch, self.objective.speaker_drop, generators)
         mean, std = (self.lm.latent_mean, self.lm.latent_std) if self.lm.config.normalise_latents else (0.0, 1.0)
-        return add_input_noise(batch, self.objective.input_noise, mean, std, generators)
+        batch = add_input_noise(batch, self.objective.input_noise, mean, std, generators)
+        # The last to draw, so that the noise of a visit is the same with and without.
+        return drop_texts(batch, self.objective.text_drop, generators)
 
     @contextmanager
     def _seeded_dropout(self, step: Sequence[int]) -> Iterator[None]:
