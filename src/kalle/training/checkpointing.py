@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from pathlib import Path
@@ -171,6 +172,9 @@ class LastCheckpoint(Checkpoint):
         value = float(trainer.callback_metrics[self.best])
         sign = 1 if self.best_mode == "min" else -1
         # A validation that is repeated after a resume finds its own value again, and must end alike.
+        if math.isnan(value):
+            logger.warning("step %d: %s is not a number and so not the best", trainer.global_step, self.best)
+            return
         if self._best_value is None or sign * value < sign * self._best_value:
             self._best_value = value
             path = step_path(self.folder, trainer.global_step)
