@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -72,8 +73,20 @@ def test_a_dry_run_counts_and_writes_nothing(stage: str, lm_overrides, flowvae_o
 def test_a_dry_run_of_the_full_model_is_cheap(lm_overrides: list[str], tmp_path: Path, capsys) -> None:
     data = next(word for word in lm_overrides if word.startswith("data.latents"))
     words = ["lm=full", "lm.latent_dim=4", "tokenizer=bytes", data, "device=cpu", f"out={tmp_path / 'run'}"]
-    assert main(["train", "lm", *words, "--dry-run"]) == 0
+    assert main(["train", "lm", *words, "compact_vocabulary=false", "--dry-run"]) == 0
     assert "1235.9 M parameters" in capsys.readouterr().out
+    assert main(["train", "lm", *words, "lora=default", "packing=true", "activation_checkpointing=true", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "1247.1 M parameters, 11.3 M trained" in said
+    assert "packed rows of" in said
+
+
+def test_a_dry_run_knows_mixes(lm_overrides: list[str], tmp_path: Path, capsys) -> None:
+    folder = next(word for word in lm_overrides if word.startswith("data.latents")).partition("=")[2]
+    shutil.copytree(folder, tmp_path / "other")
+    mix = [f"data.latents=[{folder},{tmp_path / 'other'}]", "data.mix=equal", f"out={tmp_path / 'run'}"]
+    assert main(["train", "lm", *lm_overrides, *mix, "--dry-run"]) == 0
+    assert "data: train 24 utterances" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -178,9 +191,10 @@ def checkpointed(tmp_path: Path, values: list[float], **options: object) -> ligh
     return trainer
 
 
+@pytest.mark.parametrize("first", [3.0, float("nan")])
 @pytest.mark.parametrize(("mode", "step"), [("min", 4), ("max", 6)])
-def test_the_best_state_outlives_the_newest(mode: str, step: int, tmp_path: Path) -> None:
-    checkpointed(tmp_path, [3.0, 1.0, 4.0, 2.0], best="val/loss", best_mode=mode, keep=1)
+def test_the_best_state_outlives_the_newest(mode: str, step: int, first: float, tmp_path: Path) -> None:
+    checkpointed(tmp_path, [first, 1.0, 4.0, 2.0], best="val/loss", best_mode=mode, keep=1)
     assert torch.load(tmp_path / BEST, weights_only=True)["global_step"] == step
     assert [path.name for path in step_paths(tmp_path)] == ["step-00000008.ckpt"]
     assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 8

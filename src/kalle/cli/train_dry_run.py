@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import nn
 
+    from kalle.data.datamodules import LMDataModule
+    from kalle.models.layout import Packing
     from kalle.models.lm import KalleLM
+    from kalle.models.lora import LoRAConfig
 
 FLAG = "--dry-run"
 
@@ -22,37 +25,90 @@ def dry_run_lm(config: DictConfig) -> Plan:
     """The plan of a language-model training, printed."""
     from hydra.utils import instantiate
 
-    from kalle.data.shards import read_info
+    from kalle.cli.train_lm_model import packing_of, tokens_to_train
     from kalle.training.footprint import lm_footprint, without_storage
 
     data = _data(config)
-    info = read_info(data.latents)
+    info = data.info()
     with without_storage() as storageless:
-        lm = _empty_lm(config)
-    check_vocabulary(lm.vocab_size, data.tokenizer)
-    check_latents(lm, info, config.init)
-    check_speaker(lm, data.speaker)
+        lm = _empty_lm(config, data.tokenizer.vocab_size)
+        check_vocabulary(lm.vocab_size, data.tokenizer)
+        check_latents(lm, info, config.init)
+        check_speaker(lm, data.speaker)
+        lm = _choose_parts(config, lm)
     instantiate(config.objective)
-    dataset, batches = data.dataset("train"), data.plan("train", shuffle=True)(0)
-    text, audio = dataset.text_lengths, dataset.audio_lengths
-    items, longest_text, longest_audio = max(
-        ((len(batch), int(text[batch].max()), int(audio[batch].max())) for batch in batches), key=lambda size: size[0] * sum(size[1:])
-    )
+    rows, text, frames = largest_rows(data, packing_of(config))
+    unit = "packed rows" if config.packing else "utterances"
     with storageless:
-        footprint = lm_footprint(lm, items, longest_text, longest_audio)
-    return _print(config, "lm", [lm], data, footprint)
+        footprint = lm_footprint(lm, rows, text, frames, unit)
+    tokens = tokens_to_train(config.compact_vocabulary, lm, data)
+    unused = 0 if tokens is None else (lm.vocab_size - len(tokens)) * lm.hidden_size
+    return _print(config, "lm", [lm], data, footprint, unused if lm.backbone.embed_tokens.weight.requires_grad else 0)
 
 
-def _empty_lm(config: DictConfig) -> KalleLM:
+def _empty_lm(config: DictConfig, tokens: int) -> KalleLM:
     from hydra.utils import instantiate
 
     from kalle.checkpoint import CONFIG_NAME, part_folder, read_json
+    from kalle.cli.train_lm_model import check_start
+    from kalle.convert.llama import with_text_backbone
     from kalle.models.lm import KalleLM, KalleLMConfig
 
-    if config.init is None:
-        return KalleLM(instantiate(config.lm, _convert_="all"))
-    path = part_folder(config.init, "lm") / CONFIG_NAME
-    return KalleLM(KalleLMConfig.from_dict(read_json(path), str(path)))
+    check_start(config)
+    if config.init is not None:
+        path = part_folder(config.init, "lm") / CONFIG_NAME
+        return KalleLM(KalleLMConfig.from_dict(read_json(path), str(path)))
+    wanted = instantiate(config.lm, _convert_="all")
+    return KalleLM(wanted if config.init_text is None else with_text_backbone(wanted, config.init_text, tokens))
+
+
+def _choose_parts(config: DictConfig, lm: KalleLM) -> KalleLM:
+    """``lm`` with what of it trains, and the activations it keeps."""
+    from hydra.utils import instantiate
+
+    from kalle.models.speed import recompute_activations
+    from kalle.training.trainable import freeze
+
+    if config.get("lora") is not None:
+        lm = _with_adapters(lm, instantiate(config.lora, _convert_="all"))
+    freeze(lm, list(config.freeze))
+    if config.activation_checkpointing:
+        recompute_activations(lm)
+    return lm
+
+
+def _with_adapters(lm: KalleLM, config: LoRAConfig) -> KalleLM:
+    """What ``add_lora`` makes, in shapes alone."""
+    import torch
+
+    from kalle.models.lora import matching_parameters, target_layers
+    from kalle.models.low_rank import FACTORS, new_factors, with_low_rank
+
+    also = matching_parameters(lm, config.also_train, "lora.also_train")
+    adapted = with_low_rank(lm, new_factors(target_layers(lm, config.targets), config.rank, torch.Generator()), config.scale)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(name.endswith(FACTORS) or name in also)
+    return adapted
+
+
+def largest_rows(data: LMDataModule, packing: Packing | None) -> tuple[int, int, int]:
+    """Rows, text positions and frames of the batch of the first epoch that computes most; in packed rows text and frames are shares."""
+    import torch
+
+    from kalle.models.layout import packed_layout
+
+    dataset, found = data.dataset("train"), []
+    texts, audios = dataset.text_lengths, dataset.audio_lengths
+    for batch in data.plan("train", shuffle=True)(0):
+        items = [visit % len(dataset) for visit in batch]
+        text, audio = texts[items], audios[items]
+        if packing is None:
+            found.append((len(items), int(text.max()), int(audio.max())))
+        else:
+            layout = packed_layout(torch.from_numpy(text + audio), packing)
+            read = max(1, round(layout.width * int(text.sum()) / int((text + audio).sum())))
+            found.append((layout.rows, read, layout.width - read))
+    return max(found, key=lambda size: size[0] * sum(size[1:]))
 
 
 def dry_run_flowvae(config: DictConfig) -> Plan:
@@ -85,12 +141,13 @@ def _data(config: DictConfig) -> Any:
     return instantiate(config.data, cache=False, num_workers=0, _convert_="all")
 
 
-def _print(config: DictConfig, stage: str, modules: list[nn.Module], data: Any, footprint: Any) -> Plan:
+def _print(config: DictConfig, stage: str, modules: list[nn.Module], data: Any, footprint: Any, unused: int = 0) -> Plan:
+    """``unused`` parameters are neither trained nor kept with the model."""
     from kalle.training.checkpoint_files import resume_path
 
     every = [parameter for module in modules for parameter in module.parameters()]
-    count = sum(parameter.numel() for parameter in every)
-    trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+    count = sum(parameter.numel() for parameter in every) - unused
+    trained = sum(parameter.numel() for parameter in every if parameter.requires_grad) - unused
     checkpoint = resume_path(config.resume, Path(config.out) / "checkpoints")
     plan = make_plan(config, stage, (count, trained), data, checkpoint, footprint)
     sys.stdout.write(f"kalle train {stage}: {count / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, {plan.precision}\n")

@@ -12,6 +12,7 @@ from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from torch import Tensor
 
     from kalle.models.layout import Packing
     from kalle.models.lm import KalleLM
@@ -33,6 +34,12 @@ class Adapters:
     base_hash: str
 
 
+def check_start(config: DictConfig) -> None:
+    """A UserError for two starts at once."""
+    if config.init is not None and config.init_text is not None:
+        raise UserError(f"init: got init='{config.init}' and init_text='{config.init_text}', expected one of them; leave one out")
+
+
 def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: Tokenizer) -> KalleLM:
     """The model that ``config`` describes or starts from, checked against the latents of ``info``."""
     import torch
@@ -41,8 +48,7 @@ def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: To
     from kalle.convert.llama import load_text_weights, with_text_backbone
     from kalle.models.lm import KalleLM
 
-    if config.init is not None and config.init_text is not None:
-        raise UserError(f"init: got init='{config.init}' and init_text='{config.init_text}', expected one of them; leave one out")
+    check_start(config)
     if config.init is not None:
         lm = KalleLM.from_pretrained(config.init).train()
         if config.lm.get("stop_head") and not lm.config.stop_head:
@@ -143,24 +149,24 @@ def _export_adapters(lm: KalleLM, adapters: Adapters, folder: Path, steps: int) 
 
 
 def _shrink_vocabulary(wanted: bool | str, lm: KalleLM, data: Any) -> None:
-    """Train only the text tokens that occur in the training split of ``data``."""
-    import torch
-
     from kalle.models.vocabulary import compact_vocabulary
+
+    tokens = tokens_to_train(wanted, lm, data)
+    if tokens is not None:
+        logger.info("training %d of %d text tokens, those of the training texts; the others stay as they are", len(tokens), lm.vocab_size)
+        compact_vocabulary(lm, tokens)
+
+
+def tokens_to_train(wanted: bool | str, lm: KalleLM, data: Any) -> Tensor | None:
+    """The ids (N,) int64 of the training split of ``data`` that alone are to train; None for all."""
+    import torch
 
     if wanted not in (True, False, "auto"):
         raise UserError(f"compact_vocabulary: got {wanted!r}, expected true, false or auto; correct it")
     if wanted is False or (wanted == "auto" and lm.vocab_size < _LARGE_VOCABULARY):
-        return
-    texts = getattr(data.dataset("train"), "text_ids", None)
-    if texts is None:
-        if wanted is True:
-            raise UserError(
-                "compact_vocabulary: got true, but the texts of this data are not known in advance; use compact_vocabulary=false"
-            )
-        return
-    tokens = torch.unique(torch.cat([ids.long() for ids in texts]))
-    if wanted == "auto" and 2 * len(tokens) > lm.vocab_size:
-        return
-    logger.info("training %d of %d text tokens, those of the training texts; the others stay as they are", len(tokens), lm.vocab_size)
-    compact_vocabulary(lm, tokens)
+        return None
+    used = torch.zeros(lm.vocab_size, dtype=torch.bool)
+    for ids in data.dataset("train").text_ids:
+        used[ids.long()] = True
+    tokens = used.nonzero().flatten()
+    return None if wanted == "auto" and 2 * len(tokens) > lm.vocab_size else tokens

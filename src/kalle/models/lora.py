@@ -68,7 +68,7 @@ def add_lora(lm: KalleLM, config: LoRAConfig, generator: torch.Generator | None 
     if any(True for _ in low_rank_layers(lm)):
         raise UserError("this language model has adapters already; merge_lora or remove_lora first")
     also = matching_parameters(lm, config.also_train, "lora.also_train")
-    put_low_rank(lm, new_factors(_targets(lm, config.targets), config.rank, generator), config.scale, config.dropout)
+    put_low_rank(lm, new_factors(target_layers(lm, config.targets), config.rank, generator), config.scale, config.dropout)
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_(name.endswith(FACTORS) or name in also)
 
@@ -115,7 +115,8 @@ def matching_parameters(lm: nn.Module, patterns: Sequence[str], key: str) -> set
     return {name for name in names if _fits_any(name, patterns)}
 
 
-def _targets(lm: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def target_layers(lm: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers that ``targets`` mean (`LoRAConfig.targets`), by name; a UserError for one that fits none."""
     layers = linear_layers(lm)
     chosen: set[str] = set()
     for target in targets:

@@ -53,8 +53,8 @@ def measure(forward: Callable[[], Any], modules: list[nn.Module]) -> tuple[int, 
     return size, int(counter.get_total_flops())
 
 
-def lm_footprint(lm: KalleLM, items: int, text: int, frames: int) -> Footprint:
-    """A step on ``items`` utterances of ``text`` positions and ``frames`` latents; the backward pass costs twice the forward pass.
+def lm_footprint(lm: KalleLM, items: int, text: int, frames: int, unit: str = "utterances") -> Footprint:
+    """A step on ``items`` rows (each a ``unit``) of ``text`` positions and ``frames`` latents; the backward pass costs two forward passes.
 
     To be called inside `without_storage`, like `flowvae_footprint`.
 
@@ -63,7 +63,7 @@ def lm_footprint(lm: KalleLM, items: int, text: int, frames: int) -> Footprint:
     ids = torch.zeros(items, text, dtype=torch.int64)
     latents = torch.zeros(items, frames, lm.config.latent_dim)
     size, flops = measure(lambda: lm.predict(ids, latents), [lm.train()])
-    return Footprint(size, 3 * flops, f"{items} utterances of {text} text positions and {frames} frames, the largest batch")
+    return Footprint(size, 3 * flops, f"{items} {unit} of {text} text positions and {frames} frames, the largest batch")
 
 
 def flowvae_footprint(flowvae: FlowVAE, judges: Discriminators | None, items: int, samples: int) -> Footprint:
