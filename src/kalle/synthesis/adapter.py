@@ -99,7 +99,7 @@ class Adapter:
         whole: Mapping[str, Tensor] | None = None,
     ) -> Adapter:
         """An adapter of low-rank ``factors`` (A, B) by the names of the linear layers; ``whole`` replaces weights and buffers by name."""
-        tensors = {f"{name}{end}": value for name, pair in factors.items() for end, value in zip(FACTORS, pair, strict=True)}
+        tensors = {f"{name}{end}": value.float() for name, pair in factors.items() for end, value in zip(FACTORS, pair, strict=True)}
         tensors |= {name + WHOLE: value for name, value in (whole or {}).items()}
         return cls("lora", base, {name: tensor.detach().cpu() for name, tensor in tensors.items()}, scale, notes=notes or {})
 
