@@ -2,12 +2,12 @@
 
     python recipes/resume/run.py LATENTS OUT [STEPS [KEY=VALUE ...]]
 
-LATENTS is a folder that `kalle encode` wrote, such as runs/quickstart/latents. OUT gets whole/, killed/, resume.png and resume.json.
-What follows STEPS goes to both trainings, for instance to make the model smaller.
+OUT gets whole/, killed/, resume.png and resume.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -91,9 +91,13 @@ def draw(whole: dict[int, float], killed: dict[int, float], kills: list[dict[str
 
 def main() -> None:
     """Run both, compare to the last bit, draw."""
-    latents, out = Path(sys.argv[1]).absolute(), Path(sys.argv[2]).absolute()
-    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 200
-    more = sys.argv[4:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("latents", type=Path, help="a folder that `kalle encode` wrote, such as runs/quickstart/latents")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("steps", type=int, nargs="?", default=200)
+    parser.add_argument("override", nargs="*", help="Hydra overrides for both trainings, for instance to make the model smaller")
+    given = parser.parse_args()
+    latents, out, steps, more = given.latents.absolute(), given.out.absolute(), given.steps, given.override
     whole, killed = out / "whole", out / "killed"
     out.mkdir(parents=True, exist_ok=True)
     subprocess.run(command(latents, whole, steps, more), check=True)

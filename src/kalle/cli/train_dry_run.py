@@ -81,8 +81,8 @@ def _with_adapters(lm: KalleLM, config: LoRAConfig) -> KalleLM:
     """What ``add_lora`` makes, in shapes alone."""
     import torch
 
-    from kalle.models.lora import matching_parameters, target_layers
-    from kalle.models.low_rank import FACTORS, new_factors, with_low_rank
+    from kalle.models.lora import FACTORS, matching_parameters, target_layers
+    from kalle.models.low_rank import new_factors, with_low_rank
 
     also = matching_parameters(lm, config.also_train, "lora.also_train")
     adapted = with_low_rank(lm, new_factors(target_layers(lm, config.targets), config.rank, torch.Generator()), config.scale)

@@ -165,10 +165,11 @@ class KalleLMTraining(lightning.LightningModule):
         utterances.
         """
         metrics = {f"val/{name}": value for name, value in self.losses(batch).items()}
-        if len(batch.text_ids) > 1:
-            swapped = dataclasses.replace(batch, text_ids=batch.text_ids.roll(1, 0), text_lengths=batch.text_lengths.roll(1, 0))
-            metrics["val/frame_kl_swapped_text"] = self.losses(swapped)["frame_kl"]
         frames, utterances = int(batch.latent_lengths.sum()), len(batch.text_ids)
-        counts = {"val/frame_kl": frames, "val/frame_kl_swapped_text": frames, "val/stop_bce": frames + utterances}
+        counts = {"val/frame_kl": frames, "val/stop_bce": frames + utterances}
+        swapped = dataclasses.replace(batch, text_ids=batch.text_ids.roll(1, 0), text_lengths=batch.text_lengths.roll(1, 0))
+        metrics["val/frame_kl_swapped_text"] = self.losses(swapped)["frame_kl"]
+        # An utterance alone has no other's text. It counts for nothing but is logged: ranks that log different names wait for ever.
+        counts["val/frame_kl_swapped_text"] = frames if utterances > 1 else 0
         for name, value in metrics.items():
             self.log(name, value, batch_size=counts.get(name, utterances), sync_dist=True)

@@ -113,10 +113,10 @@ def race(
             )
             module, loader = rival.module(), rival.loader()
             if watch is None:
-                trainer.fit(module, loader)
+                trainer.fit(module, loader, weights_only=True)
             else:
                 with watch(rival):
-                    trainer.fit(module, loader)
+                    trainer.fit(module, loader, weights_only=True)
 
 
 class PlainLMTraining(lightning.LightningModule):
