@@ -16,6 +16,8 @@ from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
 
+NUMBER_BYTES = 8
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -34,7 +36,8 @@ def without_storage() -> FakeTensorMode:
 def measure(forward: Callable[[], Any], modules: list[nn.Module]) -> tuple[int, int]:
     """Bytes saved for the backward pass and operations of ``forward``, whose tensors have no storage.
 
-    Parameters are not counted, nor square attention matrices: the kernels in use do not keep them.
+    Parameters are not counted, nor square attention matrices: the kernels in use do not keep them. Nor single numbers, of which a
+    real step may keep one that this does not.
     """
     weights = {id(parameter) for module in modules for parameter in module.parameters()}
     saved: dict[int, Tensor] = {}
@@ -49,7 +52,8 @@ def measure(forward: Callable[[], Any], modules: list[nn.Module]) -> tuple[int, 
     with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     storages = {tensor.untyped_storage()._cdata for module in modules for tensor in module.parameters()}
-    size = sum(tensor.untyped_storage().nbytes() for number, tensor in saved.items() if number not in storages)
+    sizes = [tensor.untyped_storage().nbytes() for number, tensor in saved.items() if number not in storages]
+    size = sum(nbytes for nbytes in sizes if nbytes > NUMBER_BYTES)
     return size, int(counter.get_total_flops())
 
 
