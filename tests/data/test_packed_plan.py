@@ -96,3 +96,11 @@ def test_a_mix_has_as_many_batches_every_epoch(lengths: list[int], spare: int, w
         assert np.bincount(source[visited], minlength=len(mixture.weights)).tolist() == mixture.visits()
         assert max(sum(lengths[item % len(lengths)] for item in batch) for batch in batches) <= budget
         assert all(batch for batch in batches)
+
+
+def test_how_full_batches_are_is_known() -> None:
+    lengths = np.full(100, 60)
+    tight, wide = PackedPlan(lengths, max_positions=100), PackedPlan(lengths, max_positions=6000)
+    for plan, budget in ((tight, 100), (wide, 6000)):
+        assert plan.filled == pytest.approx(np.mean([lengths[batch].sum() for batch in plan(0)]) / budget)
+    assert tight.filled < 0.7 < wide.filled

@@ -35,6 +35,7 @@ from kalle.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 TRAIN, VALID, TEST = "train", "valid", "test"
+_WELL_FILLED = 0.75
 Sources = str | Path | Sequence[str | Path | Mapping[str, Any]]
 """A folder or URL, or several, each alone or as ``{path, weight}`` or ``{path, share}`` (`kalle.data.mixing`)."""
 
@@ -224,7 +225,15 @@ class LMDataModule(_DataModule):
             options["mixture"] = mixture_of(self.sources, dataset.source, self.mix, "utterances")
             options["windows"] = windows_of(self.shuffle, self.window_shards, dataset.items.shard)
         if self.packing:
-            return PackedPlan(dataset.text_lengths + dataset.audio_lengths, **options)
+            packed = PackedPlan(dataset.text_lengths + dataset.audio_lengths, **options)
+            if shuffle and packed.filled < _WELL_FILLED:
+                logger.warning(
+                    "packed batches are %.0f%% full on average: no order may overflow data.max_positions=%d, and the longest utterance is near it; "
+                    "raise it, or lower data.drop_longer_than",
+                    100 * packed.filled,
+                    self.max_positions,
+                )
+            return packed
         return BudgetPlan(dataset.text_lengths, dataset.audio_lengths, buckets=self.buckets, **options)
 
     def train_dataloader(self) -> ResumableLoader:

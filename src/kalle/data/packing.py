@@ -55,6 +55,8 @@ class PackedPlan:
         # A run of the order may hold a whole visit more than its share, a balanced batch does not.
         spared = 0 if windows is not None else int(self._sizes.max())
         self.batches = _batches_needed(total - spared, max_positions - int(self._sizes.max()), visits)
+        self.filled = total / (self.batches * max_positions)
+        """Share of the budget that batches hold on average."""
 
     def __call__(self, epoch: int) -> list[list[int]]:
         """The batches of ``epoch`` as lists of item indices (see `Mixture` for those beyond N)."""
