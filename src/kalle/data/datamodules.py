@@ -228,8 +228,8 @@ class LMDataModule(_DataModule):
             packed = PackedPlan(dataset.text_lengths + dataset.audio_lengths, **options)
             if shuffle and packed.filled < _WELL_FILLED:
                 logger.warning(
-                    "packed batches are %.0f%% full on average: no order may overflow data.max_positions=%d, and the longest utterance is near it; "
-                    "raise it, or lower data.drop_longer_than",
+                    "packed batches are %.0f%% full on average: no order may overflow data.max_positions=%d, and the longest utterance "
+                    "is near it; raise it, or lower data.drop_longer_than",
                     100 * packed.filled,
                     self.max_positions,
                 )
