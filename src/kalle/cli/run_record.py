@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 RECORD_NAME, DIFF_NAME = "run.json", "git.diff"
-PACKAGES = ("torch", "lightning", "transformers", "lhotse", "peft", "numpy", "hydra-core")
+PACKAGES = ("torch", "lightning", "transformers", "lhotse", "numpy", "hydra-core")
 MAX_DIFF_BYTES = 5_000_000
 
 
