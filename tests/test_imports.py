@@ -110,7 +110,7 @@ def test_every_module_imports() -> None:
 
 
 def test_public_surface() -> None:
-    assert kalle.__all__ == ["DiagGaussian", "FlowVAE", "Kalle", "KalleLM", "Voice"]
+    assert kalle.__all__ == ["Adapter", "DiagGaussian", "FlowVAE", "Kalle", "KalleLM", "Voice", "adapt"]
     assert set(kalle.__all__) <= set(dir(kalle))
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         kalle.Nothing  # noqa: B018

@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import measure_lm, reconstruction_row, speaking_row, tables
 from variants import BASE, CODECS, MODELS, TEMPERATURES, Codec, Model
 
 from kalle.checkpoint import read_json, write_json
@@ -66,6 +64,8 @@ class Ablation:
         self.stages.command(
             f"encode {codec.name}", "encode", f"flowvae={weights}", f"corpus={self.corpus}", f"out={latents}", "join.passes=1"
         )
+        from measure import reconstruction_row
+
         self.results["codecs"][codec.name] = {"question": codec.question, **reconstruction_row(scores)}
 
     def model(self, model: Model) -> None:
@@ -79,6 +79,8 @@ class Ablation:
         self.stages.command(f"train lm {model.name}", "train", "lm", *run, *quiet, *self.common, *overrides)
         self.stages.run(f"measure {model.name}", lambda: self._measure(model, latents))
         self._speak(model.name, folder / "weights", folder / "speech", 1.0)
+        from measure import speaking_row
+
         row = read_json(folder / "measured.json")
         self.results["models"][model.name] = {"question": model.question, **row, **speaking_row(folder / "speech")}
 
@@ -86,9 +88,13 @@ class Ablation:
         """Let the base model speak at another temperature."""
         folder = self.out / "temperature" / str(value)
         self._speak(f"temperature {value}", self.out / "lm" / BASE / "weights", folder, value)
+        from measure import speaking_row
+
         self.results["temperatures"][str(value)] = speaking_row(folder)
 
     def _measure(self, model: Model, latents: Path) -> None:
+        from measure import measure_lm
+
         direction = "posterior_prediction" if model.name == "posterior_prediction" else "prediction_posterior"
         folder = self.out / "lm" / model.name
         write_json(folder / "measured.json", measure_lm(folder / "weights", latents, self.corpus, direction, self.given.seed))
@@ -120,6 +126,8 @@ def ablation(given: argparse.Namespace) -> str:
     if any(model.name == BASE for model in models):
         for value in TEMPERATURES:
             run.temperature(value)
+    from measure import tables
+
     text = tables(run.results)
     write_json(given.out / "results.json", {**run.results, "seconds": run.stages.seconds})
     write_whole(given.out / "results.md", text + "\n")
@@ -146,6 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    import torch
+
     torch.set_num_threads(given.threads)
     try:
         given.out.mkdir(parents=True, exist_ok=True)

@@ -155,7 +155,7 @@ def test_lm_is_built(option: str) -> None:
     with torch.device("meta"):
         model = KalleLM(instantiate(config.lm, _convert_="all"))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    low, high = {"full": (1238, 1241), "small": (75, 110), "nano": (3, 8), "nano_speaker": (3, 8)}[option]
+    low, high = {"full": (1238, 1241), "full_speaker": (1250, 1275), "small": (75, 110), "nano": (3, 8), "nano_speaker": (3, 8)}[option]
     assert low < millions < high
 
 
@@ -200,7 +200,7 @@ def test_the_configuration_repeats_the_defaults_of_the_code() -> None:
     assert instantiate(stage2.objective) == LMObjective()
     for name in ("full", "small", "nano"):
         assert set(compose("train_lm", [*REQUIRED["train_lm"], f"lm={name}"]).lm) == {
-            "_target_", "latent_dim", "normalise_latents", "speaker", "backbone",
+            "_target_", "latent_dim", "normalise_latents", "speaker", "stop_head", "backbone",
         }  # fmt: skip
 
 

@@ -47,6 +47,11 @@ def test_a_drawn_seed_is_reported_and_gives_the_result_again(kalle_tiny: Kalle) 
     assert speech.seed != kalle_tiny.synthesize("Hello.", **SHORT).seed
 
 
+def assert_sounds_like(one: np.ndarray, other: np.ndarray) -> None:
+    """Equal but for rounding: weights mapped from a file lie at other addresses, where some processors add in another order."""
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 def test_speech_says_what_it_is(kalle_tiny: Kalle, tmp_path) -> None:
     speech = kalle_tiny.synthesize("Hello.", seed=5, **SHORT)
     assert speech.audio.dtype == np.float32
@@ -74,9 +79,7 @@ def test_a_weight_folder_is_loaded_with_its_own_stop_rule(weight_folder, kalle_t
     loaded = Kalle.from_pretrained(weight_folder, device="cpu")
     assert loaded.sample_rate == 16000
     assert loaded.synthesize("Hello.", seed=5).frames == 4
-    np.testing.assert_array_equal(
-        loaded.synthesize("Hello.", seed=5, **SHORT).audio, kalle_tiny.synthesize("Hello.", seed=5, **SHORT).audio
-    )
+    assert_sounds_like(loaded.synthesize("Hello.", seed=5, **SHORT).audio, kalle_tiny.synthesize("Hello.", seed=5, **SHORT).audio)
 
 
 def test_a_folder_without_config_has_defaults(weight_folder) -> None:
@@ -234,8 +237,9 @@ def test_named_and_default_voices(weight_folder, kalle_tiny: Kalle, recording: n
     write_json(weight_folder / "config.json", {"format_version": 1, "voice": "anna"})
     loaded = Kalle.from_pretrained(weight_folder, device="cpu")
     expected = kalle_tiny.synthesize("Hello.", voice, seed=5, **SHORT).audio
-    np.testing.assert_array_equal(loaded.synthesize("Hello.", seed=5, **SHORT).audio, expected)
-    np.testing.assert_array_equal(loaded.synthesize("Hello.", loaded.load_voice("anna"), seed=5, **SHORT).audio, expected)
+    default = loaded.synthesize("Hello.", seed=5, **SHORT).audio
+    assert_sounds_like(default, expected)
+    np.testing.assert_array_equal(loaded.synthesize("Hello.", loaded.load_voice("anna"), seed=5, **SHORT).audio, default)
     with pytest.raises(UserError, match="voice file not found"):
         loaded.load_voice("bert")
 

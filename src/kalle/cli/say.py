@@ -85,11 +85,9 @@ def say(
     interrupted, the same command goes on where it was.
     """
     with interruptible():
-        written = read_text(text, text_file)
-        language = choose_language(language)
+        written, language = read_text(text, text_file), choose_language(language)
         if show_text:
-            _show(written, language, normalise)
-            return
+            return _show(written, language, normalise)
         check_request(written, output, prompt_audio, prompt_text, voice)
         assert output is not None
         from kalle.synthesis.longform_part import LongFormOptions
@@ -107,9 +105,8 @@ def say(
         chosen = adapted(kalle, choose_voice(kalle, prompt_audio, prompt_text, voice), adapter)
         if why is None:
             tell_without_effect(options, restart, keep_parts)
-            speak_to_file(
-                kalle, words, output, chosen, seed, temperature, max_seconds, quirks, retries, guidance, plot=plot, written=written
-            )
+            single = (seed, temperature, max_seconds, quirks, retries, guidance)
+            speak_to_file(kalle, words, output, chosen, *single, plot=plot, written=written)
             return
         from kalle.cli.say_long import speak_long_to_file
 
