@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SEED = 0
 TOTAL_STEPS = 1_000_000
+LONGEST_SHARE = 5
+"""Utterances of at most this part of a batch take part."""
 
 
 @dataclass
@@ -131,7 +133,11 @@ def _optimisation() -> tuple[Any, Any]:
 
 
 def _lm_data(latents: Path, tokenizer: Tokenizer, positions: int, workers: int, packing: bool) -> LMDataModule:
-    return LMDataModule(str(latents), tokenizer, positions, seed=SEED, packing=packing, cache=True, num_workers=workers)
+    # Longer utterances would keep packed batches from being filled, see PackedPlan.
+    shorter = max(1, positions // LONGEST_SHARE)
+    return LMDataModule(
+        str(latents), tokenizer, positions, drop_longer_than=shorter, seed=SEED, packing=packing, cache=True, num_workers=workers
+    )
 
 
 def _configuration(part: str, size: str) -> Any:
