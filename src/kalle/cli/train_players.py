@@ -19,30 +19,14 @@ def choose_strategy(config: DictConfig) -> None:
 
     A UserError for another strategy, which could not train two players in turn.
     """
+    from kalle.cli.train_plan import process_count
     from kalle.training.players import PLAYERS_STRATEGY, register_players_strategy
 
     register_players_strategy()
     asked = config.trainer.strategy
     if asked not in ("auto", "ddp", PLAYERS_STRATEGY):
         raise UserError(f"trainer.strategy: got {asked}, expected auto: the Flow-VAE has two players to average; leave it out")
-    config.trainer.strategy = PLAYERS_STRATEGY if asked != "auto" or _processes(config) > 1 else "auto"
-
-
-def _processes(config: DictConfig) -> int:
-    """How many processes the run will have."""
-    from kalle.checkpoint import resolve_device
-
-    device, devices = resolve_device(config.device), config.trainer.devices
-    nodes = int(config.trainer.get("num_nodes", 1))
-    if device.index is not None:
-        return nodes
-    if isinstance(devices, int | str) and str(devices).lstrip("-").isdigit() and int(devices) >= 0:
-        return int(devices) * nodes
-    if not isinstance(devices, int | str):
-        return len(devices) * nodes
-    import torch
-
-    return (torch.cuda.device_count() if device.type == "cuda" else 1) * nodes
+    config.trainer.strategy = PLAYERS_STRATEGY if asked != "auto" or process_count(config) > 1 else "auto"
 
 
 def bind_reconstruction_metrics(callbacks: list[Any], sample_rate: int) -> None:
