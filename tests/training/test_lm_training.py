@@ -228,3 +228,15 @@ def test_half_precision_autocast_keeps_the_loss_in_single(make, batch: LMBatch, 
     assert len(seen) == 2
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in seen)
     assert float(seen[0]) == pytest.approx(float(make().losses(batch)["total"]), rel=0.05)
+
+
+@pytest.mark.parametrize("packing", [None, Packing(40)])
+def test_attention_is_led_along_the_text(make, batch: LMBatch, fit, packing: Packing | None) -> None:
+    module = make(steps=40, alignment_weight=1.0, alignment_layers=(1,))
+    module.packing = packing
+    before = module.aligned_losses(batch, module.lm.layout(batch, packing))
+    plain = module.losses(batch)
+    torch.testing.assert_close(before["total"], plain["total"] + before["alignment"])
+    fit(module, [batch], 40)
+    after = module.aligned_losses(batch, module.lm.layout(batch, packing))
+    assert after["alignment"] < 0.5 * before["alignment"]

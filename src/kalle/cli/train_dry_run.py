@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kalle.data.datamodules import LMDataModule
+    from kalle.models.flowvae import FlowVAE
     from kalle.models.layout import Packing
     from kalle.models.lm import KalleLM
     from kalle.models.lora import LoRAConfig
@@ -116,13 +117,14 @@ def dry_run_flowvae(config: DictConfig) -> Plan:
     from hydra.utils import instantiate
 
     from kalle.models.discriminators import Discriminators
-    from kalle.models.flowvae import FlowVAE
     from kalle.training.footprint import flowvae_footprint, without_storage
+    from kalle.training.trainable import freeze
 
     check_manual_optimisation(config)
     data = _data(config)
     with without_storage() as storageless:
-        flowvae = FlowVAE(instantiate(config.flowvae, _convert_="all"))
+        flowvae = _empty_flowvae(config)
+        freeze(flowvae, list(config.freeze))
         judges = None if config.discriminators is None else Discriminators(instantiate(config.discriminators, _convert_="all"))
     check_frames(config, flowvae)
     for part in ("objective", "clip"):
@@ -131,6 +133,18 @@ def dry_run_flowvae(config: DictConfig) -> Plan:
     with storageless:
         footprint = flowvae_footprint(flowvae, judges, data.batch_size, data.segment_samples)
     return _print(config, "flowvae", modules, data, footprint)
+
+
+def _empty_flowvae(config: DictConfig) -> FlowVAE:
+    from hydra.utils import instantiate
+
+    from kalle.checkpoint import CONFIG_NAME, part_folder, read_json
+    from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+
+    if config.init is None:
+        return FlowVAE(instantiate(config.flowvae, _convert_="all"))
+    path = part_folder(config.init, "flowvae") / CONFIG_NAME
+    return FlowVAE(FlowVAEConfig.from_dict(read_json(path), str(path)))
 
 
 def _data(config: DictConfig) -> Any:

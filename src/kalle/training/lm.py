@@ -17,11 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from kalle.checkpoint import check_fields
 from kalle.data.sampling import derived_seed
 from kalle.errors import UserError
+from kalle.losses.alignment import alignment_loss
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
 from kalle.losses.stop import stop_bce, stop_rows
 from kalle.models.batch import LMBatch
 from kalle.models.layout import Packing, RowLayout, check_documents_apart
 from kalle.models.lm import KalleLM
+from kalle.models.text_attention import TextAttention
 from kalle.training.augmentation import add_input_noise, drop_speakers, drop_texts, visit_generators
 from kalle.training.reduction import REDUCTIONS, Reduction, global_weight
 from kalle.training.trainable import draws_dropout, parameter_groups
@@ -50,11 +52,18 @@ class LMObjective:
     stop_positive_weight: float = 100.0
     """How often an end counts in it (MELLE, arXiv 2407.08551)."""
 
+    alignment_weight: float = 0.0
+    """Weight of `alignment_loss` on one attention head of each of ``alignment_layers``. Helps where utterances are few and texts are read
+    in order, which a model finds out by itself only after very many; not in the paper."""
+    alignment_layers: tuple[int, ...] = (2, 3)
+    """Layers, from 0, whose head 0 is led along the text."""
+
     reduction: Reduction = "global"
     """What several processes minimise: the means over the frames and utterances of all ranks together, so that the update is one
     process's on all their batches; or "rank", the average of each rank's own means, which saves one small exchange a step."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "alignment_layers", tuple(self.alignment_layers))
         check_fields(self, "objective")
         if not 0 <= self.text_drop <= 1:
             raise UserError(f"objective.text_drop: got {self.text_drop}, expected a probability from 0 to 1; correct it")
@@ -100,7 +109,7 @@ class KalleLMTraining(lightning.LightningModule):
         augmented = self.augmented(batch, step)
         layout = self.lm.layout(augmented, self.packing)
         with self._seeded_dropout(step):
-            losses = self.losses(augmented, layout)
+            losses = self.losses(augmented, layout) if not self.objective.alignment_weight else self.aligned_losses(augmented, layout)
         logged = {**losses, "padding_share": layout.padding_share}
         self.log_dict({f"train/{name}": value.detach() for name, value in logged.items()}, batch_size=len(batch.text_ids))
         self.log("train/loss", losses["total"].detach(), prog_bar=True, logger=False, batch_size=len(batch.text_ids))
@@ -112,6 +121,8 @@ class KalleLMTraining(lightning.LightningModule):
         total = frames * losses["frame_kl"] + utterances * self.objective.end_weight * losses["end_kl"]
         if "speaker_kl" in losses:
             total = total + utterances * self.objective.speaker_weight * losses["speaker_kl"]
+        if "alignment" in losses:
+            total = total + frames * self.objective.alignment_weight * losses["alignment"]
         if "stop_bce" in losses:
             total = total + global_weight(stop_rows(batch.latent_lengths)) * self.objective.stop_weight * losses["stop_bce"]
         return total
@@ -133,6 +144,19 @@ class KalleLMTraining(lightning.LightningModule):
         if prediction.stop_logit is not None:
             losses["stop_bce"] = stop_bce(prediction.stop_logit, batch.latent_lengths, self.objective.stop_positive_weight)
             losses["total"] = losses["total"] + self.objective.stop_weight * losses["stop_bce"]
+        return losses
+
+    def aligned_losses(self, batch: LMBatch, layout: RowLayout) -> dict[str, Tensor]:
+        """`losses` with the alignment of the attention to the text, averaged over the layers that are led."""
+        text_start = layout.lengths - batch.text_lengths - batch.latent_lengths
+        with TextAttention(self.lm, self.objective.alignment_layers) as attention:
+            losses = self.losses(batch, layout)
+            each = [
+                alignment_loss(attention.weights(layer, batch, layout, text_start), batch.text_lengths, batch.latent_lengths)
+                for layer in self.objective.alignment_layers
+            ]
+        losses["alignment"] = torch.stack(each).mean()
+        losses["total"] = losses["total"] + self.objective.alignment_weight * losses["alignment"]
         return losses
 
     def augmented(self, batch: LMBatch, step: Sequence[int] = (0,)) -> LMBatch:

@@ -1,4 +1,4 @@
-"""What of a language model trains: frozen parts, adapters, a vocabulary of used tokens; and what it becomes for its weight folder."""
+"""What of a model trains: frozen parts, adapters, a vocabulary of used tokens; and what it becomes for its weight folder."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from kalle.models.lora import matching_parameters, merge_lora
 from kalle.models.vocabulary import expand_vocabulary
 
 
-def freeze(lm: KalleLM, patterns: Sequence[str]) -> None:
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Take the parameters whose names fit one of ``patterns`` (wildcards ``*`` and ``?``) out of training.
 
     A pattern that fits none, or nothing left to train, is a UserError. Batch statistics of a frozen speaker encoder still follow the data.
     """
-    frozen = matching_parameters(lm, patterns, "freeze")
-    for name, parameter in lm.named_parameters():
+    frozen = matching_parameters(model, patterns, "freeze")
+    for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in lm.parameters()):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"freeze: got {list(patterns)}, which leaves nothing to train; freeze less")
 
 
-def parameter_counts(lm: KalleLM) -> tuple[int, int]:
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Trainable parameters and all of them."""
-    parameters = list(lm.parameters())
+    parameters = list(model.parameters())
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad), sum(map(torch.numel, parameters))
 
 
