@@ -22,7 +22,8 @@ HEAD = 0
 class TextAttention:
     """Inside the block, what the query and key projections of ``layers`` put out in a pass of ``lm``.
 
-    The fused attention kernels give no weights, so those of one head are computed once more from its queries and keys. B documents, T frames, L text positions, R rows of W positions.
+    The fused attention kernels give no weights, so those of one head are computed once more from its queries and keys.
+    B documents, T frames, L text positions, R rows of W positions.
     """
 
     def __init__(self, lm: KalleLM, layers: Sequence[int]) -> None:
