@@ -35,12 +35,66 @@ WORD_EVERY = 12
 """One word alone comes after so many sentences, so that every prefix of the list has both."""
 AS_WRITTEN_SHARE = 0.15
 """WordNet writes examples in lower case without a full stop; so many stay as they are, the others become sentences."""
-COUNTED = """
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
-twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million monday tuesday wednesday thursday friday saturday
-sunday january february march april may june july august september october november december yes no hello goodbye please thanks
-sorry okay
-""".split()
+COUNTED = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+    "thirty",
+    "forty",
+    "fifty",
+    "sixty",
+    "seventy",
+    "eighty",
+    "ninety",
+    "hundred",
+    "thousand",
+    "million",
+    "monday",
+    "tuesday",
+    "wednesday",
+    "thursday",
+    "friday",
+    "saturday",
+    "sunday",
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+    "yes",
+    "no",
+    "hello",
+    "goodbye",
+    "please",
+    "thanks",
+    "sorry",
+    "okay",
+)
 
 
 def share(key: str) -> float:
