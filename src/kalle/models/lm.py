@@ -166,14 +166,14 @@ class KalleLM(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def forward(self, batch: LMBatch, layout: RowLayout | None = None) -> NextFrame:
+    def forward(self, batch: LMBatch, layout: RowLayout | None = None, speaker_latent: Tensor | None = None) -> NextFrame:
         """Teacher forcing: (B, T+1, D). Row t predicts frame t+1, row ``latent_lengths[b]`` the end; later rows repeat it.
 
         ``layout`` (of this batch) says where the utterances lie in the rows that the backbone reads; without one each has a row
-        and is padded. The result is the same.
+        and is padded. The result is the same. ``speaker_latent`` (B, H) is taken instead of encoding ``batch.speaker_mels``.
         """
         layout = layout or self.layout(batch)
-        hidden = self._run(batch, layout)
+        hidden = self._run(batch, layout, speaker_latent)
         last = layout.start + layout.lengths - 1
         steps = torch.arange(batch.latents.shape[1] + 1, device=last.device)
         index = torch.minimum((last - batch.latent_lengths)[:, None] + steps, last[:, None])
@@ -288,10 +288,11 @@ class KalleLM(nn.Module):
                 return NextFrame(mean, log_std, logit)
             return NextFrame(self.latent_mean + self.latent_std * mean, log_std + self.latent_std.log(), logit)
 
-    def _run(self, batch: LMBatch, layout: RowLayout) -> Tensor:
+    def _run(self, batch: LMBatch, layout: RowLayout, speaker_latent: Tensor | None = None) -> Tensor:
         """The backbone's output at every position, (R, W, H)."""
-        speaker = self.speaker_latent(batch)
-        embeddings = self._assemble(batch, layout, None if speaker is None else speaker[0])
+        if speaker_latent is None and (speaker := self.speaker_latent(batch)) is not None:
+            speaker_latent = speaker[0]
+        embeddings = self._assemble(batch, layout, speaker_latent)
         # Rows are padded at their end only, so the causal mask alone keeps padding out of every valid position. In packed rows the
         # restarts of the positions make it block-diagonal, but only without a cache and without a mask of ours.
         return self.backbone(

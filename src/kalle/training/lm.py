@@ -135,11 +135,13 @@ class KalleLMTraining(lightning.LightningModule):
     def losses(self, batch: LMBatch, layout: RowLayout | None = None) -> dict[str, Tensor]:
         """``total`` and its parts for ``batch``, computed in the rows of ``layout``."""
         layout = layout or self.lm.layout(batch, self.packing)
-        prediction = self.lm(batch, layout)
+        # Encoded once: its batch statistics are to count a batch once, and it costs time.
+        speaker = self.lm.speaker_latent(batch)
+        prediction = self.lm(batch, layout, None if speaker is None else speaker[0])
         loss = next_distribution_loss(prediction, batch, self.objective.direction, self.objective.end_weight)
         losses = {"total": loss.total, "frame_kl": loss.frame_kl, "end_kl": loss.end_kl}
-        if batch.speaker_mels is not None:
-            losses["speaker_kl"] = speaker_kl(self.lm.encode_speaker(batch.speaker_mels))
+        if speaker is not None:
+            losses["speaker_kl"] = speaker_kl(speaker[1])
             losses["total"] = losses["total"] + self.objective.speaker_weight * losses["speaker_kl"]
         if prediction.stop_logit is not None:
             losses["stop_bce"] = stop_bce(prediction.stop_logit, batch.latent_lengths, self.objective.stop_positive_weight)
