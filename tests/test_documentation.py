@@ -79,7 +79,7 @@ def test_make_targets_exist() -> None:
     used = {words[1] for _, words in commands() if words[0] == "make" and len(words) > 1}
     assert used
     assert used <= TARGETS
-    assert all(target in TARGETS for target in ("quickstart", "test", "test-slow", "test-gpu", "lint", "help"))
+    assert all(target in TARGETS for target in ("quickstart", "quickstart-scratch", "test", "test-slow", "test-gpu", "lint", "help"))
 
 
 def test_makefile_targets_are_described() -> None:

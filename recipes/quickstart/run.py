@@ -1,9 +1,9 @@
-"""The whole chain on the embedded corpus: train, encode, train, speak, score. See README.md beside this file.
+"""Speak with finished weights, clone a voice, tune the model to it, and score before and after. See README.md beside this file.
 
-    python recipes/quickstart/run.py --minutes 15 --out runs/quickstart
+    python recipes/quickstart/run.py --minutes 10 --out runs/quickstart
 
-Every stage is an ordinary `kalle` command, shown before it runs; a finished stage is skipped when the recipe is run
-again, an interrupted one continues.
+Every stage is an ordinary `kalle` command, shown before it runs; a finished stage is skipped when the recipe is run again, an interrupted
+one continues. scratch.py beside this file trains both models from random weights instead.
 """
 
 from __future__ import annotations
@@ -11,23 +11,28 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from summary import write_summary
 
-from kalle.cli.stages import Stages
+from kalle.checkpoint import part_folder, read_json, write_json
+from kalle.cli.main import dispatch
+from kalle.cli.stages import Stages, override
+from kalle.data.prompt_choice import choose_prompt
+from kalle.data.testlist import TestItem, read_test_list
 from kalle.errors import UserError
 from kalle.evaluation.asr_models import find_asr_model
 
 HERE = Path(__file__).resolve().parent
+MODEL = HERE.parents[1] / "ckpt" / "kalle-nano"
 logger = logging.getLogger("quickstart")
 
 OVERHEAD_MINUTES = 6.0
-"""Encoding, speaking and scoring, whose length does not depend on the training."""
-FLOWVAE_SHARE = 0.4
-FLOWVAE_STEPS_PER_MINUTE, LM_STEPS_PER_MINUTE = 240.0, 320.0
-"""Rates of the hardware of README.md, rounded down."""
+"""Speaking, encoding and scoring twice, whose length does not depend on the training."""
+LM_STEPS_PER_MINUTE = 150.0
+"""An estimate for two CPU cores, to be replaced by the rate of the run in README.md."""
+VOICE = "corpus-speaker"
 
 SENTENCES = (
     "Please hold while I try to connect your call.",
@@ -37,59 +42,98 @@ SENTENCES = (
 )
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Optimizer steps of the two trainings."""
+def steps_for(minutes: float) -> int:
+    """The optimizer steps that ``minutes`` of wall time hold on two CPU cores; a UserError when there is no time to train.
 
-    flowvae_steps: int
-    lm_steps: int
-
-    @classmethod
-    def for_minutes(cls, minutes: float) -> Budget:
-        """The steps that ``minutes`` of wall time hold on two CPU cores; a UserError when there is no time to train.
-
-        Steps and not seconds end a stage, so that the result is a function of the seed and the minutes asked for,
-        whatever the machine; a slower one takes longer.
-        """
-        training = minutes - OVERHEAD_MINUTES
-        if not 1 <= training < float("inf"):
-            raise UserError(
-                f"minutes: got {minutes:g}, expected at least {OVERHEAD_MINUTES + 1:g} ({OVERHEAD_MINUTES:g} go to encoding and scoring)"
-            )
-        flowvae = training * FLOWVAE_SHARE * FLOWVAE_STEPS_PER_MINUTE
-        return cls(round(flowvae), round(training * (1 - FLOWVAE_SHARE) * LM_STEPS_PER_MINUTE))
-
-
-def quickstart(out: Path, budget: Budget, given: argparse.Namespace) -> None:
-    """Run every stage; ``given.override`` goes to both trainings."""
-    settings = {"steps": [budget.flowvae_steps, budget.lm_steps], "seed": given.seed, "override": given.override}
-    stages = Stages(out, {**settings, "asr": given.asr, "items": given.items})
-    common = [f"seed={given.seed}", *given.override]
-    corpus, flowvae, latents, model = (str(out / name) for name in ("corpus", "flowvae/weights", "latents", "lm/weights"))
-    stages.command("prepare", "prepare", "embedded", "--corpus", str(HERE / "corpus"), "--out", corpus)
-    run = ["experiment=quickstart_flowvae", f"data.corpus={corpus}", f"out={out / 'flowvae'}", f"trainer.max_steps={budget.flowvae_steps}"]
-    stages.command("train flowvae", "train", "flowvae", *run, *common)
-    stages.command("encode", "encode", f"flowvae={flowvae}", f"corpus={corpus}", f"out={latents}", "join.passes=3")
-    run = ["experiment=quickstart_lm", f"data.latents={latents}", f"flowvae={flowvae}", f"trainer.max_steps={budget.lm_steps}"]
-    stages.command("train lm", "train", "lm", *run, f"out={out / 'lm'}", *common)
-    for index, sentence in enumerate(SENTENCES):
-        spoken = str(out / f"speech/sentence{index}.wav")
-        stages.command(f"say {index}", "say", sentence, "-o", spoken, "--model", model, "--seed", str(given.seed + index))
-    scoring = [
-        f"testset={corpus}/cuts_test.jsonl.gz",
-        f"metrics.wer.model={given.asr}",
-        *([f"testset.limit={given.items}"] if given.items else []),
-    ]
-    if not recogniser_found(given.asr):
-        logger.warning(
-            "no speech recogniser '%s' is installed, so there will be no WER; `kalle evaluate` says which packages bring one", given.asr
+    Steps and not seconds end the training, so that the result is a function of the seed and the minutes asked for, whatever the machine.
+    """
+    training = minutes - OVERHEAD_MINUTES
+    if not 1 <= training < float("inf"):
+        raise UserError(
+            f"minutes: got {minutes:g}, expected at least {OVERHEAD_MINUTES + 1:g} ({OVERHEAD_MINUTES:g} go to encoding and scoring)"
         )
-        scoring = [scoring[0], *scoring[2:], "~metrics.wer"]
-    run = [f"model={flowvae}", f"out={out / 'reconstruction'}"]
-    stages.command("score reconstruction", "evaluate", "kind=reconstruction", *run, *scoring)
-    run = [f"model={model}", f"out={out / 'synthesis'}", "score_recordings=false"]
-    stages.command("score synthesis", "evaluate", "kind=synthesis", *run, *scoring)
-    logger.info("\n%s", write_summary(out, given.seed, stages.seconds))
+    return round(training * LM_STEPS_PER_MINUTE)
+
+
+class Quickstart:
+    """The folders and stages of one run."""
+
+    def __init__(self, given: argparse.Namespace, steps: int) -> None:
+        self.given, self.out, self.steps, self.model = given, given.out, steps, str(given.model)
+        described = read_json(part_folder(given.model, "lm") / "config.json")
+        self.hears_speakers = described.get("speaker") is not None
+        self.width = int(described["backbone"]["hidden_size"])
+        settings = {"model": self.model, "steps": steps, "seed": given.seed, "override": given.override}
+        self.stages = Stages(self.out, {**settings, "asr": given.asr, "items": given.items})
+        self.corpus, self.latents, self.tuned = (self.out / name for name in ("corpus", "latents", "lm/weights"))
+
+    def run(self) -> str:
+        """All stages; returns the table."""
+        self.stages.command("prepare", "prepare", "embedded", "--corpus", str(HERE / "corpus"), "--out", str(self.corpus))
+        prompt = choose_prompt(read_test_list(self.corpus / "cuts_valid.jsonl.gz").items)
+        self.say("speak", self.model)
+        self.say("clone", self.model, *self.prompted(prompt))
+        if self.hears_speakers:
+            self.say("clone by ear", self.model, "--prompt-audio", str(prompt.audio_path))
+        self.score("before", self.model, prompt)
+        self.tune()
+        self.stages.run("stop rule", self.keep_stop_rule)
+        self.stages.run("voice", lambda: self.store_voice(prompt))
+        self.say("speak tuned", str(self.tuned))
+        self.score("after", str(self.tuned), prompt)
+        return write_summary(self.out, self.given.model, self.given.seed, self.stages.seconds)
+
+    def prompted(self, prompt: TestItem) -> list[str]:
+        """The options of `kalle say` for the voice of ``prompt``."""
+        return ["--prompt-audio", str(prompt.audio_path), "--prompt-text", prompt.text]
+
+    def say(self, name: str, model: str, *voice: str) -> None:
+        """Every sentence, into speech/NAME-N.wav."""
+        for index, sentence in enumerate(SENTENCES):
+            spoken = str(self.out / "speech" / f"{name.replace(' ', '-')}-{index}.wav")
+            seed = str(self.given.seed + index)
+            self.stages.command(f"{name} {index}", "say", sentence, "-o", spoken, "--model", model, "--seed", seed, *voice)
+
+    def tune(self) -> None:
+        """Encode the corpus with the model's Flow-VAE and train its language model further on it."""
+        mels = ["speaker_mels=true"] if self.hears_speakers else []
+        run = [f"corpus={self.corpus}", f"out={self.latents}", "join.passes=2", *mels]
+        self.stages.command("encode", "encode", f"flowvae={self.model}", *run)
+        listening = ["data=lm_speaker", f"data.speaker.latent_dim={self.width}"] if self.hears_speakers else []
+        run = ["experiment=quickstart_tune_lm", f"init={self.model}", f"tokenizer.folder={self.model}/tokenizer", *listening]
+        run += [f"data.latents={self.latents}", f"flowvae={self.model}", f"out={self.out / 'lm'}", f"trainer.max_steps={self.steps}"]
+        self.stages.command("train lm", "train", "lm", *run, f"seed={self.given.seed}", *self.given.override)
+
+    def keep_stop_rule(self) -> None:
+        """Measure the tuned model's stop rule; where that gives none to use, it keeps the one of the weights it comes from."""
+        start, tuned = Path(self.model) / "config.json", self.tuned / "config.json"
+        known: dict[str, Any] = read_json(start) if start.is_file() else {}
+        write_json(tuned, read_json(tuned) | {key: known[key] for key in ("stop", "language") if key in known})
+        try:
+            dispatch(["calibrate", str(self.tuned), "--latents", str(self.latents)])
+        except UserError as error:
+            logger.warning("%s", error)
+
+    def store_voice(self, prompt: TestItem) -> None:
+        """Keep the voice of ``prompt`` with the tuned weights, as the one they speak in."""
+        about = ["--licence", "CC-BY-SA-3.0", "--description", "The speaker of the embedded corpus"]
+        voice = ["--audio", str(prompt.audio_path), "--text", prompt.text, "--name", VOICE, "--language", prompt.language, "--force"]
+        dispatch(["voices", "create", "--model", str(self.tuned), *voice, *about])
+        path = self.tuned / "config.json"
+        write_json(path, read_json(path) | {"voice": VOICE})
+
+    def score(self, name: str, model: str, prompt: TestItem) -> None:
+        """Speak and score the test split in the voice of ``prompt``."""
+        scoring = [f"metrics.wer.model={self.given.asr}"]
+        if not recogniser_found(self.given.asr):
+            logger.warning("no speech recogniser '%s' is installed, so there will be no WER", self.given.asr)
+            scoring = ["~metrics.wer"]
+        if self.given.items:
+            scoring.append(f"testset.limit={self.given.items}")
+        voice = [override("synthesis.prompt_audio", prompt.audio_path), override("synthesis.prompt_text", prompt.text)]
+        ceiling = f"score_recordings={'true' if name == 'before' else 'false'}"
+        run = [f"model={model}", f"testset={self.corpus}/cuts_test.jsonl.gz", f"out={self.out / name}", ceiling]
+        self.stages.command(f"score {name}", "evaluate", "kind=synthesis", *run, *voice, *scoring)
 
 
 def recogniser_found(model: str) -> bool:
@@ -104,13 +148,14 @@ def recogniser_found(model: str) -> bool:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15, help="wall time to aim at on two CPU cores; more gets better")
-    parser.add_argument("--steps", type=int, nargs=2, metavar=("FLOWVAE", "LM"), help="optimizer steps instead of minutes")
+    parser.add_argument("--model", type=Path, default=MODEL, help="weight folder to start from; by default ckpt/kalle-nano")
+    parser.add_argument("--minutes", type=float, default=10, help="wall time to aim at on two CPU cores")
+    parser.add_argument("--steps", type=int, help="optimizer steps instead of minutes")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--asr", default="auto", help="recogniser for the WER: a CTranslate2 Whisper folder, base, tiny.en or auto")
     parser.add_argument("--items", type=int, default=None, help="score this many test items only")
-    parser.add_argument("--override", action="append", default=[], help="a Hydra override for both trainings")
+    parser.add_argument("--override", action="append", default=[], help="a Hydra override for the training")
     return parser.parse_args(arguments)
 
 
@@ -119,9 +164,14 @@ def run(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        budget = Budget(*given.steps) if given.steps else Budget.for_minutes(given.minutes)
+        steps = steps_for(given.minutes) if given.steps is None else given.steps
+        if not (given.model / "lm").is_dir():
+            raise UserError(
+                f"no weights: got '{given.model}', expected a weight folder; give one with --model, or train from nothing with "
+                "`make quickstart-scratch`"
+            )
         given.out.mkdir(parents=True, exist_ok=True)
-        quickstart(given.out, budget, given)
+        logger.info("\n%s", Quickstart(given, steps).run())
     except UserError as error:
         return _fail(str(error), 2)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import time
 from collections.abc import Callable
@@ -14,6 +15,13 @@ from kalle.cli.main import dispatch
 from kalle.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def override(key: str, value: object) -> str:
+    """``key=value`` for Hydra where ``value`` is any text or path, with commas, quotes and brackets in it."""
+    # A backslash means something to Hydra only in front of a quote, the closing one included.
+    text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), str(value))
+    return f"{key}='{text}'"
 
 
 class Stages:
