@@ -1,0 +1,125 @@
+"""kalle-nano from nothing: corpora, trainings, voices, a folder to ship, scores. See README.md beside this file.
+
+    python recipes/nano/run.py --out runs/nano
+
+Every stage is an ordinary `kalle` command, shown before it runs; a finished stage is skipped when the recipe is run again, an interrupted
+one continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+from compute import FILE_NAME, earlier_runs, machine, write_compute
+from corpora import make_corpora
+from voices import make_voices
+
+from kalle.cli.stages import Stages
+from kalle.errors import UserError
+from training import Training
+
+logger = logging.getLogger("nano")
+GROUPS = ("corpora", "train", "finish", "voices", "evaluate")
+SHIPPED = "kalle-nano"
+
+
+class Nano:
+    """The folders and stages of one run; ``given`` is the command line."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.out = given, given.out
+        self.shipped = given.model or given.out / SHIPPED
+        start = None if given.continue_from is None else str(given.continue_from)
+        decided = {"hours": given.hours, "steps": given.steps, "seed": given.seed, "override": given.override, "continue_from": start}
+        self.stages = Stages(self.out, decided)
+        self.decided = decided
+        self.earlier = earlier_runs(given.continue_from)
+
+    def run(self, groups: tuple[str, ...]) -> None:
+        """The stages of ``groups``, in their order; what they cost is written even when one fails."""
+        given = self.given
+        try:
+            if "corpora" in groups:
+                make_corpora(self.stages, self.out, given.hours, given.parts, given.debs)
+            if "train" in groups or "finish" in groups:
+                training = Training(self.stages, given)
+                if "train" in groups:
+                    training.run()
+                if "finish" in groups:
+                    training.finish(self.shipped)
+            if "voices" in groups:
+                make_voices(self.stages, given.corpora, self.shipped)
+            if "evaluate" in groups:
+                from scores import evaluate
+
+                self._write_compute()  # the report quotes it
+                logger.info("\n%s", evaluate(self.stages, given, self.shipped))
+        finally:
+            self._write_compute()
+
+    def _write_compute(self) -> None:
+        path = self.out / FILE_NAME
+        run = {**self.decided, "machine": machine(self.given.device)}
+        write_compute(path, self.earlier, run, self.stages.seconds)
+        if self.given.model is None and self.shipped.is_dir():
+            shutil.copy(path, self.shipped / FILE_NAME)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/nano"))
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="these groups of stages instead of all")
+    parser.add_argument("--hours", type=float, default=10.0, help="of synthetic speech")
+    parser.add_argument("--parts", type=int, default=2, help="processes that speak it")
+    parser.add_argument("--debs", type=Path, help="folder of the Debian packages; without it apt-get fetches them")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=3,
+        metavar=("FLOWVAE", "DECODER", "LM"),
+        default=[5000, 2500, 20000],
+        help="optimizer steps of each training",
+    )
+    parser.add_argument("--continue-from", type=Path, help="weight folder whose parts the trainings start from; 0 steps keep its part")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--override", action="append", default=[], help="a Hydra override for every training")
+    parser.add_argument("--corpora", type=Path, help="folder of corpora prepared before; by default OUT/corpora")
+    parser.add_argument("--model", type=Path, help="weight folder to give voices to and to evaluate; by default OUT/kalle-nano")
+    parser.add_argument("--items", type=int, default=200, help="score this many items of each list")
+    parser.add_argument("--lengths", type=int, default=500, help="score this many texts of 1 to 60 words")
+    parser.add_argument("--score-seeds", type=int, nargs="+", default=[0], help="speak every text once with each")
+    parser.add_argument("--asr", default="base", help="recogniser: a CTranslate2 Whisper folder, base, tiny.en or auto")
+    given = parser.parse_args(arguments)
+    given.corpora = given.corpora or given.out / "corpora"
+    return given
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    given = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        Nano(given).run(tuple(given.only))
+    except UserError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        return _fail(f"cannot use '{error.filename or given.out}': {error.strerror or error}; choose another --out", 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to continue", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,107 @@
+"""Both models of the recipe: the Flow-VAE, its decoder once more on frozen latents, and the language model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from pathlib import Path
+
+from corpora import NAMES, SYNTHETIC
+
+from kalle.checkpoint import CONFIG_NAME, part_folder, read_json, write_json
+from kalle.cli.main import dispatch
+from kalle.cli.stages import Stages
+from kalle.errors import UserError
+
+logger = logging.getLogger("nano")
+
+JOINS = ("join.passes=2", "join.min_seconds=1", "join.max_seconds=14", "join.gap_seconds=[0.1,0.4]")
+"""Joins of two to about six utterances beside the single ones: the synthetic corpus has about two seconds each."""
+FROZEN = "freeze=[encoder.*,flow.*]"
+"""While the decoder trains on; the encoder stays the one that the latents come from."""
+
+
+class Training:
+    """Folders and stages of the trainings; a number of steps of zero takes the part from ``continue_from``."""
+
+    def __init__(self, stages: Stages, given: argparse.Namespace) -> None:
+        self.stages, self.given, self.out = stages, given, given.out
+        self.start: Path | None = given.continue_from
+        self.flowvae_steps, self.decoder_steps, self.lm_steps = given.steps
+        if self.start is None and 0 in (self.flowvae_steps, self.lm_steps):
+            raise UserError(
+                f"--steps: got {given.steps} without weights to start from, expected more than 0 for FLOWVAE and LM; change them"
+            )
+        if self.start is not None and not (self.start / "lm").is_dir():
+            raise UserError(f"--continue-from: got '{self.start}', expected a weight folder with flowvae/, lm/ and tokenizer/; correct it")
+        self.common = [f"seed={given.seed}", f"device={given.device}", "logger=csv", *given.override]
+        self.corpora = [given.corpora / name for name in NAMES]
+        self.latents = [self.out / "latents" / name for name in NAMES]
+
+    @property
+    def flowvae(self) -> Path:
+        """Weights whose encoder makes the latents."""
+        return self.out / "flowvae/weights" if self.flowvae_steps else self._started()
+
+    @property
+    def decoder(self) -> Path:
+        """The same with the decoder trained further."""
+        return self.out / "flowvae2/weights" if self.decoder_steps else self.flowvae
+
+    @property
+    def lm(self) -> Path:
+        """Weights of the language model, with its tokenizer."""
+        return self.out / "lm/weights" if self.lm_steps else self._started()
+
+    def _started(self) -> Path:
+        assert self.start is not None, "checked at the beginning"
+        return self.start
+
+    def run(self) -> None:
+        """Every training, and what lies between."""
+        if self.flowvae_steps:
+            start = [] if self.start is None else [f"init={self.start}"]
+            self._train_flowvae("flowvae", self.flowvae_steps, *start)
+        if self.decoder_steps:
+            self._train_flowvae("flowvae2", self.decoder_steps, f"init={self.flowvae}", FROZEN)
+        for corpus, latents in zip(self.corpora, self.latents, strict=True):
+            run = [f"flowvae={self.flowvae}", f"corpus={corpus}", f"out={latents}", f"device={self.given.device}"]
+            self.stages.command(f"encode {corpus.name}", "encode", *run, "speaker_mels=true", *JOINS)
+        if self.lm_steps:
+            start = [] if self.start is None else [f"init={self.start}"]
+            run = ["experiment=nano_lm", f"data.latents={_listed(self.latents)}", f"flowvae={self.decoder}", f"out={self.out / 'lm'}"]
+            self.stages.command("train lm", "train", "lm", *run, f"trainer.max_steps={self.lm_steps}", *start, *self.common)
+
+    def _train_flowvae(self, name: str, steps: int, *more: str) -> None:
+        run = ["experiment=nano_flowvae", f"data.corpus={_listed(self.corpora)}", f"out={self.out / name}", f"trainer.max_steps={steps}"]
+        self.stages.command(f"train {name}", "train", "flowvae", *run, *more, *self.common)
+
+    def finish(self, shipped: Path) -> None:
+        """One folder of all parts with a measured stop rule, and its export in 16 bit to ``shipped``."""
+        weights = self.out / "weights"
+        self.stages.run("assemble", lambda: self.assemble(weights))
+        self.stages.run("calibrate", lambda: self._calibrate(weights))
+        export = [str(weights), "--out", str(shipped), "--dtype", "float16", "--max-shard-mb", "15", "--language", "en"]
+        self.stages.command("export", "export", *export)
+
+    def assemble(self, weights: Path) -> None:
+        """Put the parts into the folder ``weights``."""
+        shutil.rmtree(weights, ignore_errors=True)
+        parts = {"flowvae": part_folder(self.decoder, "flowvae"), "lm": part_folder(self.lm, "lm"), "tokenizer": self.lm / "tokenizer"}
+        for name, source in parts.items():
+            shutil.copytree(source, weights / name)
+        values = read_json(self.lm / CONFIG_NAME)
+        # A stored voice belongs to the encoders it was made with, which may have trained on.
+        write_json(weights / CONFIG_NAME, {key: value for key, value in values.items() if key != "voice"})
+
+    def _calibrate(self, weights: Path) -> None:
+        latents = str(self.out / "latents" / SYNTHETIC)
+        try:
+            dispatch(["calibrate", str(weights), "--latents", latents, "--plot", str(self.out / "calibration.png")])
+        except UserError as error:
+            logger.warning("%s", error)
+
+
+def _listed(folders: list[Path]) -> str:
+    return "[" + ",".join(map(str, folders)) + "]"
