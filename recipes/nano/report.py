@@ -1,0 +1,154 @@
+"""One JSON and one table of what was aimed at and what was reached."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from score_lengths import lengths_table
+from similarity import margins_table
+
+from kalle.checkpoint import read_json, write_json
+from kalle.disk import write_whole
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line of the table. ``at_most`` or ``at_least`` is the target; with neither the number is only reported."""
+
+    name: str
+    path: tuple[str, ...]
+    """Where the number stands in the summary."""
+    at_most: float | None = None
+    at_least: float | None = None
+    form: str = ".3f"
+    scale: float = 1.0
+    """The number is divided by it."""
+
+    @property
+    def target(self) -> str:
+        """The target, for people."""
+        if self.at_most is not None:
+            return f"<= {self.at_most:{self.form}}"
+        return "-" if self.at_least is None else f">= {self.at_least:{self.form}}"
+
+    def reached(self, value: float) -> bool | None:
+        """Whether ``value`` (scaled) meets the target; None without one."""
+        if self.at_most is not None:
+            return value <= self.at_most
+        return None if self.at_least is None else value >= self.at_least
+
+
+def _speech(kind: str, system: str, name: str) -> tuple[str, ...]:
+    return ("speech", kind, system, name, "value")
+
+
+GOALS = (
+    Goal("weights, MB", ("size", "bytes"), at_most=32.0, form=".1f", scale=MB),
+    Goal("largest file, MB", ("size", "largest_file_bytes"), at_most=15.0, form=".1f", scale=MB),
+    Goal("peak memory of `kalle say`, MB", ("size", "peak_memory_bytes"), form=".0f", scale=MB),
+    Goal("WER, unseen synthetic recordings", _speech("synthetic", "recording", "wer_corpus")),
+    Goal("WER, the same texts in the default voice", _speech("synthetic", "synthesis", "wer_corpus")),
+    Goal("... mean of utterances", _speech("synthetic", "synthesis", "wer_utt_mean")),
+    Goal("... similarity to the speaker", _speech("synthetic", "synthesis", "sim")),
+    Goal("... real-time factor", _speech("synthetic", "synthesis", "rtf")),
+    Goal("WER, unseen English recordings", _speech("recorded", "recording", "wer_corpus")),
+    Goal("WER, the same texts in that voice", _speech("recorded", "synthesis", "wer_corpus")),
+    Goal("... similarity to the speaker", _speech("recorded", "synthesis", "sim")),
+    Goal("1 to 60 words: no end", ("lengths", "rates", "all", "no_end", "value"), form=".1%"),
+    Goal("1 to 60 words: stopped early", ("lengths", "rates", "all", "early_stop", "value"), form=".1%"),
+    Goal("1 to 60 words: repetition", ("lengths", "rates", "all", "repetition", "value"), form=".1%"),
+    Goal("smallest margin of a voice over another", ("smallest_margin",)),
+)
+"""Targets that are not decided yet have neither bound."""
+RECONSTRUCTION = ("wer_corpus", "pesq_wb", "stoi", "sim", "mel_l1")
+
+
+def found(summary: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    """The number at ``path``; None where something on the way is missing."""
+    value: Any = summary
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
+
+
+def write_report(
+    out: Path, given: argparse.Namespace, compute: Mapping[str, Any] | None, curves: Sequence[Path], languages: Sequence[str]
+) -> str:
+    """Put what lies in ``out`` into ``out``/summary.json and summary.md; returns the Markdown."""
+    kinds = sorted(path.parent.name for path in out.glob("*/results.json"))
+    summary: dict[str, Any] = {
+        "speech": {kind: read_json(out / kind / "results.json")["summary"] for kind in kinds},
+        "counts": {kind: read_json(out / kind / "results.json")["counts"] for kind in kinds},
+        **{name: read_json(out / f"{name}.json") for name in ("lengths", "voices", "size")},
+        "seeds": given.score_seeds,
+        "recogniser": given.asr,
+        "compute": compute,
+    }
+    margins = [row["margin"] for row in summary["voices"].values() if row["margin"] is not None]
+    summary["smallest_margin"] = min(margins) if margins else None
+    summary["goals"] = [_goal(goal, summary) for goal in GOALS]
+    write_json(out / "summary.json", summary)
+    parts = [
+        goals_table(summary),
+        reconstruction_table(summary["speech"], languages),
+        lengths_table(summary["lengths"]["rates"]),
+        margins_table(summary["voices"]),
+        _pictures(out, kinds, curves),
+    ]
+    text = "\n\n".join("\n".join(part) for part in parts if part)
+    write_whole(out / "summary.md", text + "\n")
+    return text
+
+
+def _goal(goal: Goal, summary: Mapping[str, Any]) -> dict[str, Any]:
+    value = found(summary, goal.path)
+    scaled = None if value is None else value / goal.scale
+    return {"name": goal.name, "target": goal.target, "value": scaled, "reached": None if scaled is None else goal.reached(scaled)}
+
+
+def goals_table(summary: Mapping[str, Any]) -> list[str]:
+    """Target and what was reached, with the 95% interval where there is one."""
+    lines = ["| | target | reached | |", "|---|---|---|---|"]
+    for goal in GOALS:
+        row = _goal(goal, summary)
+        value = "-" if row["value"] is None else f"{row['value']:{goal.form}}"
+        mark = {True: "yes", False: "no", None: ""}[row["reached"]]
+        lines.append(f"| {goal.name} | {row['target']} | {value}{_interval(goal, summary)} | {mark} |")
+    return lines
+
+
+def _interval(goal: Goal, summary: Mapping[str, Any]) -> str:
+    around: Any = summary
+    for key in goal.path[:-1]:
+        around = around.get(key) if isinstance(around, Mapping) else None
+    bounds = around.get("interval") if isinstance(around, Mapping) else None
+    return "" if not bounds else f" [{bounds[0] / goal.scale:{goal.form}}, {bounds[1] / goal.scale:{goal.form}}]"
+
+
+def reconstruction_table(speech: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
+    """The Flow-VAE alone: its scores by corpus, and how much it adds to the word error rate of the recordings."""
+    head = ["| Flow-VAE, unseen recordings | WER of them | " + " | ".join(RECONSTRUCTION) + " | rise of the WER |"]
+    lines = [head, "|---" * (len(RECONSTRUCTION) + 3) + "|"]
+    for kind in speech:
+        name = kind.removeprefix("reconstruction-")
+        if name == kind:
+            continue
+        before = found(speech, (kind, "recording", "wer_corpus", "value"))
+        values = [found(speech, (kind, "reconstruction", metric, "value")) for metric in RECONSTRUCTION]
+        rise = None if before is None or values[0] is None else values[0] - before
+        label = f"{name} (recorded)" if name in languages else f"{name} (synthetic)"
+        lines.append(f"| {label} | " + " | ".join("-" if value is None else f"{value:.3f}" for value in (before, *values, rise)) + " |")
+    return lines
+
+
+def _pictures(out: Path, kinds: Sequence[str], curves: Sequence[Path]) -> list[str]:
+    spectrograms = [
+        f"- spectrograms beside the recordings: {out / kind / 'figure.png'}" for kind in kinds if (out / kind / "figure.png").is_file()
+    ]
+    return [*spectrograms, *(f"- training curves: {path}" for path in curves)]

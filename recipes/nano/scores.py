@@ -1,0 +1,94 @@
+"""Scores the weights: `kalle evaluate` on unseen items, texts of all lengths, voices, size and memory. One JSON, one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from corpora import LANGUAGES, NAMES, SYNTHETIC
+from curves import draw_curves
+from lengths import texts_of_all_lengths
+from report import write_report
+from score_lengths import judged, seconds_per_character, summarised
+from similarity import voice_margins
+
+from kalle.checkpoint import read_json, write_json
+from kalle.cli.stages import Stages, override
+from kalle.data.prompt_choice import choose_prompt
+from kalle.data.testlist import read_test_list
+from kalle.disk import write_whole
+from kalle.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+SPECTROGRAMS = 5
+SIMILARITY_TEXTS = 20
+MEMORY_TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps until the evening."
+TRAININGS = ("flowvae", "flowvae2", "lm")
+
+
+def evaluations(given: argparse.Namespace, weights: Path, out: Path) -> dict[str, list[str]]:
+    """The words behind `kalle evaluate` for every score that it gives, by the name of its folder under ``out``."""
+    corpora: Path = given.corpora
+    seeds = f"synthesis.seeds=[{','.join(map(str, given.score_seeds))}]"
+    common = [f"model={weights}", f"metrics.wer.model={given.asr}", f"device={given.device}"]
+    limited = [*common, f"testset.limit={given.items}"]
+    drawn = f"figure_items={SPECTROGRAMS}"
+    prompt = choose_prompt(read_test_list(corpora / "en" / "cuts_valid.jsonl.gz").items)
+    voice = [override("synthesis.prompt_audio", prompt.audio_path), override("synthesis.prompt_text", prompt.text)]
+    found = {
+        "synthetic": ["kind=synthesis", f"testset={corpora / SYNTHETIC / 'cuts_test.jsonl.gz'}", *limited, seeds, drawn],
+        "recorded": ["kind=synthesis", f"testset={corpora / 'en' / 'cuts_test.jsonl.gz'}", *limited, seeds, drawn, *voice],
+        "lengths": ["kind=synthesis", f"testset={out / 'lengths.jsonl'}", "testset.min_words=1", *common, "~metrics.sim", "figure_items=0"],
+    }
+    for name in NAMES:
+        run = ["kind=reconstruction", f"testset={corpora / name / 'cuts_test.jsonl.gz'}", *limited, drawn]
+        found[f"reconstruction-{name}"] = run
+    return {name: [*words, f"out={out / name}"] for name, words in found.items()}
+
+
+def evaluate(stages: Stages, given: argparse.Namespace, weights: Path) -> str:
+    """Run every score of ``weights`` and write ``given.out``/evaluation; returns the table.
+
+    Stages carry the number of items in their names, so that another number is another stage; what `kalle evaluate` has scored it keeps.
+    """
+    out: Path = given.out / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    unseen = read_test_list(given.corpora / SYNTHETIC, min_words=1).items
+    texts = texts_of_all_lengths([item.text for item in unseen], given.lengths)
+    write_whole(out / "lengths.jsonl", "".join(json.dumps(item) + "\n" for item in texts))
+    tag = f"{weights} {given.items} {given.lengths} {given.score_seeds} {given.asr}"
+    for name, words in evaluations(given, weights, out).items():
+        stages.command(f"score {name} of {tag}", "evaluate", *words)
+    stages.run(f"score lengths again of {tag}", lambda: _score_lengths(out, seconds_per_character(unseen)))
+    count = min(SIMILARITY_TEXTS, given.items)
+    stages.run(f"score voices of {tag}", lambda: _score_voices(out, given, weights, count))
+    stages.run(f"score size of {tag}", lambda: write_json(out / "size.json", size_and_memory(weights, out / "memory.wav")))
+    curves = draw_curves([given.out / name for name in TRAININGS], out / "curves")
+    compute = given.out / "compute.json"
+    return write_report(out, given, read_json(compute) if compute.is_file() else None, curves, LANGUAGES)
+
+
+def _score_lengths(out: Path, pace: float) -> None:
+    rows = [json.loads(line) for line in (out / "lengths" / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    spoken = [row for row in rows if row["system"] == "synthesis" and "error" not in row]
+    verdicts = [judged(row, pace) for row in spoken]
+    write_whole(out / "lengths.items.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    write_json(out / "lengths.json", {"seconds_per_character": pace, "failed": len(rows) - len(spoken), "rates": summarised(verdicts)})
+
+
+def _score_voices(out: Path, given: argparse.Namespace, weights: Path, count: int) -> None:
+    write_json(out / "voices.json", voice_margins(weights, given.corpora, count, given.device, given.score_seeds[0]))
+
+
+def size_and_memory(weights: Path, wav: Path) -> dict[str, Any]:
+    """Bytes of all files and of the largest one, and the peak memory of `kalle say` with them, on a CPU."""
+    sizes = [path.stat().st_size for path in weights.rglob("*") if path.is_file()]
+    words = [sys.executable, str(HERE / "say_memory.py"), str(weights), MEMORY_TEXT, str(wav)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"'{' '.join(words)}' ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}; mend that first")
+    return {"bytes": sum(sizes), "largest_file_bytes": max(sizes), "peak_memory_bytes": int(done.stdout.split()[-1])}
