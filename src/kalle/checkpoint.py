@@ -1,4 +1,4 @@
-"""Weight folders: a ``config.json`` beside a ``model.safetensors``, read strictly and written atomically."""
+"""Weight folders: a ``config.json`` beside a ``model.safetensors`` or its shards, read strictly and written atomically."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from kalle.disk import unwritable, whole_file, write_whole
 from kalle.errors import UserError
 
 WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+"""Beside shards: which of them holds which tensor, as the Hugging Face libraries write it."""
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
 Module = TypeVar("Module", bound=nn.Module)
@@ -43,12 +45,12 @@ def permission_errors() -> Iterator[None]:
 def part_folder(folder: str | Path, part: str) -> Path:
     """The folder of ``part`` ("flowvae" or "lm") for ``folder`` = NAME or NAME/part.
 
-    Raises UserError when neither holds a config.json and a model.safetensors.
+    Raises UserError when neither holds a config.json and a model.safetensors or the index of its shards.
     """
     root = Path(folder)
     candidates = [root / part, root] if root.name != part else [root]
     for candidate in candidates:
-        if (candidate / CONFIG_NAME).is_file() and (candidate / WEIGHTS_NAME).is_file():
+        if (candidate / CONFIG_NAME).is_file() and any((candidate / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
             return candidate
     raise UserError(
         f"not a weight folder: no {PART_NAMES.get(part, part)} ({part}/) in '{root}', "
@@ -93,6 +95,52 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise unreadable(path, error) from None
     except SafetensorError as error:
         raise UserError(f"not a readable safetensors file: '{path}' ({error}); fetch or convert it again") from None
+
+
+def weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
+    """The safetensors files of the part ``folder``, each with the names of the tensors to take from it; None for all it has.
+
+    A ``model.safetensors`` wins over shards, as it does elsewhere. UserError for an index that is none, and for a shard that is missing.
+    """
+    single, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    if single.is_file() or not index.is_file():
+        return {single: None}
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(_is_file_name(place) for place in places.values()):
+        raise UserError(f"no usable 'weight_map' in '{index}', expected tensor names and files beside it; fetch or export it again")
+    files: dict[Path, frozenset[str] | None] = {
+        folder / file: frozenset(name for name, place in places.items() if place == file) for file in sorted(set(places.values()))
+    }
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise UserError(f"weights are missing: got no {', '.join(missing)} in '{folder}', which {index.name} lists; fetch or export again")
+    return files
+
+
+def _is_file_name(place: object) -> bool:
+    return isinstance(place, str) and place not in ("", ".", "..") and Path(place).name == place
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the part ``folder``, of its one file or of its shards, as ``read_tensors``.
+
+    UserError also for a shard that is missing or lacks a tensor that the index promises.
+    """
+    found: dict[str, Tensor] = {}
+    for path, names in weight_files(folder).items():
+        tensors = read_tensors(path)
+        require_names(path, names, tensors)
+        found |= tensors if names is None else {name: tensors[name] for name in sorted(names)}
+    return found
+
+
+def require_names(path: Path, names: Iterable[str] | None, got: Iterable[str]) -> None:
+    """A UserError when the shard ``path``, which has the tensors ``got``, lacks one of the ``names`` that its index promises."""
+    lacking = sorted(set(names or ()) - set(got))
+    if lacking:
+        raise UserError(
+            f"'{path}' lacks {len(lacking)} tensors that '{INDEX_NAME}' expects there, such as {lacking[0]}; fetch or export it again"
+        )
 
 
 def require_readable(path: Path) -> None:
@@ -209,7 +257,7 @@ def load_module(
     resolved = resolve_device(device)
     with _Unfilled():
         module = build()
-    expected, tensors = module.state_dict(), read_tensors(folder / WEIGHTS_NAME)
+    expected, tensors = module.state_dict(), read_weights(folder)
     require_fit(expected, tensors, folder)
     for name, tensor in tensors.items():
         if expected[name].is_floating_point():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,22 +88,38 @@ def speaks(findings: list[Finding]) -> bool:
 
 def _part(folder: Path, part: str) -> tuple[Finding, int]:
     """One part, and how many parameters it has."""
-    from kalle.checkpoint import WEIGHTS_NAME, mismatches, part_folder
+    from kalle.checkpoint import mismatches, part_folder, weight_files
 
     name = f"{folder.name}/{part}"
     try:
         path = part_folder(folder, part)
-        got, dtypes = _header(path / WEIGHTS_NAME)
+        files = weight_files(path)
+        got, dtypes = _headers(files)
         wrong = mismatches(_expected(path, part), got)
     except UserError as error:
         return Finding("weights", name, str(error), "problem", "fetch, convert or export this part again"), 0
     count = sum(tensor.numel() for tensor in got.values())
-    size = (path / WEIGHTS_NAME).stat().st_size
+    size = sum(file.stat().st_size for file in files)
     value = f"{count / 1e6:.1f} M parameters in {len(got)} tensors, {'/'.join(sorted(dtypes))}, {gigabytes(size)}"
+    value += f" in {len(files)} files" if len(files) > 1 else ""
     if wrong:
         value = f"{value}; {len(wrong)} tensors do not fit its config.json: {'; '.join(wrong[:3])}"
         return Finding("weights", name, value, "problem", "use the configuration the weights were made with"), 0
     return Finding("weights", name, value), count
+
+
+def _headers(files: Mapping[Path, frozenset[str] | None]) -> tuple[dict[str, Tensor], set[str]]:
+    """Of all files of a part (``weight_files``) together."""
+    from kalle.checkpoint import require_names
+
+    shapes: dict[str, Tensor] = {}
+    kinds: set[str] = set()
+    for path, names in files.items():
+        got, dtypes = _header(path)
+        require_names(path, names, got)
+        shapes |= got if names is None else {name: got[name] for name in names}
+        kinds |= dtypes
+    return shapes, kinds
 
 
 def _header(path: Path) -> tuple[dict[str, Tensor], set[str]]:

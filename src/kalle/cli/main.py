@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "score synthesis, reconstruction or a folder of wavs",
     "calibrate": "measure where speech ends, and store the stop rule with the weights",
     "bench": "measure speed and memory on this machine",
+    "export": "copy a weight folder with 16-bit weights, in files small enough to ship",
     "convert": "turn released weights into a weight folder and back",
     "download": "fetch released weights from the hub, verified",
     "doctor": "what works here, what doesn't, and what to do about it",

@@ -76,9 +76,13 @@ def _bind_sampler(callbacks: list[Any], flowvae: FlowVAE, tokenizer: Tokenizer, 
 def _copy_flowvae(source: str, weights: Path) -> None:
     from kalle.checkpoint import part_folder
 
-    part = part_folder(source, "flowvae")
-    if part.resolve() != (weights / "flowvae").resolve():
-        shutil.copytree(part, weights / "flowvae", copy_function=_copy_whole, dirs_exist_ok=True)
+    part, target = part_folder(source, "flowvae"), weights / "flowvae"
+    if part.resolve() != target.resolve():
+        shutil.copytree(part, target, copy_function=_copy_whole, dirs_exist_ok=True)
+        # One file and shards beside each other would be two models; what an earlier run copied goes.
+        for stale in target.glob("model*.safetensors*"):
+            if not (part / stale.name).exists():
+                stale.unlink()
 
 
 def _copy_whole(source: str, target: str) -> None:

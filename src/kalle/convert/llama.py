@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kalle.checkpoint import read_json, read_tensors, require_fit
+from kalle.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_json, read_weights, require_fit
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig, check_backbone
 
 logger = logging.getLogger(__name__)
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _EMBEDDING = "embed_tokens.weight"
 _ARCHITECTURE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -58,7 +56,7 @@ def load_text_weights(lm: KalleLM, folder: str | Path, generator: torch.Generato
     the stored ones have in each dimension. The output layer for text is left out. A UserError lists tensors that do not fit.
     """
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _stored(Path(folder)):
+    for name, tensor in _stored(Path(folder)).items():
         plain = name.removeprefix("model.")
         if plain != "lm_head.weight" and not plain.endswith("rotary_emb.inv_freq"):
             tensors[plain] = tensor
@@ -83,21 +81,9 @@ def _grown(table: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     return torch.cat([table, table.mean(0) + table.std(0) * noise])
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    index = folder / _INDEX
-    if not index.is_file():
-        if not (folder / _SINGLE).is_file():
-            raise UserError(f"no text weights in '{folder}': expected {_SINGLE} or {_INDEX}; give a Hugging Face folder with safetensors")
-        yield from read_tensors(folder / _SINGLE).items()
-        return
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"no 'weight_map' in '{index}', expected tensor names and their files; fetch the file again")
-    for file in sorted(set(places.values())):
-        tensors = read_tensors(folder / file)
-        wanted = {name for name, place in places.items() if place == file}
-        if lacking := sorted(wanted - set(tensors)):
-            raise UserError(
-                f"'{folder / file}' lacks {len(lacking)} tensors that '{index.name}' expects there, such as {lacking[0]}; fetch it again"
-            )
-        yield from ((name, tensors[name]) for name in sorted(wanted))
+def _stored(folder: Path) -> dict[str, Tensor]:
+    if not any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        raise UserError(
+            f"no text weights in '{folder}': expected {WEIGHTS_NAME} or {INDEX_NAME}; give a Hugging Face folder with safetensors"
+        )
+    return read_weights(folder)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, mismatches, read_json, read_tensors, write_json, write_tensors
+from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, mismatches, read_json, read_weights, write_json, write_tensors
 from kalle.convert.config import RELEASED_BACKBONE, flowvae_config, lm_config, released_flowvae_config
 from kalle.convert.files import only_tensors, read_pickle, staged, write_pickle
 from kalle.convert.keys import LM_EMBEDDING, LM_HEAD, flowvae_names, lm_names, released_flowvae_names, released_lm_names
@@ -183,8 +183,8 @@ def _release_flowvae(folder: Path, weights: Path, config_path: Path) -> None:
         values = released_flowvae_config(config, folder)
     elif flowvae_config(values, folder / RELEASE_NAME) != config:
         raise UserError(f"'{folder / RELEASE_NAME}' contradicts {CONFIG_NAME}, expected the same model; remove the one that is wrong")
-    tensors = read_tensors(folder / WEIGHTS_NAME)
-    _require_equal(_flowvae_shapes(config), tensors, folder / WEIGHTS_NAME, "convert or train it again")
+    tensors = read_weights(folder)
+    _require_equal(_flowvae_shapes(config), tensors, folder, "convert or train it again")
     names = released_flowvae_names(tensors, *_flowvae_sizes(config), source=str(folder))
     write_pickle(weights, {GENERATOR: {released: tensors[ours] for ours, released in names.items()}})
     write_json(config_path, values)
@@ -194,8 +194,8 @@ def _release_lm(folder: Path, weights: Path, config_path: Path) -> None:
     config = KalleLMConfig.from_dict(read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME))
     if config.normalise_latents:
         raise UserError(f"no released format for '{folder}': the release cannot hold normalise_latents, expected a model without it")
-    tensors = read_tensors(folder / WEIGHTS_NAME)
-    _require_equal(_lm_shapes(config), tensors, folder / WEIGHTS_NAME, "convert or train it again")
+    tensors = read_weights(folder)
+    _require_equal(_lm_shapes(config), tensors, folder, "convert or train it again")
     recorded = _recorded(folder)
     released = {theirs: tensors[ours] for ours, theirs in released_lm_names(tensors, source=str(folder)).items()}
     if recorded.get("lm_head", True):

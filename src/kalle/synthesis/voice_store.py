@@ -10,11 +10,10 @@ from pathlib import Path
 
 from kalle.checkpoint import (
     CONFIG_NAME,
-    WEIGHTS_NAME,
     part_folder,
     permission_errors,
     read_json,
-    read_tensors,
+    read_weights,
     require_readable,
     tensors_hash,
 )
@@ -57,7 +56,7 @@ class Binding:
         if read_json(lm / CONFIG_NAME).get("speaker") is not None:
             hashes[SPEAKER_ENCODER] = _hash(lm, {"speaker_encoder.": "0.", "speaker_projection.": "1."})
         try:
-            return cls(hashes, int(config["latent_dim"]), int(backbone["hidden_size"]), lambda: base_hash(read_tensors(lm / WEIGHTS_NAME)))
+            return cls(hashes, int(config["latent_dim"]), int(backbone["hidden_size"]), lambda: base_hash(read_weights(lm)))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"bad configuration in '{folder}': no usable {error}; convert or export the weights again") from None
 
@@ -127,7 +126,7 @@ def _stored(path: Path, binding: Binding | None) -> StoredVoice:
 def _hash(part: Path, prefixes: dict[str, str]) -> str:
     """``weights_hash`` of the submodules whose state names begin with ``prefixes``, with those replaced as given."""
     found = {}
-    for name, tensor in read_tensors(part / WEIGHTS_NAME).items():
+    for name, tensor in read_weights(part).items():
         for prefix, ours in prefixes.items():
             if name.startswith(prefix):
                 found[ours + name.removeprefix(prefix)] = tensor

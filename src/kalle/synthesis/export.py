@@ -1,0 +1,139 @@
+"""A weight folder made small for shipping: 16-bit weights in files of a bounded size."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kalle.checkpoint import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    INDEX_NAME,
+    part_folder,
+    permission_errors,
+    read_json,
+    read_weights,
+    require_fit,
+    write_json,
+)
+from kalle.convert.files import staged
+from kalle.convert.rounding import Rounding, rounded
+from kalle.convert.shards import write_weights
+from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.synthesis.folder import TOKENIZER_FOLDER, VOICES_FOLDER, read_folder
+from kalle.synthesis.voice import Voice
+from kalle.synthesis.voice_store import Binding, stored_voices, voice_files, voice_path
+
+PARTS = ("flowvae", "lm")
+
+
+@dataclass(frozen=True)
+class ExportedPart:
+    """One part as it was written."""
+
+    files: int
+    """How many weight files."""
+    bytes: int
+    """Of the weight files together."""
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and what it did not."""
+
+    parts: dict[str, ExportedPart]
+    bytes: int
+    """Of all files of the folder."""
+    voices: tuple[str, ...] = ()
+    """Names of the voices that came along."""
+    voices_left_out: dict[str, str] = field(default_factory=dict)
+    """Name -> why it did not."""
+    left_out: tuple[str, ...] = ()
+    """Other folders in the source, which are no part of a weight folder."""
+    default_voice: str | None = None
+
+
+@permission_errors()
+def export_folder(
+    source: Path, out: Path, dtype: torch.dtype, max_file_bytes: int, language: str | None = None, voice: str | None = None
+) -> Exported:
+    """Write the weight folder ``source`` to the new folder ``out``: weights in ``dtype``, weight files of ``max_file_bytes`` at most.
+
+    Tokenizer, stop rule, card and notices come along; ``language`` and the name of the default ``voice`` are stored where given.
+    A voice that fits ``source`` is bound to the rounded encoders, from which its tensors come as well, but for the rounding; one that does
+    not, or whose adapter belongs to the unrounded language model, is left out and named in the result.
+    UserError when ``source`` cannot speak, a tensor does not fit its configuration, or ``out`` holds something already.
+    """
+    source, out = source.absolute(), out.absolute()
+    config = read_folder(source)
+    if voice is not None:
+        voice_path(out, voice)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"already there: got --out '{out}', expected a folder that is empty or does not exist; choose another name")
+    with staged(out) as staging:
+        parts = {part: _export_part(part_folder(source, part), staging / part, part, dtype, max_file_bytes) for part in PARTS}
+        shutil.copytree(source / TOKENIZER_FOLDER, staging / TOKENIZER_FOLDER, ignore=_folders)
+        _copy_files(source, staging, {CONFIG_NAME})
+        kept, lost = _export_voices(source, staging)
+        values = read_json(source / CONFIG_NAME) if (source / CONFIG_NAME).is_file() else {"format_version": FORMAT_VERSION}
+        given = {"language": language, "voice": voice}
+        write_json(staging / CONFIG_NAME, values | {name: value for name, value in given.items() if value is not None})
+        size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    known = {*PARTS, TOKENIZER_FOLDER, VOICES_FOLDER}
+    others = tuple(sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in known))
+    return Exported(parts, size, kept, lost, others, voice or config.voice)
+
+
+def _export_part(source: Path, target: Path, part: str, dtype: torch.dtype, max_file_bytes: int) -> ExportedPart:
+    values, where = read_json(source / CONFIG_NAME), str(source / CONFIG_NAME)
+    with torch.device("meta"):
+        module = FlowVAE(FlowVAEConfig.from_dict(values, where)) if part == "flowvae" else KalleLM(KalleLMConfig.from_dict(values, where))
+    tensors = read_weights(source)
+    require_fit(module.state_dict(), tensors, source)
+    ordered = {name: tensors[name] for name in module.state_dict()}
+    small, rounding = rounded(ordered, {name for name, _ in module.named_buffers()}, dtype)
+    target.mkdir(parents=True)
+    files = write_weights(target, small, max_file_bytes)
+    weights = {path.name for path in source.glob("*.safetensors")} | {INDEX_NAME}
+    _copy_files(source, target, weights)
+    return ExportedPart(len(files), sum(path.stat().st_size for path in files), rounding)
+
+
+def _copy_files(source: Path, target: Path, but: set[str]) -> None:
+    """Copy what else lies in ``source``, such as a card or a notice; no folders, and nothing hidden or unfinished."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in but and not path.name.startswith(".") and path.suffix != ".partial":
+            shutil.copyfile(path, target / path.name)
+
+
+def _folders(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if (Path(folder) / name).is_dir()]
+
+
+def _export_voices(source: Path, target: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Write the voices of ``source`` to ``target``, whose parts are there; the names of those that fit, and why the others do not."""
+    paths = voice_files(source)
+    if not paths:
+        return (), {}
+    binding, kept, lost = Binding.of_folder(target), list[str](), dict[str, str]()
+    for stored in stored_voices(paths, Binding.of_folder(source)):
+        voice = None if stored.voice is None else _bound_to(binding, stored.voice)
+        problem = stored.problem if voice is None or stored.problem is not None else binding.problem(voice)
+        if voice is None or problem is not None:
+            lost[stored.name] = str(problem)
+            continue
+        voice.save(target / VOICES_FOLDER / stored.path.name)
+        kept.append(stored.name)
+    return tuple(kept), lost
+
+
+def _bound_to(binding: Binding, voice: Voice) -> Voice:
+    renewed = {name: value for name, value in binding.hashes.items() if name in voice.bound_to}
+    return dataclasses.replace(voice, bound_to={**voice.bound_to, **renewed})
