@@ -29,7 +29,9 @@ def test_contents(wheel: Path) -> None:
     configs = {f"kalle/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
     assert "kalle/configs/train_lm.yaml" in configs
-    assert configs | sources <= names
+    shipped = {f"kalle/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "ckpt" / "kalle-nano").rglob("*") if path.is_file()}
+    assert shipped
+    assert configs | sources | shipped <= names
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
 

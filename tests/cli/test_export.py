@@ -111,6 +111,12 @@ def test_mistakes(source: Path, tmp_path: Path, capsys, options: list[str], word
 
 
 def test_nothing_is_overwritten(source: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "README.md").write_text("a better card")
+    assert export(source, tmp_path / "card") == 0
+    assert (tmp_path / "card" / "README.md").read_text() == "a better card"
+    assert export(source, tmp_path / "card") == 2
+    assert "already there: got --out" in capsys.readouterr().err
     assert export(source, source) == 2
     assert "already there: got --out" in capsys.readouterr().err
     assert export(tmp_path / "none", tmp_path / "out") == 2

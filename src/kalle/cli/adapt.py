@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kalle.cli.interrupts import interruptible
+from kalle.cli.model_option import ModelOption, load_model
 from kalle.cli.renamed import renamed
-from kalle.cli.say import DEFAULT_MODEL, load_model
 from kalle.cli.say_text import choose_language
 from kalle.errors import UserError
 
@@ -28,7 +28,7 @@ LINES = 10
 def adapt(
     audio: Annotated[list[Path], typer.Argument(metavar="RECORDING...", help="Of one speaker, best 2 to 20 seconds each.")],
     text: Annotated[list[str], typer.Option(help="What is said in it, word for word; once for each recording, in their order.")],
-    model: Annotated[str, typer.Option(help="Weight folder, or a hub id OWNER/NAME.")] = str(DEFAULT_MODEL),
+    model: ModelOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Adapter file; by default RECORDING.adapter.safetensors here.")
     ] = None,

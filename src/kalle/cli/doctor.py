@@ -13,26 +13,31 @@ import typer
 
 from kalle.cli.doctor_findings import Finding, examined
 from kalle.cli.interrupts import interruptible
-from kalle.cli.say import DEFAULT_MODEL
 
-CKPT = DEFAULT_MODEL.parent
+CKPT = Path("ckpt")
 MARKS = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
 
 
 def doctor(
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Weight folder to look at; else all under ckpt/.")] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Weight folder; else all under ckpt/, and kalle-nano.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Don't import the optional packages, which takes half a minute.")] = False,
 ) -> None:
     """Look at versions, devices, memory, weights and optional parts; exit code 0 when speaking works, 1 otherwise. Needs no network."""
     with interruptible():
-        findings, able = examine(model, quick)
+        from kalle.synthesis.weights import SHIPPED, shipped_folder
+
+        shipped = shipped_folder()
+        findings, able = examine(shipped if str(model) == SHIPPED and shipped is not None else model, quick, shipped=shipped)
         typer.echo(_as_json(findings, able) if as_json else _as_text(findings, able))
     raise typer.Exit(0 if able else 1)
 
 
-def examine(model: Path | None, quick: bool, ckpt: Path = CKPT) -> tuple[list[Finding], bool]:
-    """Everything found, and whether speaking works: the core packages, a tiny model and one weight folder."""
+def examine(model: Path | None, quick: bool, ckpt: Path = CKPT, shipped: Path | None = None) -> tuple[list[Finding], bool]:
+    """Everything found, and whether speaking works: the core packages, a tiny model and one weight folder.
+
+    Without ``model`` those under ``ckpt`` are looked at, and the one that ships, ``shipped``.
+    """
     from kalle.cli import doctor_machine as machine
     from kalle.cli import doctor_packages as packages
     from kalle.cli import doctor_weights as weights
@@ -44,8 +49,8 @@ def examine(model: Path | None, quick: bool, ckpt: Path = CKPT) -> tuple[list[Fi
     findings += examined("self-test", self_test, essential=True)
     findings += examined("memory and disk", machine.memory_findings)
     findings += examined("memory and disk", lambda: machine.disk_findings(model or ckpt))
-    looked_at = examined("weights", lambda: weights.found_findings(ckpt, model))
-    for folder in weights.weight_folders(ckpt, model):
+    looked_at = examined("weights", lambda: weights.found_findings(ckpt, model, shipped))
+    for folder in weights.weight_folders(ckpt, model, shipped):
         looked_at += examined("weights", lambda folder=folder: weights.folder_findings(folder))  # type: ignore[misc]
     findings += looked_at
     findings += examined("audio", machine.codec_findings)

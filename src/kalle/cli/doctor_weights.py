@@ -21,22 +21,27 @@ SPEAKING_BYTES = 4
 """Of a parameter in memory: the CPU speaks in fp32."""
 
 
-def weight_folders(ckpt: Path, model: Path | None) -> list[Path]:
-    """The folders to look at: ``model`` or what was converted in it, or else every folder under ``ckpt`` that holds a part."""
+def weight_folders(ckpt: Path, model: Path | None, shipped: Path | None = None) -> list[Path]:
+    """The folders to look at: ``model`` or what was converted in it.
+
+    Without ``model`` every folder under ``ckpt`` that holds a part, and ``shipped``, the model that ships.
+    """
     if model is not None:
         if released_folder(ckpt, model) is not None:
             return []
         converted = model / CONVERTED
         return [converted if converted.is_dir() and not (model / "lm").is_dir() else model]
-    return sorted(path for path in ckpt.glob("*/") if any((path / part).is_dir() for part in ("flowvae", "lm")))
+    found = sorted(path for path in ckpt.glob("*/") if any((path / part).is_dir() for part in ("flowvae", "lm")))
+    known = {path.resolve() for path in found}
+    return found if shipped is None or shipped.resolve() in known else [*found, shipped]
 
 
-def found_findings(ckpt: Path, model: Path | None) -> Iterator[Finding]:
+def found_findings(ckpt: Path, model: Path | None, shipped: Path | None = None) -> Iterator[Finding]:
     """The released files that wait for conversion, or that there is nothing to look at."""
     released = released_folder(ckpt, model)
     if released is not None:
         yield _released(released)
-    elif model is None and not weight_folders(ckpt, None):
+    elif model is None and not weight_folders(ckpt, None, shipped):
         yield Finding("weights", str(ckpt), f"no weight folder and no released files under '{ckpt}'", "problem", NO_WEIGHTS)
 
 

@@ -27,7 +27,7 @@ class HalfDtype(StrEnum):
 
 def export(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Weight folder, or a hub id OWNER/NAME.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DST", help="The weight folder to write, a new one.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DST", help="The weight folder to write; a card that is there stays.")],
     dtype: Annotated[
         HalfDtype, typer.Option(help="Of the weights; statistics, and what it does not suit, stay float32.")
     ] = HalfDtype.float16,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from kalle.cli.interrupts import interruptible
-from kalle.cli.say_one import check_output, report, speak_to_file
+from kalle.cli.model_option import ModelOption, model_folder
+from kalle.cli.say_one import check_output, free_output, report, speak_to_file
 from kalle.cli.say_options import (
     AdapterOption,
     DeviceOption,
@@ -18,7 +19,6 @@ from kalle.cli.say_options import (
     KeepPartsOption,
     LanguageOption,
     MaxSecondsOption,
-    ModelOption,
     NormaliseOption,
     OutputOption,
     ParagraphPauseOption,
@@ -44,17 +44,16 @@ from kalle.errors import UserError
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
     from kalle.synthesis.longform_part import LongFormOptions
-    from kalle.synthesis.voice import Voice
+    from kalle.synthesis.voice import GivenVoice
 
 __all__ = ["check_request", "choose_voice", "read_text", "report", "say", "speak_to_file"]
-DEFAULT_MODEL = Path("ckpt/kalle-release")
 PAUSE_S, PARAGRAPH_PAUSE_S = 0.3, 0.8
 
 
 def say(
     text: TextArgument = None,
     output: OutputOption = None,
-    model: ModelOption = str(DEFAULT_MODEL),
+    model: ModelOption = None,
     prompt_audio: PromptAudioOption = None,
     prompt_text: PromptTextOption = None,
     voice: VoiceOption = None,
@@ -79,7 +78,7 @@ def say(
     adapter: AdapterOption = None,
     guidance: GuidanceOption = 1.0,
 ) -> None:
-    """Speak a text into a file, in a voice that the model makes up, a recording's or a stored one.
+    """Speak a text into a file, in the model's own voice or one that it makes up, a recording's or a stored one.
 
     A text of more than about 25 seconds, one from --text-file and one with --srt is spoken sentence by sentence; if that is
     interrupted, the same command goes on where it was.
@@ -88,11 +87,14 @@ def say(
         written, language = read_text(text, text_file), choose_language(language)
         if show_text:
             return _show(written, language, normalise)
+        output = free_output() if output is None else output
         check_request(written, output, prompt_audio, prompt_text, voice)
-        assert output is not None
+        folder = model_folder(model)
+        from kalle.synthesis.folder import read_folder
         from kalle.synthesis.longform_part import LongFormOptions
         from kalle.synthesis.quirks import ReleaseQuirks
 
+        language = language or read_folder(folder).language
         quirks = ReleaseQuirks.release() if release_exact else None
         options = LongFormOptions(
             language, normalise, pause, paragraph_pause, rolling=rolling,
@@ -100,8 +102,10 @@ def say(
         )  # fmt: skip
         words, why = plan(written, language, normalise, from_file=text_file is not None, srt=srt)
         check_files(output, long=why is not None, plot=plot, srt=srt)
+        from kalle.synthesis.kalle import Kalle
+
         # The quirk of the precision rounds the weights itself, from fp32.
-        kalle = load_model(model, device, "float32" if release_exact and dtype == "auto" else dtype)
+        kalle = Kalle.from_pretrained(folder, device, "float32" if release_exact and dtype == "auto" else dtype)
         chosen = adapted(kalle, choose_voice(kalle, prompt_audio, prompt_text, voice), adapter)
         if why is None:
             tell_without_effect(options, restart, keep_parts)
@@ -144,7 +148,7 @@ def tell_without_effect(options: LongFormOptions, restart: bool, keep_parts: boo
         typer.echo(f"warning: without effect on a text that is spoken in one request: {idle}", err=True)
 
 
-def check_request(text: str, output: Path | None, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
+def check_request(text: str, output: Path, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
     """Refuse what needs no model to be seen wrong, before one is loaded."""
     from kalle.text.prompt import check_text
 
@@ -171,26 +175,23 @@ def check_files(output: Path, long: bool, plot: Path | None, srt: bool) -> None:
         raise UserError("--srt writes beside the output: got standard output, expected a file; give -o FILE.wav")
 
 
-def load_model(model: str, device: str, dtype: str) -> Kalle:
-    """The weights of --model; its default, which looks like a hub id where there is no ckpt/, is always a folder."""
-    from kalle.synthesis.kalle import Kalle
+def choose_voice(kalle: Kalle, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> GivenVoice:
+    """The voice asked for; None leaves it to the weight folder and the model, "random" to the seed."""
+    from kalle.synthesis.voice import RANDOM_VOICE
 
-    return Kalle.from_pretrained(DEFAULT_MODEL if model == str(DEFAULT_MODEL) else model, device, dtype)
-
-
-def choose_voice(kalle: Kalle, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> Voice | None:
-    """The voice asked for; None leaves it to the model."""
+    if voice == RANDOM_VOICE:
+        return RANDOM_VOICE
     if voice is not None:
         return kalle.load_voice(voice)
     return None if prompt_audio is None else kalle.voice(prompt_audio, prompt_text)
 
 
-def adapted(kalle: Kalle, voice: Voice | None, adapter: Path | None) -> Voice | None:
+def adapted(kalle: Kalle, voice: GivenVoice, adapter: Path | None) -> GivenVoice:
     """``voice`` with the adapter in a file instead of its own; without a voice ``kalle`` takes it for whatever voice the model chooses."""
     if adapter is None:
         return voice
     kalle.adapter = kalle.load_adapter(adapter)
-    return None if voice is None else dataclasses.replace(voice, adapter=kalle.adapter)
+    return voice if voice is None or isinstance(voice, str) else dataclasses.replace(voice, adapter=kalle.adapter)
 
 
 def _show(text: str, language: str | None, normalise: bool) -> None:

@@ -19,7 +19,7 @@ import typer
 from kalle.audio import audio_writer
 from kalle.bars import progress_bar
 from kalle.cli.main import INTERRUPTED
-from kalle.cli.say_one import STDOUT
+from kalle.cli.say_one import STDOUT, parts_folder
 from kalle.disk import output_folder, write_whole
 from kalle.errors import UserError
 from kalle.synthesis.longform import LongForm
@@ -29,7 +29,7 @@ from kalle.synthesis.subtitles import Cue, srt
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
-    from kalle.synthesis.voice import Voice
+    from kalle.synthesis.voice import GivenVoice
 
 
 @dataclass
@@ -44,16 +44,11 @@ class Spoken:
     """Seconds of audio that were spoken in this run, pauses not included."""
 
 
-def parts_folder(output: Path) -> Path:
-    """Where the sentences of ``output`` are kept until all are there."""
-    return output.with_name(output.name + ".parts")
-
-
 def speak_long_to_file(
     kalle: Kalle,
     text: str,
     output: Path,
-    voice: Voice | None,
+    voice: GivenVoice,
     seed: int | None,
     options: LongFormOptions,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -17,18 +18,31 @@ if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
     from kalle.synthesis.quirks import ReleaseQuirks
     from kalle.synthesis.speech import Speech
-    from kalle.synthesis.voice import Voice
+    from kalle.synthesis.voice import GivenVoice
 
 STDOUT = Path("-")
+DEFAULT_STEM, DEFAULT_SUFFIX = "speech", ".wav"
 
 
-def check_output(output: Path | None) -> None:
-    """A UserError unless ``output`` is given and can be written, by its suffix; - is standard output."""
+def parts_folder(output: Path) -> Path:
+    """Where the sentences of a long text for ``output`` are kept until all are there."""
+    return output.with_name(output.name + ".parts")
+
+
+def free_output(folder: Path = Path()) -> Path:
+    """The file for speech that was given none: speech.wav in ``folder``, or speech-2.wav and so on, the first that is not there.
+
+    One whose sentences are there, because a run was interrupted, is taken too, so that the same command goes on.
+    """
+    names = (f"{DEFAULT_STEM}{'' if number == 1 else f'-{number}'}{DEFAULT_SUFFIX}" for number in itertools.count(1))
+    return next(path for path in map(folder.joinpath, names) if not path.exists() or parts_folder(path).exists())
+
+
+def check_output(output: Path) -> None:
+    """A UserError unless ``output`` can be written, by its suffix; - is standard output."""
     from kalle.audio import WRITABLE
 
     kinds = " or ".join(WRITABLE)
-    if output is None:
-        raise UserError(f"no output: got no -o, expected a file to write, {kinds}, or - for standard output; give -o FILE")
     if output != STDOUT and output.suffix.lower() not in WRITABLE:
         raise UserError(f"cannot write '{output}': got the suffix '{output.suffix}', expected {kinds}; rename the output")
 
@@ -37,7 +51,7 @@ def speak_to_file(
     kalle: Kalle,
     text: str,
     output: Path,
-    voice: Voice | None,
+    voice: GivenVoice,
     seed: int | None = None,
     temperature: float = 1.0,
     max_seconds: float | None = None,

@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
+VOICE_HELP = "Voice file, the name of one in the weight folder, or random for the made-up voice of --seed."
+VOICE_DEFAULT = "the model's own, or a made-up one"
 TextArgument = Annotated[str | None, typer.Argument(help="What to say; - reads it from standard input.")]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="File to write, .wav or .flac; - is WAV on standard output.")]
-ModelOption = Annotated[str, typer.Option(help="Weight folder, or a hub id OWNER/NAME.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="File to write, .wav or .flac; - is WAV on standard output.", show_default="a new speech.wav"),
+]
 PromptAudioOption = Annotated[Path | None, typer.Option(help="Recording whose voice to speak in.")]
 PromptTextOption = Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")]
-VoiceOption = Annotated[str | None, typer.Option(help="Voice file, or the name of one in the weight folder.")]
+VoiceOption = Annotated[str | None, typer.Option(help=VOICE_HELP, show_default=VOICE_DEFAULT)]
 AdapterOption = Annotated[
     Path | None,
     typer.Option(help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.", metavar="FILE"),

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from kalle.cli.interrupts import interruptible
 from kalle.cli.main import INTERRUPTED
+from kalle.cli.model_option import ModelOption, load_model
 from kalle.cli.renamed import renamed
-from kalle.cli.say import DEFAULT_MODEL, adapted, check_request, choose_voice, load_model, read_text
+from kalle.cli.say import adapted, check_request, choose_voice, read_text
+from kalle.cli.say_options import VOICE_DEFAULT, VOICE_HELP
 from kalle.cli.say_text import wordless
 from kalle.cli.sinks import GrowingWav, Pipe, Sink, Sinks
 from kalle.errors import UserError
@@ -42,10 +44,10 @@ class Container(StrEnum):
 def stream(
     text: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="WAV file; - is standard output.")] = None,
-    model: Annotated[str, typer.Option(help="Weight folder, or a hub id OWNER/NAME.")] = str(DEFAULT_MODEL),
+    model: ModelOption = None,
     prompt_audio: Annotated[Path | None, typer.Option(help="Recording whose voice to speak in.")] = None,
     prompt_text: Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")] = None,
-    voice: Annotated[str | None, typer.Option(help="Voice file, or the name of one in the weight folder.")] = None,
+    voice: Annotated[str | None, typer.Option(help=VOICE_HELP, show_default=VOICE_DEFAULT)] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.")
     ] = None,

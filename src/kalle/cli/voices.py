@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalle.cli.interrupts import interruptible
+from kalle.cli.model_option import FolderOption, load_model, model_folder
 from kalle.cli.renamed import renamed
-from kalle.cli.say import DEFAULT_MODEL
 from kalle.cli.say_text import choose_language
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from kalle.synthesis.kalle import Kalle
     from kalle.synthesis.voice import Voice
     from kalle.synthesis.voice_store import Binding
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
-Model = Annotated[Path, typer.Option("--model", metavar="DIR", help="Weight folder.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Voice file to write; by default voices/NAME of the model.")]
 Name = Annotated[str | None, typer.Option(help="What to call it; `kalle say --voice NAME` finds it in the weight folder.")]
@@ -39,7 +37,7 @@ CHECK_OTHERS = 2
 def create(
     audio: Annotated[Path, typer.Option(metavar="FILE", help="Recording of the voice, best 2 to 20 seconds.")],
     text: Annotated[str | None, typer.Option(help="What is said in it, word for word; only a speaker encoder does without.")] = None,
-    model: Model = DEFAULT_MODEL,
+    model: FolderOption = None,
     out: Out = None,
     name: Name = None,
     language: Annotated[str | None, typer.Option(help="ISO 639-1 code of what is said.")] = None,
@@ -54,10 +52,11 @@ def create(
     with interruptible(), renamed({"--prompt-text": "--text"}):
         named = chosen_name(name, out, audio.stem)
         language = choose_language(language)
-        path = target(model, out, named, force)
+        folder = model_folder(model)
+        path = target(folder, out, named, force)
         if not audio.is_file():
             raise UserError(f"audio file not found: got '{audio}', expected a recording; check --audio")
-        kalle = load_model(model, device)
+        kalle = load_model(folder, device)
         voice = kalle.voice(audio, text, seed=seed, language=language or kalle.config.language, licence=licence, consent=consent)
         keep(voice, path, named, description, force)
 
@@ -65,7 +64,7 @@ def create(
 @app.command()
 def random(
     seed: Annotated[int, typer.Option(help="The same seed gives the same voice, with these weights, for ever.")],
-    model: Model = DEFAULT_MODEL,
+    model: FolderOption = None,
     out: Out = None,
     name: Name = None,
     description: Description = None,
@@ -75,49 +74,52 @@ def random(
     """Make up a voice and keep it."""
     with interruptible():
         named = chosen_name(name, out, f"random-{seed}")
-        path = target(model, out, named, force)
-        keep(load_model(model, device).random_voice(seed), path, named, description, force)
+        folder = model_folder(model)
+        path = target(folder, out, named, force)
+        keep(load_model(folder, device).random_voice(seed), path, named, description, force)
 
 
 @app.command("list")
 def list_voices(
     files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Voice files; the stored ones if none.")] = None,
-    model: Model = DEFAULT_MODEL,
+    model: FolderOption = None,
 ) -> None:
     """Show every voice of a weight folder, damaged ones included."""
     from kalle.cli.voice_tables import print_table
     from kalle.synthesis.voice_store import stored_voices, voice_files
 
     with interruptible():
-        binding, problem = binding_of(model)
+        folder = model_folder(model)
+        binding, problem = binding_of(folder)
         if problem is not None and not files:
             raise UserError(problem)
-        paths = files or voice_files(model)
+        paths = files or voice_files(folder)
         if not paths:
             typer.echo(
-                f"no voices in '{model}'; make one with `kalle voices create --audio FILE --text TEXT` or `kalle voices random --seed N`"
+                f"no voices in '{folder}'; make one with `kalle voices create --audio FILE --text TEXT` or `kalle voices random --seed N`"
             )
             return
-        print_table(stored_voices(paths, binding), default_voice(model), binding is not None)
+        print_table(stored_voices(paths, binding), default_voice(folder), binding is not None)
 
 
 @app.command()
-def show(voice: Given, model: Model = DEFAULT_MODEL) -> None:
+def show(voice: Given, model: FolderOption = None) -> None:
     """Print everything a voice file says, and whether it fits the weights."""
     from kalle.cli.voice_tables import description_lines
     from kalle.synthesis.voice import Voice
     from kalle.synthesis.voice_store import find_voice
 
     with interruptible():
-        path = find_voice(model, voice)
-        binding, problem = binding_of(model)
-        typer.echo("\n".join(description_lines(Voice.load(path), path, model, binding, problem)))
+        folder = model_folder(model)
+        path = find_voice(folder, voice)
+        binding, problem = binding_of(folder)
+        typer.echo("\n".join(description_lines(Voice.load(path), path, folder, binding, problem)))
 
 
 @app.command()
 def play(
     voice: Given,
-    model: Model = DEFAULT_MODEL,
+    model: FolderOption = None,
     text: Annotated[str | None, typer.Option(help="What to say.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the audio here, .wav or .flac.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same speech.")] = 0,
@@ -130,10 +132,11 @@ def play(
     from kalle.synthesis.voice_store import find_voice
 
     with interruptible():
-        path = find_voice(model, voice)
+        folder = model_folder(model)
+        path = find_voice(folder, voice)
         if output is not None:
             check_request(text or "-", output, None, None, None)
-        kalle = load_model(model, device)
+        kalle = load_model(folder, device)
         chosen = kalle.load_voice(path)
         spoken = text if text is not None else PLAY_TEXTS.get(chosen.language or "en", PLAY_TEXTS["en"])
         speech = kalle.synthesize(spoken, chosen, seed=seed)
@@ -149,7 +152,7 @@ def play(
 @app.command()
 def check(
     voice: Annotated[str | None, typer.Argument(metavar="[VOICE]", help="As for show; without one, the random voice of --seed.")] = None,
-    model: Model = DEFAULT_MODEL,
+    model: FolderOption = None,
     texts: Annotated[int, typer.Option(help="How many texts to speak.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the first text; the next ones count up from it.")] = 0,
     temperature: Annotated[float, typer.Option(help="Scale of the standard deviations.")] = 1.0,
@@ -163,9 +166,10 @@ def check(
     from kalle.synthesis.voice_store import find_voice
 
     with interruptible():
-        path = None if voice is None else find_voice(model, voice)
+        folder = model_folder(model)
+        path = None if voice is None else find_voice(folder, voice)
         embedder = speaker_embedder("ge2e")
-        kalle = load_model(model, device)
+        kalle = load_model(folder, device)
         chosen = kalle.random_voice(seed) if path is None else kalle.load_voice(path)
         contrast = {f"random voice {number}": kalle.random_voice(number) for number in range(seed + 1, seed + 1 + others)}
         said = check_texts(chosen.language, texts)
@@ -222,13 +226,6 @@ def _save_new(voice: Voice, path: Path) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def load_model(model: Path, device: str) -> Kalle:
-    """The whole model."""
-    from kalle.synthesis.kalle import Kalle
-
-    return Kalle.from_pretrained(model, device)
 
 
 def binding_of(model: Path) -> tuple[Binding | None, str | None]:

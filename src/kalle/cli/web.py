@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from kalle.cli.interrupts import interruptible
-from kalle.cli.say import DEFAULT_MODEL
+from kalle.cli.model_option import FolderOption, load_model
 from kalle.errors import UserError
 
 LONGEST_PORT = 65535
 
 
 def web(
-    model: Annotated[Path, typer.Option(help="Weight folder.")] = DEFAULT_MODEL,
+    model: FolderOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets the network in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Ask Gradio for a public address, through its servers.")] = False,
@@ -31,7 +31,7 @@ def web(
 
 
 def run_web(
-    model: Path,
+    model: Path | None,
     host: str,
     port: int,
     share: bool = False,
@@ -41,13 +41,14 @@ def run_web(
     max_text: int = 5000,
     open_browser: bool = False,
 ) -> None:
-    """Load ``model`` and serve the page until Ctrl-C; a UserError for every mistake, before the model is loaded where it can be."""
+    """Load ``model``, or for None the default one, and serve the page until Ctrl-C.
+
+    A UserError for every mistake, before the model is loaded where it can be.
+    """
     check_options(host, port, max_text)
     from kalle.serving.web import WebOptions, serve
-    from kalle.synthesis.kalle import Kalle
 
-    kalle = Kalle.from_pretrained(model, device, dtype)
-    serve(kalle, WebOptions(host, port, share, voices, max_text, open_browser))
+    serve(load_model(model, device, dtype), WebOptions(host, port, share, voices, max_text, open_browser))
 
 
 def check_options(host: str, port: int, max_text: int) -> None:

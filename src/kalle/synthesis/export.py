@@ -64,23 +64,23 @@ class Exported:
 def export_folder(
     source: Path, out: Path, dtype: torch.dtype, max_file_bytes: int, language: str | None = None, voice: str | None = None
 ) -> Exported:
-    """Write the weight folder ``source`` to the new folder ``out``: weights in ``dtype``, weight files of ``max_file_bytes`` at most.
+    """Write the weight folder ``source`` to the folder ``out``, a new one, or one with a card or notices alone, which stay.
 
+    The weights are in ``dtype``, in files of ``max_file_bytes`` at most.
     Tokenizer, stop rule, card and notices come along; ``language`` and the name of the default ``voice`` are stored where given.
     A voice that fits ``source`` is bound to the rounded encoders, from which its tensors come as well, but for the rounding; one that does
     not, or whose adapter belongs to the unrounded language model, is left out and named in the result.
-    UserError when ``source`` cannot speak, a tensor does not fit its configuration, or ``out`` holds something already.
+    UserError when ``source`` cannot speak, a tensor does not fit its configuration, or ``out`` holds a model or other folders already.
     """
     source, out = source.absolute(), out.absolute()
     config = read_folder(source)
     if voice is not None:
         voice_path(out, voice)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"already there: got --out '{out}', expected a folder that is empty or does not exist; choose another name")
+    there = _notices(out)
     with staged(out) as staging:
         parts = {part: _export_part(part_folder(source, part), staging / part, part, dtype, max_file_bytes) for part in PARTS}
         shutil.copytree(source / TOKENIZER_FOLDER, staging / TOKENIZER_FOLDER, ignore=_folders)
-        _copy_files(source, staging, {CONFIG_NAME})
+        _copy_files(source, staging, {CONFIG_NAME, *there})
         kept, lost = _export_voices(source, staging)
         values = read_json(source / CONFIG_NAME) if (source / CONFIG_NAME).is_file() else {"format_version": FORMAT_VERSION}
         given = {"language": language, "voice": voice}
@@ -89,6 +89,15 @@ def export_folder(
     known = {*PARTS, TOKENIZER_FOLDER, VOICES_FOLDER}
     others = tuple(sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in known))
     return Exported(parts, size, kept, lost, others, voice or config.voice)
+
+
+def _notices(out: Path) -> set[str]:
+    """The names of the files in ``out``; a UserError where it is no folder, or holds more than a card and notices."""
+    if not out.exists():
+        return set()
+    if not out.is_dir() or any(path.is_dir() or path.name == CONFIG_NAME for path in out.iterdir()):
+        raise UserError(f"already there: got --out '{out}', expected a new folder, or one with a card alone; choose another or empty it")
+    return {path.name for path in out.iterdir()}
 
 
 def _export_part(source: Path, target: Path, part: str, dtype: torch.dtype, max_file_bytes: int) -> ExportedPart:

@@ -32,10 +32,10 @@ from kalle.synthesis.seeds import check_seed
 from kalle.synthesis.speak import Request
 from kalle.synthesis.speak_batch import speak_batch
 from kalle.synthesis.stream import SpeechStream
-from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, Voice
+from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, Voice
 from kalle.synthesis.voice_store import find_voice
 from kalle.synthesis.voicing import check_voice, random_voice, voice_from_audio
-from kalle.synthesis.weights import resolve_weights
+from kalle.synthesis.weights import SHIPPED, resolve_weights
 from kalle.text.prompt import check_text, prompt_ids
 from kalle.text.tokenizer import Tokenizer
 
@@ -70,8 +70,10 @@ class Kalle:
         self._check_parts()
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Kalle:
-        """Load a weight folder (see docs/architecture.md), a folder with the released files, or a hub id OWNER/NAME.
+    def from_pretrained(
+        cls, folder_or_hub_id: str | Path = SHIPPED, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    ) -> Kalle:
+        """Load a weight folder (see docs/architecture.md), one with the released files, a hub id OWNER/NAME, or kalle-nano, which ships.
 
         Released files are converted beside themselves the first time; what a hub id names is fetched the first time.
         ``device`` "auto" is CUDA where there is one. ``dtype`` is that of the language model's backbone: "auto" is fp32 on
@@ -174,7 +176,7 @@ class Kalle:
     def synthesize(
         self,
         text: str,
-        voice: Voice | None = None,
+        voice: GivenVoice = None,
         *,
         seed: int | None = None,
         temperature: float = 1.0,
@@ -186,7 +188,8 @@ class Kalle:
     ) -> Speech:
         """Speak ``text``; ``SpeechRequest`` explains the arguments.
 
-        Without ``voice`` the folder's default voice speaks, or without one the model makes up a voice. The length is capped
+        Without ``voice`` the folder's default voice speaks, or without one the model makes up a voice; "random" asks for the
+        ``random_voice`` of the seed whatever the folder says. The length is capped
         by default at what slow speech of the text does not reach; ``Speech.stop_reason`` tells whether it did.
         UserError for empty text, one too long for a request (``speak_long`` speaks it), a voice that doesn't fit and bad values.
         """
@@ -212,7 +215,7 @@ class Kalle:
     def stream(
         self,
         text: str,
-        voice: Voice | None = None,
+        voice: GivenVoice = None,
         *,
         seed: int | None = None,
         temperature: float = 1.0,
@@ -244,12 +247,17 @@ class Kalle:
         seed = secrets.randbelow(2**31) if request.seed is None else check_seed(request.seed)
         check_text(request.text, "text")
         check_length(request.text, request.max_seconds)
-        voice = request.voice or self.default_voice
+        return self._request(request, self._chosen(request.voice, seed), seed)
+
+    def _chosen(self, voice: GivenVoice, seed: int) -> Voice | None:
+        """The voice to speak in; None where the model makes one up while it speaks."""
+        if isinstance(voice, str):
+            return self.random_voice(seed)
+        voice = voice or self.default_voice
         if voice is not None:
             check_voice(self, voice)
-        elif self.has_speaker_encoder:
-            voice = self.random_voice(seed)
-        return self._request(request, voice, seed)
+            return voice
+        return self.random_voice(seed) if self.has_speaker_encoder else None
 
     def _request(self, request: SpeechRequest, voice: Voice | None, seed: int) -> Request:
         quirks = request.quirks or ReleaseQuirks()

@@ -18,7 +18,7 @@ from kalle.synthesis.longform_prompt import anchor_voice, expected_seconds, posi
 from kalle.synthesis.loudness import even_gain_db, loudness_db
 from kalle.synthesis.seeds import check_seed
 from kalle.synthesis.speech import FloatArray, Speech
-from kalle.synthesis.voice import Voice
+from kalle.synthesis.voice import GivenVoice, Voice
 from kalle.text.normalise import normalise
 from kalle.text.prompt import check_text
 from kalle.text.sentences import Sentence, split_sentences, unspoken
@@ -64,10 +64,10 @@ class _Course:
 class LongForm:
     """A long text, ready to be spoken: ``sentences`` are known, iterating speaks them one after the other.
 
-    All have one voice: that of ``voice``, else the weight folder's default, else ``Kalle.random_voice`` of the seed. It is the prompt
-    of every sentence, followed by the sentence before if ``LongFormOptions.rolling`` says so and both are short. Sentence i has a seed
-    of its own, made from ``seed`` and i, so the result depends on neither interruptions nor on who reads it. Every sentence
-    is given the level of the others (the median so far), and one that is much faster or slower is tried again once.
+    All have one voice: that of ``voice``, else the weight folder's default, else ``Kalle.random_voice`` of the seed, which "random" asks
+    for, too. It is the prompt of every sentence, followed by the sentence before if ``LongFormOptions.rolling`` says so and both are
+    short. Sentence i has a seed of its own, made from ``seed`` and i, so the result depends on neither interruptions nor on who reads it.
+    Every sentence is given the level of the others (the median so far), and one that is much faster or slower is tried again once.
     A bad ending is in the part's ``warnings`` and the rest goes on. UserError for a text without words and bad values.
     """
 
@@ -75,7 +75,7 @@ class LongForm:
         self,
         kalle: Kalle,
         text: str,
-        voice: Voice | None = None,
+        voice: GivenVoice = None,
         *,
         seed: int | None = None,
         options: LongFormOptions | None = None,
@@ -199,7 +199,7 @@ class LongForm:
 
 
 def speak_long(
-    kalle: Kalle, text: str, voice: Voice | None = None, *, seed: int | None = None, options: LongFormOptions | None = None
+    kalle: Kalle, text: str, voice: GivenVoice = None, *, seed: int | None = None, options: LongFormOptions | None = None
 ) -> Iterator[Part]:
     """Speak a long ``text``: the parts of its sentences as they are done. See ``LongForm``."""
     return LongForm(kalle, text, voice, seed=seed, options=options).parts()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kalle.synthesis.length import LONGEST_SECONDS, cap_frames, cap_seconds, usual_seconds
 from kalle.synthesis.request import check_voice_given
-from kalle.synthesis.voice import FLOWVAE_ENCODER, Voice
+from kalle.synthesis.voice import FLOWVAE_ENCODER, GivenVoice, Voice
 from kalle.text.prompt import BEFORE_SPEECH
 
 if TYPE_CHECKING:
@@ -29,9 +29,11 @@ def fits_one_request(text: str) -> bool:
     return cap_seconds(text) < LONGEST_SECONDS
 
 
-def anchor_voice(kalle: Kalle, voice: Voice | None, seed: int) -> Voice:
-    """The voice of all sentences: ``voice``, else the weight folder's default, else the random voice of ``seed``."""
+def anchor_voice(kalle: Kalle, voice: GivenVoice, seed: int) -> Voice:
+    """The voice of all sentences: ``voice``, else the weight folder's default, else (or for "random") the random voice of ``seed``."""
     check_voice_given(voice)
+    if isinstance(voice, str):
+        return kalle.random_voice(seed)
     voice = voice or kalle.default_voice
     return kalle.random_voice(seed) if voice is None else voice
 

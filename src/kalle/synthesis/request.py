@@ -10,7 +10,7 @@ from kalle.errors import UserError
 from kalle.synthesis.guidance import NO_GUIDANCE
 from kalle.synthesis.quirks import ReleaseQuirks
 from kalle.synthesis.sampling import StopRule
-from kalle.synthesis.voice import Voice
+from kalle.synthesis.voice import RANDOM_VOICE, GivenVoice, Voice
 
 DEFAULT_RETRIES = 1
 DEFAULT_CHUNK_FRAMES = 8
@@ -25,8 +25,8 @@ class SpeechRequest:
     """
 
     text: str
-    voice: Voice | None = None
-    """None leaves it to the weight folder's default voice, or else to the model."""
+    voice: GivenVoice = None
+    """None leaves it to the weight folder's default voice, or else to the model; "random" is ``Kalle.random_voice`` of the seed."""
     seed: int | None = None
     """None draws one; ``Speech.seed`` tells it."""
     temperature: float = 1.0
@@ -58,8 +58,8 @@ class SpeechRequest:
 
 
 def check_voice_given(voice: object) -> None:
-    """A UserError for anything but a ``Voice`` or None."""
-    if isinstance(voice, Voice | None):
+    """A UserError for anything but a ``Voice``, "random" or None."""
+    if isinstance(voice, Voice | None) or (isinstance(voice, str) and voice == RANDOM_VOICE):
         return
     loads = f"load it with kalle.load_voice({voice!r})" if isinstance(voice, str) else "load one with kalle.load_voice(NAME)"
     raise UserError(f"bad voice: got {_type(voice)}, expected a kalle.Voice; {loads}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,8 @@ _ADAPTER = "adapter."
 FLOWVAE_ENCODER = "flowvae_encoder"
 SPEAKER_ENCODER = "speaker_encoder"
 RECORDING, RANDOM = "recording", "random"
+RANDOM_VOICE: Literal["random"] = "random"
+"""Given instead of a voice it asks for the made-up voice of the seed, also where the weight folder has a default voice."""
 _TENSORS = {"prompt_latents": 2, "speaker_latent": 1}
 """Name -> number of dimensions."""
 _ENCODERS = {"prompt_latents": FLOWVAE_ENCODER, "speaker_latent": SPEAKER_ENCODER}
@@ -176,3 +178,7 @@ def _number(path: Path, name: str, kind: type, text: str) -> Any:
 def spoken_name(name: str) -> str:
     """The name of an encoder as people read it."""
     return {FLOWVAE_ENCODER: "Flow-VAE encoder", SPEAKER_ENCODER: "speaker encoder"}.get(name, name)
+
+
+GivenVoice: TypeAlias = Voice | Literal["random"] | None
+"""What requests take: None leaves the voice to the weight folder's default, or else to the model."""

@@ -20,7 +20,7 @@ from kalle.checkpoint import (
 from kalle.errors import UserError
 from kalle.synthesis.adapter import base_hash
 from kalle.synthesis.folder import VOICES_FOLDER
-from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, Voice
+from kalle.synthesis.voice import FLOWVAE_ENCODER, RANDOM_VOICE, SPEAKER_ENCODER, Voice
 
 SUFFIX = ".safetensors"
 LONGEST_NAME = 80
@@ -83,6 +83,8 @@ def voice_path(folder: str | Path, name: str) -> Path:
             f"bad voice name: got {name!r}, expected up to {LONGEST_NAME} letters, digits, spaces, dots and hyphens, the first a letter "
             "or digit; choose another --name"
         )
+    if name == RANDOM_VOICE:
+        raise UserError(f"bad voice name: got {name!r}, which asks for a made-up voice, expected another; choose another --name")
     return Path(folder) / VOICES_FOLDER / f"{name}{SUFFIX}"
 
 
