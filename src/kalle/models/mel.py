@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchaudio.functional import melscale_fbanks
 
 from kalle.errors import UserError
 from kalle.models.layers import without_autocast
@@ -60,6 +59,9 @@ class MelConfig:
 
 def mel_filters(config: MelConfig) -> Tensor:
     """Slaney-scale, slaney-normalised triangular filters, (n_mels, n_fft // 2 + 1), fp32."""
+    # Imported here because speaking needs no mel, and torchaudio takes its time.
+    from torchaudio.functional import melscale_fbanks
+
     with warnings.catch_warnings():
         # Empty filters are counted and reported by LogMel; torchaudio's warning names neither the count nor the configuration.
         warnings.filterwarnings("ignore", message="At least one mel filterbank")
