@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kalle.cli.interrupts import interruptible
-from kalle.cli.model_option import ModelOption, model_folder
+from kalle.cli.model_option import ModelOption, load_model, model_folder
 from kalle.cli.say_one import check_output, free_output, report, speak_to_file
 from kalle.cli.say_options import (
     AdapterOption,
@@ -80,8 +80,7 @@ def say(
 ) -> None:
     """Speak a text into a file, in the model's own voice or one that it makes up, a recording's or a stored one.
 
-    A text of more than about 25 seconds, one from --text-file and one with --srt is spoken sentence by sentence; if that is
-    interrupted, the same command goes on where it was.
+    A text longer than about 25 seconds, of --text-file or with --srt is spoken sentence by sentence; interrupted, it goes on where it was.
     """
     with interruptible():
         written, language = read_text(text, text_file), choose_language(language)
@@ -90,11 +89,11 @@ def say(
         output = free_output() if output is None else output
         check_request(written, output, prompt_audio, prompt_text, voice)
         folder = model_folder(model)
-        from kalle.synthesis.folder import read_folder
+        from kalle.cli.say_long import speak_long_to_file
         from kalle.synthesis.longform_part import LongFormOptions
         from kalle.synthesis.quirks import ReleaseQuirks
 
-        language = language or read_folder(folder).language
+        language = language or _folder_language(folder)
         quirks = ReleaseQuirks.release() if release_exact else None
         options = LongFormOptions(
             language, normalise, pause, paragraph_pause, rolling=rolling,
@@ -102,18 +101,14 @@ def say(
         )  # fmt: skip
         words, why = plan(written, language, normalise, from_file=text_file is not None, srt=srt)
         check_files(output, long=why is not None, plot=plot, srt=srt)
-        from kalle.synthesis.kalle import Kalle
-
         # The quirk of the precision rounds the weights itself, from fp32.
-        kalle = Kalle.from_pretrained(folder, device, "float32" if release_exact and dtype == "auto" else dtype)
+        kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype)
         chosen = adapted(kalle, choose_voice(kalle, prompt_audio, prompt_text, voice), adapter)
         if why is None:
             tell_without_effect(options, restart, keep_parts)
             single = (seed, temperature, max_seconds, quirks, retries, guidance)
             speak_to_file(kalle, words, output, chosen, *single, plot=plot, written=written)
             return
-        from kalle.cli.say_long import speak_long_to_file
-
         speak_long_to_file(kalle, written, output, chosen, seed, options, why=why, srt=srt, restart=restart, keep_parts=keep_parts)
 
 
@@ -192,6 +187,12 @@ def adapted(kalle: Kalle, voice: GivenVoice, adapter: Path | None) -> GivenVoice
         return voice
     kalle.adapter = kalle.load_adapter(adapter)
     return voice if voice is None or isinstance(voice, str) else dataclasses.replace(voice, adapter=kalle.adapter)
+
+
+def _folder_language(folder: Path) -> str | None:
+    from kalle.synthesis.folder import read_folder
+
+    return read_folder(folder).language
 
 
 def _show(text: str, language: str | None, normalise: bool) -> None:
