@@ -119,12 +119,14 @@ def test_the_end_of_the_page_is_no_error(toy_weights: Path, monkeypatch: pytest.
     assert closed == [False]
 
 
-def test_an_interrupted_start_is_one(monkeypatch: pytest.MonkeyPatch, served: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_start_is_one(
+    toy_weights: Path, monkeypatch: pytest.MonkeyPatch, served: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Kalle, "from_pretrained", interrupted)
-    assert main(["web", "--port", "0"]) == 130
+    assert main(["web", "--port", "0", "--model", str(toy_weights)]) == 130
     assert capsys.readouterr().err == "error: interrupted before the page was there; run the same command again\n"
 
 
