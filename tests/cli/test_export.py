@@ -11,6 +11,7 @@ import torch
 
 from kalle.checkpoint import read_json, read_weights, write_json
 from kalle.cli.main import main
+from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.folder import read_folder
 from kalle.synthesis.kalle import Kalle
@@ -133,3 +134,20 @@ def test_a_flowvae_that_was_copied_before_leaves_no_second_model(source: Path, t
         ours, theirs = (FlowVAE.from_pretrained(path).state_dict() for path in (tmp_path / "run", folder))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert len(list((tmp_path / "run" / "flowvae").glob("*.index.json"))) == (folder == tmp_path / "parts")
+
+
+def test_the_stored_temperature_is_what_requests_without_one_get(source: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert export(source, out, "--temperature", "0.25") == 0
+    kalle, plain = Kalle.from_pretrained(out, "cpu"), Kalle.from_pretrained(source, "cpu")
+    assert (kalle.temperature, plain.temperature) == (0.25, 1.0)
+    said = kalle.synthesize("Hi.", seed=1, retries=0)
+    assert np.array_equal(said.audio, kalle.synthesize("Hi.", seed=1, retries=0, temperature=0.25).audio)
+    assert not np.array_equal(said.audio, kalle.synthesize("Hi.", seed=1, retries=0, temperature=1.0).audio)
+    assert len(np.concatenate(list(kalle.stream("Hi.", seed=1)))) == len(said.audio)
+
+
+def test_a_stored_temperature_that_cannot_be(source: Path) -> None:
+    write_json(source / "config.json", read_json(source / "config.json") | {"temperature": -0.5})
+    with pytest.raises(UserError, match=r"bad temperature in .*: got -0.5, expected a finite number of at least 0"):
+        read_folder(source)

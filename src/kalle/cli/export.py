@@ -34,6 +34,7 @@ def export(
     max_shard_mb: Annotated[float, typer.Option(help="Most megabytes (10^6 bytes) in a weight file.")] = 15.0,
     language: Annotated[str | None, typer.Option(help="Store this default language, an ISO 639-1 code.")] = None,
     voice: Annotated[str | None, typer.Option(metavar="NAME", help="Store this default voice, one of voices/.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Store this scale of the standard deviations as the default.")] = None,
 ) -> None:
     """Copy a weight folder with its weights in 16 bits and in files of a bounded size. It speaks as before, in fp32 on a CPU."""
     with interruptible():
@@ -45,7 +46,7 @@ def export(
         from kalle.synthesis.weights import resolve_weights
 
         limit = int(max_shard_mb * BYTES_PER_MB)
-        result = export_folder(resolve_weights(source), out, HALF_DTYPES[dtype.value], limit, language, voice)
+        result = export_folder(resolve_weights(source), out, HALF_DTYPES[dtype.value], limit, language, voice, temperature)
         typer.echo("\n".join(report(result, out, dtype.value)))
         for warning in warnings(result, out):
             typer.echo(f"warning: {warning}", err=True)

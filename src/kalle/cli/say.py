@@ -58,7 +58,7 @@ def say(
     prompt_text: PromptTextOption = None,
     voice: VoiceOption = None,
     seed: SeedOption = None,
-    temperature: TemperatureOption = 1.0,
+    temperature: TemperatureOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_seconds: MaxSecondsOption = None,

@@ -53,7 +53,7 @@ def speak_to_file(
     output: Path,
     voice: GivenVoice,
     seed: int | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     max_seconds: float | None = None,
     quirks: ReleaseQuirks | None = None,
     retries: int = 1,

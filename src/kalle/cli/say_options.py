@@ -22,7 +22,10 @@ AdapterOption = Annotated[
     typer.Option(help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.", metavar="FILE"),
 ]
 SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same speech; without one it is drawn and printed.")]
-TemperatureOption = Annotated[float, typer.Option(help="Scale of the standard deviations; 1 is the model's own spread.")]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(help="Scale of the standard deviations; 1 is the model's own spread.", show_default="the weights' own, else 1"),
+]
 GuidanceOption = Annotated[float, typer.Option(help="1 is the model's own prediction, more follows the text more closely; twice the work.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")]

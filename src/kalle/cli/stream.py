@@ -18,7 +18,7 @@ from kalle.cli.main import INTERRUPTED
 from kalle.cli.model_option import ModelOption, load_model
 from kalle.cli.renamed import renamed
 from kalle.cli.say import adapted, check_request, choose_voice, read_text
-from kalle.cli.say_options import VOICE_DEFAULT, VOICE_HELP
+from kalle.cli.say_options import VOICE_DEFAULT, VOICE_HELP, TemperatureOption
 from kalle.cli.say_text import wordless
 from kalle.cli.sinks import GrowingWav, Pipe, Sink, Sinks
 from kalle.errors import UserError
@@ -52,7 +52,7 @@ def stream(
         Path | None, typer.Option(help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same speech; without one it is drawn and printed.")] = None,
-    temperature: Annotated[float, typer.Option(help="Scale of the standard deviations; 1 is the model's own spread.")] = 1.0,
+    temperature: TemperatureOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
     max_seconds: Annotated[float | None, typer.Option(help="Length cap; by default what slow speech of the text does not reach.")] = None,

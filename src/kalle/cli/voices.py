@@ -13,6 +13,7 @@ import typer
 from kalle.cli.interrupts import interruptible
 from kalle.cli.model_option import FolderOption, load_model, model_folder
 from kalle.cli.renamed import renamed
+from kalle.cli.say_options import TemperatureOption
 from kalle.cli.say_text import choose_language
 from kalle.errors import UserError
 
@@ -155,7 +156,7 @@ def check(
     model: FolderOption = None,
     texts: Annotated[int, typer.Option(help="How many texts to speak.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the first text; the next ones count up from it.")] = 0,
-    temperature: Annotated[float, typer.Option(help="Scale of the standard deviations.")] = 1.0,
+    temperature: TemperatureOption = None,
     others: Annotated[int, typer.Option(help="Random voices to compare with.")] = CHECK_OTHERS,
     device: Device = "auto",
 ) -> None:

@@ -44,7 +44,8 @@ class SpeakingConfig:
     same speaker in the list."""
     seeds: tuple[int, ...] = (0,)
     """Every item is spoken once for each; its own seed follows from it and the item's index."""
-    temperature: float = 1.0
+    temperature: float | None = None
+    """None: the weights' own."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
@@ -79,6 +80,7 @@ def evaluate_synthesis(
     score_items(items, scores, journal, lambda index, item: run.item(index, item, others[index]), SYSTEM, settings.progress)
     described = {
         **asdict(config),
+        "temperature": kalle.temperature if config.temperature is None else config.temperature,
         "voice_given": voice is not None,
         "device": str(kalle.device),
         "torch_threads": torch.get_num_threads(),

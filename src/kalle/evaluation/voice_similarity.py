@@ -111,7 +111,7 @@ def voice_similarity(
     texts: Sequence[str] | None = None,
     others: Mapping[str, Voice] | None = None,
     seed: int = 0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     progress: bool = True,
 ) -> VoiceSimilarity:
     """Speak each text in ``voice`` with a seed of its own (``seed`` + index) and compare the results' voices.
@@ -151,7 +151,7 @@ def prompt_audio(kalle: Kalle, voice: Voice) -> Audio | None:
 
 
 def _speak(
-    kalle: Kalle, voice: Voice, embedder: SpeakerEmbedder, texts: Iterable[tuple[int, str]], seed: int, temperature: float
+    kalle: Kalle, voice: Voice, embedder: SpeakerEmbedder, texts: Iterable[tuple[int, str]], seed: int, temperature: float | None
 ) -> _Spoken:
     embeddings, failed, reasons = [], 0, dict[str, int]()
     for index, text in texts:

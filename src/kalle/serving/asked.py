@@ -37,7 +37,7 @@ class Asked:
     text: str
     voice: VoiceChoice = field(default_factory=VoiceChoice)
     seed: int | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     max_seconds: float | None = None
 
 

@@ -132,7 +132,7 @@ class Handlers:
 def asked_from(text: str | None, voice: VoiceChoice, seed: str | None, temperature: float | None, max_seconds: str | None) -> Asked:
     """The fields of the page as a request; an empty number is the default. UserError for what is no number."""
     longest = typed_number(max_seconds, "longest length")
-    return Asked(text or "", voice, typed_whole(seed, "seed"), 1.0 if temperature is None else float(temperature), longest)
+    return Asked(text or "", voice, typed_whole(seed, "seed"), None if temperature is None else float(temperature), longest)
 
 
 def choice_from(source: str, name: str | None, recording: str | None, transcript: str | None, seed: str | None) -> VoiceChoice:

@@ -87,7 +87,7 @@ def lay_out(handlers: Handlers, player_js: str) -> tuple[VoiceParts, SpeechParts
             voice = _voice(handlers)
             with gr.Accordion("Settings", open=False):
                 seed = _number("Seed", "The same seed gives the same speech; empty draws one.", "seed")
-                temperature = gr.Slider(0, 1.5, 1.0, step=0.05, label="Temperature", info="1 is the model's own spread.")
+                temperature = gr.Slider(0, 1.5, kalle.temperature, step=0.05, label="Temperature", info="1 is the model's own spread.")
                 max_seconds = _number("Longest sentence in seconds", "Empty: three times the usual pace.", "max-seconds")
         with gr.Column(scale=6, min_width=300):
             with gr.Row(elem_classes="kalle-actions"):

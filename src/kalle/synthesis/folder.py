@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class FolderConfig:
     """Name of the default voice in voices/."""
     sample_rate: int | None = None
     """Samples per second of the audio; None leaves it to the Flow-VAE."""
+    temperature: float | None = None
+    """Scale of the standard deviations that suits these weights, at least 0; None for 1."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class _Stored:
     language: str | None = None
     voice: str | None = None
     sample_rate: int | None = None
+    temperature: float | None = None
 
 
 @permission_errors()
@@ -102,4 +106,6 @@ def _read_config(path: Path, stop_head: bool) -> FolderConfig:
     stop = default_stop(stop_head)
     if stored.stop is not None:
         stop = StopRule(stored.stop.threshold, stored.stop.min_index, probability=stored.stop.probability)
-    return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate)
+    if stored.temperature is not None and not 0 <= stored.temperature < math.inf:
+        raise UserError(f"bad temperature in '{path}': got {stored.temperature}, expected a finite number of at least 0; correct it")
+    return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate, stored.temperature)

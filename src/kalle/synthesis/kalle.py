@@ -173,13 +173,18 @@ class Kalle:
         """The weight folder's default voice, read once; None where it names none. UserError when it is missing or doesn't fit."""
         return None if self.config.voice is None else self.load_voice(self.config.voice)
 
+    @property
+    def temperature(self) -> float:
+        """What requests that name none are spoken with: the weight folder's, or else 1."""
+        return 1.0 if self.config.temperature is None else self.config.temperature
+
     def synthesize(
         self,
         text: str,
         voice: GivenVoice = None,
         *,
         seed: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         max_seconds: float | None = None,
         stop: StopRule | None = None,
         quirks: ReleaseQuirks | None = None,
@@ -218,7 +223,7 @@ class Kalle:
         voice: GivenVoice = None,
         *,
         seed: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         max_seconds: float | None = None,
         stop: StopRule | None = None,
         latency_frames: int | None = None,
@@ -270,8 +275,9 @@ class Kalle:
         used = len(ids) + (0 if prompt is None else len(prompt)) + (0 if speaker is None else 1)
         cap = min(cap, self._free_positions(used))
         stop = quirks.stop_rule(request.stop, self.config.stop)
+        temperature = self.temperature if request.temperature is None else request.temperature
         adapter = self._adapter(voice)
-        return Request(ids, cap, seed, prompt, speaker, request.temperature, stop, quirks, adapter=adapter, guidance=request.guidance)
+        return Request(ids, cap, seed, prompt, speaker, temperature, stop, quirks, adapter=adapter, guidance=request.guidance)
 
     def _adapter(self, voice: Voice | None) -> Adapter | None:
         if voice is not None and voice.adapter is not None:

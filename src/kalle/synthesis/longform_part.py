@@ -36,7 +36,8 @@ class LongFormOptions:
     """Voice and sentence before take at most this long together; else the voice alone is the prompt."""
     max_gain_db: float = 6.0
     """A sentence is made at most this much louder or quieter to match the others."""
-    temperature: float = 1.0
+    temperature: float | None = None
+    """None takes the one stored with the weights, else 1."""
     max_seconds: float | None = None
     """Length cap of a sentence; None derives it from the text."""
     quirks: ReleaseQuirks | None = None

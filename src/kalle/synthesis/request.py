@@ -29,8 +29,8 @@ class SpeechRequest:
     """None leaves it to the weight folder's default voice, or else to the model; "random" is ``Kalle.random_voice`` of the seed."""
     seed: int | None = None
     """None draws one; ``Speech.seed`` tells it."""
-    temperature: float = 1.0
-    """Scale of the standard deviations; 1 is the model's own spread."""
+    temperature: float | None = None
+    """Scale of the standard deviations; 1 is the model's own spread. None takes the one stored with the weights, else 1."""
     max_seconds: float | None = None
     """Length cap; None derives it from the text. Speech that is cut at a cap shorter than that is what was asked for: no retry."""
     stop: StopRule | None = None
@@ -47,9 +47,9 @@ class SpeechRequest:
         if not isinstance(self.text, str):
             raise UserError(f"bad text: got {_type(self.text)}, expected a str; decode bytes with .decode('utf-8')")
         check_voice_given(self.voice)
-        numbers = {"temperature": self.temperature, "length cap": 1.0 if self.max_seconds is None else self.max_seconds}
-        for name, value in (numbers | {"guidance": self.guidance}).items():
-            if not isinstance(value, Real):
+        numbers = {"temperature": self.temperature, "length cap": self.max_seconds, "guidance": self.guidance}
+        for name, value in numbers.items():
+            if not isinstance(value, Real) and (value is not None or name == "guidance"):
                 raise UserError(f"bad {name}: got {value!r}, expected a number")
         try:
             operator.index(self.retries)
