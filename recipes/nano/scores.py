@@ -38,7 +38,7 @@ def evaluations(given: argparse.Namespace, weights: Path, out: Path) -> dict[str
     limited = [*common, f"testset.limit={given.items}"]
     drawn = f"figure_items={SPECTROGRAMS}"
     prompt = choose_prompt(read_test_list(corpora / "en" / "cuts_valid.jsonl.gz").items)
-    voice = [override("synthesis.prompt_audio", prompt.audio_path), override("synthesis.prompt_text", prompt.text)]
+    voice = [override("synthesis.prompt_audio", prompt.audio_path)]
     found = {
         "synthetic": ["kind=synthesis", f"testset={corpora / SYNTHETIC / 'cuts_test.jsonl.gz'}", *limited, seeds, drawn],
         "recorded": ["kind=synthesis", f"testset={corpora / 'en' / 'cuts_test.jsonl.gz'}", *limited, seeds, drawn, *voice],
