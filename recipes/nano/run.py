@@ -82,10 +82,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs=3,
         metavar=("FLOWVAE", "DECODER", "LM"),
-        default=[5000, 2500, 20000],
-        help="optimizer steps of each training",
+        default=[5000, 0, 20000],
+        help="optimizer steps of each training; 0 DECODER leaves that stage out",
     )
     parser.add_argument("--continue-from", type=Path, help="weight folder whose parts the trainings start from; 0 steps keep its part")
+    parser.add_argument("--temperature", type=float, help="stored as the weights' own")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--override", action="append", default=[], help="a Hydra override for every training")

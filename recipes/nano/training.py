@@ -83,6 +83,8 @@ class Training:
         self.stages.run("assemble", lambda: self.assemble(weights))
         self.stages.run("calibrate", lambda: self._calibrate(weights))
         export = [str(weights), "--out", str(shipped), "--dtype", "float16", "--max-shard-mb", "15", "--language", "en"]
+        if self.given.temperature is not None:
+            export += ["--temperature", str(self.given.temperature)]
         self.stages.command("export", "export", *export)
 
     def assemble(self, weights: Path) -> None:
