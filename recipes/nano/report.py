@@ -145,7 +145,7 @@ def _rise(speech: Mapping[str, Any], kind: str) -> float | None:
 
 def reconstruction_table(speech: Mapping[str, Any], languages: Sequence[str]) -> list[str]:
     """The Flow-VAE alone: its scores by corpus, and how much it adds to the word error rate of the recordings."""
-    head = ["| Flow-VAE, unseen recordings | WER of them | " + " | ".join(RECONSTRUCTION) + " | rise of the WER |"]
+    head = "| Flow-VAE, unseen recordings | WER of them | " + " | ".join(RECONSTRUCTION) + " | rise of the WER |"
     lines = [head, "|---" * (len(RECONSTRUCTION) + 3) + "|"]
     for kind in speech:
         name = kind.removeprefix("reconstruction-")

@@ -244,6 +244,7 @@ def test_the_report_compares_targets_and_survives_what_is_missing(recipe: Any, t
     assert "| largest file, MB | <= 15.0 | 16.0 | no |" in table
     assert "| WER, the same texts in the default voice | <= 0.400 | 0.200 [0.100, 0.300] | yes |" in table
     speech = {"reconstruction-fr": {"recording": numbers, "reconstruction": {"wer_corpus": {"value": 0.5}}}}
+    assert report.reconstruction_table(speech, ["fr"])[0].startswith("| Flow-VAE, unseen recordings | WER of them | wer_corpus |")
     assert report.reconstruction_table(speech, ["fr"])[2:] == ["| fr (recorded) | 0.200 | 0.500 | - | - | - | - | 0.300 |"]
 
 
