@@ -18,8 +18,7 @@ from compute import FILE_NAME, earlier_runs, machine, write_compute
 from corpora import make_corpora
 from voices import make_voices
 
-from kalle.cli.stages import Stages
-from kalle.errors import UserError
+from kalle.cli.stages import Stages, recipe_main
 from training import Training
 
 logger = logging.getLogger("nano")
@@ -104,22 +103,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
+
+    def work() -> None:
         given.out.mkdir(parents=True, exist_ok=True)
         Nano(given).run(tuple(given.only))
-    except UserError as error:
-        return _fail(str(error), 2)
-    except OSError as error:
-        return _fail(f"cannot use '{error.filename or given.out}': {error.strerror or error}; choose another --out", 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to continue", 130)
-    return 0
 
-
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return code
+    return recipe_main(work, given.out)
 
 
 if __name__ == "__main__":

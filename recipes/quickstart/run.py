@@ -18,7 +18,7 @@ from summary import write_summary
 
 from kalle.checkpoint import part_folder, read_json, write_json
 from kalle.cli.main import dispatch
-from kalle.cli.stages import Stages, override
+from kalle.cli.stages import Stages, override, recipe_main
 from kalle.data.prompt_choice import choose_prompt
 from kalle.data.testlist import TestItem, read_test_list
 from kalle.errors import UserError
@@ -162,8 +162,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
+
+    def work() -> None:
         steps = steps_for(given.minutes) if given.steps is None else given.steps
         if not (given.model / "lm").is_dir():
             raise UserError(
@@ -172,18 +172,8 @@ def run(arguments: list[str] | None = None) -> int:
             )
         given.out.mkdir(parents=True, exist_ok=True)
         logger.info("\n%s", Quickstart(given, steps).run())
-    except UserError as error:
-        return _fail(str(error), 2)
-    except OSError as error:
-        return _fail(f"cannot use '{error.filename or given.out}': {error.strerror or error}; choose another --out", 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to continue", 130)
-    return 0
 
-
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return code
+    return recipe_main(work, given.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from scratch_summary import write_summary
 
-from kalle.cli.stages import Stages
+from kalle.cli.stages import Stages, recipe_main
 from kalle.errors import UserError
 from kalle.evaluation.asr_models import find_asr_model
 
@@ -117,23 +117,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    try:
+
+    def work() -> None:
         budget = Budget(*given.steps) if given.steps else Budget.for_minutes(given.minutes)
         given.out.mkdir(parents=True, exist_ok=True)
         quickstart(given.out, budget, given)
-    except UserError as error:
-        return _fail(str(error), 2)
-    except OSError as error:
-        return _fail(f"cannot use '{error.filename or given.out}': {error.strerror or error}; choose another --out", 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to continue", 130)
-    return 0
 
-
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return code
+    return recipe_main(work, given.out)
 
 
 if __name__ == "__main__":

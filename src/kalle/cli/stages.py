@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kalle.checkpoint import read_json, write_json
-from kalle.cli.main import dispatch
+from kalle.cli.main import INTERRUPTED, USAGE_ERROR, dispatch
 from kalle.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,28 @@ def override(key: str, value: object) -> str:
     # A backslash means something to Hydra only in front of a quote, the closing one included.
     text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), str(value))
     return f"{key}='{text}'"
+
+
+def recipe_main(work: Callable[[], object], out: Path) -> int:
+    """Run ``work`` of a recipe that writes into the folder ``out``; returns the exit code.
+
+    A UserError, and what the system refuses, is one line on standard error and 2; Ctrl-C is 130.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        work()
+    except UserError as error:
+        return _fail(str(error), USAGE_ERROR)
+    except OSError as error:
+        return _fail(f"cannot use '{error.filename or out}': {error.strerror or error}; choose another --out", USAGE_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to continue", INTERRUPTED)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
 
 
 class Stages:
