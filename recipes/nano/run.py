@@ -16,10 +16,10 @@ from pathlib import Path
 
 from compute import FILE_NAME, earlier_runs, machine, write_compute
 from corpora import make_corpora
+from trainings import Training
 from voices import make_voices
 
 from kalle.cli.stages import Stages, recipe_main
-from training import Training
 
 logger = logging.getLogger("nano")
 GROUPS = ("corpora", "train", "finish", "voices", "evaluate")

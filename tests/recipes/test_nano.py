@@ -144,7 +144,7 @@ def test_lists_of_all_parts_become_one(recipe: Any, tmp_path: Path) -> None:
 
 def trained(recipe: Any, given: argparse.Namespace) -> dict[str, list[str]]:
     stages = Recorder()
-    training = recipe("nano", "training").Training(stages, given)
+    training = recipe("nano", "trainings").Training(stages, given)
     training.run()
     training.finish(given.out / "kalle-nano")
     return stages.asked
@@ -186,12 +186,12 @@ def test_a_continuation_starts_from_weights_and_skips_what_has_no_steps(recipe: 
 @pytest.mark.parametrize("words", [["--steps", "0", "1", "1"], ["--steps", "1", "1", "0"], ["--continue-from", "nowhere"]])
 def test_parts_that_come_from_nowhere_are_refused(words: list[str], recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected"):
-        recipe("nano", "training").Training(Recorder(), command_line(recipe, "--out", str(tmp_path), *words))
+        recipe("nano", "trainings").Training(Recorder(), command_line(recipe, "--out", str(tmp_path), *words))
 
 
 def test_assembled_parts_are_the_chosen_ones(recipe: Any, tmp_path: Path, toy_weights: Path) -> None:
     given = command_line(recipe, "--out", str(tmp_path), "--continue-from", str(toy_weights), "--steps", "0", "0", "0")
-    training = recipe("nano", "training").Training(Recorder(), given)
+    training = recipe("nano", "trainings").Training(Recorder(), given)
     training.assemble(tmp_path / "weights")
     from kalle.synthesis.kalle import Kalle
 
