@@ -53,6 +53,18 @@ def test_bucketing_saves_padding() -> None:
     assert padding(budget_plan(pairs, 1000, buckets=10)) < 0.15 < 0.3 < padding(budget_plan(pairs, 1000, buckets=1))
 
 
+def test_a_long_tail_does_not_become_batches_of_one() -> None:
+    lengths = np.random.default_rng(0).integers(10, 60, 4000).tolist() + np.random.default_rng(1).integers(100, 900, 20).tolist()
+    batches = budget_plan([(1, int(n)) for n in lengths], 1000, buckets=16)(0)
+    alone = sum(len(batch) == 1 and lengths[batch[0]] < 450 for batch in batches)
+    assert alone <= 3, f"{alone} utterances of less than half the budget are batches of their own"
+
+
+def test_batches_of_a_bucket_are_nearly_equal() -> None:
+    sizes = [len(batch) for batch in budget_plan([(10, 10)] * 25, 240, buckets=1)(0)]
+    assert sorted(sizes) == [8, 8, 9], "25 items of which 12 fit: not 12, 12 and a single one"
+
+
 def test_order_follows_seed_and_epoch() -> None:
     pairs = [(n % 7 + 1, n % 11 + 1) for n in range(60)]
     assert budget_plan(pairs, seed=1)(2) == budget_plan(pairs, seed=1)(2)

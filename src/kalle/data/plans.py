@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -11,6 +11,9 @@ import numpy as np
 from kalle.data.mixing import Mixture
 from kalle.data.sampling import numpy_generator
 from kalle.errors import UserError
+
+_LEAST_FILLED = 0.8
+"""Least share of their longest item that the items of the last bucket have on average; below it the bucket is split."""
 
 
 class Batches(Sequence[list[int]]):
@@ -101,9 +104,9 @@ class _Plan:
         orders = [self._order(number, generator, window) for number in range(len(self._groups))]
         starts, ends, filled = [], [], 0
         for order, (_, size) in zip(orders, self._groups, strict=True):
-            first = np.arange(filled, filled + len(order), size)
-            starts.append(first)
-            ends.append(np.minimum(first + size, filled + len(order)))
+            bounds = filled + self._bounds(len(order), size)
+            starts.append(bounds[:-1])
+            ends.append(bounds[1:])
             filled += len(order)
         batches = Batches(np.concatenate(orders), np.concatenate(starts), np.concatenate(ends))
         if self._shuffle_batches:
@@ -113,6 +116,10 @@ class _Plan:
         # A batch belongs to the window of its last item: what does not fill a batch in one window is carried into the next.
         last = window[batches.order[batches.ends - 1] % len(window)]
         return batches.reordered(np.argsort(last, kind="stable"))
+
+    def _bounds(self, items: int, size: int) -> np.ndarray:
+        """Where batches of at most ``size`` begin among ``items``, and the end of the last, (batches + 1,)."""
+        return np.append(np.arange(0, items, size), items)
 
     def _order(self, number: int, generator: np.random.Generator, window: np.ndarray | None) -> np.ndarray:
         """The visits of one group, shuffled, and sorted by window where there are windows."""
@@ -127,11 +134,12 @@ class _Plan:
 class BudgetPlan(_Plan):
     """Batches of similar length under a budget of padded positions.
 
-    A batch of B items costs B * (longest text + longest audio) positions, padding included, and never more than
-    ``max_positions``. Items are put into ``buckets`` groups by length once; an epoch shuffles each group, cuts it into batches and
-    shuffles the batches. The batch size of a group follows from its longest items, so every epoch has the same number of
-    batches (the trainer asks only once) and visits every item exactly once, or as often as ``mixture`` says. With ``windows`` the
-    groups are shuffled within windows of shards and cut through all windows in turn, which changes the order and no number.
+    A batch of B items costs B * (longest text + longest audio) positions, padding included, and never more than ``max_positions``.
+    Items are put into ``buckets`` groups by length once, the group of the longest into more where it has a long tail; an epoch shuffles
+    each group, cuts it into batches of nearly equal size and shuffles the batches. The batch size of a group follows from its longest
+    items, so every epoch has the same number of batches (the trainer asks only once) and visits every item exactly once, or as often as
+    ``mixture`` says. With ``windows`` the groups are shuffled within windows of shards and cut through all windows in turn, which changes
+    the order and no number.
 
     ``text_lengths`` and ``audio_lengths`` are (N,) int64, in positions; the sum of no item may exceed ``max_positions``.
     """
@@ -152,12 +160,21 @@ class BudgetPlan(_Plan):
         total = text_lengths + audio_lengths
         assert total.size, "no items to batch"
         assert int(total.max()) <= max_positions, (int(total.max()), max_positions)
-        groups: list[tuple[np.ndarray, int]] = []
-        for members in equal_buckets(total, buckets):
+        most = len(total) if max_items is None else max_items
+
+        def size_of(members: np.ndarray) -> int:
             widest = int(text_lengths[members].max() + audio_lengths[members].max())
-            size = max(1, max_positions // widest)
-            groups.append((members, size if max_items is None else min(size, max_items)))
+            return min(most, max(1, max_positions // widest))
+
+        *ordinary, longest = equal_buckets(total, buckets)
+        tail = _tight(longest, total, size_of) if ordinary else [longest]
+        groups = [(members, size_of(members)) for members in (*ordinary, *tail)]
         super().__init__(groups, shuffle=shuffle, seed=seed, mixture=mixture, windows=windows)
+
+    def _bounds(self, items: int, size: int) -> np.ndarray:
+        # An update of one or two left-over utterances would count as much as any other.
+        batches = -(-items // size)
+        return np.arange(batches + 1) * items // max(batches, 1)
 
 
 class FixedSizePlan(_Plan):
@@ -177,6 +194,19 @@ class FixedSizePlan(_Plan):
         super().__init__([(np.arange(items), batch_size)], shuffle=shuffle, seed=seed, mixture=mixture, windows=windows)
         # The items are shuffled already; a window's batches come in the order in which it is read.
         self._shuffle_batches = False
+
+
+def _tight(members: np.ndarray, lengths: np.ndarray, size_of: Callable[[np.ndarray], int]) -> list[np.ndarray]:
+    """``members``, ordered by length, in groups whose longest does not make the batches of the others small.
+
+    Few utterances, of many lengths, are the last bucket of a long tail; were they one group, each would be a batch of its own.
+    """
+    size = size_of(members)
+    if len(members) <= size or lengths[members].mean() >= _LEAST_FILLED * lengths[members].max():
+        return [members]
+    half = int(np.searchsorted(np.cumsum(lengths[members]), lengths[members].sum() / 2)) + 1
+    half = min(half, len(members) - 1)
+    return _tight(members[:half], lengths, size_of) + _tight(members[half:], lengths, size_of)
 
 
 def equal_buckets(positions: np.ndarray, buckets: int) -> list[np.ndarray]:
