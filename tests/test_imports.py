@@ -73,6 +73,14 @@ def test_import_kalle_is_light() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_speaking_imports_neither_transformers_nor_a_compiler() -> None:
+    heavy = ("transformers", "torch._dynamo", "torch.distributed.tensor", "sympy", "scipy")
+    code = f"import sys, kalle; kalle.Kalle.from_pretrained({str(ROOT / 'ckpt/kalle-nano')!r}).synthesize('Yes.', max_seconds=0.4)\n"
+    result = python(code + f"print([name for name in {heavy!r} if name in sys.modules])")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]", "a command that speaks takes seconds and 190 MB more to start"
+
+
 def test_the_public_names_load_no_extra() -> None:
     result = python(f"{BLOCK}\nimport kalle\nprint([getattr(kalle, name).__name__ for name in kalle.__all__])")
     assert result.returncode == 0, result.stderr

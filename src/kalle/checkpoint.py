@@ -232,14 +232,26 @@ def require_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], sourc
 class _Unfilled(TorchFunctionMode):
     """Inside it ``torch.empty``, from which layers take their weights, gives tensors without memory, so that nothing is drawn for them.
 
-    What is computed, such as a window or the frequencies of the rotary embedding, is as ever: the weight file does not hold it.
+    What is computed, such as a window or the frequencies of the rotary embedding, is as ever: the weight file does not hold it. Drawing
+    and norms of weights without memory are answered here, because torch's way of doing nothing imports its compiler: seconds, and 150 MB.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         if func is torch.empty and "out" not in given:
             given["device"] = "meta"
+        if func is torch._weight_norm and args[0].is_meta:
+            return args[0].new_empty(args[0].shape)
+        if func is torch.norm_except_dim and args[0].is_meta:
+            return args[0].new_empty(_norms_shape(*args, **given))
+        if getattr(func, "__module__", "") == "torch.nn.init" and (tensor := args[0] if args else given["tensor"]).is_meta:
+            return tensor
         return func(*args, **given)
+
+
+def _norms_shape(v: Tensor, pow: int = 2, dim: int = 0) -> list[int]:
+    assert dim in (0, v.dim() - 1), "weight norm is along the first or last dimension"
+    return [size if axis == dim else 1 for axis, size in enumerate(v.shape)]
 
 
 def load_module(

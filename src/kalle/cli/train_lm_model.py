@@ -50,7 +50,7 @@ def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: To
 
     check_start(config)
     if config.init is not None:
-        lm = KalleLM.from_pretrained(config.init).train()
+        lm = KalleLM.from_pretrained(config.init, for_training=True).train()
         if config.lm.get("stop_head") and not lm.config.stop_head:
             _add_stop_head(lm, config)
     else:

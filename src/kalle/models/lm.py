@@ -7,21 +7,26 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part_folder, read_json, save_part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
+from kalle.models.backbone import Backbone
+from kalle.models.backbone_config import BackboneConfig
 from kalle.models.batch import LMBatch
+from kalle.models.kv_cache import KVCache
 from kalle.models.layers import without_autocast
 from kalle.models.layout import Packing, RowLayout, packed_layout, padded_layout
-from kalle.models.lm_state import LMState
+from kalle.models.lm_state import Cache, LMState
 from kalle.models.next_frame import NextFrame
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 PART = "lm"
 _OLDER_LLAMA_KEYS = frozenset({"_name_or_path", "model_type", "rope_scaling", "rope_theta", "torch_dtype"})
@@ -66,6 +71,10 @@ class KalleLMConfig:
 
 def check_backbone(values: Mapping[str, Any], source: str | Path) -> None:
     """A UserError when ``values`` are not those of a Llama configuration; an unknown key lists the valid ones."""
+    if BackboneConfig.of(values) is not None:
+        return  # known without transformers, which takes seconds to import
+    from transformers import LlamaConfig
+
     valid = {field.name for field in dataclasses.fields(LlamaConfig)} | _OLDER_LLAMA_KEYS
     unknown = sorted(set(values) - valid)
     if unknown:
@@ -79,8 +88,19 @@ def check_backbone(values: Mapping[str, Any], source: str | Path) -> None:
 
 
 def _llama_config(values: Mapping[str, Any]) -> LlamaConfig:
+    from transformers import LlamaConfig
+
     # transformers writes rope_theta into the rope_scaling it is given.
     return LlamaConfig(**copy.deepcopy(dict(values)))
+
+
+def _backbone(values: Mapping[str, Any], for_training: bool) -> Any:
+    known = None if for_training else BackboneConfig.of(values)
+    if known is not None:
+        return Backbone(known)
+    from transformers import LlamaModel
+
+    return LlamaModel(_llama_config(values))
 
 
 class KalleLM(nn.Module):
@@ -94,11 +114,13 @@ class KalleLM(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: KalleLMConfig) -> None:
+    def __init__(self, config: KalleLMConfig, for_training: bool = True) -> None:
+        """``for_training``: the backbone is transformers' LlamaModel, with its choice of kernels; otherwise `Backbone` where it knows
+        the configuration. Weights and results are the same, up to rounding."""
         super().__init__()
         self.config = config
-        self.backbone = LlamaModel(_llama_config(config.backbone))
-        hidden = self.backbone.config.hidden_size
+        self.backbone: Any = _backbone(config.backbone, for_training)
+        hidden: int = self.backbone.config.hidden_size
         self.audio_linear = nn.Linear(config.latent_dim, hidden)
         self.distribution_linear = nn.Linear(hidden, 2 * config.latent_dim)
         self.speaker_encoder: SpeakerEncoder | None = None
@@ -127,21 +149,25 @@ class KalleLM(nn.Module):
         return int(self.backbone.config.vocab_size)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> KalleLM:
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, for_training: bool = False
+    ) -> KalleLM:
         """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32.
+
+        ``for_training``: with transformers' backbone, as ``__init__`` says; `kalle.models.speed` chooses among its kernels.
 
         On the CPU the weights are the mapped file: replace it by a rename while the model is in use, never overwrite it in place (``cp``),
         which would change the model or end the process. ``save_pretrained`` renames.
         """
         part = part_folder(folder, PART)
         config = KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
-        return load_module(lambda: cls(config), part, device, {"backbone.": dtype})
+        return load_module(lambda: cls(config, for_training), part, device, {"backbone.": dtype})
 
     @classmethod
     def names_of(cls, config: KalleLMConfig) -> set[str]:
         """Names of the state of a model of ``config``."""
         with torch.device("meta"):
-            return set(cls(config).state_dict())
+            return set(cls(config, for_training=False).state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``folder``/lm/{config.json, model.safetensors} (``folder`` itself when it is named lm)."""
@@ -203,7 +229,7 @@ class KalleLM(nn.Module):
 
     def read(self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> tuple[Tensor, LMState]:
         """As ``prefill``, with the last position's hidden state (B, H) in place of what ``predict_from`` makes of it."""
-        return self._advance(self._context(text_ids, prompt_latents, speaker_latent), LMState(DynamicCache()))
+        return self._advance(self._context(text_ids, prompt_latents, speaker_latent), LMState(self._new_cache()))
 
     def append(self, z: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         """As ``step``, with the hidden state (B, H) of the new position in place of what ``predict_from`` makes of it."""
@@ -246,6 +272,13 @@ class KalleLM(nn.Module):
             return None
         distribution = self.encode_speaker(batch.speaker_mels)
         return (distribution.mean if batch.speaker_noise is None else distribution.sample(batch.speaker_noise)), distribution
+
+    def _new_cache(self) -> Cache:
+        if isinstance(self.backbone, Backbone):
+            return KVCache()
+        from transformers import DynamicCache
+
+        return DynamicCache()
 
     def _context(self, text_ids: Tensor, latents: Tensor | None, speaker_latent: Tensor | None) -> Tensor:
         """Embeddings (B, W, H) of ``[speaker] text latents``."""

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+
+class Cache(Protocol):
+    """`kalle.models.kv_cache.KVCache`, or transformers' DynamicCache, whichever the backbone is called with."""
+
+    layers: Any
+    """One with ``keys`` and ``values`` (B, kv_heads, W, head_dim) for every layer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, /) -> Any:
+        """Append columns."""
+
+    def get_seq_length(self) -> int:
+        """Columns so far."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class LMState:
     same new column. W columns. Only ``step`` changes a state; ``join`` and ``select`` copy, or return a state that needs no change.
     """
 
-    cache: DynamicCache
+    cache: Cache
     """Per layer, keys and values of shape (B, kv_heads, W, head_dim)."""
     padding: Tensor | None = None
     """(B,) int64: columns at the left of each row that hold nothing; None where no row has any."""
@@ -60,7 +72,7 @@ class LMState:
         if len(states) == 1:
             return states[0]
         width = max(state.length for state in states)
-        cache = DynamicCache()
+        cache = type(states[0].cache)()
         for number, layers in enumerate(zip(*(state._layers() for state in states), strict=True)):
             keys, values = (_align_right(parts, width) for parts in zip(*layers, strict=True))
             cache.update(keys, values, number)
@@ -74,14 +86,14 @@ class LMState:
         lengths = self.lengths
         lengths = tuple(lengths[row] for row in rows)
         width = max(lengths)
-        cache = DynamicCache()
+        cache = type(self.cache)()
         for number, (keys, values) in enumerate(self._layers()):
             index = torch.tensor(list(rows), device=keys.device)
             cache.update(keys[index, :, -width:], values[index, :, -width:], number)
         return self._padded(lengths, cache)
 
     @classmethod
-    def _padded(cls, lengths: Sequence[int], cache: DynamicCache) -> LMState:
+    def _padded(cls, lengths: Sequence[int], cache: Cache) -> LMState:
         state = cls(cache)
         padding = [state.length - length for length in lengths]
         return cls(cache, torch.tensor(padding, device=state._layers()[0][0].device)) if any(padding) else state

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import rotate_half
 
 from kalle.errors import UserError
+from kalle.models.backbone import rotate_half
 from kalle.models.batch import LMBatch
 from kalle.models.layout import RowLayout
 from kalle.models.lm import KalleLM

@@ -21,8 +21,9 @@ from kalle.losses.alignment import alignment_loss
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
 from kalle.losses.stop import stop_bce, stop_rows
 from kalle.models.batch import LMBatch
-from kalle.models.layout import Packing, RowLayout, check_documents_apart
+from kalle.models.layout import Packing, RowLayout
 from kalle.models.lm import KalleLM
+from kalle.models.packing_check import check_documents_apart
 from kalle.models.text_attention import TextAttention
 from kalle.training.augmentation import add_input_noise, drop_speakers, drop_texts, visit_generators
 from kalle.training.reduction import REDUCTIONS, Reduction, global_weight

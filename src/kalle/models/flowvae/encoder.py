@@ -61,7 +61,8 @@ class Encoder(nn.Module):
             )
         )
         self.conv_out = same_conv(widths[-1], 2 * latent_dim, 3)
-        self._initialise()
+        if not self.conv_in.weight.is_meta:  # which is about to be given its weights
+            self._initialise()
 
     def forward(self, wav: Tensor) -> Tensor:
         x = self.stages(self.activation(self.conv_in(wav)))

@@ -1,0 +1,220 @@
+"""The backbone of synthesis computes what transformers' Llama computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaModel
+
+from kalle.models.backbone import Backbone
+from kalle.models.backbone_config import BackboneConfig
+from kalle.models.kv_cache import KVCache
+from kalle.models.lm import KalleLM, KalleLMConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "rope_theta": 500000.0,
+}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def pair(**changes: Any) -> tuple[Backbone, LlamaModel]:
+    """Both networks with the same random weights."""
+    values = SIZES | changes
+    torch.manual_seed(0)
+    theirs = LlamaModel(LlamaConfig(**{key: dict(value) if isinstance(value, dict) else value for key, value in values.items()})).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, 0.5, 0.2) if parameter.dim() == 1 else torch.nn.init.normal_(parameter, std=0.15)
+    config = BackboneConfig.of(values)
+    assert config is not None
+    ours = Backbone(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_scaling": SCALING},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "rope_theta": None},
+        {"num_key_value_heads": 6},
+        {"num_key_value_heads": 1, "head_dim": 8},
+    ],
+)
+def test_it_computes_what_transformers_computes(changes: dict[str, Any]) -> None:
+    changes = {key: value for key, value in changes.items() if value is not None}
+    ours, theirs = pair(**changes)
+    x = torch.randn(2, 300, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x).last_hidden_state, theirs(inputs_embeds=x).last_hidden_state, **CLOSE)
+
+
+def test_frequencies_are_transformers() -> None:
+    for rope in ({}, {"rope_scaling": SCALING}):
+        ours, theirs = pair(**rope)
+        torch.testing.assert_close(ours.config.inverse_frequencies(), theirs.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_steps_with_a_cache_are_transformers_and_the_whole() -> None:
+    ours, theirs = pair()
+    x = torch.randn(2, 150, 48)
+    mine, other = KVCache(), DynamicCache()
+    with torch.inference_mode():
+        whole = ours(x).last_hidden_state
+        for begin, end in ((0, 40), (40, 43), *((n, n + 1) for n in range(43, 150))):
+            got = ours(x[:, begin:end], past_key_values=mine, use_cache=True).last_hidden_state
+            wanted = theirs(inputs_embeds=x[:, begin:end], past_key_values=other, use_cache=True).last_hidden_state
+            torch.testing.assert_close(got, wanted, **CLOSE)
+            torch.testing.assert_close(got, whole[:, begin:end], **CLOSE)
+    assert mine.get_seq_length() == 150
+    for layer, theirs_layer in zip(mine.layers, other.layers, strict=True):
+        torch.testing.assert_close(layer.keys, theirs_layer.keys, **CLOSE)
+        torch.testing.assert_close(layer.values, theirs_layer.values, **CLOSE)
+
+
+def test_rows_of_unequal_length_do_not_see_their_padding() -> None:
+    ours, theirs = pair()
+    x = torch.randn(2, 12, 48)
+    valid = torch.ones(2, 12, dtype=torch.bool)
+    valid[1, :5] = False
+    positions = (torch.arange(12) - torch.tensor([[0], [5]])).clamp(min=0)
+    with torch.no_grad():
+        mine, other = KVCache(), DynamicCache()
+        ours(x[:, :11], valid[:, :11], positions[:, :11], mine, True)
+        theirs(inputs_embeds=x[:, :11], attention_mask=valid[:, :11], position_ids=positions[:, :11], past_key_values=other, use_cache=True)
+        got = ours(x[:, 11:], valid, positions[:, 11:], mine, True).last_hidden_state
+        wanted = theirs(
+            inputs_embeds=x[:, 11:], attention_mask=valid, position_ids=positions[:, 11:], past_key_values=other, use_cache=True
+        )
+        alone = ours(x[1:, 5:]).last_hidden_state[:, -1:]
+    torch.testing.assert_close(got, wanted.last_hidden_state, **CLOSE)
+    torch.testing.assert_close(got[1:], alone, **CLOSE)
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    ours, _ = pair()
+    x = torch.randn(1, 9, 48)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 0]])
+    with torch.no_grad():
+        together = ours(x, position_ids=positions).last_hidden_state
+        apart = torch.cat([ours(x[:, :4]).last_hidden_state, ours(x[:, 4:7]).last_hidden_state], 1)
+    torch.testing.assert_close(together[:, :7], apart, **CLOSE)
+
+
+def test_half_precision_rounds_as_transformers_does() -> None:
+    ours, theirs = pair()
+    ours.to(torch.bfloat16)
+    theirs.to(torch.bfloat16)
+    x = torch.randn(2, 30, 48, dtype=torch.bfloat16)
+    with torch.no_grad():
+        got, wanted = ours(x).last_hidden_state, theirs(inputs_embeds=x).last_hidden_state
+    assert got.dtype is torch.bfloat16
+    assert (got.float() - wanted.float()).abs().mean() < 4e-3 * wanted.float().abs().mean()
+
+
+def test_gradients_pass_through_cached_steps() -> None:
+    ours, _ = pair()
+    x = torch.randn(1, 6, 48, requires_grad=True)
+    cache = KVCache()
+    last = [ours(x[:, n : n + 1], past_key_values=cache, use_cache=True).last_hidden_state for n in range(6)][-1]
+    stepped = torch.autograd.grad(last.square().sum(), x)[0]
+    whole = torch.autograd.grad(ours(x).last_hidden_state[:, -1].square().sum(), x)[0]
+    torch.testing.assert_close(stepped, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_of_inference_mode_can_go_on_outside_it() -> None:
+    ours, _ = pair()
+    x = torch.randn(1, 4, 48)
+    cache = KVCache()
+    with torch.inference_mode():
+        ours(x[:, :2], past_key_values=cache, use_cache=True)
+        ours(x[:, 2:3], past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        got = ours(x[:, 3:], past_key_values=cache, use_cache=True).last_hidden_state
+        torch.testing.assert_close(got, ours(x).last_hidden_state[:, 3:], **CLOSE)
+
+
+def test_room_grows_by_shares_and_keeps_what_it_holds() -> None:
+    cache, seen, moves, where = KVCache(), [], 0, 0
+    for _ in range(1000):
+        new = torch.randn(1, 1, 1, 2)
+        seen.append(new)
+        cache.update(new, new, 0)
+        moves += cache.layers[0].keys.data_ptr() != where
+        where = cache.layers[0].keys.data_ptr()
+    assert torch.equal(cache.layers[0].keys, torch.cat(seen, 2))
+    assert moves < 12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"attention_dropout": 0.1},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_scaling": SCALING | {"factor": None, "more": 1}},
+        {"something_new": 1},
+        {"num_key_value_heads": 4},
+        {"hidden_size": "48"},
+        {"vocab_size": 0},
+        {"rms_norm_eps": 2.0},
+    ],
+)
+def test_what_it_does_not_know_is_left_to_transformers(change: dict[str, Any]) -> None:
+    assert BackboneConfig.of(SIZES | change) is None
+
+
+def test_what_changes_nothing_is_no_obstacle() -> None:
+    given = SIZES | {
+        "torch_dtype": "float16",
+        "model_type": "llama",
+        "bos_token_id": 1,
+        "eos_token_id": [1, 2],
+        "tie_word_embeddings": False,
+    }
+    assert BackboneConfig.of(given) == BackboneConfig.of(SIZES)
+
+
+def test_a_model_for_synthesis_has_the_names_and_results_of_one_for_training() -> None:
+    config = KalleLMConfig(backbone=SIZES, latent_dim=4)
+    torch.manual_seed(0)
+    trained = KalleLM(config).eval()
+    speaking = KalleLM(config, for_training=False).eval()
+    assert isinstance(speaking.backbone, Backbone)
+    assert isinstance(trained.backbone, LlamaModel)
+    speaking.load_state_dict(trained.state_dict())
+    text, latents = torch.randint(0, 50, (1, 7)), torch.randn(1, 3, 4)
+    with torch.no_grad():
+        for got, wanted in zip(
+            dataclasses.astuple(speaking.predict(text, latents))[:2], dataclasses.astuple(trained.predict(text, latents))[:2], strict=True
+        ):
+            torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+def test_a_configuration_it_does_not_know_still_speaks() -> None:
+    lm = KalleLM(KalleLMConfig(backbone=SIZES | {"hidden_act": "gelu"}, latent_dim=4), for_training=False)
+    assert isinstance(lm.backbone, LlamaModel)
+    with torch.no_grad():
+        prediction, state = lm.prefill(torch.tensor([[1, 2]]))
+        lm.step(prediction.mean, state)
+    assert state.length == 3
