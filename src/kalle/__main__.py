@@ -1,7 +1,5 @@
 """`python -m kalle` is the `kalle` command."""
 
-import sys
+from kalle.cli.main import run
 
-from kalle.cli.main import main
-
-sys.exit(main())
+run()

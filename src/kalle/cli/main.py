@@ -122,5 +122,12 @@ def _fail_usage(error: Exception) -> int:
     raise error
 
 
+def run() -> None:
+    """The console script: `main`, and the end of the process."""
+    from kalle.cli.leave import leave
+
+    leave(main(), sys.argv[1] if len(sys.argv) > 1 else None)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
