@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 SPECTROGRAMS = 5
 SIMILARITY_TEXTS = 20
 MEMORY_TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps until the evening."
-TRAININGS = ("flowvae", "flowvae2", "lm")
+TRAININGS = ("flowvae", "flowvae2", "lm-short", "lm")
 
 
 def evaluations(given: argparse.Namespace, weights: Path, out: Path) -> dict[str, list[str]]:

@@ -18,6 +18,10 @@ logger = logging.getLogger("nano")
 
 JOINS = ("join.passes=2", "join.min_seconds=1", "join.max_seconds=14", "join.gap_seconds=[0.1,0.4]")
 """Joins of two to about six utterances beside the single ones: the synthetic corpus has about two seconds each."""
+SHORT_FIRST = 0.4
+"""Share of the language model's steps on short utterances alone, in which there is least to lose the thread of."""
+SHORT = ("data.drop_longer_than=160", "scheduler.final_ratio=0.3")
+"""Some five seconds with their text; and no end of the learning, for another training follows."""
 FROZEN = "freeze=[encoder.*,flow.*]"
 """While the decoder trains on; the encoder stays the one that the latents come from."""
 
@@ -69,9 +73,18 @@ class Training:
             run = [f"flowvae={self.flowvae}", f"corpus={corpus}", f"out={latents}", f"device={self.given.device}"]
             self.stages.command(f"encode {corpus.name}", "encode", *run, "speaker_mels=true", *JOINS)
         if self.lm_steps:
-            start = [] if self.start is None else [f"init={self.start}"]
-            run = ["experiment=nano_lm", f"data.latents={_listed(self.latents)}", f"flowvae={self.decoder}", f"out={self.out / 'lm'}"]
-            self.stages.command("train lm", "train", "lm", *run, f"trainer.max_steps={self.lm_steps}", *start, *self.common)
+            self._train_lm()
+
+    def _train_lm(self) -> None:
+        """Short utterances first, then all; a continuation has learnt to read and takes all at once."""
+        short = 0 if self.start is not None else round(self.lm_steps * SHORT_FIRST)
+        start = [] if self.start is None else [f"init={self.start}"]
+        run = ["experiment=nano_lm", f"data.latents={_listed(self.latents)}", f"flowvae={self.decoder}", *self.common]
+        if short:
+            first = self.out / "lm-short"
+            self.stages.command("train lm short", "train", "lm", *run, f"out={first}", f"trainer.max_steps={short}", *SHORT)
+            start = [f"init={first / 'weights'}"]
+        self.stages.command("train lm", "train", "lm", *run, f"out={self.out / 'lm'}", f"trainer.max_steps={self.lm_steps - short}", *start)
 
     def _train_flowvae(self, name: str, steps: int, *more: str) -> None:
         run = ["experiment=nano_flowvae", f"data.corpus={_listed(self.corpora)}", f"out={self.out / name}", f"trainer.max_steps={steps}"]

@@ -155,7 +155,7 @@ def test_trainings_follow_each_other(recipe: Any, tmp_path: Path) -> None:
         recipe, "--out", str(tmp_path), "--steps", "7", "8", "9", "--seed", "3", "--override", "trainer.log_every_n_steps=1"
     )
     asked = trained(recipe, given)
-    first, second, lm = asked["train flowvae"], asked["train flowvae2"], asked["train lm"]
+    first, second, short, lm = (asked[f"train {name}"] for name in ("flowvae", "flowvae2", "lm short", "lm"))
     assert list(asked)[:2] == ["train flowvae", "train flowvae2"]
     assert list(asked)[-4:] == ["train lm", "assemble", "calibrate", "export"]
     config = compose("train_flowvae", first[2:])
@@ -164,7 +164,10 @@ def test_trainings_follow_each_other(recipe: Any, tmp_path: Path) -> None:
     assert f"init={tmp_path}/flowvae/weights" in second
     assert "freeze=[encoder.*,flow.*]" in second
     assert f"flowvae={tmp_path}/flowvae2/weights" in lm
-    assert not any(word.startswith("init=") for word in first + lm)
+    assert f"init={tmp_path}/lm-short/weights" in lm
+    assert not any(word.startswith("init=") for word in first + short)
+    steps = [compose("train_lm", folder_override(words[2:], "flowvae")).trainer.max_steps for words in (short, lm)]
+    assert steps == [4, 5], "of nine"
     for name in ("en", "joe"):
         encode = compose("encode", folder_override(asked[f"encode {name}"][1:], "flowvae"))
         assert encode.flowvae.folder == f"{tmp_path}/flowvae/weights"
@@ -181,6 +184,7 @@ def test_a_continuation_starts_from_weights_and_skips_what_has_no_steps(recipe: 
     assert "train flowvae2" not in asked
     assert f"flowvae={start}" in asked["encode joe"]
     assert {f"init={start}", f"flowvae={start}"} <= set(asked["train lm"])
+    assert "train lm short" not in asked
 
 
 @pytest.mark.parametrize("words", [["--steps", "0", "1", "1"], ["--steps", "1", "1", "0"], ["--continue-from", "nowhere"]])
