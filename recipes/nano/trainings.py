@@ -79,12 +79,13 @@ class Training:
         """Short utterances first, then all; a continuation has learnt to read and takes all at once."""
         short = 0 if self.start is not None else round(self.lm_steps * SHORT_FIRST)
         start = [] if self.start is None else [f"init={self.start}"]
-        run = ["experiment=nano_lm", f"data.latents={_listed(self.latents)}", f"flowvae={self.decoder}", *self.common]
+        run = ["train", "lm", "experiment=nano_lm", f"data.latents={_listed(self.latents)}", f"flowvae={self.decoder}"]
         if short:
             first = self.out / "lm-short"
-            self.stages.command("train lm short", "train", "lm", *run, f"out={first}", f"trainer.max_steps={short}", *SHORT)
+            self.stages.command("train lm short", *run, f"out={first}", f"trainer.max_steps={short}", *SHORT, *self.common)
             start = [f"init={first / 'weights'}"]
-        self.stages.command("train lm", "train", "lm", *run, f"out={self.out / 'lm'}", f"trainer.max_steps={self.lm_steps - short}", *start)
+        whole = [f"out={self.out / 'lm'}", f"trainer.max_steps={self.lm_steps - short}", *start, *self.common]
+        self.stages.command("train lm", *run, *whole)
 
     def _train_flowvae(self, name: str, steps: int, *more: str) -> None:
         run = ["experiment=nano_flowvae", f"data.corpus={_listed(self.corpora)}", f"out={self.out / name}", f"trainer.max_steps={steps}"]
@@ -96,9 +97,11 @@ class Training:
         self.stages.run("assemble", lambda: self.assemble(weights))
         self.stages.run("calibrate", lambda: self._calibrate(weights))
         export = [str(weights), "--out", str(shipped), "--dtype", "float16", "--max-shard-mb", "15", "--language", "en"]
+        name = "export"
         if self.given.temperature is not None:
             export += ["--temperature", str(self.given.temperature)]
-        self.stages.command("export", "export", *export)
+            name += f" at temperature {self.given.temperature}"  # another one is another export
+        self.stages.command(name, "export", *export)
 
     def assemble(self, weights: Path) -> None:
         """Put the parts into the folder ``weights``."""

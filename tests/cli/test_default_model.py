@@ -104,12 +104,13 @@ def test_the_shipped_folder_is_in_the_package_or_the_checkout(tmp_path: Path, mo
 
 
 def test_a_file_of_ones_own_is_never_taken(tmp_path: Path) -> None:
-    assert free_output(tmp_path) == tmp_path / "speech.wav"
+    assert free_output(False, tmp_path) == tmp_path / "speech.wav"
     (tmp_path / "speech.wav").touch()
     (tmp_path / "speech-2.wav").touch()
-    assert free_output(tmp_path) == tmp_path / "speech-3.wav"
     (tmp_path / "speech-2.wav.parts").mkdir()
-    assert free_output(tmp_path) == tmp_path / "speech-2.wav", "an interrupted run goes on"
+    (tmp_path / "speech-3.wav.parts").mkdir()
+    assert free_output(True, tmp_path) == tmp_path / "speech-3.wav", "an interrupted run goes on; no file is overwritten"
+    assert free_output(False, tmp_path) == tmp_path / "speech-4.wav", "and a short text does not take its place"
 
 
 def test_no_stored_voice_is_called_random(tmp_path: Path) -> None:

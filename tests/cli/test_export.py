@@ -38,7 +38,7 @@ def test_it_speaks_and_is_half_the_size(source: Path, tmp_path: Path, capsys) ->
     told = capsys.readouterr()
     assert f"wrote {out}: float16, " in told.out
     assert "largest rounding error" in told.out
-    assert "lm: 2 tensors stay float32: latent_mean, latent_std" in told.out
+    assert "lm: 2 tensors keep their precision: latent_mean, latent_std" in told.out
     assert "the default voice anna is not there" in told.err
     assert (out / "README.md").read_text() == "a card"
     config = read_folder(out)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
+from kalle.errors import UserError
 from kalle.models.backbone import Backbone
 from kalle.models.backbone_config import BackboneConfig
 from kalle.models.kv_cache import KVCache
@@ -158,7 +159,8 @@ def test_room_grows_by_shares_and_keeps_what_it_holds() -> None:
     for _ in range(1000):
         new = torch.randn(1, 1, 1, 2)
         seen.append(new)
-        cache.update(new, new, 0)
+        with torch.no_grad():
+            cache.update(new, new, 0)
         moves += cache.layers[0].keys.data_ptr() != where
         where = cache.layers[0].keys.data_ptr()
     assert torch.equal(cache.layers[0].keys, torch.cat(seen, 2))
@@ -172,7 +174,10 @@ def test_room_grows_by_shares_and_keeps_what_it_holds() -> None:
         {"attention_bias": True},
         {"attention_dropout": 0.1},
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        {"rope_scaling": SCALING | {"factor": None, "more": 1}},
+        {"rope_scaling": SCALING | {"factor": None}},
+        {"rope_scaling": SCALING | {"low_freq_factor": None}},
+        {"rope_scaling": SCALING | {"more": 1}},
+        {"rope_scaling": "linear"},
         {"something_new": 1},
         {"num_key_value_heads": 4},
         {"hidden_size": "48"},
@@ -182,6 +187,18 @@ def test_room_grows_by_shares_and_keeps_what_it_holds() -> None:
 )
 def test_what_it_does_not_know_is_left_to_transformers(change: dict[str, Any]) -> None:
     assert BackboneConfig.of(SIZES | change) is None
+
+
+@pytest.mark.parametrize("change", [{"rope_scaling": "linear"}, {"rope_scaling": SCALING | {"low_freq_factor": None}}])
+def test_a_bad_configuration_is_the_users_mistake(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="bad Llama configuration"):
+        KalleLMConfig(backbone=SIZES | change, latent_dim=4)
+
+
+def test_a_value_that_only_training_reads_is_seen_when_training_begins() -> None:
+    config = KalleLMConfig(backbone=SIZES | {"initializer_range": "abc"}, latent_dim=4)
+    with pytest.raises(UserError, match=r"bad Llama configuration in 'lm\.backbone'"):
+        KalleLM(config)
 
 
 def test_what_changes_nothing_is_no_obstacle() -> None:

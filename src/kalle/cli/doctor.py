@@ -75,7 +75,8 @@ def self_test() -> Iterator[Finding]:
     started = time.perf_counter()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        lm = KalleLM(KalleLMConfig(backbone={**size, "head_dim": 8, "vocab_size": tokenizer.vocab_size}, latent_dim=4)).eval()
+        language_model = KalleLMConfig(backbone={**size, "head_dim": 8, "vocab_size": tokenizer.vocab_size}, latent_dim=4)
+        lm = KalleLM(language_model, for_training=False).eval()
         flowvae = FlowVAE(config).eval()
     speech = Kalle(flowvae, lm, tokenizer).synthesize("Hi.", seed=0, max_seconds=2 / flowvae.config.frame_rate_hz, retries=0)
     value = f"a tiny random model spoke {speech.frames} frames, {len(speech.audio)} samples, in {time.perf_counter() - started:.1f} s"

@@ -62,7 +62,7 @@ def report(result: Exported, out: Path, dtype: str) -> list[str]:
             error = f"largest rounding error {part.rounding.error:.2g} of the standard deviation of its tensor ({part.rounding.where})"
         lines.append(f"{name}: {part.bytes / BYTES_PER_MB:.2f} MB in {files}, {error}")
         if part.rounding.kept:
-            lines.append(f"{name}: {len(part.rounding.kept)} tensors stay float32: {', '.join(part.rounding.kept[:5])}")
+            lines.append(f"{name}: {len(part.rounding.kept)} tensors keep their precision: {', '.join(part.rounding.kept[:5])}")
     if result.voices:
         lines.append(f"voices, bound to the rounded encoders: {', '.join(result.voices)}")
     return lines

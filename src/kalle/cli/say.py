@@ -10,7 +10,7 @@ import typer
 
 from kalle.cli.interrupts import interruptible
 from kalle.cli.model_option import ModelOption, load_model, model_folder
-from kalle.cli.say_one import check_output, free_output, report, speak_to_file
+from kalle.cli.say_one import DEFAULT_STEM, DEFAULT_SUFFIX, check_output, free_output, report, speak_to_file
 from kalle.cli.say_options import (
     AdapterOption,
     DeviceOption,
@@ -85,21 +85,21 @@ def say(
     with interruptible():
         written, language = read_text(text, text_file), choose_language(language)
         if show_text:
-            return _show(written, language, normalise)
-        output = free_output() if output is None else output
-        check_request(written, output, prompt_audio, prompt_text, voice)
+            return _show(written, language or _usual_language(written, model), normalise)
+        check_request(written, output or Path(DEFAULT_STEM + DEFAULT_SUFFIX), prompt_audio, prompt_text, voice)
         folder = model_folder(model)
         from kalle.cli.say_long import speak_long_to_file
         from kalle.synthesis.longform_part import LongFormOptions
         from kalle.synthesis.quirks import ReleaseQuirks
 
-        language = language or _folder_language(folder)
+        language = language or _usual_language(written, folder)
         quirks = ReleaseQuirks.release() if release_exact else None
         options = LongFormOptions(
             language, normalise, pause, paragraph_pause, rolling=rolling,
             temperature=temperature, max_seconds=max_seconds, quirks=quirks, retries=retries, guidance=guidance,
         )  # fmt: skip
         words, why = plan(written, language, normalise, from_file=text_file is not None, srt=srt)
+        output = free_output(long=why is not None) if output is None else output
         check_files(output, long=why is not None, plot=plot, srt=srt)
         # The quirk of the precision rounds the weights itself, from fp32.
         kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype)
@@ -189,10 +189,13 @@ def adapted(kalle: Kalle, voice: GivenVoice, adapter: Path | None) -> GivenVoice
     return voice if voice is None or isinstance(voice, str) else dataclasses.replace(voice, adapter=kalle.adapter)
 
 
-def _folder_language(folder: Path) -> str | None:
+def _usual_language(text: str, folder: Path | None) -> str | None:
+    """The language that the weights in ``folder`` name as theirs, unless ``text`` has another's script; None leaves it to be guessed."""
     from kalle.synthesis.folder import read_folder
+    from kalle.text.languages import detect_language
 
-    return read_folder(folder).language
+    usual = read_folder(folder).language if folder is not None and folder.is_dir() else None
+    return usual if usual is not None and detect_language(text, default=usual) == usual else None
 
 
 def _show(text: str, language: str | None, normalise: bool) -> None:

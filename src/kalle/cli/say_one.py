@@ -29,13 +29,13 @@ def parts_folder(output: Path) -> Path:
     return output.with_name(output.name + ".parts")
 
 
-def free_output(folder: Path = Path()) -> Path:
+def free_output(long: bool, folder: Path = Path()) -> Path:
     """The file for speech that was given none: speech.wav in ``folder``, or speech-2.wav and so on, the first that is not there.
 
-    One whose sentences are there, because a run was interrupted, is taken too, so that the same command goes on.
+    A ``long`` text takes one whose sentences are there, because a run was interrupted, so that the same command goes on; no other may.
     """
     names = (f"{DEFAULT_STEM}{'' if number == 1 else f'-{number}'}{DEFAULT_SUFFIX}" for number in itertools.count(1))
-    return next(path for path in map(folder.joinpath, names) if not path.exists() or parts_folder(path).exists())
+    return next(path for path in map(folder.joinpath, names) if not path.exists() and (long or not parts_folder(path).exists()))
 
 
 def check_output(output: Path) -> None:

@@ -135,11 +135,11 @@ class BudgetPlan(_Plan):
     """Batches of similar length under a budget of padded positions.
 
     A batch of B items costs B * (longest text + longest audio) positions, padding included, and never more than ``max_positions``.
-    Items are put into ``buckets`` groups by length once, the group of the longest into more where it has a long tail; an epoch shuffles
-    each group, cuts it into batches of nearly equal size and shuffles the batches. The batch size of a group follows from its longest
-    items, so every epoch has the same number of batches (the trainer asks only once) and visits every item exactly once, or as often as
-    ``mixture`` says. With ``windows`` the groups are shuffled within windows of shards and cut through all windows in turn, which changes
-    the order and no number.
+    Items are put into ``buckets`` groups by length once, the group of the longest into more where it has a long tail and there is no
+    mixture; an epoch shuffles each group, cuts it into batches of nearly equal size and shuffles the batches. The batch size of a group
+    follows from its longest items, so every epoch has the same number of batches (the trainer asks only once) and visits every item
+    exactly once, or as often as ``mixture`` says. With ``windows`` the groups are shuffled within windows of shards and cut through all
+    windows in turn, which changes the order and no number.
 
     ``text_lengths`` and ``audio_lengths`` are (N,) int64, in positions; the sum of no item may exceed ``max_positions``.
     """
@@ -167,7 +167,8 @@ class BudgetPlan(_Plan):
             return min(most, max(1, max_positions // widest))
 
         *ordinary, longest = equal_buckets(total, buckets)
-        tail = _tight(longest, total, size_of) if ordinary else [longest]
+        # A mixture draws a fixed number from each group, which should not be of a few items: always the same would be left out.
+        tail = _tight(longest, total, size_of) if ordinary and mixture is None else [longest]
         groups = [(members, size_of(members)) for members in (*ordinary, *tail)]
         super().__init__(groups, shuffle=shuffle, seed=seed, mixture=mixture, windows=windows)
 

@@ -1,7 +1,7 @@
 """A Llama decoder for synthesis: the network, and the names of its weights, that transformers' LlamaModel has.
 
 Training computes with transformers, for the kernels it has for that. Speaking needs few operations on one position at a time, and a
-command that starts at once: this file imports in no time what costs transformers seconds and 190 MB.
+command that starts at once: importing transformers' network takes seconds and 190 MB.
 """
 
 from __future__ import annotations
@@ -54,14 +54,15 @@ class RotaryEmbedding:
         return table[0, position_ids].to(x.dtype), table[1, position_ids].to(x.dtype)
 
     def _upto(self, end: int, device: torch.device) -> Tensor:
-        if self._table.device != device or self._table.shape[1] < end:
+        table = self._table  # another thread may replace it
+        if table.device != device or table.shape[1] < end:
             # An ordinary tensor even when first asked for in inference mode, so that training may use it after.
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(max(256, end + end // 2), device=device).float()
                 angles = positions[:, None] * self.inv_freq.to(device)
                 angles = torch.cat([angles, angles], dim=-1)
-                self._table = torch.stack([angles.cos(), angles.sin()])
-        return self._table
+                self._table = table = torch.stack([angles.cos(), angles.sin()])
+        return table
 
 
 class Attention(nn.Module):
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         if queries.shape[2] == 1:
             # The queries of one group ask the same keys: rows of one product, and no key is copied.
             grouped = queries.view(queries.shape[0], self.kv_heads, group, self.head_dim)
-            return F.scaled_dot_product_attention(grouped, keys, values, mask).view(queries.shape)
+            return F.scaled_dot_product_attention(grouped, keys, values, mask).reshape(queries.shape)
         if group > 1:
             keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
         return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None)

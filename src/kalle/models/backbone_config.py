@@ -84,18 +84,27 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
 def _rope(values: dict[str, Any]) -> dict[str, Any] | None:
     """Take the rotary keys out of ``values``; None when they mean something else than the plain or Llama 3's frequencies."""
-    given = dict(values.pop("rope_scaling", None) or values.pop("rope_parameters", None) or {})
+    given = values.pop("rope_scaling", None) or values.pop("rope_parameters", None) or {}
     values.pop("rope_parameters", None)
+    if not isinstance(given, Mapping):
+        return None
+    given = dict(given)
     theta = given.pop("rope_theta", values.pop("rope_theta", BackboneConfig.rope_theta))
     values.pop("rope_theta", None)
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    if not isinstance(theta, int | float) or theta <= 0:
+    if not _is_positive(theta):
         return None
     if kind == "default" and not given:
         return {"rope_theta": float(theta)}
     known = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    if kind != "llama3" or set(given) != known or not given["low_freq_factor"] < given["high_freq_factor"]:
+    if kind != "llama3" or set(given) != known or not all(map(_is_positive, given.values())):
+        return None
+    if given["low_freq_factor"] >= given["high_freq_factor"]:
         return None
     return {"rope_theta": float(theta), "scaling": Llama3Scaling(**given)}

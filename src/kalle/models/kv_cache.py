@@ -57,8 +57,8 @@ def _appended(room: Tensor | None, new: Tensor, begin: int) -> Tensor:
     if room is None:
         return new
     end = begin + new.shape[2]
-    if torch.is_grad_enabled() and (new.requires_grad or room.requires_grad):
-        return torch.cat([room[:, :, :begin], new], dim=2)  # what a gradient passes through is not written over
+    if torch.is_grad_enabled():
+        return torch.cat([room[:, :, :begin], new], dim=2)  # what a gradient may pass through is not written over
     foreign = room.is_inference() and not torch.is_inference_mode_enabled()
     if end > room.shape[2] or foreign:
         # Half as much again: copies a position stay bounded however long the speech gets.

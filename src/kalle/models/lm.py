@@ -81,17 +81,17 @@ def check_backbone(values: Mapping[str, Any], source: str | Path) -> None:
         raise UserError(f"unknown key {', '.join(map(repr, unknown))} in '{source}'; valid keys: {', '.join(sorted(valid))}")
     if values.get("model_type", "llama") != "llama":
         raise UserError(f"not a Llama configuration: model_type is {values['model_type']!r} in '{source}', expected 'llama'")
-    try:
-        _llama_config(values)
-    except Exception as error:  # its validators raise subclasses of Exception alone
-        raise UserError(f"bad Llama configuration in '{source}': {' '.join(str(error).split())}; correct it") from None
+    _llama_config(values, source)
 
 
-def _llama_config(values: Mapping[str, Any]) -> LlamaConfig:
+def _llama_config(values: Mapping[str, Any], source: str | Path) -> LlamaConfig:
     from transformers import LlamaConfig
 
-    # transformers writes rope_theta into the rope_scaling it is given.
-    return LlamaConfig(**copy.deepcopy(dict(values)))
+    try:
+        # transformers writes rope_theta into the rope_scaling it is given.
+        return LlamaConfig(**copy.deepcopy(dict(values)))
+    except Exception as error:  # its validators raise subclasses of Exception alone
+        raise UserError(f"bad Llama configuration in '{source}': {' '.join(str(error).split())}; correct it") from None
 
 
 def _backbone(values: Mapping[str, Any], for_training: bool) -> Any:
@@ -100,7 +100,7 @@ def _backbone(values: Mapping[str, Any], for_training: bool) -> Any:
         return Backbone(known)
     from transformers import LlamaModel
 
-    return LlamaModel(_llama_config(values))
+    return LlamaModel(_llama_config(values, "lm.backbone"))
 
 
 class KalleLM(nn.Module):

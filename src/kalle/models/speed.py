@@ -23,6 +23,10 @@ def set_attention(lm: KalleLM, attention: str, device: torch.device, half_precis
     """
     if attention not in ATTENTION:
         raise UserError(f"attention: got '{attention}', expected {', '.join(ATTENTION)}; correct it")
+    if not hasattr(lm.backbone, "set_attn_implementation"):
+        raise UserError(
+            f"attention={attention}: got a language model for synthesis, expected one for training; load it with for_training=True"
+        )
     if attention in _CUDA_ONLY and device.type != "cuda":
         raise UserError(f"attention={attention} needs a CUDA device: the run is on '{device.type}'; use attention=sdpa")
     if attention == "flash" and not half_precision:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kalle.errors import UserError
 from kalle.models.backbone import rotate_half
 from kalle.models.batch import LMBatch
+from kalle.models.layers import without_autocast
 from kalle.models.layout import RowLayout
 from kalle.models.lm import KalleLM
 
@@ -71,7 +72,8 @@ class TextAttention:
         chosen = slice(HEAD * width, (HEAD + 1) * width)
         queries = self._rotated(queries[..., chosen].float(), asked)
         keys = self._rotated(keys[..., chosen].float(), steps.expand(len(documents), -1))
-        scores = queries @ keys.transpose(1, 2) * width**-0.5
+        with without_autocast(queries.device):
+            scores = queries @ keys.transpose(1, 2) * width**-0.5
         hidden = (steps > asked[..., None]) | (steps >= layout.lengths[:, None, None])
         # A query beyond the document would be left without any key; it may look at the first.
         hidden[..., 0] = False

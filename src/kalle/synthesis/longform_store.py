@@ -142,6 +142,7 @@ def settings_of(long: LongForm) -> dict[str, Any]:
         "seed": long.seed,
         "sentences": len(long),
         **json.loads(json.dumps(dataclasses.asdict(long.options))),
+        "temperature": kalle.temperature if long.options.temperature is None else long.options.temperature,
     }
 
 

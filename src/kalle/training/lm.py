@@ -20,6 +20,7 @@ from kalle.errors import UserError
 from kalle.losses.alignment import alignment_loss
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
 from kalle.losses.stop import stop_bce, stop_rows
+from kalle.models.backbone import Backbone
 from kalle.models.batch import LMBatch
 from kalle.models.layout import Packing, RowLayout
 from kalle.models.lm import KalleLM
@@ -66,6 +67,9 @@ class LMObjective:
     def __post_init__(self) -> None:
         object.__setattr__(self, "alignment_layers", tuple(self.alignment_layers))
         check_fields(self, "objective")
+        if self.alignment_weight < 0 or (self.alignment_weight > 0 and not self.alignment_layers):
+            got = f"alignment_weight={self.alignment_weight}, alignment_layers={list(self.alignment_layers)}"
+            raise UserError(f"objective: got {got}, expected a weight of 0 or more, and layers for it; correct it")
         if not 0 <= self.text_drop <= 1:
             raise UserError(f"objective.text_drop: got {self.text_drop}, expected a probability from 0 to 1; correct it")
         if self.reduction not in REDUCTIONS:
@@ -101,6 +105,8 @@ class KalleLMTraining(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Make sure that packed utterances do not see each other."""
         if self.packing is not None:
+            if isinstance(self.lm.backbone, Backbone):
+                raise UserError("packing: got a language model for synthesis, expected one for training; load it with for_training=True")
             attention = self.lm.backbone.config._attn_implementation or "eager"
             check_documents_apart(attention, self.device, torch.bfloat16 if "flash" in attention else torch.float32)
 
