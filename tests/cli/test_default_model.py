@@ -11,6 +11,7 @@ import pytest
 from kalle.audio import read_audio
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.main import main
+from kalle.cli.say import _usual_language
 from kalle.cli.say_one import free_output
 from kalle.errors import UserError
 from kalle.synthesis import weights
@@ -116,3 +117,11 @@ def test_a_file_of_ones_own_is_never_taken(tmp_path: Path) -> None:
 def test_no_stored_voice_is_called_random(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad voice name: got 'random'"):
         voice_path(tmp_path, "random")
+
+
+def test_the_weights_language_is_for_texts_in_its_script(toy_weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(toy_weights, tmp_path / "weights")
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"language": "it"})
+    assert _usual_language("Buongiorno.", folder) == "it"
+    assert _usual_language("Доброе утро.", folder) is None, "left to be guessed"
+    assert _usual_language("Good morning.", None) is None

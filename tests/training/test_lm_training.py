@@ -239,3 +239,12 @@ def test_attention_is_led_along_the_text(make, batch: LMBatch, fit, packing: Pac
     fit(module, [batch], 40)
     after = module.aligned_losses(batch, module.lm.layout(batch, packing))
     assert after["alignment"] < 0.5 * before["alignment"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alignment_weight": -1.0}, {"alignment_weight": 1.0, "alignment_layers": ()}, {"alignment_weight": 1.0, "alignment_layers": (7,)}],
+)
+def test_attention_that_cannot_be_led_is_refused(make, options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="objective"):
+        make(**options)

@@ -85,7 +85,7 @@ def say(
     with interruptible():
         written, language = read_text(text, text_file), choose_language(language)
         if show_text:
-            return _show(written, language or _usual_language(written, model), normalise)
+            return _show(written, language or _usual_language(written, None if model is None else Path(model)), normalise)
         check_request(written, output or Path(DEFAULT_STEM + DEFAULT_SUFFIX), prompt_audio, prompt_text, voice)
         folder = model_folder(model)
         from kalle.cli.say_long import speak_long_to_file

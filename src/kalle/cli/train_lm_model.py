@@ -115,6 +115,10 @@ def prepare_language_model(config: DictConfig, lm: KalleLM, data: Any) -> Adapte
     set_attention(lm, config.attention, device, half)
     if config.activation_checkpointing:
         recompute_activations(lm)
+    if config.compile and config.objective.alignment_weight:
+        raise UserError(
+            "compile=true with objective.alignment_weight: the led attention is read by hooks, which compiled layers skip; leave one out"
+        )
     if config.compile:
         compile_layers(lm)
     trainable, total = parameter_counts(lm)

@@ -93,6 +93,8 @@ class KalleLMTraining(lightning.LightningModule):
         """``optimizer`` and ``scheduler`` are partials; ``packing`` puts several utterances into the rows of a batch; for
         ``decay_all`` see `parameter_groups`."""
         super().__init__()
+        if objective.alignment_weight:
+            TextAttention(lm, objective.alignment_layers)  # refuses layers that are not there
         self.lm, self.objective, self.seed = lm, objective, seed
         self.optimizer_factory, self.scheduler_factory = optimizer, scheduler
         self.packing, self.decay_all = packing, decay_all
