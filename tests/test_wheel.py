@@ -29,9 +29,11 @@ def test_contents(wheel: Path) -> None:
     configs = {f"kalle/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
     assert "kalle/configs/train_lm.yaml" in configs
-    shipped = {f"kalle/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "ckpt" / "kalle-nano").rglob("*") if path.is_file()}
+    tracked = subprocess.run(["git", "ls-files", "ckpt/kalle-nano"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    shipped = {f"kalle/{name}" for name in tracked}
     assert shipped
-    assert configs | sources | shipped <= names
+    assert configs | sources <= names
+    assert {name for name in names if name.startswith("kalle/ckpt/")} == shipped, "these, and nobody's own voice"
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
 
