@@ -81,7 +81,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs=3,
         metavar=("FLOWVAE", "DECODER", "LM"),
-        default=[5000, 0, 20000],
+        default=[9000, 0, 20000],
         help="optimizer steps of each training; 0 DECODER leaves that stage out",
     )
     parser.add_argument("--continue-from", type=Path, help="weight folder whose parts the trainings start from; 0 steps keep its part")

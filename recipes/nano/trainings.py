@@ -97,11 +97,11 @@ class Training:
         self.stages.run("assemble", lambda: self.assemble(weights))
         self.stages.run("calibrate", lambda: self._calibrate(weights))
         export = [str(weights), "--out", str(shipped), "--dtype", "float16", "--max-shard-mb", "15", "--language", "en"]
-        name = "export"
+        self.stages.command("export", "export", *export)
         if self.given.temperature is not None:
-            export += ["--temperature", str(self.given.temperature)]
-            name += f" at temperature {self.given.temperature}"  # another one is another export
-        self.stages.command(name, "export", *export)
+            # No part of the stage, which is done once: another temperature is taken without another export, which would lose the voices.
+            config = shipped / CONFIG_NAME
+            write_json(config, read_json(config) | {"temperature": self.given.temperature})
 
     def assemble(self, weights: Path) -> None:
         """Put the parts into the folder ``weights``."""

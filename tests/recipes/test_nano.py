@@ -309,3 +309,11 @@ def test_another_run_in_the_same_folder_is_refused(recipe: Any, tmp_path: Path, 
     write_json(tmp_path / "stages.json", {"settings": {"seed": 0}, "seconds": {}, "done": []})
     assert recipe("nano", "run").run(["--out", str(tmp_path), "--seed", "1"]) == 2
     assert "use another --out" in capsys.readouterr().err
+
+
+def test_another_temperature_needs_no_other_export(recipe: Any, tmp_path: Path) -> None:
+    write_json(tmp_path / "kalle-nano/config.json", {"language": "en"})
+    for temperature in ("0.6", "0.7"):
+        given = command_line(recipe, "--out", str(tmp_path), "--temperature", temperature)
+        assert not any(word.startswith("--temperature") for word in trained(recipe, given)["export"])
+        assert read_json(tmp_path / "kalle-nano/config.json") == {"language": "en", "temperature": float(temperature)}
