@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import multiprocessing
 import threading
 from pathlib import Path
@@ -104,7 +105,7 @@ requests = st.builds(
 def kalle_narrow(kalle_tiny: Kalle) -> Kalle:
     """A model that reads few positions, so that no cap lets it speak for long."""
     lm = copy.deepcopy(kalle_tiny.lm)
-    lm.backbone.config.max_position_embeddings = NARROW
+    lm.backbone.config = dataclasses.replace(lm.backbone.config, max_position_embeddings=NARROW)
     return Kalle(kalle_tiny.flowvae, lm, kalle_tiny.tokenizer)
 
 

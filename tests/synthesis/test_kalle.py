@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def narrow(kalle_tiny: Kalle, kalle_speaker: Kalle) -> list[Kalle]:
     made = []
     for kalle in (kalle_tiny, kalle_speaker):
         lm = copy.deepcopy(kalle.lm)
-        lm.backbone.config.max_position_embeddings = 50
+        lm.backbone.config = dataclasses.replace(lm.backbone.config, max_position_embeddings=50)
         made.append(Kalle(kalle.flowvae, lm, kalle.tokenizer))
     return made
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
+from kalle.models.backbone_config import BackboneConfig
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.longform import LongForm, sentence_seed, speak_long
 from kalle.synthesis.longform_part import LongFormOptions, Part
@@ -53,10 +55,14 @@ def voice_of(kalle: Kalle, frames: int) -> Voice:
     return Voice({FLOWVAE_ENCODER: kalle.hashes[FLOWVAE_ENCODER]}, latents, text="Some words before.")
 
 
+def with_positions(kalle: Kalle, positions: int) -> BackboneConfig:
+    return dataclasses.replace(kalle.lm.backbone.config, max_position_embeddings=positions)
+
+
 @pytest.fixture
 def roomy(kalle_tiny: Kalle, monkeypatch) -> Kalle:
     """The tiny model with the positions of a real one; only a scripted model speaks with so many."""
-    monkeypatch.setattr(kalle_tiny.lm.backbone.config, "max_position_embeddings", 4096)
+    monkeypatch.setattr(kalle_tiny.lm.backbone, "config", with_positions(kalle_tiny, 4096))
     return kalle_tiny
 
 
@@ -193,7 +199,7 @@ def test_bad_values_are_refused(roomy: Kalle) -> None:
 @settings(max_examples=60, deadline=None)
 def test_no_word_of_any_text_is_left_out(kalle_tiny: Kalle, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kalle_tiny.lm.backbone.config, "max_position_embeddings", 4096)
+        patch.setattr(kalle_tiny.lm.backbone, "config", with_positions(kalle_tiny, 4096))
         if not any(c.isalnum() for c in text):
             with pytest.raises(UserError, match=r"empty|nothing to speak"):
                 spoken(Scripted(kalle_tiny), text)
