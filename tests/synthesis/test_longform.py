@@ -273,6 +273,15 @@ def test_other_settings_are_noticed(roomy: Kalle, tmp_path: Path, changed: dict[
         PartStore(tmp_path / "parts", settings_of(long(**changed)))
 
 
+def test_the_weights_own_temperature_is_a_setting(roomy: Kalle) -> None:
+    def temperature(given: float | None) -> object:
+        options = LongFormOptions(temperature=given)
+        return settings_of(LongForm(Scripted(roomy), TEXT, voice_of(roomy, 5), seed=1, options=options))["temperature"]
+
+    assert temperature(None) == roomy.temperature, "or a text would go on at another one when the weights' own has changed"
+    assert temperature(0.3) == 0.3
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     store = PartStore(tmp_path / "parts", {})
