@@ -233,7 +233,7 @@ class _Unfilled(TorchFunctionMode):
     """Inside it ``torch.empty``, from which layers take their weights, gives tensors without memory, so that nothing is drawn for them.
 
     What is computed, such as a window or the frequencies of the rotary embedding, is as ever: the weight file does not hold it. Drawing
-    and norms of weights without memory are answered here, because torch's way of doing nothing imports its compiler: seconds, and 150 MB.
+    and norms of weights without memory are answered here, because torch's way of doing nothing imports its compiler: seconds, and 115 MB.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

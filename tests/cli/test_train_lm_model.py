@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from kalle.audio import read_audio
+from kalle.cli.hydra_entry import compose
 from kalle.cli.main import main
-from kalle.cli.train_lm_model import Adapters, export_language_model
+from kalle.cli.train_lm_model import Adapters, export_language_model, prepare_language_model
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.lora import LoRAConfig, add_lora
 from kalle.models.speaker import SpeakerEncoderConfig
+from kalle.models.speed import set_attention
 from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.sampling import StopRule
@@ -90,3 +92,15 @@ def test_a_changed_speaker_encoder_is_no_adapter(toy_lm_config: KalleLMConfig, t
         trained(tmp_path / "base", LoRAConfig(rank=2, also_train=("speaker_projection.*",)), tmp_path / "weights")
     assert "these adapters change the speaker encoder" in caplog.text
     assert not (tmp_path / "weights" / "adapter").exists()
+
+
+def test_led_attention_is_not_compiled(toy_weights: Path) -> None:
+    words = ["out=o", "data.latents=l", "device=cpu", "compact_vocabulary=false", "compile=true", "objective.alignment_weight=0.2"]
+    lm = KalleLM.from_pretrained(toy_weights, for_training=True)
+    with pytest.raises(UserError, match=r"got compile=true and objective\.alignment_weight=0\.2, expected one of them"):
+        prepare_language_model(compose("train_lm", words), lm, None)
+
+
+def test_a_model_for_synthesis_has_no_kernels_to_choose(toy_weights: Path) -> None:
+    with pytest.raises(UserError, match="load it with for_training=True"):
+        set_attention(KalleLM.from_pretrained(toy_weights), "sdpa", torch.device("cpu"))

@@ -117,7 +117,8 @@ def prepare_language_model(config: DictConfig, lm: KalleLM, data: Any) -> Adapte
         recompute_activations(lm)
     if config.compile and config.objective.alignment_weight:
         raise UserError(
-            "compile=true with objective.alignment_weight: the led attention is read by hooks, which compiled layers skip; leave one out"
+            f"got compile=true and objective.alignment_weight={config.objective.alignment_weight}, expected one of them: "
+            "the led attention is read by hooks, which a compiled layer need not run; leave one out"
         )
     if config.compile:
         compile_layers(lm)

@@ -160,11 +160,10 @@ class BudgetPlan(_Plan):
         total = text_lengths + audio_lengths
         assert total.size, "no items to batch"
         assert int(total.max()) <= max_positions, (int(total.max()), max_positions)
-        most = len(total) if max_items is None else max_items
 
         def size_of(members: np.ndarray) -> int:
-            widest = int(text_lengths[members].max() + audio_lengths[members].max())
-            return min(most, max(1, max_positions // widest))
+            size = max(1, max_positions // int(text_lengths[members].max() + audio_lengths[members].max()))
+            return size if max_items is None else min(size, max_items)
 
         *ordinary, longest = equal_buckets(total, buckets)
         # A mixture draws a fixed number from each group, which should not be of a few items: always the same would be left out.
