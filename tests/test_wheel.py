@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,6 +35,8 @@ def test_contents(wheel: Path) -> None:
     assert shipped
     assert configs | sources <= names
     assert {name for name in names if name.startswith("kalle/ckpt/")} == shipped, "these, and nobody's own voice"
+    voice = json.loads((ROOT / "ckpt/kalle-nano/config.json").read_text())["voice"]
+    assert f"kalle/ckpt/kalle-nano/voices/{voice}.safetensors" in shipped
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from trainings import Training
 from voices import make_voices
 
 from kalle.cli.stages import Stages, recipe_main
+from kalle.errors import UserError
 
 logger = logging.getLogger("nano")
 GROUPS = ("corpora", "train", "finish", "voices", "evaluate")
@@ -30,6 +32,9 @@ class Nano:
     """The folders and stages of one run; ``given`` is the command line."""
 
     def __init__(self, given: argparse.Namespace) -> None:
+        if given.temperature is not None and not (0 <= given.temperature < math.inf and "finish" in given.only):
+            got = f"{given.temperature} with --only {' '.join(given.only)}"
+            raise UserError(f"--temperature: got {got}, expected 0 or more, and finish, which stores it; correct it")
         self.given, self.out = given, given.out
         self.shipped = given.model or given.out / SHIPPED
         start = None if given.continue_from is None else str(given.continue_from)
@@ -85,7 +90,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="optimizer steps of each training; 0 DECODER leaves that stage out",
     )
     parser.add_argument("--continue-from", type=Path, help="weight folder whose parts the trainings start from; 0 steps keep its part")
-    parser.add_argument("--temperature", type=float, help="stored as the weights' own")
+    parser.add_argument("--temperature", type=float, help="stored as the weights' own, by the group finish")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--override", action="append", default=[], help="a Hydra override for every training")

@@ -16,7 +16,7 @@ from report import write_report
 from score_lengths import judged, seconds_per_character, summarised
 from similarity import voice_margins
 
-from kalle.checkpoint import read_json, write_json
+from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages, override
 from kalle.data.prompt_choice import choose_prompt
 from kalle.data.testlist import read_test_list
@@ -60,7 +60,8 @@ def evaluate(stages: Stages, given: argparse.Namespace, weights: Path) -> str:
     unseen = read_test_list(given.corpora / SYNTHETIC, min_words=1).items
     texts = texts_of_all_lengths([item.text for item in unseen], given.lengths)
     write_whole(out / "lengths.jsonl", "".join(json.dumps(item) + "\n" for item in texts))
-    tag = f"{weights} {given.items} {given.lengths} {given.score_seeds} {given.asr}"
+    temperature = read_json(weights / CONFIG_NAME).get("temperature", 1.0)
+    tag = f"{weights} at temperature {temperature} {given.items} {given.lengths} {given.score_seeds} {given.asr}"
     for name, words in evaluations(given, weights, out).items():
         stages.command(f"score {name} of {tag}", "evaluate", *words)
     stages.run(f"score lengths again of {tag}", lambda: _score_lengths(out, seconds_per_character(unseen)))

@@ -61,6 +61,14 @@ def test_a_mixed_epoch_holds_what_the_weights_say(items: list[tuple[int, int, in
     assert len(lengths) == 1, "the trainer asks for the number of batches only once"
 
 
+def test_a_long_tail_of_a_small_share_has_its_turn() -> None:
+    lengths = np.concatenate([np.full(400, 20), np.array([100, 200, 300, 400, 500])])
+    mixture = Mixture(np.zeros(len(lengths), np.int64), (0.1,))
+    plan = BudgetPlan(np.ones_like(lengths), lengths, max_positions=600, buckets=4, seed=1, mixture=mixture)
+    seen = {visit % len(lengths) for epoch in range(200) for batch in plan(epoch) for visit in batch}
+    assert seen == set(range(len(lengths))), "a group of one would be left out of every epoch"
+
+
 def test_over_epochs_every_item_has_its_turn() -> None:
     source = np.array([0] * 10 + [1] * 100)
     plan = FixedSizePlan(110, 4, seed=3, mixture=Mixture(source, (1.0, 0.1)))

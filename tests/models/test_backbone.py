@@ -142,6 +142,18 @@ def test_gradients_pass_through_cached_steps() -> None:
     torch.testing.assert_close(stepped, whole, atol=1e-4, rtol=1e-4)
 
 
+def test_gradients_of_queries_alone_pass_through_cached_steps() -> None:
+    ours, _ = pair()
+    ours.requires_grad_(False)
+    weight = ours.layers[0].self_attn.q_proj.weight.requires_grad_(True)
+    x = torch.randn(1, 6, 48)
+    cache = KVCache()
+    total = sum(ours(x[:, n : n + 1], past_key_values=cache, use_cache=True).last_hidden_state.square().sum() for n in range(6))
+    stepped = torch.autograd.grad(total, weight)[0]
+    whole = torch.autograd.grad(ours(x).last_hidden_state.square().sum(), weight)[0]
+    torch.testing.assert_close(stepped, whole, atol=1e-3, rtol=1e-3)
+
+
 def test_a_cache_of_inference_mode_can_go_on_outside_it() -> None:
     ours, _ = pair()
     x = torch.randn(1, 4, 48)

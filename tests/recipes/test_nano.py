@@ -317,3 +317,9 @@ def test_another_temperature_needs_no_other_export(recipe: Any, tmp_path: Path) 
         given = command_line(recipe, "--out", str(tmp_path), "--temperature", temperature)
         assert not any(word.startswith("--temperature") for word in trained(recipe, given)["export"])
         assert read_json(tmp_path / "kalle-nano/config.json") == {"language": "en", "temperature": float(temperature)}
+
+
+@pytest.mark.parametrize("words", [["--temperature", "-1"], ["--temperature", "nan"], ["--temperature", "0.5", "--only", "evaluate"]])
+def test_a_temperature_that_cannot_be_stored_is_refused(words: list[str], recipe: Any, tmp_path: Path, capsys) -> None:
+    assert recipe("nano", "run").run(["--out", str(tmp_path), *words]) == 2
+    assert "--temperature: got" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from kalle.models.batch import LMBatch
 from kalle.models.layout import Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig
+from kalle.models.text_attention import TextAttention
 from kalle.training.ema import EMA
 from kalle.training.lm import KalleLMTraining, LMObjective
 from kalle.training.schedules import warmup_cosine
@@ -242,9 +243,30 @@ def test_attention_is_led_along_the_text(make, batch: LMBatch, fit, packing: Pac
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"alignment_weight": -1.0}, {"alignment_weight": 1.0, "alignment_layers": ()}, {"alignment_weight": 1.0, "alignment_layers": (7,)}],
+    ("options", "message"),
+    [
+        ({"alignment_weight": -1.0}, "expected a weight of 0 or more"),
+        ({"alignment_weight": 1.0, "alignment_layers": ()}, "and layers for it"),
+        ({"alignment_weight": 1.0, "alignment_layers": (7,)}, r"got \[7\], expected layers from 0"),
+    ],
 )
-def test_attention_that_cannot_be_led_is_refused(make, options: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="objective"):
+def test_attention_that_cannot_be_led_is_refused(make, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make(**options)
+
+
+def test_led_attention_is_in_single_under_autocast(make, batch: LMBatch) -> None:
+    module = make(alignment_weight=1.0, alignment_layers=(1,))
+    layout = module.lm.layout(batch, None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), TextAttention(module.lm, (1,)) as attention:
+        module.losses(batch, layout)
+        weights = attention.weights(1, batch, layout, layout.lengths - batch.text_lengths - batch.latent_lengths)
+    assert weights.dtype == torch.float32
+    assert not torch.equal(weights, weights.bfloat16().float()), "computed in fp32, not merely returned in it"
+
+
+def test_a_model_for_synthesis_is_not_packed(make, batch: LMBatch, fit) -> None:
+    module = make()
+    module.lm, module.packing = KalleLM(module.lm.config, for_training=False), Packing(40)
+    with pytest.raises(UserError, match="packing: got a language model for synthesis"):
+        fit(module, [batch], 1)

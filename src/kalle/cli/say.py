@@ -192,10 +192,10 @@ def adapted(kalle: Kalle, voice: GivenVoice, adapter: Path | None) -> GivenVoice
 def _usual_language(text: str, folder: Path | None) -> str | None:
     """The language that the weights in ``folder`` name as theirs, unless ``text`` has another's script; None leaves it to be guessed."""
     from kalle.synthesis.folder import read_folder
-    from kalle.text.languages import detect_language
+    from kalle.text.languages import language_in_its_script
 
     usual = read_folder(folder).language if folder is not None and folder.is_dir() else None
-    return usual if usual is not None and detect_language(text, default=usual) == usual else None
+    return None if usual is None else language_in_its_script(text, usual)
 
 
 def _show(text: str, language: str | None, normalise: bool) -> None:

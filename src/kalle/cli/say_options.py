@@ -38,7 +38,10 @@ ReleaseExactOption = Annotated[
     bool, typer.Option("--release-exact", help="Do everything as the release does, its oddities included; slower.")
 ]
 NormaliseOption = Annotated[bool, typer.Option("--normalise/--no-normalise", help="Numbers, dates and abbreviations in words (en, zh).")]
-LanguageOption = Annotated[str | None, typer.Option(help="ISO 639-1 code of the text; by default guessed from its script.")]
+LanguageOption = Annotated[
+    str | None,
+    typer.Option(help="ISO 639-1 code of the text; by default the weights' own where it is in its script, else guessed from that."),
+]
 ShowTextOption = Annotated[bool, typer.Option("--show-text", help="Show the text as it would be spoken, and speak nothing.")]
 PlotOption = Annotated[Path | None, typer.Option(help="Picture of waveform, mel, spread and end divergence to write; short texts only.")]
 SrtOption = Annotated[bool, typer.Option("--srt", help="Write subtitles beside the output; speaks sentence by sentence.")]

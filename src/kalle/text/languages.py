@@ -24,6 +24,18 @@ LANGUAGE_OF_SCRIPT = {
 }
 """First word of a character's Unicode name -> ISO 639-1 code of the language most written in it."""
 _EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
+_SHARES_SCRIPT = {
+    **dict.fromkeys(("be", "bg", "kk", "ky", "mk", "mn", "tg", "uk"), ("ru",)),
+    **dict.fromkeys(("fa", "ps", "ur"), ("ar",)),
+    **dict.fromkeys(("mr", "ne", "sa"), ("hi",)),
+    **dict.fromkeys(("as",), ("bn",)),
+    **dict.fromkeys(("yue",), ("zh",)),
+    **dict.fromkeys(("yi",), ("he",)),
+    "ja": ("ja", "zh"),  # a text may have no kana
+    "sr": ("", "ru"),
+    "uz": ("", "ru"),
+}
+"""Language -> what is guessed of a text in its script, "" being the Latin one, where that is not the language itself."""
 SYLLABLE_LETTERS = 3
 """How many letters of an alphabet one ideograph or syllable sign stands for."""
 _KANA_SHARE = 0.05
@@ -46,6 +58,14 @@ def detect_language(text: str, default: str = "en") -> str:
         return default
     most = max(weights, key=lambda script: (weights[script], script))
     return LANGUAGE_OF_SCRIPT.get(most, default)
+
+
+def language_in_its_script(text: str, language: str) -> str | None:
+    """``language`` (ISO 639-1) if ``text`` is in a script that it is written in, or has no letters; None leaves the text to be guessed."""
+    if not any(script_of(character) for character in text):
+        return language
+    own = _SHARES_SCRIPT.get(language, (language,) if language in LANGUAGE_OF_SCRIPT.values() else ("",))
+    return language if detect_language(text, default="") in own else None
 
 
 @lru_cache(maxsize=4096)
