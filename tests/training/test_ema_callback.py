@@ -6,23 +6,52 @@ import lightning
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kalle.training.ema import EMA, warmed_average
+from kalle.training.ema import EMA, warmed_averages
 
 
-def test_values_by_hand() -> None:
-    average, current = torch.tensor([0.0, 10.0]), torch.tensor([1.0, 0.0])
-    # After n updates the decay is min(decay, (1 + n) / (10 + n)).
-    torch.testing.assert_close(warmed_average(average, current, 0, 0.9999), torch.tensor([0.9, 1.0]))
-    torch.testing.assert_close(warmed_average(average, current, torch.tensor(8), 0.9999), torch.tensor([0.5, 5.0]))
-    torch.testing.assert_close(warmed_average(average, current, 10**9, 0.99), torch.tensor([0.01, 9.9]))
-    torch.testing.assert_close(warmed_average(average, current, 8, 0.25), torch.tensor([0.75, 2.5]))
+@pytest.mark.parametrize(
+    ("updates", "decay", "expected"),
+    [(0, 0.9999, [0.9, 1.0]), (torch.tensor(8), 0.9999, [0.5, 5.0]), (10**9, 0.99, [0.01, 9.9]), (8, 0.25, [0.75, 2.5])],
+)
+def test_values_by_hand(updates: Tensor | int, decay: float, expected: list[float]) -> None:
+    """After n updates the decay is min(decay, (1 + n) / (10 + n))."""
+    averages, current = [torch.tensor([0.0]), torch.tensor([10.0])], [torch.tensor([1.0]), torch.tensor([0.0])]
+    warmed_averages(averages, current, updates, decay)
+    torch.testing.assert_close(torch.cat(averages), torch.tensor(expected))
+    assert [float(value) for value in current] == [1.0, 0.0]
+
+
+def test_an_average_keeps_its_precision() -> None:
+    averages = [torch.tensor([1.0])]
+    warmed_averages(averages, [torch.tensor([1.0 + 2**-7], dtype=torch.bfloat16)], 10**9, 0.75)
+    assert averages[0].dtype == torch.float32
+    assert float(averages[0]) == 1.0 + 2**-9
 
 
 def test_integers_are_taken_over() -> None:
-    result = warmed_average(torch.tensor(3), torch.tensor(9), 5, 0.99)
-    assert result.dtype == torch.int64
-    assert int(result) == 9
+    averages = [torch.tensor(3)]
+    warmed_averages(averages, [torch.tensor(9)], 5, 0.99)
+    assert averages[0].dtype == torch.int64
+    assert int(averages[0]) == 9
+
+
+class CountedFloats(TorchDispatchMode):
+    """Counts how often a number is read out of a tensor, which on a GPU waits for all work before it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_reads_one_number_however_many_weights_there_are() -> None:
+    averages, current = [torch.zeros(1) for _ in range(50)], [torch.ones(1) for _ in range(50)]
+    with CountedFloats() as counted:
+        warmed_averages(averages, current, torch.tensor(3), 0.9)
+    assert counted.count == 1
 
 
 class Line(lightning.LightningModule):
