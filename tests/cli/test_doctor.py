@@ -149,6 +149,13 @@ def test_what_the_configuration_says(model: Path, part: str, change: dict, messa
     assert speaks(findings) == ("calibrated" in message or "by hand" in message)
 
 
+def test_the_weights_that_ship_are_whole() -> None:
+    """They have a speaker encoder, and with it counters that are integers."""
+    findings = folder_findings(Path(__file__).parents[2] / "ckpt" / "kalle-nano")
+    assert {finding.status for finding in findings} == {"ok"}, findings
+    assert speaks(findings)
+
+
 def test_the_rule_of_a_stop_head(model: Path) -> None:
     lm = KalleLM.from_pretrained(model)
     lm.add_stop_head(torch.Generator())

@@ -135,7 +135,9 @@ def _header(path: Path) -> tuple[dict[str, Tensor], set[str]]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            shapes = {name: torch.empty(value.get_shape(), device="meta") for name, value in slices.items()}
+            # Counters, such as batch-norm's, are integers; of fractions the kind does not matter, for loading turns them into the model's.
+            kinds = {name: torch.float32 if "F" in value.get_dtype() else torch.int64 for name, value in slices.items()}
+            shapes = {name: torch.empty(value.get_shape(), dtype=kinds[name], device="meta") for name, value in slices.items()}
             return shapes, {value.get_dtype() for value in slices.values()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"not a readable safetensors file: '{path}' ({error}); fetch or convert it again") from None
