@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from kalle.errors import UserError
-from kalle.models.backbone import Backbone
+from kalle.models.backbone import Backbone, _kernels_of_any_length
 from kalle.models.backbone_config import BackboneConfig
 from kalle.models.kv_cache import KVCache
 from kalle.models.lm import KalleLM, KalleLMConfig
@@ -247,3 +247,14 @@ def test_a_configuration_it_does_not_know_still_speaks() -> None:
         prediction, state = lm.prefill(torch.tensor([[1, 2]]))
         lm.step(prediction.mean, state)
     assert state.length == 3
+
+
+def test_no_kernel_plans_for_one_length_on_cuda() -> None:
+    """cuDNN's attention does, at some 50 ms for every new length (docs/results/speed.md); the choice ends with the pass."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with _kernels_of_any_length(torch.device("cuda")):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
+    with _kernels_of_any_length(torch.device("cpu")):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
