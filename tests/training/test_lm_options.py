@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import logging
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kalle.cli.hydra_entry import compose
+from kalle.cli.main import main
 from kalle.cli.train_lm import train_lm
 from kalle.cli.train_run import TrainingRun
 from kalle.data.datamodules import TRAIN
 from kalle.errors import UserError
-from kalle.models.lm import KalleLM
+from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.speaker import SpeakerEncoderConfig
 from kalle.synthesis.adapter import Adapter
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.row import StopRule
@@ -151,3 +155,16 @@ def test_experiments_compose(name: str) -> None:
     config = compose("train_lm", [f"experiment={name}", "out=x", "data.latents=y"])
     assert config.packing
     assert ("lora" in config) == (name == "lora")
+
+
+def test_weights_of_another_width_bring_it_along(lm_overrides, toy_lm_config: KalleLMConfig, tmp_path: Path) -> None:
+    """The noise of a voice is as wide as the model that ``init`` brings, not as the one that the configuration describes."""
+    speaker = SpeakerEncoderConfig(channels=16, embedding_dim=8, pooled_channels=16, attention_channels=4)
+    KalleLM(dataclasses.replace(toy_lm_config, speaker=speaker)).save_pretrained(tmp_path / "start")
+    words = [word for word in lm_overrides if not word.startswith("lm")]
+    words += ["lm=nano_speaker", "data=lm_speaker", f"init={tmp_path / 'start'}", f"out={tmp_path / 'run'}", "trainer.max_steps=1"]
+    assert main(["train", "lm", *words, "--dry-run"]) == 0
+    assert main(["train", "lm", *words]) == 0
+    assert KalleLM.from_pretrained(tmp_path / "run" / "weights").hidden_size == toy_lm_config.backbone["hidden_size"] == 16
+    recorded = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert recorded.lm.backbone.hidden_size == recorded.data.speaker.latent_dim == 16

@@ -26,9 +26,10 @@ def dry_run_lm(config: DictConfig) -> Plan:
     """The plan of a language-model training, printed."""
     from hydra.utils import instantiate
 
-    from kalle.cli.train_lm_model import packing_of, tokens_to_train
+    from kalle.cli.train_lm_model import packing_of, take_backbone, tokens_to_train
     from kalle.training.footprint import lm_footprint, without_storage
 
+    take_backbone(config)
     data = _data(config)
     info = data.info()
     with without_storage() as storageless:
@@ -51,11 +52,9 @@ def _empty_lm(config: DictConfig, tokens: int) -> KalleLM:
     from hydra.utils import instantiate
 
     from kalle.checkpoint import CONFIG_NAME, part_folder, read_json
-    from kalle.cli.train_lm_model import check_start
     from kalle.convert.llama import with_text_backbone
     from kalle.models.lm import KalleLM, KalleLMConfig
 
-    check_start(config)
     if config.init is not None:
         path = part_folder(config.init, "lm") / CONFIG_NAME
         return KalleLM(KalleLMConfig.from_dict(read_json(path), str(path)))

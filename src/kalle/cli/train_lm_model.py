@@ -40,6 +40,20 @@ def check_start(config: DictConfig) -> None:
         raise UserError(f"init: got init='{config.init}' and init_text='{config.init_text}', expected one of them; leave one out")
 
 
+def take_backbone(config: DictConfig) -> None:
+    """Have ``config`` say the backbone of ``init``, which replaces its own: the noise of a voice, for one, is as wide as that."""
+    from omegaconf import OmegaConf
+
+    from kalle.checkpoint import CONFIG_NAME, part_folder, read_json
+    from kalle.models.lm import PART, KalleLMConfig
+
+    check_start(config)
+    if config.init is not None:
+        path = part_folder(config.init, PART) / CONFIG_NAME
+        backbone = KalleLMConfig.from_dict(read_json(path), str(path)).backbone
+        OmegaConf.update(config, "lm.backbone", dict(backbone), merge=False, force_add=True)
+
+
 def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: Tokenizer) -> KalleLM:
     """The model that ``config`` describes or starts from, checked against the latents of ``info``."""
     import torch
@@ -48,7 +62,6 @@ def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: To
     from kalle.convert.llama import load_text_weights, with_text_backbone
     from kalle.models.lm import KalleLM
 
-    check_start(config)
     if config.init is not None:
         lm = KalleLM.from_pretrained(config.init, for_training=True).train()
         if config.lm.get("stop_head") and not lm.config.stop_head:
