@@ -24,6 +24,8 @@ from kalle.cli.stages import Stages, recipe_main
 from kalle.errors import UserError
 
 logger = logging.getLogger("nano")
+LANGUAGE_MODELS = ("nano_lm", "nano_lm_gpu")
+"""Of configs/experiment: for hours of a CPU, for minutes of a GPU."""
 GROUPS = ("corpora", "train", "finish", "voices", "evaluate")
 SHIPPED = "kalle-nano"
 
@@ -38,7 +40,14 @@ class Nano:
         self.given, self.out = given, given.out
         self.shipped = given.model or given.out / SHIPPED
         start = None if given.continue_from is None else str(given.continue_from)
-        decided = {"hours": given.hours, "steps": given.steps, "seed": given.seed, "override": given.override, "continue_from": start}
+        decided = {
+            "hours": given.hours,
+            "steps": given.steps,
+            "seed": given.seed,
+            "override": given.override,
+            "lm": given.lm,
+            "continue_from": start,
+        }
         self.stages = Stages(self.out, decided)
         self.decided = decided
         self.earlier = earlier_runs(given.continue_from)
@@ -88,6 +97,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar=("FLOWVAE", "DECODER", "LM"),
         default=[9000, 0, 20000],
         help="optimizer steps of each training; 0 DECODER leaves that stage out",
+    )
+    parser.add_argument(
+        "--lm", choices=LANGUAGE_MODELS, default=LANGUAGE_MODELS[0], help="configs/experiment/LM.yaml; weights to continue keep their size"
     )
     parser.add_argument("--continue-from", type=Path, help="weight folder whose parts the trainings start from; 0 steps keep its part")
     parser.add_argument("--temperature", type=float, help="stored as the weights' own, by the group finish")

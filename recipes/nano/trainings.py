@@ -79,7 +79,7 @@ class Training:
         """Short utterances first, then all; a continuation has learnt to read and takes all at once."""
         short = 0 if self.start is not None else round(self.lm_steps * SHORT_FIRST)
         start = [] if self.start is None else [f"init={self.start}"]
-        run = ["train", "lm", "experiment=nano_lm", f"data.latents={_listed(self.latents)}", f"flowvae={self.decoder}"]
+        run = ["train", "lm", f"experiment={self.given.lm}", f"data.latents={_listed(self.latents)}", f"flowvae={self.decoder}"]
         if short:
             first = self.out / "lm-short"
             self.stages.command("train lm short", *run, f"out={first}", f"trainer.max_steps={short}", *SHORT, *self.common)
