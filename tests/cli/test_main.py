@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from kalle.cli import main as module
@@ -106,6 +107,18 @@ def test_a_full_or_forbidden_disk_is_one_line(error: OSError, expected: str, com
     assert main(["train"]) == 2
     line = one_line(capsys).removesuffix(" or choose another folder")
     assert line == expected.replace("REMEDY", "choose another file or folder, or change its permissions")
+
+
+def test_too_little_gpu_memory_is_one_line(command, capsys) -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 12.63 GiB. GPU 0 has a total capacity of 139.80 GiB of which 10.74 GiB is free. "
+        "Including non-PyTorch memory, this process has 129.05 GiB memory in use. If reserved but unallocated memory is large try ALLOC."
+    )
+    command(raising(torch.OutOfMemoryError(said)))
+    assert main(["train"]) == 2
+    line = one_line(capsys)
+    assert "Tried to allocate 12.63 GiB. GPU 0 has a total capacity of 139.80 GiB of which 10.74 GiB is free; ask for less at once" in line
+    assert "ALLOC" not in line
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("x"), OSError("no number, no file"), AssertionError()])

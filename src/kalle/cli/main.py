@@ -98,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(_refusal(error))
     except Exception as error:
-        return _fail_usage(error)
+        # torch's, known by its name: importing torch to ask would cost every failure seconds.
+        return _fail(_too_much(error)) if type(error).__name__ == "OutOfMemoryError" else _fail_usage(error)
 
 
 def _refusal(error: OSError) -> str:
@@ -106,6 +107,12 @@ def _refusal(error: OSError) -> str:
     if error.filename is None:
         return f"the system refuses: {reason}; make room on the disk or choose another folder"
     return f"cannot use '{error.filename}': {reason}; choose another file or folder, or change its permissions"
+
+
+def _too_much(error: Exception) -> str:
+    """What the allocator says of sizes; its advice on its own settings is for programs that fit."""
+    said = ". ".join(str(error).split(". ")[:3]).removesuffix(".")
+    return f"{said}; ask for less at once: a smaller data.max_positions, data.batch_size, --positions or --batch, or another device"
 
 
 def _fail_usage(error: Exception) -> int:
