@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -132,7 +133,9 @@ def _fail_usage(error: Exception) -> int:
 def run() -> None:
     """The console script: `main`, and the end of the process."""
     from kalle.cli.leave import leave
+    from kalle.cli.threads import share_the_cores
 
+    share_the_cores(os.environ)
     leave(main(), sys.argv[1] if len(sys.argv) > 1 else None)
 
 
