@@ -268,3 +268,22 @@ def test_the_hash_depends_on_names_shapes_and_values_only():
     assert weights_hash(same) != weights_hash(module)
     flat, square = nn.ParameterDict({"x": torch.zeros(4)}), nn.ParameterDict({"x": torch.zeros(2, 2)})
     assert weights_hash(flat) != weights_hash(square) != weights_hash(nn.ParameterDict({"y": torch.zeros(2, 2)}))
+
+
+@pytest.mark.parametrize(("stored", "kept"), [(torch.float16, 0), (torch.float32, 7)])
+def test_a_file_is_kept_in_memory_only_where_most_of_it_is_used(stored: torch.dtype, kept: int, tmp_path, monkeypatch) -> None:
+    """In 16 bit the weights are converted; the few fp32 and whole numbers beside them would keep the whole file mapped."""
+    state = {name: value.to(stored) if value.ndim == 2 else value for name, value in _wide().state_dict().items()}
+    write_tensors(tmp_path / "model.safetensors", state)
+    read: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(checkpoint, "read_weights", lambda folder: read.update(read_tensors(folder / "model.safetensors")) or dict(read))
+    loaded = checkpoint.load_module(_wide, tmp_path).state_dict()
+    assert len(loaded) == 7
+    assert sum(value.data_ptr() == read[name].data_ptr() for name, value in loaded.items()) == kept
+    for name, value in state.items():
+        torch.testing.assert_close(loaded[name], value.to(loaded[name].dtype), rtol=0, atol=0)
+
+
+def _wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))

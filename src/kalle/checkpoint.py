@@ -271,14 +271,23 @@ def load_module(
         module = build()
     expected, tensors = module.state_dict(), read_weights(folder)
     require_fit(expected, tensors, folder)
-    for name, tensor in tensors.items():
+    mapped = dict(tensors)
+    for name, tensor in mapped.items():
         if expected[name].is_floating_point():
             dtype = next((dtype for prefix, dtype in (dtypes or {}).items() if name.startswith(prefix)), expected[name].dtype)
             tensors[name] = tensor.to(resolved).to(dtype)
+    _let_go(tensors, mapped)
     module.load_state_dict(tensors, assign=True)
     homeless = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not homeless, f"no values for {homeless}"
     return module.to(resolved).eval()
+
+
+def _let_go(tensors: dict[str, Tensor], mapped: Mapping[str, Tensor]) -> None:
+    """Copy those of ``tensors`` that still are the ``mapped`` file where they are few: the rest of it, converted, would stay in memory."""
+    same = [name for name, tensor in tensors.items() if tensor is mapped[name]]
+    if sum(mapped[name].nbytes for name in same) < sum(tensor.nbytes for tensor in mapped.values()) / 2:
+        tensors.update({name: mapped[name].clone() for name in same})
 
 
 def dataclass_from_dict(cls: type, values: Any, source: str | Path, key: str = "") -> Any:
