@@ -6,38 +6,49 @@ import lightning
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kalle.training.ema import EMA, warmed_averages
+from kalle.training.ema import EMA, update_average
+
+
+class Weights(nn.Module):
+    """Two weights and a counter."""
+
+    def __init__(self, first: float, second: float, count: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.tensor([first], dtype=dtype))
+        self.register_buffer("second", torch.tensor([second], dtype=dtype))
+        self.register_buffer("count", torch.tensor(count))
+
+
+def average_of(model: nn.Module, updates: int) -> AveragedModel:
+    average = AveragedModel(model, use_buffers=True)
+    average.n_averaged.fill_(updates)
+    return average
 
 
 @pytest.mark.parametrize(
     ("updates", "decay", "expected"),
-    [(0, 0.9999, [0.9, 1.0]), (torch.tensor(8), 0.9999, [0.5, 5.0]), (10**9, 0.99, [0.01, 9.9]), (8, 0.25, [0.75, 2.5])],
+    [(1, 0.9999, [9 / 11, 20 / 11]), (8, 0.9999, [0.5, 5.0]), (10**9, 0.99, [0.01, 9.9]), (8, 0.25, [0.75, 2.5]), (0, 0.9, [1.0, 0.0])],
 )
-def test_values_by_hand(updates: Tensor | int, decay: float, expected: list[float]) -> None:
-    """After n updates the decay is min(decay, (1 + n) / (10 + n))."""
-    averages, current = [torch.tensor([0.0]), torch.tensor([10.0])], [torch.tensor([1.0]), torch.tensor([0.0])]
-    warmed_averages(averages, current, updates, decay)
-    torch.testing.assert_close(torch.cat(averages), torch.tensor(expected))
-    assert [float(value) for value in current] == [1.0, 0.0]
+def test_values_by_hand(updates: int, decay: float, expected: list[float]) -> None:
+    """After n updates the decay is min(decay, (1 + n) / (10 + n)); the first copies, and a counter is taken over."""
+    average, current = average_of(Weights(0.0, 10.0, 3), updates), Weights(1.0, 0.0, 9)
+    update_average(average, current, decay)
+    torch.testing.assert_close(torch.cat([average.module.first.detach(), average.module.second]), torch.tensor(expected))
+    assert (int(average.module.count), int(average.n_averaged)) == (9, updates + 1)
+    assert (float(current.first.detach()), float(current.second), int(current.count)) == (1.0, 0.0, 9)
 
 
 def test_an_average_keeps_its_precision() -> None:
-    averages = [torch.tensor([1.0])]
-    warmed_averages(averages, [torch.tensor([1.0 + 2**-7], dtype=torch.bfloat16)], 10**9, 0.75)
-    assert averages[0].dtype == torch.float32
-    assert float(averages[0]) == 1.0 + 2**-9
+    average = average_of(Weights(1.0, 1.0), 10**9)
+    update_average(average, Weights(1.0 + 2**-7, 1.0, dtype=torch.bfloat16), 0.75)
+    assert average.module.first.dtype == torch.float32
+    assert float(average.module.first.detach()) == 1.0 + 2**-9
 
 
-def test_integers_are_taken_over() -> None:
-    averages = [torch.tensor(3)]
-    warmed_averages(averages, [torch.tensor(9)], 5, 0.99)
-    assert averages[0].dtype == torch.int64
-    assert int(averages[0]) == 9
-
-
-class CountedFloats(TorchDispatchMode):
+class NumbersRead(TorchDispatchMode):
     """Counts how often a number is read out of a tensor, which on a GPU waits for all work before it."""
 
     count = 0
@@ -48,10 +59,11 @@ class CountedFloats(TorchDispatchMode):
 
 
 def test_an_update_reads_one_number_however_many_weights_there_are() -> None:
-    averages, current = [torch.zeros(1) for _ in range(50)], [torch.ones(1) for _ in range(50)]
-    with CountedFloats() as counted:
-        warmed_averages(averages, current, torch.tensor(3), 0.9)
-    assert counted.count == 1
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(25)))
+    average = average_of(model, 3)
+    with NumbersRead() as read:
+        update_average(average, model, 0.9)
+    assert read.count == 1
 
 
 class Line(lightning.LightningModule):
@@ -82,7 +94,9 @@ def expected_averages(steps: int, decay: float) -> list[float]:
     return values
 
 
-def test_validation_and_the_end_use_the_average_and_training_does_not(tmp_path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_validation_and_the_end_use_the_average_and_training_does_not(precision: str) -> None:
+    """Small numbers are exact in bf16, in which Lightning puts the model but not its average."""
     module, during = Line(), []
 
     class Spy(lightning.Callback):
@@ -91,12 +105,13 @@ def test_validation_and_the_end_use_the_average_and_training_does_not(tmp_path) 
 
     trainer = lightning.Trainer(
         max_steps=6, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=2, check_val_every_n_epoch=None, callbacks=[EMA(0.5), Spy()],
+        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=2, check_val_every_n_epoch=None,
+        precision=precision, callbacks=[EMA(0.5), Spy()],
     )  # fmt: skip
     data = torch.utils.data.DataLoader(torch.zeros(4, 1))
     trainer.fit(module, data, torch.utils.data.DataLoader(torch.zeros(1, 1)))
-    averages = expected_averages(6, 0.5)
+    averages, tolerance = expected_averages(6, 0.5), 1e-6 if precision == "32-true" else 2**-8
     assert during == [0, 1, 2, 3, 4, 5]
-    assert module.seen == pytest.approx([averages[1], averages[3], averages[5]])
-    assert float(module.weight) == pytest.approx(averages[5])
+    assert module.seen == pytest.approx([averages[1], averages[3], averages[5]], rel=tolerance)
+    assert float(module.weight) == pytest.approx(averages[5], rel=tolerance)
     assert averages[5] < 6
