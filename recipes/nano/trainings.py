@@ -22,6 +22,8 @@ SHORT_FIRST = 0.4
 """Share of the language model's steps on short utterances alone, in which there is least to lose the thread of."""
 SHORT = ("data.drop_longer_than=160", "scheduler.final_ratio=0.3")
 """Some five seconds with their text; and no end of the learning, for another training follows."""
+LONGEST_SECONDS = "8"
+"""What these weights keep up in one request: some twenty words (the table by length in README.md), where joins are of 14 s at most."""
 FROZEN = "freeze=[encoder.*,flow.*]"
 """While the decoder trains on; the encoder stays the one that the latents come from."""
 
@@ -96,7 +98,8 @@ class Training:
         weights = self.out / "weights"
         self.stages.run("assemble", lambda: self.assemble(weights))
         self.stages.run("calibrate", lambda: self._calibrate(weights))
-        export = [str(weights), "--out", str(shipped), "--dtype", "float16", "--max-shard-mb", "15", "--language", "en"]
+        export = [str(weights), "--out", str(shipped), "--dtype", "float16", "--max-shard-mb", "15"]
+        export += ["--language", "en", "--longest-seconds", LONGEST_SECONDS]
         self.stages.command("export", "export", *export)
         if self.given.temperature is not None:
             # No part of the stage, which is done once: another temperature is taken without another export, which would lose the voices.

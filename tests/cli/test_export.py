@@ -11,10 +11,12 @@ import torch
 
 from kalle.checkpoint import read_json, read_weights, write_json
 from kalle.cli.main import main
+from kalle.cli.say import plan
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.folder import read_folder
 from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.longform import LongForm
 from kalle.synthesis.voice import Voice
 
 
@@ -151,4 +153,24 @@ def test_the_stored_temperature_is_what_requests_without_one_get(source: Path, t
 def test_a_stored_temperature_that_cannot_be(source: Path) -> None:
     write_json(source / "config.json", read_json(source / "config.json") | {"temperature": -0.5})
     with pytest.raises(UserError, match=r"bad temperature in .*: got -0.5, expected a finite number of at least 0"):
+        read_folder(source)
+
+
+def test_what_weights_keep_up_is_stored_and_heeded(source: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "out", "One two three four five six. Seven eight nine ten."
+    assert export(source, out, "--longest-seconds", "2.5") == 0
+    assert read_folder(out).longest_seconds == Kalle.from_pretrained(out, "cpu").config.longest_seconds == 2.5
+    assert [piece.text for piece in LongForm(Kalle.from_pretrained(out, "cpu"), text).sentences] == text.replace(". ", ".|").split("|")
+    assert plan(text, "en", False, 2.5, from_file=False, srt=False) == (text, "these weights keep up 2.5 s in one request")
+    for enough in (3.5, None):
+        assert plan(text, "en", False, enough, from_file=False, srt=False) == (text, None)
+    assert plan(text * 20, "en", False, 2.5, from_file=False, srt=False)[1] == "it is too long for one request"
+
+
+@pytest.mark.parametrize("given", ["0", "nan", "-1"])
+def test_a_length_that_cannot_be_kept_up(given: str, source: Path, tmp_path: Path, capsys) -> None:
+    assert export(source, tmp_path / "out", "--longest-seconds", given) == 2
+    assert "expected more than 0" in capsys.readouterr().err
+    write_json(source / "config.json", read_json(source / "config.json") | {"longest_seconds": float(given)})
+    with pytest.raises(UserError, match=r"bad longest_seconds in .*, expected more than 0"):
         read_folder(source)

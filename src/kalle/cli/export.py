@@ -35,18 +35,24 @@ def export(
     language: Annotated[str | None, typer.Option(help="Store this default language, an ISO 639-1 code.")] = None,
     voice: Annotated[str | None, typer.Option(metavar="NAME", help="Store this default voice, one of voices/.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Store this scale of the standard deviations as the default.")] = None,
+    longest_seconds: Annotated[
+        float | None,
+        typer.Option(help="Store how much speech the weights keep up in one request; `kalle say` speaks longer texts in parts."),
+    ] = None,
 ) -> None:
     """Copy a weight folder with its weights in 16 bits and in files of a bounded size. It speaks as before, in fp32 on a CPU."""
     with interruptible():
         if not max_shard_mb > 0:
             raise UserError(f"bad size: got --max-shard-mb {max_shard_mb:g}, expected more than 0; leave it out for 15")
+        if longest_seconds is not None and not longest_seconds > 0:
+            raise UserError(f"bad length: got --longest-seconds {longest_seconds:g}, expected more than 0; leave it out for any length")
         language = choose_language(language)
         from kalle.convert.rounding import HALF_DTYPES
         from kalle.synthesis.export import export_folder
         from kalle.synthesis.weights import resolve_weights
 
         limit = int(max_shard_mb * BYTES_PER_MB)
-        result = export_folder(resolve_weights(source), out, HALF_DTYPES[dtype.value], limit, language, voice, temperature)
+        result = export_folder(resolve_weights(source), out, HALF_DTYPES[dtype.value], limit, language, voice, temperature, longest_seconds)
         typer.echo("\n".join(report(result, out, dtype.value)))
         for warning in warnings(result, out):
             typer.echo(f"warning: {warning}", err=True)

@@ -80,12 +80,12 @@ def say(
 ) -> None:
     """Speak a text into a file, in the model's own voice or one that it makes up, a recording's or a stored one.
 
-    A text longer than about 25 seconds, of --text-file or with --srt is spoken sentence by sentence; interrupted, it goes on where it was.
+    A text of over 25 seconds, or more than the weights keep up, of --text-file or with --srt is spoken by sentences; interrupted, it goes on.
     """
     with interruptible():
         written, language = read_text(text, text_file), choose_language(language)
         if show_text:
-            return _show(written, language or _usual_language(written, None if model is None else Path(model)), normalise)
+            return _show(written, language, normalise, None if model is None else Path(model))
         check_request(written, output or Path(DEFAULT_STEM + DEFAULT_SUFFIX), prompt_audio, prompt_text, voice)
         folder = model_folder(model)
         from kalle.cli.say_long import speak_long_to_file
@@ -98,7 +98,7 @@ def say(
             language, normalise, pause, paragraph_pause, rolling=rolling,
             temperature=temperature, max_seconds=max_seconds, quirks=quirks, retries=retries, guidance=guidance,
         )  # fmt: skip
-        words, why = plan(written, language, normalise, from_file=text_file is not None, srt=srt)
+        words, why = plan(written, language, normalise, _longest_seconds(folder), from_file=text_file is not None, srt=srt)
         output = free_output(long=why is not None) if output is None else output
         check_files(output, long=why is not None, plot=plot, srt=srt)
         # The quirk of the precision rounds the weights itself, from fp32.
@@ -112,7 +112,9 @@ def say(
         speak_long_to_file(kalle, written, output, chosen, seed, options, why=why, srt=srt, restart=restart, keep_parts=keep_parts)
 
 
-def plan(text: str, language: str | None, normalise: bool, from_file: bool, srt: bool) -> tuple[str, str | None]:
+def plan(
+    text: str, language: str | None, normalise: bool, longest_seconds: float | None, *, from_file: bool, srt: bool
+) -> tuple[str, str | None]:
     """The words of a single request, and why the text is spoken sentence by sentence instead; None when it isn't."""
     from kalle.synthesis.longform_prompt import fits_one_request
 
@@ -124,8 +126,13 @@ def plan(text: str, language: str | None, normalise: bool, from_file: bool, srt:
         words = result.text
         for warning in result.warnings:
             typer.echo(f"warning: {warning}", err=True)
-    reasons = {"it comes from a file": from_file, "subtitles need the time of each": srt, "it is too long for one request": True}
-    alone = not from_file and not srt and fits_one_request(words)
+    reasons = {
+        "it comes from a file": from_file,
+        "subtitles need the time of each": srt,
+        "it is too long for one request": not fits_one_request(words),
+        f"these weights keep up {longest_seconds:g} s in one request" if longest_seconds else "": True,
+    }
+    alone = not from_file and not srt and fits_one_request(words, longest_seconds)
     return words, None if alone else next(reason for reason, holds in reasons.items() if holds)
 
 
@@ -189,6 +196,13 @@ def adapted(kalle: Kalle, voice: GivenVoice, adapter: Path | None) -> GivenVoice
     return voice if voice is None or isinstance(voice, str) else dataclasses.replace(voice, adapter=kalle.adapter)
 
 
+def _longest_seconds(folder: Path | None) -> float | None:
+    """What the weights in ``folder`` say that they keep up in one request."""
+    from kalle.synthesis.folder import read_folder
+
+    return read_folder(folder).longest_seconds if folder is not None and folder.is_dir() else None
+
+
 def _usual_language(text: str, folder: Path | None) -> str | None:
     """The language that the weights in ``folder`` name as theirs, unless ``text`` has another's script; None leaves it to be guessed."""
     from kalle.synthesis.folder import read_folder
@@ -198,8 +212,8 @@ def _usual_language(text: str, folder: Path | None) -> str | None:
     return None if usual is None else language_in_its_script(text, usual)
 
 
-def _show(text: str, language: str | None, normalise: bool) -> None:
+def _show(text: str, language: str | None, normalise: bool, folder: Path | None) -> None:
     from kalle.text.prompt import check_text
 
     check_text(text, "text")
-    typer.echo(show_text(text, language, normalise))
+    typer.echo(show_text(text, language or _usual_language(text, folder), normalise, _longest_seconds(folder)))

@@ -48,8 +48,11 @@ def wordless(text: str) -> list[str]:
     return [] if has_words(text) else ["nothing in the text is a letter or number"]
 
 
-def show_text(text: str, language: str | None, normalise: bool) -> str:
-    """``text`` as written, its sentences with their places, and each in words where ``normalise`` changes it; needs no model."""
+def show_text(text: str, language: str | None, normalise: bool, longest_seconds: float | None = None) -> str:
+    """``text`` as written, its sentences with their places, and each in words where ``normalise`` changes it; needs no model.
+
+    ``longest_seconds`` is what the model keeps up in one request, where that is known.
+    """
     from kalle.synthesis.longform_prompt import fits_one_request
     from kalle.text.languages import detect_language
     from kalle.text.normalise import normalise as in_words
@@ -58,7 +61,7 @@ def show_text(text: str, language: str | None, normalise: bool) -> str:
     def words(piece: str) -> str:
         return in_words(piece, language).text if normalise else piece
 
-    sentences = split_sentences(text, language, lambda piece: fits_one_request(words(piece)))
+    sentences = split_sentences(text, language, lambda piece: fits_one_request(words(piece), longest_seconds))
     lines = ["original:", text.strip("\n"), ""]
     lines += [
         f"language: {language or detect_language(text) + ' (guessed)'}",

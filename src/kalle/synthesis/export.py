@@ -69,12 +69,13 @@ def export_folder(
     language: str | None = None,
     voice: str | None = None,
     temperature: float | None = None,
+    longest_seconds: float | None = None,
 ) -> Exported:
     """Write the weight folder ``source`` to the folder ``out``, a new one, or one with a card or notices alone, which stay.
 
     The weights are in ``dtype``, in files of ``max_file_bytes`` at most.
-    Tokenizer, stop rule, card and notices come along; ``language``, ``temperature`` and the name of the default ``voice`` are stored
-    where given.
+    Tokenizer, stop rule, card and notices come along; ``language``, ``temperature``, ``longest_seconds`` and the name of the default
+    ``voice`` are stored where given (`FolderConfig`).
     A voice that fits ``source`` is bound to the rounded encoders, from which its tensors come as well, but for the rounding; one that does
     not, or whose adapter belongs to the unrounded language model, is left out and named in the result.
     UserError when ``source`` cannot speak, a tensor does not fit its configuration, or ``out`` holds a model or other folders already.
@@ -90,7 +91,7 @@ def export_folder(
         _copy_files(source, staging, {CONFIG_NAME, *there})
         kept, lost = _export_voices(source, staging)
         values = read_json(source / CONFIG_NAME) if (source / CONFIG_NAME).is_file() else {"format_version": FORMAT_VERSION}
-        given = {"language": language, "voice": voice, "temperature": temperature}
+        given = {"language": language, "voice": voice, "temperature": temperature, "longest_seconds": longest_seconds}
         write_json(staging / CONFIG_NAME, values | {name: value for name, value in given.items() if value is not None})
         size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     known = {*PARTS, TOKENIZER_FOLDER, VOICES_FOLDER}

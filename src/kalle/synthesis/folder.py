@@ -29,6 +29,9 @@ class FolderConfig:
     """Samples per second of the audio; None leaves it to the Flow-VAE."""
     temperature: float | None = None
     """Scale of the standard deviations that suits these weights, at least 0; None for 1."""
+    longest_seconds: float | None = None
+    """Speech at the usual pace that these weights keep up in one request; a longer text is best spoken in parts. None for what a request
+    allows."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class _Stored:
     voice: str | None = None
     sample_rate: int | None = None
     temperature: float | None = None
+    longest_seconds: float | None = None
 
 
 @permission_errors()
@@ -108,4 +112,6 @@ def _read_config(path: Path, stop_head: bool) -> FolderConfig:
         stop = StopRule(stored.stop.threshold, stored.stop.min_index, probability=stored.stop.probability)
     if stored.temperature is not None and not 0 <= stored.temperature < math.inf:
         raise UserError(f"bad temperature in '{path}': got {stored.temperature}, expected a finite number of at least 0; correct it")
-    return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate, stored.temperature)
+    if stored.longest_seconds is not None and not stored.longest_seconds > 0:
+        raise UserError(f"bad longest_seconds in '{path}': got {stored.longest_seconds}, expected more than 0; correct it")
+    return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate, stored.temperature, stored.longest_seconds)

@@ -24,9 +24,12 @@ def expected_seconds(text: str) -> float:
     return usual_seconds(text)
 
 
-def fits_one_request(text: str) -> bool:
-    """Whether the length cap that follows from ``text`` is below the longest one, so that slow speech is not cut off."""
-    return cap_seconds(text) < LONGEST_SECONDS
+def fits_one_request(text: str, longest_seconds: float | None = None) -> bool:
+    """Whether the length cap that follows from ``text`` is below the longest one, so that slow speech is not cut off.
+
+    And whether the text takes ``longest_seconds`` at most at the usual pace, where weights can keep up no more (`FolderConfig`).
+    """
+    return cap_seconds(text) < LONGEST_SECONDS and (longest_seconds is None or usual_seconds(text) <= longest_seconds)
 
 
 def anchor_voice(kalle: Kalle, voice: GivenVoice, seed: int) -> Voice:
@@ -47,7 +50,7 @@ def request_fits(kalle: Kalle, anchor: Voice, max_seconds: float | None) -> Call
     def fits(text: str) -> bool:
         # The text after the transcript may split into tokens otherwise than alone; a few positions cover that.
         needed = len(kalle.tokenizer.encode(text)) + 4 + cap_frames(text, rate_hz, max_seconds)
-        return fits_one_request(text) and needed <= limit
+        return fits_one_request(text, kalle.config.longest_seconds) and needed <= limit
 
     return fits
 
