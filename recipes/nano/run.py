@@ -45,8 +45,9 @@ class Nano:
             "steps": given.steps,
             "seed": given.seed,
             "override": given.override,
-            "lm": given.lm,
             "continue_from": start,
+            # Runs begun before there was a choice go on.
+            **({} if given.lm == LANGUAGE_MODELS[0] else {"lm": given.lm}),
         }
         self.stages = Stages(self.out, decided)
         self.decided = decided

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from kalle.errors import UserError
-from kalle.models.backbone import Backbone, _kernels_of_any_length
+from kalle.models import backbone
+from kalle.models.backbone import Backbone
 from kalle.models.backbone_config import BackboneConfig
 from kalle.models.kv_cache import KVCache
 from kalle.models.lm import KalleLM, KalleLMConfig
@@ -249,12 +251,27 @@ def test_a_configuration_it_does_not_know_still_speaks() -> None:
     assert state.length == 3
 
 
-def test_no_kernel_plans_for_one_length_on_cuda() -> None:
-    """cuDNN's attention does, at some 50 ms for every new length (docs/results/speed.md); the choice ends with the pass."""
+@pytest.fixture
+def cudnn_as_it_was() -> Iterator[None]:
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with _kernels_of_any_length(torch.device("cuda")):
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert torch.backends.cuda.flash_sdp_enabled()
-        assert torch.backends.cuda.math_sdp_enabled()
-    with _kernels_of_any_length(torch.device("cpu")):
-        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.usefixtures("cudnn_as_it_was")
+def test_no_kernel_plans_for_one_length_on_cuda() -> None:
+    backbone._choose_kernels(torch.device("cpu"))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    backbone._choose_kernels(torch.device("cuda"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_every_pass_chooses_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(backbone, "_choose_kernels", asked.append)
+    config = BackboneConfig.of(SIZES)
+    assert config is not None
+    Backbone(config)(torch.zeros(1, 2, config.hidden_size))
+    assert [device.type for device in asked] == ["cpu"]

@@ -175,6 +175,14 @@ def test_trainings_follow_each_other(recipe: Any, tmp_path: Path) -> None:
         assert encode.join.passes > 0
 
 
+def test_a_gpu_trains_a_language_model_of_its_own(recipe: Any, tmp_path: Path) -> None:
+    asked = trained(recipe, command_line(recipe, "--out", str(tmp_path), "--lm", "nano_lm_gpu"))
+    for stage in ("train lm short", "train lm"):
+        config = compose("train_lm", folder_override(asked[stage][2:], "flowvae"))
+        assert config.lm.backbone.hidden_size == config.data.speaker.latent_dim == 384
+        assert config.objective.alignment_layers == [1, 2]
+
+
 def test_a_continuation_starts_from_weights_and_skips_what_has_no_steps(recipe: Any, tmp_path: Path) -> None:
     start = tmp_path / "shipped"
     (start / "lm").mkdir(parents=True)
@@ -309,6 +317,15 @@ def test_another_run_in_the_same_folder_is_refused(recipe: Any, tmp_path: Path, 
     write_json(tmp_path / "stages.json", {"settings": {"seed": 0}, "seconds": {}, "done": []})
     assert recipe("nano", "run").run(["--out", str(tmp_path), "--seed", "1"]) == 2
     assert "use another --out" in capsys.readouterr().err
+
+
+def test_a_run_begun_before_there_was_a_choice_of_models_goes_on(recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"hours": 10.0, "steps": [9000, 0, 20000], "seed": 0, "override": [], "continue_from": None}
+    write_json(tmp_path / "stages.json", {"settings": settings, "seconds": {}, "done": []})
+    nano = recipe("nano", "run")
+    nano.Nano(nano.parse(["--out", str(tmp_path)]))
+    with pytest.raises(UserError, match="use another --out"):
+        nano.Nano(nano.parse(["--out", str(tmp_path), "--lm", "nano_lm_gpu"]))
 
 
 def test_another_temperature_needs_no_other_export(recipe: Any, tmp_path: Path) -> None:

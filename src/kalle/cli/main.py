@@ -99,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(_refusal(error))
     except Exception as error:
-        # torch's, known by its name: importing torch to ask would cost every failure seconds.
-        return _fail(_too_much(error)) if type(error).__name__ == "OutOfMemoryError" else _fail_usage(error)
+        return _fail(too_much(error)) if is_too_much(error) else _fail_usage(error)
 
 
 def _refusal(error: OSError) -> str:
@@ -110,8 +109,13 @@ def _refusal(error: OSError) -> str:
     return f"cannot use '{error.filename}': {reason}; choose another file or folder, or change its permissions"
 
 
-def _too_much(error: Exception) -> str:
-    """What the allocator says of sizes; its advice on its own settings is for programs that fit."""
+def is_too_much(error: Exception) -> bool:
+    """Whether ``error`` is torch's for too little GPU memory, known by its name: importing torch to ask would take seconds."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def too_much(error: Exception) -> str:
+    """What the allocator says of sizes, and what to do; its advice on its own settings is for programs that fit."""
     said = ". ".join(str(error).split(". ")[:3]).removesuffix(".")
     return f"{said}; ask for less at once: a smaller data.max_positions, data.batch_size, --positions or --batch, or another device"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kalle.checkpoint import read_json, write_json
-from kalle.cli.main import INTERRUPTED, USAGE_ERROR, dispatch
+from kalle.cli.main import INTERRUPTED, USAGE_ERROR, dispatch, is_too_much, too_much
 from kalle.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,10 @@ def recipe_main(work: Callable[[], object], out: Path) -> int:
         return _fail(str(error), USAGE_ERROR)
     except OSError as error:
         return _fail(f"cannot use '{error.filename or out}': {error.strerror or error}; choose another --out", USAGE_ERROR)
+    except Exception as error:
+        if not is_too_much(error):
+            raise
+        return _fail(too_much(error), USAGE_ERROR)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to continue", INTERRUPTED)
     return 0

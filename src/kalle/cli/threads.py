@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-SPINS = "10000"
+SPINS = "1000"
 """Some tens of microseconds: longer than threads of an idle machine wait for each other, shorter than a turn of another program."""
 _OF_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 

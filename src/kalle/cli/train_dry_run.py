@@ -26,10 +26,10 @@ def dry_run_lm(config: DictConfig) -> Plan:
     """The plan of a language-model training, printed."""
     from hydra.utils import instantiate
 
-    from kalle.cli.train_lm_model import packing_of, take_backbone, tokens_to_train
+    from kalle.cli.train_lm_model import packing_of, take_model_of_init, tokens_to_train
     from kalle.training.footprint import lm_footprint, without_storage
 
-    take_backbone(config)
+    take_model_of_init(config)
     data = _data(config)
     info = data.info()
     with without_storage() as storageless:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalle.cli.train_checks import check_encoder, check_run, check_speaker
-from kalle.cli.train_lm_model import export_language_model, packing_of, prepare_language_model, start_language_model, take_backbone
+from kalle.cli.train_lm_model import export_language_model, packing_of, prepare_language_model, start_language_model, take_model_of_init
 from kalle.cli.train_run import SPLITS, TrainingRun, build_callbacks, describe, fit, prepare_run
 from kalle.disk import whole_file
 
@@ -28,7 +28,7 @@ def train_lm(config: DictConfig) -> TrainingRun:
 
     check_run(config)
     prepare_run(config)
-    take_backbone(config)
+    take_model_of_init(config)
     data = instantiate(config.data, _convert_="all")
     for split in SPLITS:
         data.dataset(split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,18 +41,29 @@ def check_start(config: DictConfig) -> None:
         raise UserError(f"init: got init='{config.init}' and init_text='{config.init_text}', expected one of them; leave one out")
 
 
-def take_backbone(config: DictConfig) -> None:
-    """Have ``config`` say the backbone of ``init``, which replaces its own: the noise of a voice, for one, is as wide as that."""
+def take_model_of_init(config: DictConfig) -> None:
+    """Write the model of ``init`` over ``config.lm``, which it replaces; a stop head that was asked for stays asked for.
+
+    What refers to the model, such as the width of a voice's noise, then follows the one that trains, and the record of the run names it.
+    """
     from omegaconf import OmegaConf
 
     from kalle.checkpoint import CONFIG_NAME, part_folder, read_json
     from kalle.models.lm import PART, KalleLMConfig
+    from kalle.models.speaker import SpeakerEncoderConfig
 
     check_start(config)
-    if config.init is not None:
-        path = part_folder(config.init, PART) / CONFIG_NAME
-        backbone = KalleLMConfig.from_dict(read_json(path), str(path)).backbone
-        OmegaConf.update(config, "lm.backbone", dict(backbone), merge=False, force_add=True)
+    if config.init is None:
+        return
+    path = part_folder(config.init, PART) / CONFIG_NAME
+    found = KalleLMConfig.from_dict(read_json(path), str(path))
+    values = {"stop_head": False, **found.to_dict()}
+    values["stop_head"] = bool(values["stop_head"] or config.lm.get("stop_head"))
+    if found.speaker is not None:
+        target = f"{SpeakerEncoderConfig.__module__}.{SpeakerEncoderConfig.__qualname__}"
+        values["speaker"] = {"_target_": target, **dataclasses.asdict(found.speaker)}
+    for name, value in values.items():
+        OmegaConf.update(config, f"lm.{name}", value, merge=False, force_add=True)
 
 
 def start_language_model(config: DictConfig, info: dict[str, Any], tokenizer: Tokenizer) -> KalleLM:

@@ -6,18 +6,14 @@ command that starts at once: importing transformers' network takes seconds and 1
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kalle.models.backbone_config import BackboneConfig
 from kalle.models.kv_cache import KVCache
-
-_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -162,15 +158,19 @@ class Backbone(nn.Module):
             rotary = cosine[:, None], sine[:, None]
         mask = _mask(attention_mask, position_ids if past_key_values is None else None, past, new, inputs_embeds.device)
         hidden = inputs_embeds
-        with _kernels_of_any_length(inputs_embeds.device):
-            for number, layer in enumerate(self.layers):
-                hidden = layer(hidden, rotary, mask, past_key_values, number)
+        _choose_kernels(inputs_embeds.device)
+        for number, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotary, mask, past_key_values, number)
         return BackboneOutput(self.norm(hidden))
 
 
-def _kernels_of_any_length(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA, attention without cuDNN's: that plans anew for every length it meets, and in speech every frame is another length."""
-    return nullcontext() if device.type != "cuda" else sdpa_kernel(_ANY_LENGTH)
+def _choose_kernels(device: torch.device) -> None:
+    """On CUDA, leave cuDNN's attention out, in this process and for good, which no other thread can undo.
+
+    It plans anew for every length that it meets, and in speech every frame is another length (docs/results/speed.md).
+    """
+    if device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _mask(valid: Tensor | None, positions: Tensor | None, past: int, new: int, device: torch.device) -> Tensor | None:
