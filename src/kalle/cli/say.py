@@ -80,7 +80,7 @@ def say(
 ) -> None:
     """Speak a text into a file, in the model's own voice or one that it makes up, a recording's or a stored one.
 
-    A text of over 25 seconds, or more than the weights keep up, of --text-file or with --srt is spoken by sentences; interrupted, it goes on.
+    A text of over 25 s, or of more than the weights keep up, of --text-file or with --srt is spoken by sentences; interrupted, it goes on.
     """
     with interruptible():
         written, language = read_text(text, text_file), choose_language(language)
