@@ -30,7 +30,7 @@ logger = logging.getLogger("quickstart")
 
 OVERHEAD_MINUTES = 6.0
 """Speaking, encoding and scoring twice, whose length does not depend on the training."""
-LM_STEPS_PER_MINUTE = 150.0
+LM_STEPS_PER_MINUTE = 50.0
 """An estimate for two CPU cores, to be replaced by the rate of the run in README.md."""
 VOICE = "corpus-speaker"
 
