@@ -32,7 +32,7 @@ class Run:
         self.out = out
         out.parent.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        several = [f"trainer.devices={ranks}", "trainer.strategy=ddp_find_unused_parameters_true"] if ranks > 1 else []
+        several = [f"trainer.devices={ranks}"] if ranks > 1 else []
         command = [sys.executable, "-m", "kalle", "train", stage, *overrides, *several, f"out={out}"]
         self.processes: list[subprocess.Popen[bytes]] = []
         self.errors: list[Path] = []
