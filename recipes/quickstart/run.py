@@ -31,7 +31,7 @@ logger = logging.getLogger("quickstart")
 OVERHEAD_MINUTES = 6.0
 """Speaking, encoding and scoring twice, whose length does not depend on the training."""
 LM_STEPS_PER_MINUTE = 50.0
-"""An estimate for two CPU cores, to be replaced by the rate of the run in README.md."""
+"""Low for two CPU cores: the run in README.md made 91, and scoring takes longer with weights that speak worse."""
 VOICE = "corpus-speaker"
 
 SENTENCES = (
