@@ -115,7 +115,10 @@ def say(
 def plan(
     text: str, language: str | None, normalise: bool, longest_seconds: float | None, *, from_file: bool, srt: bool
 ) -> tuple[str, str | None]:
-    """The words of a single request, and why the text is spoken sentence by sentence instead; None when it isn't."""
+    """The words of a single request, and why the text is spoken sentence by sentence instead; None when it isn't.
+
+    ``longest_seconds`` of speech at the usual pace are what the weights keep up; None for any length that one request allows.
+    """
     from kalle.synthesis.longform_prompt import fits_one_request
 
     words = text
@@ -126,14 +129,16 @@ def plan(
         words = result.text
         for warning in result.warnings:
             typer.echo(f"warning: {warning}", err=True)
-    reasons = {
-        "it comes from a file": from_file,
-        "subtitles need the time of each": srt,
-        "it is too long for one request": not fits_one_request(words),
-        f"these weights keep up {longest_seconds:g} s in one request" if longest_seconds else "": True,
-    }
-    alone = not from_file and not srt and fits_one_request(words, longest_seconds)
-    return words, None if alone else next(reason for reason, holds in reasons.items() if holds)
+    why = None
+    if from_file:
+        why = "it comes from a file"
+    elif srt:
+        why = "subtitles need the time of each"
+    elif not fits_one_request(words):
+        why = "it is too long for one request"
+    elif not fits_one_request(words, longest_seconds):
+        why = f"these weights keep up {longest_seconds:g} s in one request"
+    return words, why
 
 
 def tell_without_effect(options: LongFormOptions, restart: bool, keep_parts: bool) -> None:

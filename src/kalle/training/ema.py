@@ -16,9 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 def update_average(average: AveragedModel, model: nn.Module, decay: float) -> None:
     """One update with decay ``min(decay, (1 + n) / (10 + n))`` after n updates, so that a young average forgets its start.
 
-    The first copies the weights; counters are always copied. All tensors at once, and n read once: asked of a GPU for each tensor, as
-    ``AveragedModel`` does, it is a wait for everything before it, hundreds of times a step. An average in fp32 of a model in half
-    precision stays in fp32.
+    The first copies the weights; counters are always copied. All tensors at once, and n read once: asked of a GPU for each tensor, it is a
+    wait for everything before it, hundreds of times a step. ``AveragedModel``'s own ways are one tensor at a time, or tensors of one dtype
+    and device in both models; here an fp32 average of a model in half precision stays in fp32.
     """
     mine, theirs = (list(chain(each.parameters(), each.buffers())) for each in (average.module, model))
     n = int(average.n_averaged)
