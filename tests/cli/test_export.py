@@ -167,10 +167,10 @@ def test_what_weights_keep_up_is_stored_and_heeded(source: Path, tmp_path: Path)
     assert plan(text * 20, "en", False, 2.5, from_file=False, srt=False)[1] == "it is too long for one request"
 
 
-@pytest.mark.parametrize("given", ["0", "nan", "-1"])
+@pytest.mark.parametrize("given", ["0", "nan", "-1", "inf"])
 def test_a_length_that_cannot_be_kept_up(given: str, source: Path, tmp_path: Path, capsys) -> None:
     assert export(source, tmp_path / "out", "--longest-seconds", given) == 2
-    assert "expected more than 0" in capsys.readouterr().err
+    assert "expected a finite one above 0" in capsys.readouterr().err
     write_json(source / "config.json", read_json(source / "config.json") | {"longest_seconds": float(given)})
-    with pytest.raises(UserError, match=r"bad longest_seconds in .*, expected more than 0"):
+    with pytest.raises(UserError, match=r"bad longest_seconds in .*, expected a finite one above 0"):
         read_folder(source)

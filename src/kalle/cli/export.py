@@ -44,8 +44,8 @@ def export(
     with interruptible():
         if not max_shard_mb > 0:
             raise UserError(f"bad size: got --max-shard-mb {max_shard_mb:g}, expected more than 0; leave it out for 15")
-        if longest_seconds is not None and not longest_seconds > 0:
-            raise UserError(f"bad length: got --longest-seconds {longest_seconds:g}, expected more than 0; leave it out for any length")
+        if longest_seconds is not None and not 0 < longest_seconds < float("inf"):
+            raise UserError(f"bad length: got --longest-seconds {longest_seconds:g}, expected a finite one above 0; leave it out for any")
         language = choose_language(language)
         from kalle.convert.rounding import HALF_DTYPES
         from kalle.synthesis.export import export_folder

@@ -112,6 +112,6 @@ def _read_config(path: Path, stop_head: bool) -> FolderConfig:
         stop = StopRule(stored.stop.threshold, stored.stop.min_index, probability=stored.stop.probability)
     if stored.temperature is not None and not 0 <= stored.temperature < math.inf:
         raise UserError(f"bad temperature in '{path}': got {stored.temperature}, expected a finite number of at least 0; correct it")
-    if stored.longest_seconds is not None and not stored.longest_seconds > 0:
-        raise UserError(f"bad longest_seconds in '{path}': got {stored.longest_seconds}, expected more than 0; correct it")
+    if stored.longest_seconds is not None and not 0 < stored.longest_seconds < math.inf:
+        raise UserError(f"bad longest_seconds in '{path}': got {stored.longest_seconds}, expected a finite one above 0; correct it")
     return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate, stored.temperature, stored.longest_seconds)
