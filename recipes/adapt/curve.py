@@ -16,9 +16,8 @@ from kalle.adaptation.material import read_recording
 from kalle.adaptation.measure import embedding
 from kalle.adaptation.options import AdaptOptions
 from kalle.audio import Audio, resample
-from kalle.evaluation.metric import RATE_HZ
-from kalle.evaluation.similarity import SpeakerEmbedder, speaker_embedder
-from kalle.evaluation.voice_similarity import CHECK_TEXTS
+from kalle.evaluation.metrics import RATE_HZ
+from kalle.evaluation.similarity import CHECK_TEXTS, SpeakerEmbedder, speaker_embedder
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import Voice
@@ -123,7 +122,7 @@ class Curve:
         import jiwer
 
         from kalle.evaluation.asr import FasterWhisper
-        from kalle.evaluation.normalise import normaliser
+        from kalle.evaluation.word_errors import normaliser
 
         language, tokens = self.settings.language, normaliser("seed_tts")
         hear = FasterWhisper(self.settings.asr or "auto", languages=(language,), threads=1)

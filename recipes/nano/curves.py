@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kalle.evaluation.speech_figure import new_figure, save_figure
+from kalle.evaluation.figures import new_figure, save_figure
 
 PREFIXES = ("train/", "val/")
 WIDTH, ROW_HEIGHT = 1200, 260

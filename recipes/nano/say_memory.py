@@ -10,7 +10,7 @@ import sys
 import torch
 
 from kalle.cli.main import dispatch
-from kalle.evaluation.memory import PeakMemory
+from kalle.evaluation.benchmark import PeakMemory
 
 
 def run(weights: str, text: str, out: str) -> int:

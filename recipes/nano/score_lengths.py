@@ -7,9 +7,9 @@ from dataclasses import asdict
 from difflib import SequenceMatcher
 from typing import Any
 
-from kalle.data.testlist import TestItem
-from kalle.evaluation.normalise import corpus_style
-from kalle.evaluation.statistics import estimate
+from kalle.evaluation.scoring import estimate
+from kalle.evaluation.test_list import TestItem
+from kalle.evaluation.word_errors import corpus_style
 
 BINS = ((1, 1), (2, 5), (6, 15), (16, 30), (31, 60))
 """First and last number of words of each line of the table."""

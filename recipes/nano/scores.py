@@ -18,10 +18,9 @@ from similarity import voice_margins
 
 from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages, override
-from kalle.data.prompt_choice import choose_prompt
-from kalle.data.testlist import read_test_list
 from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.evaluation.test_list import choose_prompt, read_test_list
 
 HERE = Path(__file__).resolve().parent
 SPECTROGRAMS = 5

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from voices import BUILT_IN
 
 from kalle.audio import Audio, resample
-from kalle.data.testlist import TestItem, read_test_list
 from kalle.errors import UserError
-from kalle.evaluation.metric import RATE_HZ, MetricError
+from kalle.evaluation.metrics import RATE_HZ, MetricError
 from kalle.evaluation.similarity import SpeakerEmbedder, speaker_embedder
+from kalle.evaluation.test_list import TestItem, read_test_list
 from kalle.synthesis.kalle import Kalle
 
 RECORDINGS = 10

@@ -10,9 +10,8 @@ from corpora import SYNTHETIC
 from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages
 from kalle.data.corpora.asterisk import VOICES as PROMPTS
-from kalle.data.prompt_choice import choose_prompt
-from kalle.data.testlist import TestItem, read_test_list
 from kalle.disk import write_whole
+from kalle.evaluation.test_list import TestItem, choose_prompt, read_test_list
 
 ATTRIBUTION = "ATTRIBUTION.md"
 PIPER_NOTE = """# Joe

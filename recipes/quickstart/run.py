@@ -19,10 +19,9 @@ from summary import write_summary
 from kalle.checkpoint import part_folder, read_json, write_json
 from kalle.cli.main import dispatch
 from kalle.cli.stages import Stages, override, recipe_main
-from kalle.data.prompt_choice import choose_prompt
-from kalle.data.testlist import TestItem, read_test_list
 from kalle.errors import UserError
-from kalle.evaluation.asr_models import find_asr_model
+from kalle.evaluation.asr import find_asr_model
+from kalle.evaluation.test_list import TestItem, choose_prompt, read_test_list
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parents[1] / "ckpt" / "kalle-nano"

@@ -18,7 +18,7 @@ from scratch_summary import write_summary
 
 from kalle.cli.stages import Stages, recipe_main
 from kalle.errors import UserError
-from kalle.evaluation.asr_models import find_asr_model
+from kalle.evaluation.asr import find_asr_model
 
 HERE = Path(__file__).resolve().parent
 logger = logging.getLogger("quickstart")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kalle.cli.main import main
-from kalle.evaluation.memory import PeakMemory
+from kalle.evaluation.benchmark import PeakMemory
 
 FAST = ["--size", "nano", "--threads", "1", "--device", "cpu"]
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, 
 def test_a_peak_that_is_the_whole_processs_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kalle.evaluation.memory._RESET", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr("kalle.evaluation.benchmark._RESET", tmp_path / "none" / "clear_refs")
     out = tmp_path / "bench.json"
     assert main(["bench", "synthesis", *FAST, "--seconds", "0.4", "--no-uncached", "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("(peak since the process began)") == 3

@@ -140,7 +140,7 @@ def test_a_plot_that_fails_leaves_the_report(model: Path, tmp_path: Path, capsys
     def full(*_: object) -> None:
         raise UserError("cannot write the plot: no room")
 
-    monkeypatch.setattr("kalle.evaluation.speech_figure.save_speech_figure", full)
+    monkeypatch.setattr("kalle.evaluation.figures.save_speech_figure", full)
     assert say(model, "Hi.", "-o", tmp_path / "a.wav", "--max-seconds", 0.4, "--plot", tmp_path / "a.png") == 2
     captured = capsys.readouterr()
     assert f"wrote {tmp_path / 'a.wav'}" in captured.out

@@ -12,8 +12,8 @@ from kalle.cli.main import main
 from kalle.cli.players import PLAYERS, PipedPlayer, play_file
 from kalle.cli.voice_tables import similarity_lines
 from kalle.errors import UserError
-from kalle.evaluation.metric import MetricError
-from kalle.evaluation.voice_similarity import CHECK_TEXTS, check_texts, prompt_audio, voice_similarity
+from kalle.evaluation.metrics import MetricError
+from kalle.evaluation.similarity import CHECK_TEXTS, check_texts, prompt_audio, voice_similarity
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import Voice
 

@@ -16,8 +16,7 @@ from kalle.data.corpus_cuts import load_cuts
 from kalle.data.cuts import cuts_path, make_cut, write_cuts
 from kalle.data.retranscribe import Recogniser, RetranscribeOptions, retranscribe_corpus
 from kalle.errors import UserError
-from kalle.evaluation.normalise import whisper_english
-from kalle.evaluation.wer import word_errors
+from kalle.evaluation.word_errors import whisper_english, word_errors
 
 RATE_HZ = 16000
 # Text of the item, language, what the recogniser says of it.
@@ -128,7 +127,7 @@ def test_mistakes_are_user_errors(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_real_recogniser_keeps_real_prompts_and_drops_swapped_texts(tmp_path: Path) -> None:
     from kalle.cli.main import main
-    from kalle.evaluation.asr_models import find_asr_model
+    from kalle.evaluation.asr import find_asr_model
 
     try:
         find_asr_model("auto")

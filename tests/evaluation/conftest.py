@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kalle.audio import Audio, write_audio
-from kalle.data.testlist import TestItem, read_test_list
+from kalle.evaluation.test_list import TestItem, read_test_list
 from kalle.models.flowvae import EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.synthesis.kalle import Kalle

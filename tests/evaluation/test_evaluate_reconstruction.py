@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from kalle.audio import read_audio
-from kalle.data.testlist import TestItem
 from kalle.errors import UserError
 from kalle.evaluation import ScoreItem, Settings, evaluate_reconstruction
-from kalle.evaluation.metric import Aggregate
-from kalle.evaluation.signal import DurationRatio, MelL1
-from kalle.evaluation.wer import WER
+from kalle.evaluation.metrics import Aggregate, DurationRatio, MelL1
+from kalle.evaluation.test_list import TestItem
+from kalle.evaluation.word_errors import WER
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE
 

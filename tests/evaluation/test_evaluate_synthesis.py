@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from kalle.audio import Audio, read_audio
-from kalle.data.testlist import TestItem
 from kalle.errors import UserError
 from kalle.evaluation import Settings, SpeakingConfig, evaluate_synthesis, evaluate_wavs
-from kalle.evaluation.references import other_recordings
-from kalle.evaluation.signal import DurationRatio, MelL1
+from kalle.evaluation.metrics import DurationRatio, MelL1
+from kalle.evaluation.protocols import other_recordings
 from kalle.evaluation.similarity import Similarity
-from kalle.evaluation.wer import WER
+from kalle.evaluation.test_list import TestItem
+from kalle.evaluation.word_errors import WER
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import Voice

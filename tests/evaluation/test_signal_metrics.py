@@ -7,8 +7,7 @@ import pytest
 
 from kalle.audio import Audio
 from kalle.errors import UserError
-from kalle.evaluation.metric import Metric, MetricError, ScoreItem
-from kalle.evaluation.signal import PESQ, STOI, DurationRatio, MelL1
+from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelL1, Metric, MetricError, ScoreItem
 from kalle.evaluation.similarity import Similarity, speaker_embedder
 
 pytest.importorskip("pesq")

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from kalle.errors import UserError
-from kalle.evaluation.metric import MetricError, ScoreItem
-from kalle.evaluation.normalise import corpus_style, normaliser, seed_tts, whisper_english
+from kalle.evaluation.metrics import MetricError, ScoreItem
 from kalle.evaluation.scoring import summarise
-from kalle.evaluation.wer import WER, word_errors
+from kalle.evaluation.word_errors import WER, corpus_style, normaliser, seed_tts, whisper_english, word_errors
 
 
 class Says:

@@ -14,8 +14,8 @@ import pytest
 
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.hydra_entry import compose, folder_override
-from kalle.data.testlist import TestItem
 from kalle.errors import UserError
+from kalle.evaluation.test_list import TestItem
 
 ROOT = Path(__file__).parents[2]
 SENTENCES = ["He went home", "Stop!", "A boat, a house and a tree", "No.", "They had not seen the river in years."]

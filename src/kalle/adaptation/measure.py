@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kalle.audio import Audio, resample
-from kalle.evaluation.metric import RATE_HZ, MetricError
+from kalle.evaluation.metrics import RATE_HZ, MetricError
 from kalle.evaluation.similarity import SpeakerEmbedder
 from kalle.synthesis.voice import Voice
 

@@ -67,7 +67,7 @@ def adapt(
         _check_new([path for path in (adapter_path, voice) if path is not None], force)
         embedder = _embedder(sim_texts)
         from kalle.adaptation.adapt import adapt as learn
-        from kalle.evaluation.voice_similarity import CHECK_TEXTS
+        from kalle.evaluation.similarity import CHECK_TEXTS
         from kalle.synthesis.quirks import ReleaseQuirks
 
         kalle = load_model(model, device, dtype)

@@ -15,7 +15,7 @@ from kalle.cli.interrupts import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from kalle.evaluation.bench_synthesis import Timing
+    from kalle.evaluation.benchmark import Timing
     from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM
 
@@ -57,7 +57,7 @@ def synthesis(
         import torch
 
         from kalle.checkpoint import resolve_device
-        from kalle.evaluation.bench_synthesis import BenchPlan, bench_synthesis, timing_row
+        from kalle.evaluation.benchmark import BenchPlan, bench_synthesis, timing_row
         from kalle.synthesis.kalle import resolve_dtype
 
         if threads is not None:
@@ -91,7 +91,7 @@ def streaming(
         import torch
 
         from kalle.checkpoint import resolve_device
-        from kalle.evaluation.bench_streaming import latency_errors, stream_costs
+        from kalle.evaluation.benchmark import latency_errors, stream_costs
 
         if threads is not None:
             torch.set_num_threads(threads)

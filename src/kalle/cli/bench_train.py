@@ -82,7 +82,7 @@ def train(
 
 
 def _run(contest: Any, device: Any, steps: int, rounds: int) -> list[Row]:
-    from kalle.evaluation.memory import PeakMemory
+    from kalle.evaluation.benchmark import PeakMemory
     from kalle.training.throughput import race
 
     peaks: dict[str, int] = {}

@@ -32,7 +32,7 @@ def calibrate(
     from kalle.checkpoint import resolve_device
     from kalle.evaluation.calibration import calibrate as choose
     from kalle.evaluation.calibration import held_out, save_histogram
-    from kalle.evaluation.speech_figure import check_image_path
+    from kalle.evaluation.figures import check_image_path
     from kalle.models.lm import KalleLM
     from kalle.synthesis.folder import read_folder, write_stop
 

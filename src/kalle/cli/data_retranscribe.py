@@ -47,9 +47,9 @@ def recogniser(normaliser: str, languages: list[str], **asr: Any) -> Recogniser:
     from kalle.audio import Audio, resample
     from kalle.data.retranscribe import Recogniser
     from kalle.evaluation.asr import WINDOW_SAMPLES, FasterWhisper
-    from kalle.evaluation.metric import RATE_HZ
-    from kalle.evaluation.normalise import normaliser as named
-    from kalle.evaluation.wer import simplified, word_errors
+    from kalle.evaluation.metrics import RATE_HZ
+    from kalle.evaluation.word_errors import normaliser as named
+    from kalle.evaluation.word_errors import simplified, word_errors
 
     tokens = named(normaliser)
     whisper = FasterWhisper(languages=languages, **asr)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kalle.data.testlist import TestItem, TestList
     from kalle.evaluation import Metric, Result, Settings
     from kalle.evaluation.journal import Journal
+    from kalle.evaluation.test_list import TestItem, TestList
 
 logger = logging.getLogger(__name__)
 KINDS = ("reconstruction", "synthesis", "wavs")
@@ -47,9 +47,9 @@ def evaluate(config: DictConfig) -> Result | None:
 
     from kalle.cli.evaluate_ranks import open_journal
     from kalle.data.ranks import OthersUnfinished
-    from kalle.data.testlist import read_test_list
     from kalle.disk import output_folder
     from kalle.errors import UserError
+    from kalle.evaluation.test_list import read_test_list
 
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:

@@ -11,8 +11,8 @@ from kalle.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kalle.data.testlist import TestList
     from kalle.evaluation.journal import Journal
+    from kalle.evaluation.test_list import TestList
 
 RESUME = ("auto", "never")
 SUMMARY_KEYS = (
@@ -37,7 +37,7 @@ def _facts(config: DictConfig, test_list: TestList) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from kalle.evaluation.journal import folder_digest
-    from kalle.evaluation.result import versions
+    from kalle.evaluation.report import versions
 
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)

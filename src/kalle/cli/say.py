@@ -174,7 +174,7 @@ def check_files(output: Path, long: bool, plot: Path | None, srt: bool) -> None:
     if plot is not None and long:
         raise UserError("--plot draws a single request: got a text that is spoken sentence by sentence, expected a short one")
     if plot is not None:
-        from kalle.evaluation.speech_figure import check_image_path, new_figure
+        from kalle.evaluation.figures import check_image_path, new_figure
 
         check_image_path(plot)
         new_figure(100, 100)  # says so now where matplotlib is missing, not after the speech

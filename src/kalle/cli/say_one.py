@@ -84,7 +84,7 @@ def speak_to_file(
         lines.append(f"spoken as: {text}")
     typer.echo("\n".join(lines), err=output == STDOUT)
     if plot is not None:
-        from kalle.evaluation.speech_figure import save_speech_figure
+        from kalle.evaluation.figures import save_speech_figure
 
         save_speech_figure(speech, plot)
         typer.echo(f"plot: {plot}", err=output == STDOUT)

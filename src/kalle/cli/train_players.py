@@ -31,8 +31,7 @@ def choose_strategy(config: DictConfig) -> None:
 
 def bind_reconstruction_metrics(callbacks: list[Any], sample_rate: int) -> None:
     """Give `ReconstructionMetrics` the metrics that its ``names`` mean; one that is not installed is named in a warning and left out."""
-    from kalle.evaluation.metric import RATE_HZ, ScoreItem
-    from kalle.evaluation.signal import PESQ, STOI
+    from kalle.evaluation.metrics import PESQ, RATE_HZ, STOI, ScoreItem
     from kalle.training.reconstruction import ReconstructionMetrics
 
     makers: dict[str, Callable[[], Any]] = {"stoi": STOI, "pesq_wb": lambda: PESQ("wb"), "pesq_nb": lambda: PESQ("nb")}

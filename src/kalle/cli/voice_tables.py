@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kalle.evaluation.voice_similarity import VoiceSimilarity
+    from kalle.evaluation.similarity import VoiceSimilarity
     from kalle.synthesis.adapter import Adapter
     from kalle.synthesis.voice import Voice
     from kalle.synthesis.voice_store import Binding, StoredVoice

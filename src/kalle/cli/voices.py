@@ -162,8 +162,7 @@ def check(
 ) -> None:
     """Measure whether a voice stays the same across texts."""
     from kalle.cli.voice_tables import similarity_lines
-    from kalle.evaluation.similarity import speaker_embedder
-    from kalle.evaluation.voice_similarity import check_texts, voice_similarity
+    from kalle.evaluation.similarity import check_texts, speaker_embedder, voice_similarity
     from kalle.synthesis.voice_store import find_voice
 
     with interruptible():

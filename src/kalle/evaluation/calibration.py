@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kalle.checkpoint import weights_hash
 from kalle.errors import UserError
-from kalle.evaluation.speech_figure import new_figure, save_figure
+from kalle.evaluation.figures import new_figure, save_figure
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
 from kalle.models.flowvae import FlowVAE

@@ -15,10 +15,10 @@ from typing import IO, Any
 from kalle.bars import progress_bar
 from kalle.data.locks import folder_lock
 from kalle.data.ranks import OthersUnfinished, Share
-from kalle.data.testlist import TestItem
 from kalle.disk import disk_errors, write_whole
 from kalle.errors import UserError
 from kalle.evaluation.scoring import Row, Scores
+from kalle.evaluation.test_list import TestItem
 
 logger = logging.getLogger(__name__)
 JOURNAL_FOLDER = "progress"

@@ -120,7 +120,7 @@ class Handlers:
         return View(notice_html(progress_text(progress)), busy=True, token=token)
 
     def _result(self, spoken: Spoken, choice: VoiceChoice, token: str) -> View:
-        from kalle.evaluation.speech_figure import speech_figure
+        from kalle.evaluation.figures import speech_figure
 
         number, line = weakest(spoken)
         figure = figure_html(speech_figure(line.speech, *FIGURE_PIXELS), FIGURE_ALT)

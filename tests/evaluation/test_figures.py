@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kalle.errors import UserError
-from kalle.evaluation.speech_figure import save_speech_figure, speech_figure
+from kalle.evaluation.figures import save_speech_figure, speech_figure
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.row import StopRule
 from kalle.synthesis.speech import Speech

