@@ -18,8 +18,8 @@ from variants import BASE, CODECS, MODELS, TEMPERATURES, Codec, Model
 
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.stages import Stages
-from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.files import write_atomic
 
 logger = logging.getLogger("ablation")
 
@@ -130,7 +130,7 @@ def ablation(given: argparse.Namespace) -> str:
 
     text = tables(run.results)
     write_json(given.out / "results.json", {**run.results, "seconds": run.stages.seconds})
-    write_whole(given.out / "results.md", text + "\n")
+    write_atomic(given.out / "results.md", text + "\n")
     return text
 
 

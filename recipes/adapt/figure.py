@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kalle.disk import write_whole
+from kalle.files import write_atomic
 
 STYLES = {"lora": ("tab:blue", "LoRA"), "full": ("tab:red", "all weights")}
 PANELS = (
@@ -45,4 +45,4 @@ def draw(kept: Mapping[str, Any], path: Path) -> None:
         axes.legend(fontsize=7)
     picture = io.BytesIO()
     canvas.print_png(picture)
-    write_whole(path, picture.getvalue())
+    write_atomic(path, picture.getvalue())

@@ -17,8 +17,8 @@ from curve import Curve, Settings
 from figure import draw
 
 from kalle.checkpoint import read_json, write_json
-from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.files import write_atomic
 
 logger = logging.getLogger("adapt")
 
@@ -72,7 +72,7 @@ def run(arguments: list[str] | None = None) -> int:
             kept["points"] |= point
             write_json(path, kept)
         table = curve.table()
-        write_whole(given.out / "curve.md", table + "\n")
+        write_atomic(given.out / "curve.md", table + "\n")
         draw(kept, given.out / "curve.png")
         logger.info("\n%s\n\nfigure: %s", table, given.out / "curve.png")
     except UserError as error:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from kalle.cli.stages import Stages
-from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.files import write_atomic
 
 HERE = Path(__file__).resolve().parent
 LANGUAGES = ("en", "fr", "it", "es", "ru")
@@ -66,4 +66,4 @@ def _speak(python: Path, synthetic: Path, hours: float, parts: int) -> None:
 
 def combine_lists(synthetic: Path, parts: int) -> None:
     """``synthetic``/list.jsonl of the lists of all parts."""
-    write_whole(synthetic / "list.jsonl", "".join((synthetic / f"list.{part}.jsonl").read_text() for part in range(parts)))
+    write_atomic(synthetic / "list.jsonl", "".join((synthetic / f"list.{part}.jsonl").read_text() for part in range(parts)))

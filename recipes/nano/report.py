@@ -12,7 +12,7 @@ from score_lengths import lengths_table
 from similarity import margins_table
 
 from kalle.checkpoint import read_json, write_json
-from kalle.disk import write_whole
+from kalle.files import write_atomic
 
 MB = 1e6
 
@@ -108,7 +108,7 @@ def write_report(
         _pictures(out, kinds, curves),
     ]
     text = "\n\n".join("\n".join(part) for part in parts if part)
-    write_whole(out / "summary.md", text + "\n")
+    write_atomic(out / "summary.md", text + "\n")
     return text
 
 

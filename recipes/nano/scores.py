@@ -18,9 +18,9 @@ from similarity import voice_margins
 
 from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages, override
-from kalle.disk import write_whole
 from kalle.errors import UserError
 from kalle.evaluation.test_list import choose_prompt, read_test_list
+from kalle.files import write_atomic
 
 HERE = Path(__file__).resolve().parent
 SPECTROGRAMS = 5
@@ -58,7 +58,7 @@ def evaluate(stages: Stages, given: argparse.Namespace, weights: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     unseen = read_test_list(given.corpora / SYNTHETIC, min_words=1).items
     texts = texts_of_all_lengths([item.text for item in unseen], given.lengths)
-    write_whole(out / "lengths.jsonl", "".join(json.dumps(item) + "\n" for item in texts))
+    write_atomic(out / "lengths.jsonl", "".join(json.dumps(item) + "\n" for item in texts))
     temperature = read_json(weights / CONFIG_NAME).get("temperature", 1.0)
     tag = f"{weights} at temperature {temperature} {given.items} {given.lengths} {given.score_seeds} {given.asr}"
     for name, words in evaluations(given, weights, out).items():
@@ -76,7 +76,7 @@ def _score_lengths(out: Path, pace: float) -> None:
     rows = [json.loads(line) for line in (out / "lengths" / "items.jsonl").read_text(encoding="utf-8").splitlines()]
     spoken = [row for row in rows if row["system"] == "synthesis" and "error" not in row]
     verdicts = [judged(row, pace) for row in spoken]
-    write_whole(out / "lengths.items.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
+    write_atomic(out / "lengths.items.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))
     write_json(out / "lengths.json", {"seconds_per_character": pace, "failed": len(rows) - len(spoken), "rates": summarised(verdicts)})
 
 

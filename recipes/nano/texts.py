@@ -19,8 +19,8 @@ from pathlib import Path
 
 from kalle.data.corpora.debian import download_packages, find_packages, read_package
 from kalle.data.prepare_split import normalised
-from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.files import write_atomic
 
 PACKAGE = "wordnet-base"
 DATA_FILES = tuple(f"usr/share/wordnet/data.{part}" for part in ("noun", "verb", "adj", "adv"))
@@ -154,7 +154,7 @@ def run(arguments: list[str] | None = None) -> int:
             archive = (find_packages(given.debs, [PACKAGE]) if given.debs else download_packages(Path(folder), [PACKAGE]))[0]
             lines = [json.dumps(item) + "\n" for item in items(read_package(archive))]
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(given.out, "".join(lines))
+        write_atomic(given.out, "".join(lines))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -10,8 +10,8 @@ from corpora import SYNTHETIC
 from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages
 from kalle.data.corpora.asterisk import VOICES as PROMPTS
-from kalle.disk import write_whole
 from kalle.evaluation.test_list import TestItem, choose_prompt, read_test_list
+from kalle.files import write_atomic
 
 ATTRIBUTION = "ATTRIBUTION.md"
 PIPER_NOTE = """# Joe
@@ -78,6 +78,6 @@ def make_voices(stages: Stages, corpora: Path, weights: Path) -> None:
 def _describe(corpora: Path, weights: Path) -> None:
     recorded = [corpora / voice.corpus / ATTRIBUTION for voice in BUILT_IN]
     texts = [path.read_text(encoding="utf-8") for path in recorded if path.is_file()]
-    write_whole(weights / "voices" / ATTRIBUTION, "\n".join([PIPER_NOTE, *texts]))
+    write_atomic(weights / "voices" / ATTRIBUTION, "\n".join([PIPER_NOTE, *texts]))
     path = weights / CONFIG_NAME
     write_json(path, read_json(path) | {"voice": DEFAULT})

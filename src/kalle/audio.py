@@ -15,8 +15,8 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from kalle.disk import whole_file
 from kalle.errors import UserError
+from kalle.files import atomic_file
 
 Audio = NDArray[np.float32]
 PCM16_SCALE = 32767.0
@@ -114,7 +114,7 @@ def audio_writer(path: Path, sample_rate_hz: int) -> Iterator[Callable[[NDArray[
     if kind is None:
         raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {' or '.join(WRITABLE)}; rename the output")
     written = 0
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.touch()
         try:
             with soundfile.SoundFile(temporary, "w", sample_rate_hz, channels=1, format=kind[0], subtype=kind[1]) as file:
@@ -137,11 +137,11 @@ def audio_writer(path: Path, sample_rate_hz: int) -> Iterator[Callable[[NDArray[
 def write_encoded(
     path: Path, samples: NDArray[Any], sample_rate_hz: int, file_format: str, subtype: str, compression_level: float | None = None
 ) -> None:
-    """Write mono (S,) in a format of libsndfile through ``path.partial``; a UserError, and no partial file, when the disk refuses.
+    """Write mono (S,) in a format of libsndfile through ``atomic_file``; a UserError, and no partial file, when the disk refuses.
 
     libsndfile gets a real file, not a Python buffer: an interrupt inside its write callback would be lost and the file torn.
     """
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         # Opening it here gives the system's own reason where libsndfile has none.
         temporary.touch()
         _write_checked(temporary, samples, sample_rate_hz, file_format, subtype, compression_level)

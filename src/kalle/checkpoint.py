@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kalle.disk import unwritable, whole_file, write_whole
 from kalle.errors import UserError
+from kalle.files import atomic_file, unwritable, write_atomic
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` as indented JSON, whole or not at all; a UserError when the disk refuses."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         storage = tensor.untyped_storage().data_ptr()
         separate[name] = tensor.clone(memory_format=torch.contiguous_format) if storage in storages else tensor.contiguous()
         storages.add(storage)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:

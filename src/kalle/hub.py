@@ -12,16 +12,16 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
-from kalle.bars import progress_bar
-from kalle.disk import output_folder, unwritable, write_whole
 from kalle.errors import UserError
-from kalle.hub_errors import first_line, is_connection_error, plain_errors, quiet_http
+from kalle.files import lock_descriptor, output_folder, unwritable, write_atomic
+from kalle.progress import progress_bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -98,7 +98,7 @@ def download(
                     _fetch(snapshot, file, out, endpoint, pause_seconds, report)
             names = [file.name for file in snapshot.files]
             record = {"repository": repository, "revision": revision, "commit": snapshot.commit, "files": names}
-            write_whole(out / RECORD_NAME, json.dumps(record, indent=2) + "\n")
+            write_atomic(out / RECORD_NAME, json.dumps(record, indent=2) + "\n")
     return snapshot, [file.name for file in todo]
 
 
@@ -195,8 +195,7 @@ def _tidy(growing: Path, out: Path) -> None:
 def _receive(url: str, growing: Path, file: HubFile, pause_seconds: float, report: Callable[[int], None]) -> None:
     """Append to ``growing`` until it has the size of ``file``, going on where it ended, after breaks of the connection too."""
     tries = 0
-    with growing.open("ab") as stream:
-        _lock(stream, growing)
+    with _open_growing(growing) as stream:
         if stream.tell() > file.size:
             stream.truncate(0)
         if stream.tell():
@@ -245,12 +244,72 @@ def _append(url: str, stream: BinaryIO, have: int, size: int, report: Callable[[
                 return
 
 
-def _lock(stream: BinaryIO, growing: Path) -> None:
-    """Keep a second download from writing into the same file, where the system can."""
-    with contextlib.suppress(ImportError):
-        import fcntl
+def _open_growing(growing: Path) -> BinaryIO:
+    """The file at its end, for this process alone; a link in its place is not followed."""
+    stream = os.fdopen(os.open(growing, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "ab")
+    if lock_descriptor(stream.fileno()) is False:
+        stream.close()
+        raise UserError(f"in use: another download is writing '{growing}'; wait for it or choose another folder")
+    return stream
 
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"in use: another download is writing '{growing}'; wait for it or choose another folder") from None
+
+@contextmanager
+def quiet_http() -> Iterator[None]:
+    """The HTTP client logs every request as news; inside, it does not."""
+    loggers = [logging.getLogger(name) for name in ("httpx", "httpx2")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def plain_errors(repository: str, revision: str | None, endpoint: str | None) -> Iterator[None]:
+    """What the hub's library raises, as one line that says what to do."""
+    from huggingface_hub import constants, errors
+
+    hub = endpoint or constants.ENDPOINT
+    by_hand = "or put the released files into the folder by hand"
+    try:
+        yield
+    except errors.HFValidationError:
+        raise UserError(f"not a hub id: got '{repository}', expected OWNER/NAME, such as kxxia/KALL-E") from None
+    except errors.OfflineModeIsEnabled:
+        raise UserError(f"offline: HF_HUB_OFFLINE is set, so '{repository}' cannot be fetched; unset it, {by_hand}") from None
+    except errors.GatedRepoError:
+        raise UserError(
+            f"not allowed: '{repository}' asks its users to accept terms; accept them at {hub}/{repository} and log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            f"no such revision: '{repository}' has no '{revision}', expected a branch, tag or commit; check --revision"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"no such repository on {hub}, or no access to it: got '{repository}'; check the id, or log in with `hf auth login`"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = "check the id, and log in with `hf auth login`" if status in (401, 403) else "try again later"
+        raise UserError(f"the hub {hub} refuses '{repository}' with status {status}: {first_line(error)}; {remedy}") from None
+    except json.JSONDecodeError:
+        raise UserError(f"not a hub: '{hub}' answers with something else; check HF_ENDPOINT and the network's login page") from None
+    except Exception as error:
+        if not is_connection_error(error):
+            raise
+        raise UserError(f"cannot reach the hub {hub} ({first_line(error)}); check the connection, {by_hand}") from None
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether ``error`` means a connection that cannot be made or broke, as opposed to an answer."""
+    # The hub's library has changed its HTTP client more than once; each has a TransportError for a connection that fails.
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, without the lines that follow the first; its kind when it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0].strip() or type(error).__name__

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kalle.convert.files import MARKER
 from kalle.convert.release import convert_release, convert_to_release
 from kalle.errors import UserError
+from kalle.files import MARKER
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.text.tokenizer import Tokenizer
@@ -270,14 +270,14 @@ def test_a_failure_while_a_part_is_added_leaves_the_folder_as_it_was(tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
 
 
-def test_what_a_killed_run_left_is_replaced(tmp_path):
-    left = tmp_path / "name.partial" / "flowvae"
+def test_what_a_killed_run_left_goes(tmp_path):
+    left = tmp_path / "name.0123456789abcdef.partial" / "flowvae"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"in the way: got .*name\.partial'.*move it"):
-        convert_release(tmp_path / "name", FLOWVAE, FLOWVAE_JSON, None)
-    assert (left / "model.safetensors").read_bytes() == b"half", "not known to be ours"
-    (tmp_path / "name.partial" / MARKER).touch()
     convert_release(tmp_path / "name", FLOWVAE, FLOWVAE_JSON, None)
-    assert [path.name for path in tmp_path.iterdir()] == ["name"]
+    assert (left / "model.safetensors").read_bytes() == b"half", "not known to be ours"
+    (left.parent / MARKER).touch()
+    os.utime(left.parent / MARKER, (0, 0))
+    convert_release(tmp_path / "other", FLOWVAE, FLOWVAE_JSON, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["name", "other"]
     FlowVAE.from_pretrained(tmp_path / "name")

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
-from kalle.data.locks import LOCKS_FOLDER, folder_lock
 from kalle.data.prefetch import in_background
 from kalle.data.ranks import OthersUnfinished, Share, local_rank, share_of_process
 from kalle.data.shards import read_info
 from kalle.errors import UserError
+from kalle.files import LOCKS_FOLDER, folder_lock
 from kalle.models.flowvae import FlowVAE
 
 MakeCuts = Callable[..., list[Any]]
@@ -122,18 +122,6 @@ def test_a_shard_that_another_process_writes_is_left_to_it(
     assert "shard 1 is being written by" in caplog.text
     assert encode_as(encoder, splits, out, 0, 1)
     assert read_info(out)["splits"]["train"]["utterances"] == len(LENGTHS)
-
-
-def test_a_lock_has_one_holder_and_goes_with_it(tmp_path: Path) -> None:
-    with folder_lock(tmp_path, "a", wait=False) as first:
-        assert first is None
-        with folder_lock(tmp_path, "a", wait=False) as second:
-            assert str(second).count(":") == 1
-        with folder_lock(tmp_path, "b", wait=False) as other:
-            assert other is None
-    assert not (tmp_path / LOCKS_FOLDER).exists()
-    with folder_lock(tmp_path, "a", wait=True) as again:
-        assert again is None
 
 
 def test_loading_ahead_changes_nothing(make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path) -> None:

@@ -285,8 +285,8 @@ def no_room_for_converted_audio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_room_for_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = prepare.write_whole
-    monkeypatch.setattr(prepare, "write_whole", lambda path, text: full_disk() if path.suffix == ".md" else real(path, text))
+    real = prepare.write_atomic
+    monkeypatch.setattr(prepare, "write_atomic", lambda path, text: full_disk() if path.suffix == ".md" else real(path, text))
 
 
 def no_room_for_cuts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kalle.disk import DiskError
 from kalle.errors import UserError
+from kalle.files import DiskError
 from kalle.training.checkpoint_files import (
     BEST,
     LAST,
@@ -24,7 +24,7 @@ from kalle.training.checkpoint_files import (
     point_last,
     prune,
     resume_path,
-    save_whole,
+    save_atomic,
     step_path,
     step_paths,
 )
@@ -32,7 +32,7 @@ from kalle.training.checkpoint_files import (
 
 def save(folder: Path, step: int) -> Path:
     path = step_path(folder, step)
-    save_whole({"state_dict": {"weight": torch.full((500,), float(step))}, "global_step": step}, path)
+    save_atomic({"state_dict": {"weight": torch.full((500,), float(step))}, "global_step": step}, path)
     point_last(path)
     return path
 
@@ -57,7 +57,7 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     for step in (9, 10, 123456789012):
         save(tmp_path, step)
     (tmp_path / "step-x.ckpt").touch()
-    (tmp_path / "step-00000999.ckpt.partial").touch()
+    (tmp_path / "step-00000999.ckpt.0123456789abcdef.partial").touch()
     assert [path.name for path in step_paths(tmp_path)] == ["step-123456789012.ckpt", "step-00000010.ckpt", "step-00000009.ckpt"]
 
 
@@ -107,7 +107,9 @@ def test_a_file_cut_anywhere_is_noticed(share: float, tmp_path_factory: pytest.T
 def test_pruning_keeps_what_it_is_told_and_the_best(tmp_path: Path) -> None:
     paths = [save(tmp_path, step) for step in range(1, 5)]
     keep_best(paths[0])
-    (tmp_path / "step-00000009.ckpt.partial").touch()
+    torn = tmp_path / "step-00000009.ckpt.0123456789abcdef.partial"
+    torn.touch()
+    os.utime(torn, (0, 0))
     prune(tmp_path, paths[2:])
     assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, LAST, "step-00000003.ckpt", "step-00000004.ckpt"]
     assert torch.load(tmp_path / BEST, weights_only=True)["global_step"] == 1
@@ -125,7 +127,7 @@ def test_file_and_folder_are_synced_in_this_order(tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("rename"), replace(*paths)))
-    save_whole({"state_dict": {}}, tmp_path / "step-00000001.ckpt")
+    save_atomic({"state_dict": {}}, tmp_path / "step-00000001.ckpt")
     assert events == ["file", "rename", "folder"]
 
 

@@ -185,9 +185,9 @@ def test_killed_while_it_writes_a_checkpoint(lm_overrides: list[str], tmp_path: 
         run = Run("lm", overrides, tmp_path / "cut")
         before = len(step_paths(folder))
         written = run.wait_for(lambda before=before, count=count: len(step_paths(folder)) >= min(2, before + count))
-        if written and run.wait_for(lambda: any(folder.glob("*.ckpt.partial"))):
+        if written and run.wait_for(lambda: any(folder.glob("*.ckpt.*.partial"))):
             run.kill()
-            caught += any(folder.glob("step-*.ckpt.partial"))
+            caught += any(folder.glob("step-*.ckpt.*.partial"))
         run.kill()
         assert step_paths(folder), "what was saved before is still there"
     print(f"killed inside a write: {caught} of 3")

@@ -121,7 +121,7 @@ class _Progress:
     def __enter__(self) -> _Progress:
         import sys
 
-        from kalle.bars import progress_bar
+        from kalle.progress import progress_bar
 
         self._bar = progress_bar().__enter__()
         self._task: Any = None

@@ -207,6 +207,6 @@ def line(timing: Timing) -> str:
 
 def write(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """The rows and the machine as JSON."""
-    from kalle.disk import write_whole
+    from kalle.files import write_atomic
 
-    write_whole(path, (json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n").encode())
+    write_atomic(path, (json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n").encode())

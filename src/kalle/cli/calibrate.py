@@ -88,8 +88,8 @@ def check_usable(calibration: Calibration) -> None:
 
 
 def _score(lm: KalleLM, dataset: LatentDataset, max_positions: int) -> EndScores:
-    from kalle.bars import progress_bar
     from kalle.evaluation.calibration import batches_of, end_scores
+    from kalle.progress import progress_bar
 
     batches = batches_of(dataset, max_positions)
     with progress_bar() as bar:

@@ -48,8 +48,8 @@ def tokenizer(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="the tokenizer folder to write")],
 ) -> None:
     """Build the tokenizer folder of KALL-E from Llama 3's tokenizer.model."""
-    from kalle.convert.files import staged
     from kalle.errors import UserError
+    from kalle.files import atomic_folder
     from kalle.text.llama3 import llama3_tokenizer
     from kalle.text.tokenizer import TOKENIZER_NAME
 
@@ -57,6 +57,6 @@ def tokenizer(
         raise UserError(f"already there: got '{out / TOKENIZER_NAME}', expected a new folder; remove it or choose another --out")
     with interruptible():
         built = llama3_tokenizer(model)
-        with staged(out.absolute()) as staging:
+        with atomic_folder(out.absolute()) as staging:
             built.save(staging)
     typer.echo(str(out))

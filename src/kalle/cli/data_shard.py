@@ -20,9 +20,9 @@ def shard(
     rate: Annotated[int, typer.Option(help="sample rate of the shards in Hz; other cuts are resampled")] = 16000,
 ) -> None:
     """Write the waveforms of a corpus as lhotse Shar shards, for fast, nearly sequential reading from disks and object stores."""
-    from kalle.bars import progress_bar
     from kalle.data.corpus_cuts import load_cuts, splits_of
     from kalle.data.wave_shards import WaveShardConfig, write_wave_shards
+    from kalle.progress import progress_bar
 
     config = WaveShardConfig(items, megabytes, rate)
     splits = {name: load_cuts(corpus, name) for name in split or splits_of(corpus) or ["train"]}

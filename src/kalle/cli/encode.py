@@ -28,7 +28,6 @@ def encode(config: DictConfig) -> dict[str, Any] | None:
     """
     from omegaconf import OmegaConf
 
-    from kalle.bars import progress_bar
     from kalle.cli.ranks import rank_device
     from kalle.data.corpus_cuts import load_cuts
     from kalle.data.encode import CorpusEncoder, encode_corpus
@@ -36,6 +35,7 @@ def encode(config: DictConfig) -> dict[str, Any] | None:
     from kalle.errors import UserError
     from kalle.models.flowvae import FlowVAE
     from kalle.models.speaker_mel import SpeakerMel
+    from kalle.progress import progress_bar
 
     OmegaConf.resolve(config)
     missing = sorted(OmegaConf.missing_keys(config))

@@ -47,9 +47,9 @@ def evaluate(config: DictConfig) -> Result | None:
 
     from kalle.cli.evaluate_ranks import open_journal
     from kalle.data.ranks import OthersUnfinished
-    from kalle.disk import output_folder
     from kalle.errors import UserError
     from kalle.evaluation.test_list import read_test_list
+    from kalle.files import output_folder
 
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:

@@ -50,8 +50,8 @@ def run_prepare(
 @contextmanager
 def resumable(out: Path, label: str) -> Iterator[Callable[[list[Any]], Iterable[Any]]]:
     """Yields what puts a progress bar around a list; Ctrl-C is one line that says how to go on."""
-    from kalle.bars import progress_bar
     from kalle.cli.interrupts import interruptible
+    from kalle.progress import progress_bar
 
     again = f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped"
     with interruptible(again), progress_bar() as bar:

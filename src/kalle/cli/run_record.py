@@ -34,10 +34,10 @@ def write_record(out: Path, config: DictConfig, trainer: lightning.Trainer, chec
     git, difference = git_state(Path(__file__).parent)
     name = DIFF_NAME if not starts else f"git-{len(starts)}.diff"
     if git is not None and difference:
-        from kalle.disk import write_whole
+        from kalle.files import write_atomic
 
         git["diff"] = name
-        write_whole(out / name, difference[:MAX_DIFF_BYTES])
+        write_atomic(out / name, difference[:MAX_DIFF_BYTES])
         git["diff_cut"] = len(difference) > MAX_DIFF_BYTES
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

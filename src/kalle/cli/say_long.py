@@ -17,11 +17,11 @@ import numpy as np
 import typer
 
 from kalle.audio import audio_writer
-from kalle.bars import progress_bar
 from kalle.cli.main import INTERRUPTED
 from kalle.cli.say_one import STDOUT, parts_folder
-from kalle.disk import output_folder, write_whole
 from kalle.errors import UserError
+from kalle.files import output_folder, write_atomic
+from kalle.progress import progress_bar
 from kalle.synthesis.longform import LongForm
 from kalle.synthesis.longform_part import LongFormOptions, Part
 from kalle.synthesis.longform_store import SETTINGS_NAME, PartStore, settings_of, stored_seed
@@ -73,7 +73,7 @@ def speak_long_to_file(
             with store.locked():
                 spoken = _write(long, output, store, why)
                 if srt:
-                    write_whole(output.with_suffix(".srt"), subtitles(spoken.parts))
+                    write_atomic(output.with_suffix(".srt"), subtitles(spoken.parts))
                 if not keep_parts:
                     store.remove()
         except KeyboardInterrupt:

@@ -12,8 +12,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kalle.disk import disk_errors
 from kalle.errors import UserError
+from kalle.files import disk_errors, lock_descriptor
 
 HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 """RIFF header, format chunk and the head of the data chunk of a PCM file."""
@@ -93,25 +93,13 @@ def _only_writer(path: Path) -> BinaryIO:
     """The empty file, locked until it is closed; what another writer has put there is left alone."""
     file: BinaryIO = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b", buffering=0)
     try:
-        _lock(file.fileno(), path)
+        if lock_descriptor(file.fileno()) is False:
+            raise UserError(f"another run is speaking into '{path}'; wait for it, or choose another output")
         file.truncate(0)
     except BaseException:
         file.close()
         raise
     return file
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    # Only where the system and the file system have it.
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is speaking into '{path}'; wait for it, or choose another output") from None
-        except OSError:
-            return
 
 
 class Pipe:

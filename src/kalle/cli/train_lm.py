@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kalle.cli.train_checks import check_encoder, check_run, check_speaker
 from kalle.cli.train_lm_model import export_language_model, packing_of, prepare_language_model, start_language_model, take_model_of_init
 from kalle.cli.train_run import SPLITS, TrainingRun, build_callbacks, describe, fit, prepare_run
-from kalle.disk import whole_file
+from kalle.files import atomic_file
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -88,5 +88,5 @@ def _copy_flowvae(source: str, weights: Path) -> None:
 
 def _copy_whole(source: str, target: str) -> None:
     """Replace ``target`` by a rename: a loaded model may have the old file mapped."""
-    with whole_file(Path(target)) as temporary:
+    with atomic_file(Path(target)) as temporary:
         shutil.copy2(source, temporary)

@@ -147,9 +147,9 @@ def _save_config(config: DictConfig, path: Path) -> None:
     """The configuration with every reference resolved, as a record of the run."""
     from omegaconf import OmegaConf
 
-    from kalle.disk import write_whole
+    from kalle.files import write_atomic
 
-    write_whole(path, OmegaConf.to_yaml(config, resolve=True))
+    write_atomic(path, OmegaConf.to_yaml(config, resolve=True))
 
 
 def describe(weights: Path, sample_rate: int | None) -> None:

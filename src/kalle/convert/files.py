@@ -1,31 +1,25 @@
-"""Files of the release, read without running what is in them, and folders that appear whole or not at all."""
+"""Files of the release, read without running what is in them."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import shutil
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kalle.disk import unwritable
 from kalle.errors import UserError
+from kalle.files import unwritable
 
 LFS_POINTER = b"version https://git-lfs"
 _ZIP, _PICKLE = b"PK", b"\x80"
 """How files of torch.save begin, today's and those before 1.6."""
-PARTIAL = ".partial"
-MARKER = ".kalle-partial"
-"""In every folder that is being filled, so that a folder of somebody else's is not taken for one."""
 
 
 def read_pickle(path: Path) -> Mapping[str, Any]:
@@ -105,58 +99,3 @@ def write_pickle(path: Path, value: Mapping[str, Any]) -> None:
         torch.save(value, path)
     except RuntimeError as error:
         raise unwritable(path, str(error).splitlines()[0]) from None
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes ``out`` on success; on failure nothing stays.
-
-    What was put into it is moved into an ``out`` that exists already, config.json last. OSError becomes a UserError, and so does a folder
-    in the way that no killed run left behind.
-    """
-    staging = out.with_name(out.name + PARTIAL)
-    if staging.exists() and not (staging / MARKER).is_file():
-        raise UserError(f"in the way: got '{staging}', which kalle did not make, expected no such folder; move it or choose another --out")
-    made = _make_parents(out.parent)
-    try:
-        # What a killed run left behind; it was never a finished folder.
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        (staging / MARKER).touch()
-        yield staging
-        (staging / MARKER).unlink()
-        _publish(staging, out)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:
-            folder.rmdir()
-        if isinstance(error, OSError):
-            raise unwritable(Path(error.filename or out), error) from None
-        raise
-
-
-def _make_parents(folder: Path) -> list[Path]:
-    """Create ``folder`` and return those that did not exist, innermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error) from None
-    return missing
-
-
-def _publish(staging: Path, out: Path) -> None:
-    if not out.exists():
-        os.replace(staging, out)
-        return
-    moved: list[Path] = []
-    try:
-        for child in sorted(staging.iterdir(), key=lambda path: path.is_file()):
-            target = out / child.name
-            os.replace(child, target)
-            moved.append(target)
-    except BaseException:
-        for target in moved:
-            shutil.rmtree(target, ignore_errors=True)
-        raise
-    staging.rmdir()

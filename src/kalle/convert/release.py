@@ -17,9 +17,10 @@ from torch import Tensor
 
 from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, mismatches, read_json, read_weights, write_json, write_tensors
 from kalle.convert.config import RELEASED_BACKBONE, flowvae_config, lm_config, released_flowvae_config
-from kalle.convert.files import only_tensors, read_pickle, staged, write_pickle
+from kalle.convert.files import only_tensors, read_pickle, write_pickle
 from kalle.convert.keys import LM_EMBEDDING, LM_HEAD, flowvae_names, lm_names, released_flowvae_names, released_lm_names
 from kalle.errors import UserError
+from kalle.files import atomic_folder
 from kalle.models.flowvae import BigVGANConfig, FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.text.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -52,7 +53,7 @@ def convert_release(
     given = {FLOWVAE: flowvae, LM: lm, TOKENIZER: tokenizer}
     _check_request(given, flowvae_config, lm_config)
     before = _existing(out, [part for part in PARTS if given[part] is not None])
-    with staged(out) as staging:
+    with atomic_folder(out) as staging:
         if flowvae is not None and flowvae_config is not None:
             _convert_flowvae(flowvae, flowvae_config, staging / FLOWVAE)
         if lm is not None:
@@ -74,7 +75,7 @@ def convert_to_release(folder: Path, out: Path) -> None:
         raise UserError(f"not a weight folder: got '{folder}', expected a folder with {', '.join(PARTS)} or some of them; check the path")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"already there: got --out '{out}', expected a folder that is empty or does not exist; choose another name")
-    with staged(out) as staging:
+    with atomic_folder(out) as staging:
         if FLOWVAE in parts:
             _release_flowvae(folder / FLOWVAE, *(staging / name for name in RELEASED_FLOWVAE))
         if LM in parts:

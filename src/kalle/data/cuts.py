@@ -12,7 +12,7 @@ from typing import Any
 from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
 
-from kalle.disk import whole_file
+from kalle.files import atomic_file
 
 
 def cuts_path(folder: Path, split: str) -> Path:
@@ -63,7 +63,7 @@ def write_cuts(path: Path, cuts: Iterable[MonoCut]) -> int:
     """Write gzipped JSONL, the same bytes for the same cuts; returns how many."""
     count = 0
     with (
-        whole_file(path) as temporary,
+        atomic_file(path) as temporary,
         temporary.open("wb") as raw,
         gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed,
         io.TextIOWrapper(packed, encoding="utf-8") as lines,

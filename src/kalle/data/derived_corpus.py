@@ -13,8 +13,8 @@ from lhotse.cut import Cut
 from kalle.data.cuts import cuts_path, write_cuts
 from kalle.data.prepare import COMPLETED_NAME, REPORT_JSON, REPORT_MD
 from kalle.data.prepare_split import SPLITS
-from kalle.disk import output_folder, write_whole
 from kalle.errors import UserError
+from kalle.files import output_folder, write_atomic
 
 MADE_BY = "made_by"
 
@@ -57,9 +57,9 @@ def write_derived(
         (out / COMPLETED_NAME).unlink(missing_ok=True)
         for split in dict.fromkeys((*SPLITS, *cuts)):
             write_cuts(cuts_path(out, split), cuts.get(split, ()))  # type: ignore[arg-type]
-        write_whole(out / REPORT_JSON, json.dumps({MADE_BY: made_by, **report}, indent=2, ensure_ascii=False) + "\n")
-        write_whole(out / REPORT_MD, markdown)
-        write_whole(out / COMPLETED_NAME, fingerprint + "\n")
+        write_atomic(out / REPORT_JSON, json.dumps({MADE_BY: made_by, **report}, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(out / REPORT_MD, markdown)
+        write_atomic(out / COMPLETED_NAME, fingerprint + "\n")
 
 
 def _counts(cuts: Mapping[str, Sequence[Cut]]) -> str:

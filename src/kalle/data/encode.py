@@ -20,7 +20,6 @@ from torch import nn
 
 from kalle.checkpoint import weights_hash, write_json
 from kalle.data.joining import JoinConfig, Utterance, joined, singles
-from kalle.data.locks import folder_lock
 from kalle.data.prefetch import in_background
 from kalle.data.ranks import OthersUnfinished, Share
 from kalle.data.shard_index import write_index
@@ -34,8 +33,8 @@ from kalle.data.shards import (
     latent_frames,
     read_info,
 )
-from kalle.disk import output_folder
 from kalle.errors import UserError
+from kalle.files import folder_lock, output_folder
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import constant_gaussian_baseline
 from kalle.models.flowvae import FlowVAE

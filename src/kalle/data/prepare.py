@@ -19,8 +19,8 @@ from kalle.data.prepare_files import Journal
 from kalle.data.prepare_jobs import WorkerLost, check_parallel
 from kalle.data.prepare_split import SPLITS
 from kalle.data.report import build_report, markdown
-from kalle.disk import output_folder, write_whole
 from kalle.errors import UserError
+from kalle.files import output_folder, write_atomic
 
 COMPLETED_NAME = ".completed"
 JOURNAL_NAME = "journal.jsonl"
@@ -126,8 +126,8 @@ def _finish(
     source: Source, out: Path, options: PrepareOptions, fingerprint: str, kept: list[Kept], rejected: list[Rejection]
 ) -> dict[str, Any]:
     report = build_report(source, options, kept, rejected)
-    write_whole(out / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_whole(out / REPORT_MD, markdown(report))
+    write_atomic(out / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(out / REPORT_MD, markdown(report))
     if not any(item.split == "train" for item in kept):
         counts = ", ".join(f"{count} {reason}" for reason, count in report["rejected_by_reason"].items()) or "none rejected"
         raise UserError(
@@ -136,7 +136,7 @@ def _finish(
         )
     for split in SPLITS:
         write_cuts(cuts_path(out, split), (_cut(item, options.sample_rate_hz) for item in kept if item.split == split))
-    write_whole(out / COMPLETED_NAME, fingerprint + "\n")
+    write_atomic(out / COMPLETED_NAME, fingerprint + "\n")
     return report
 
 

@@ -7,13 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.files import write_atomic
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line, the file whole or not at all."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

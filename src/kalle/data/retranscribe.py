@@ -19,8 +19,8 @@ from kalle.data.doctor.gather import Progress, corpus_cuts
 from kalle.data.doctor.measured import Item, Sound, audio_stamp, item_of
 from kalle.data.prepare_files import Journal, write_jsonl
 from kalle.data.retranscribe_report import build_report, markdown, write_picture
-from kalle.disk import output_folder
 from kalle.errors import UserError
+from kalle.files import output_folder
 from kalle.text.languages import has_words
 
 MADE_BY = "kalle data retranscribe"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kalle.disk import write_whole
+from kalle.files import write_atomic
 
 if TYPE_CHECKING:
     from kalle.data.retranscribe import Verdict
@@ -92,4 +92,4 @@ def write_picture(folder: Path, verdicts: Sequence[Verdict], max_error_rate: flo
         axis.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     canvas.print_png(buffer)
-    write_whole(folder / PICTURE_NAME, buffer.getvalue())
+    write_atomic(folder / PICTURE_NAME, buffer.getvalue())

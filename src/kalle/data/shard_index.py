@@ -22,8 +22,8 @@ from safetensors.numpy import save as save_arrays
 from kalle.data.columns import Ragged, Texts
 from kalle.data.items import Table
 from kalle.data.storage import Folder
-from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def write_index(root: Path, split: str, fields: Sequence[str], frames: Frames) -
     }
     facts = {"version": INDEX_VERSION, "speakers": table.speakers, "files": {name: sizes[name] for name in files}}
     # One entry, for safetensors writes several in any order, and equal folders are to be equal files.
-    write_whole(root / index_name(split), save_arrays(arrays, {"facts": json.dumps(facts)}))
+    write_atomic(root / index_name(split), save_arrays(arrays, {"facts": json.dumps(facts)}))
 
 
 def _from_index(

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kalle.disk import whole_file
+from filelock import FileLock
+
 from kalle.errors import UserError
+from kalle.files import atomic_file
 
 OPEN_FILES = 64
 """Shards that a process keeps open at most."""
@@ -112,13 +114,13 @@ class Folder:
         copy = self.cache_dir / self._cache_mark() / name
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(copy.with_name(copy.name + ".lock")):
+            with FileLock(copy.with_name(copy.name + ".lock")):
                 if not copy.is_file():  # another process may have been quicker
                     self._download(name, copy)
         return copy
 
     def _download(self, name: str, copy: Path) -> None:
-        with whole_file(copy) as temporary, storage_errors(self.where(name)):
+        with atomic_file(copy) as temporary, storage_errors(self.where(name)):
             filesystem, base = self._fsspec()
             with filesystem.open(f"{base}/{name}", "rb") as stream, temporary.open("wb") as file:
                 while chunk := stream.read(CHUNK_BYTES):
@@ -181,16 +183,3 @@ def storage_errors(address: str) -> Iterator[None]:
         if isinstance(error, PermissionError) or "redential" in reason or "Forbidden" in reason or "AccessDenied" in reason:
             raise UserError(f"no access to '{address}' ({reason}); log in to the storage or set its credentials") from None
         raise UserError(f"cannot read '{address}' ({reason}); check the address and the network, then run the same command again") from None
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold ``path`` against other processes of this machine; where the system has no such locks, two may do the same work."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -27,8 +27,8 @@ from kalle.data.joining import load_audio
 from kalle.data.shard_index import read_table, write_index
 from kalle.data.shards import COMPLETED_NAME, INFO_NAME, ShardFolder
 from kalle.data.storage import Folder, is_url
-from kalle.disk import output_folder
 from kalle.errors import UserError
+from kalle.files import output_folder
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from kalle.audio import Audio
-from kalle.disk import write_whole
 from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ
+from kalle.files import write_atomic
 from kalle.models.mel import LogMel, MelConfig
 from kalle.synthesis.speech import Speech
 
@@ -84,7 +84,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     check_image_path(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix[1:].lower())
-    write_whole(Path(path), buffer.getvalue())
+    write_atomic(Path(path), buffer.getvalue())
 
 
 def _title(speech: Speech) -> str:

@@ -12,13 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from kalle.bars import progress_bar
-from kalle.data.locks import folder_lock
 from kalle.data.ranks import OthersUnfinished, Share
-from kalle.disk import disk_errors, write_whole
 from kalle.errors import UserError
 from kalle.evaluation.scoring import Row, Scores
 from kalle.evaluation.test_list import TestItem
+from kalle.files import disk_errors, folder_lock, write_atomic
+from kalle.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 JOURNAL_FOLDER = "progress"
@@ -90,7 +89,7 @@ class Journal:
         """Write the rows of item ``index`` through to the disk."""
         if self._file is None:
             lines = [json.dumps({"fingerprint": self.mark}), *(_line(number, some) for number, some in self._kept.items())]
-            write_whole(self.path, "".join(f"{line}\n" for line in lines))
+            write_atomic(self.path, "".join(f"{line}\n" for line in lines))
             self._file = self._stack.enter_context(self.path.open("a", encoding="utf-8"))
         with disk_errors(self.path):
             self._file.write(_line(index, rows) + "\n")

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kalle.data.locks import folder_lock
-from kalle.disk import write_whole
 from kalle.errors import UserError
 from kalle.evaluation.figures import FigureRow, draw
 from kalle.evaluation.metrics import Aggregate, Metric
 from kalle.evaluation.scoring import Estimate, Row, Scores, count_rows, summarise
+from kalle.files import folder_lock, write_atomic
 
 RESULT_NAMES = ("results.json", "items.jsonl", "report.md", "figure.png")
 PACKAGES = ("kalle-tts", "torch", "numpy", "lhotse")
@@ -101,11 +100,11 @@ def finish(
         extra=dict(extra or {}),
     )
     with folder_lock(out, "results", wait=True):  # two ranks may end at the same time
-        write_whole(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows))
-        write_whole(out / "results.json", _json(asdict(result), indent=2) + "\n")
-        write_whole(out / "report.md", report(result))
+        write_atomic(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows))
+        write_atomic(out / "results.json", _json(asdict(result), indent=2) + "\n")
+        write_atomic(out / "report.md", report(result))
         if settings.figure_items and figure_rows:
-            write_whole(out / "figure.png", draw(figure_rows[: settings.figure_items]))
+            write_atomic(out / "figure.png", draw(figure_rows[: settings.figure_items]))
     return result
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from kalle.disk import DiskError
 from kalle.errors import UserError
 from kalle.evaluation.metrics import Aggregate, Metric, MetricError, ScoreItem
 from kalle.evaluation.test_list import TestItem
+from kalle.files import DiskError
 
 Row = dict[str, Any]
 

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from kalle.audio import Audio, resample, rms_dbfs
-from kalle.bars import progress_bar
 from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ, SPEAKER, Aggregate, MetricError, ScoreItem, Value
+from kalle.progress import progress_bar
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import Voice
 

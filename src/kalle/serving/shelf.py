@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from kalle.audio import load_channels, resample, write_audio
-from kalle.disk import unwritable
 from kalle.errors import UserError
+from kalle.files import unwritable
 from kalle.serving.asked import RANDOM, RECORDING, VoiceChoice, check_voice
 from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.kalle import Kalle

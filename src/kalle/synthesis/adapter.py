@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kalle.checkpoint import require_readable
-from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.files import write_atomic
 from kalle.models.lm import KalleLM
 from kalle.models.lora import FACTORS
 from kalle.models.low_rank import linear_layers, with_low_rank, with_weights
@@ -224,7 +224,7 @@ class Adapter:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file atomically; a UserError when the disk refuses."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        write_whole(Path(path), save(tensors, metadata={"format": FORMAT, "adapter": self.header()}))
+        write_atomic(Path(path), save(tensors, metadata={"format": FORMAT, "adapter": self.header()}))
 
     @classmethod
     def load(cls, path: str | Path) -> Adapter:

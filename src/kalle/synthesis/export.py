@@ -20,10 +20,10 @@ from kalle.checkpoint import (
     require_fit,
     write_json,
 )
-from kalle.convert.files import staged
 from kalle.convert.rounding import Rounding, rounded
 from kalle.convert.shards import write_weights
 from kalle.errors import UserError
+from kalle.files import atomic_folder
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.synthesis.folder import TOKENIZER_FOLDER, VOICES_FOLDER, read_folder
@@ -85,7 +85,7 @@ def export_folder(
     if voice is not None:
         voice_path(out, voice)
     there = _notices(out)
-    with staged(out) as staging:
+    with atomic_folder(out) as staging:
         parts = {part: _export_part(part_folder(source, part), staging / part, part, dtype, max_file_bytes) for part in PARTS}
         shutil.copytree(source / TOKENIZER_FOLDER, staging / TOKENIZER_FOLDER, ignore=_folders)
         _copy_files(source, staging, {CONFIG_NAME, *there})

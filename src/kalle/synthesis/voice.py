@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kalle.checkpoint import require_readable
-from kalle.disk import write_whole
 from kalle.errors import UserError
+from kalle.files import write_atomic
 from kalle.synthesis.adapter import Adapter
 
 FORMAT, WITH_ADAPTER = "kalle-voice-1", "kalle-voice-2"
@@ -91,7 +91,7 @@ class Voice:
         if self.adapter is not None:
             metadata |= {"format": WITH_ADAPTER, "adapter": self.adapter.header()}
             tensors |= {_ADAPTER + name: tensor.contiguous() for name, tensor in self.adapter.tensors.items()}
-        write_whole(Path(path), save(tensors, metadata=metadata))
+        write_atomic(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Voice:

@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from kalle.disk import whole_file
 from kalle.errors import UserError
+from kalle.files import atomic_file
 
 TOKENIZER_NAME = "tokenizer.json"
 BOS = "<|begin_of_text|>"
@@ -79,7 +79,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``folder``/tokenizer.json, which ``load`` and ``tokenizers.Tokenizer.from_file`` read."""
-        with whole_file(Path(folder) / TOKENIZER_NAME) as temporary:
+        with atomic_file(Path(folder) / TOKENIZER_NAME) as temporary:
             self._backend.save(str(temporary), pretty=False)
 
     @property

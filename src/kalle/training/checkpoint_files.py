@@ -16,8 +16,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from kalle.checkpoint import mismatches
-from kalle.disk import DiskError, whole_file
 from kalle.errors import UserError
+from kalle.files import DiskError, atomic_file, remove_abandoned, temporary_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_whole(state: Any, path: Path) -> None:
+def save_atomic(state: Any, path: Path) -> None:
     """Replace ``path`` as a whole and durably; a DiskError, the old file intact and nothing else left when there is no room for it."""
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # its archive cannot be closed after a write that failed
@@ -80,7 +80,7 @@ class DirectCheckpointIO(TorchCheckpointIO):
         """Write ``checkpoint`` to ``path``, whole or not at all."""
         self.error = None
         try:
-            save_whole(checkpoint, Path(path))
+            save_atomic(checkpoint, Path(path))
         except DiskError as error:
             self.error = error
 
@@ -88,9 +88,8 @@ class DirectCheckpointIO(TorchCheckpointIO):
 def point_last(path: Path) -> None:
     """Let last.ckpt beside ``path`` mean ``path``: a relative link, so that it costs nothing and survives a move of the folder."""
     last = path.with_name(LAST)
-    temporary = last.with_name(LAST + ".partial")
+    temporary = temporary_name(last)
     try:
-        temporary.unlink(missing_ok=True)
         temporary.symlink_to(path.name)
         os.replace(temporary, last)
     except OSError as error:  # a file system without links; resume=auto goes by the steps in the names
@@ -101,7 +100,7 @@ def point_last(path: Path) -> None:
 def keep_best(path: Path) -> None:
     """Let best.ckpt beside ``path`` hold the same state, whatever is pruned later."""
     best = path.with_name(BEST)
-    with whole_file(best) as temporary:
+    with atomic_file(best) as temporary:
         temporary.unlink(missing_ok=True)
         try:
             os.link(path, temporary)
@@ -112,7 +111,8 @@ def keep_best(path: Path) -> None:
 
 def prune(folder: Path, kept: list[Path]) -> None:
     """Remove every checkpoint with a step in its name that is not in ``kept``, and what a killed process left half written."""
-    for path in [*step_paths(folder), *folder.glob("*.ckpt.partial")]:
+    remove_abandoned(folder)
+    for path in step_paths(folder):
         if path not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

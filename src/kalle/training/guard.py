@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kalle.disk import DiskError
 from kalle.errors import UserError
-from kalle.training.checkpoint_files import save_whole
+from kalle.files import DiskError
+from kalle.training.checkpoint_files import save_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class UpdateGuard(Callback):
             "batches": [{"batch_idx": index, **flattened(batch)} for index, batch in batches],
         }
         try:
-            save_whole(content, self.folder / f"step-{trainer.global_step}{rank}.pt")
+            save_atomic(content, self.folder / f"step-{trainer.global_step}{rank}.pt")
         except DiskError as error:
             logger.warning("the batch of the skipped step %d is not kept: %s", trainer.global_step, error)
 

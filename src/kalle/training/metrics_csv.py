@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kalle.disk import write_whole
+from kalle.files import write_atomic
 
 FILE_NAME = "metrics.csv"
 
@@ -74,7 +74,7 @@ class MetricsCSV(Logger):
 
     def _rewrite(self, path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
         self._columns = columns
-        write_whole(path, _text([dict(zip(columns, columns, strict=True))], columns) + _text(rows, columns))
+        write_atomic(path, _text([dict(zip(columns, columns, strict=True))], columns) + _text(rows, columns))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

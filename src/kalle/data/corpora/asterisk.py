@@ -19,8 +19,8 @@ from kalle.data.corpora.folder import REJECTED_NAME, TRANSCRIPTS_NAME
 from kalle.data.corpora.items import spoken_text
 from kalle.data.prepare_files import safe_id, write_jsonl
 from kalle.data.prepare_split import SplitPolicy, normalised
-from kalle.disk import disk_errors, write_whole
 from kalle.errors import UserError
+from kalle.files import disk_errors, write_atomic
 
 BUILD_NAME = "build.json"
 SAMPLE_RATE_HZ = 16000
@@ -114,7 +114,7 @@ def _build(
     if _read_build(out) != build:
         shutil.rmtree(out / "audio", ignore_errors=True)
         (out / TRANSCRIPTS_NAME).unlink(missing_ok=True)
-        write_whole(out / BUILD_NAME, json.dumps(build, indent=2) + "\n")
+        write_atomic(out / BUILD_NAME, json.dumps(build, indent=2) + "\n")
     elif (out / TRANSCRIPTS_NAME).is_file():
         return False
     files = {name: content for package in packages for name, content in read_package(package).items()}
@@ -127,8 +127,8 @@ def _build(
         (rejected if "reason" in row else kept).append(row)
     for row in kept:
         row["split"] = policy.assign(row["text"])
-    write_whole(out / "ATTRIBUTION.md", _attribution(language, kbps, build))
-    write_whole(out / "LICENSE", _licence(files, language))
+    write_atomic(out / "ATTRIBUTION.md", _attribution(language, kbps, build))
+    write_atomic(out / "LICENSE", _licence(files, language))
     write_jsonl(out / REJECTED_NAME, sorted(rejected, key=lambda row: row["id"]))
     write_jsonl(out / TRANSCRIPTS_NAME, kept)
     return True

@@ -8,8 +8,8 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from kalle.disk import output_folder
 from kalle.errors import UserError
+from kalle.files import output_folder
 
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER_BYTES = 60

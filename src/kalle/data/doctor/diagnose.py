@@ -21,7 +21,7 @@ from kalle.data.doctor.measured import Item
 from kalle.data.doctor.pictures import write_pictures
 from kalle.data.doctor.report import ITEMS_NAME, build_report, flagged_rows, markdown, write_report
 from kalle.data.prepare_files import write_jsonl
-from kalle.disk import output_folder
+from kalle.files import output_folder
 
 MADE_BY = "kalle data doctor"
 FILTERED_BY = f"{MADE_BY} --filter"

@@ -11,7 +11,7 @@ from kalle.data.doctor.findings import BAD, GOOD, LOOK, Finding
 from kalle.data.doctor.limits import Limits
 from kalle.data.doctor.measured import Item
 from kalle.data.doctor.panels import PANELS
-from kalle.disk import write_whole
+from kalle.files import write_atomic
 
 OVERVIEW_NAME, PICTURES_FOLDER = "overview.png", "pictures"
 _COLUMNS, _SIZE_IN, _DPI = 4, (4.0, 2.9), 80
@@ -25,8 +25,8 @@ def write_pictures(folder: Path, items: Sequence[Item], findings: Sequence[Findi
     for name, panel in PANELS.items():
         drawers[name] = lambda axis, panel=panel: panel(axis, items, flagged, limits)  # type: ignore[misc]
     for name, draw in drawers.items():
-        write_whole(folder / PICTURES_FOLDER / f"{name}.png", _png([draw], 1, ""))
-    write_whole(folder / OVERVIEW_NAME, _png(list(drawers.values()), _COLUMNS, title))
+        write_atomic(folder / PICTURES_FOLDER / f"{name}.png", _png([draw], 1, ""))
+    write_atomic(folder / OVERVIEW_NAME, _png(list(drawers.values()), _COLUMNS, title))
 
 
 def _png(drawers: Sequence[Callable[[Any], None]], columns: int, title: str) -> bytes:

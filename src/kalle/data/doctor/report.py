@@ -16,7 +16,7 @@ from kalle.data.doctor.panels import PANELS
 from kalle.data.doctor.pictures import OVERVIEW_NAME, PICTURES_FOLDER
 from kalle.data.prepare_files import write_jsonl
 from kalle.data.report import histogram
-from kalle.disk import write_whole
+from kalle.files import write_atomic
 
 REPORT_JSON, REPORT_MD, ITEMS_NAME = "report.json", "report.md", "items.jsonl"
 EXAMPLES = 5
@@ -54,8 +54,8 @@ def flagged_rows(items: Sequence[Item], findings: Sequence[Finding]) -> list[dic
 def write_report(folder: Path, report: dict[str, Any], items: Sequence[Item], findings: Sequence[Finding], pictures: bool) -> None:
     """Write the three files."""
     write_jsonl(folder / ITEMS_NAME, flagged_rows(items, findings))
-    write_whole(folder / REPORT_MD, markdown(report, findings, pictures))
-    write_whole(folder / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / REPORT_MD, markdown(report, findings, pictures))
+    write_atomic(folder / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 def markdown(report: dict[str, Any], findings: Sequence[Finding], pictures: bool) -> str:

@@ -1,0 +1,293 @@
+"""Files and folders that appear as a whole or not at all, locks between processes, and one line for a place that cannot be written.
+
+Until it is complete, a file has a temporary name beside its target that nobody can foresee, and is made by O_EXCL | O_NOFOLLOW: a link
+planted in a shared folder is never followed, and two writers of one file don't disturb each other (the last one wins).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kalle.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_INVALID = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
+_FULL_REMEDY = "expected room for it; make room on the disk or choose another folder, then run again"
+_REMEDIES = {
+    **dict.fromkeys(_FULL, _FULL_REMEDY),
+    **dict.fromkeys(_FORBIDDEN, "expected a place that you may write to; choose another folder or change its permissions"),
+    **dict.fromkeys(_INVALID, "expected a path where a folder or file of that name can be made; choose another path"),
+}
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCKS_FOLDER = ".locks"
+PARTIAL = ".partial"
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.partial")
+MARKER = ".writing"
+"""In a folder that is being filled; locked while its process lives."""
+_LONGEST_NAME_BYTES = 255
+_RECENT_SECONDS = 2.0
+"""How old an abandoned file must be: a writer that renames a file of its own onto the temporary name takes our lock away."""
+_swept: set[Path] = set()
+"""Folders in which this process has looked for what a killed one left behind."""
+
+
+class DiskError(UserError):
+    """A file or folder that cannot be written."""
+
+
+def unwritable(path: Path, error: OSError | str) -> DiskError:
+    """The error for ``path``, with a remedy that fits the cause; a text stands for a library's word on a full disk."""
+    if isinstance(error, str):
+        return DiskError(f"cannot write '{path}': {error}, {_FULL_REMEDY}")
+    remedy = _REMEDIES.get(error.errno or 0, "expected a place that can be written; choose another folder")
+    return DiskError(f"cannot write '{path}': {error.strerror or error}, {remedy}")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a forbidden or an invalid place inside the block into a DiskError about ``path``.
+
+    An OSError about a file elsewhere, such as one that was to be read, passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES or not _concerns(error.filename, path):
+            raise
+        raise unwritable(path, error) from None
+
+
+def _concerns(filename: object, path: Path) -> bool:
+    if not isinstance(filename, str | os.PathLike):
+        return True
+    named, root = Path(filename).absolute(), path.absolute()
+    return named == root or root in named.parents or named in root.parents
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """Make the folder ``path`` and check that it takes files, before any work goes into them.
+
+    A DiskError when it does not, and as in ``disk_errors`` later on. On failure the folders made here go again unless they hold something.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+            yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that nobody can foresee, for a file or folder that is to be renamed to ``path``."""
+    ending = f".{secrets.token_hex(8)}{PARTIAL}"
+    name = path.name.encode()[: _LONGEST_NAME_BYTES - len(ending)].decode(errors="ignore")
+    return path.with_name(name + ending)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the path of an empty temporary file that becomes ``path`` on success; on any failure it goes and ``path`` is untouched.
+
+    A DiskError when the disk refuses, or when something that is no plain file stands in the way.
+    """
+    temporary = temporary_name(path)
+    descriptor: int | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(path)
+        remove_abandoned(path.parent, once=True)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        lock_descriptor(descriptor)
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from None
+        raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _check_replaceable(path: Path) -> None:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # Renaming onto /dev/null would replace the device for everybody.
+        raise FileExistsError(errno.EEXIST, "it is no plain file", str(path))
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write bytes, or text as UTF-8, through ``atomic_file``."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a folder to fill that becomes ``out`` on success; on failure nothing stays.
+
+    What was put into it is moved into an ``out`` that exists already, config.json last. A DiskError when the disk refuses.
+    """
+    staging = temporary_name(out)
+    missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(out.parent)
+            staging.mkdir()
+            marker = os.open(staging / MARKER, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            stack.callback(os.close, marker)
+            lock_descriptor(marker)
+            yield staging
+            (staging / MARKER).unlink()
+            _publish(staging, out)
+        except BaseException as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            for folder in missing:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if isinstance(error, OSError):
+                raise unwritable(Path(error.filename or out), error) from None
+            raise
+
+
+def _publish(staging: Path, out: Path) -> None:
+    if not out.exists():
+        os.replace(staging, out)
+        return
+    moved: list[Path] = []
+    try:
+        for child in sorted(staging.iterdir(), key=lambda path: path.is_file()):
+            target = out / child.name
+            os.replace(child, target)
+            moved.append(target)
+    except BaseException:
+        for target in moved:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    staging.rmdir()
+
+
+def remove_abandoned(folder: Path, once: bool = False) -> list[Path]:
+    """Remove from ``folder`` the temporary files and folders of processes that were killed; returns what went.
+
+    Those that are still being written are locked, and stay, as does everything where the file system has no locks.
+    ``once``: only the first time that this process asks.
+    """
+    if once and folder in _swept:
+        return []
+    _swept.add(folder)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        left = [Path(entry.path) for entry in entries if entry.name.endswith(PARTIAL) and _TEMPORARY.search(entry.name)]
+        return [path for path in left if _remove_unlocked(path)]
+    return []
+
+
+def _remove_unlocked(path: Path) -> bool:
+    is_folder = path.is_dir() and not path.is_symlink()
+    try:
+        descriptor = os.open(path / MARKER if is_folder else path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return False  # a link, another's file, or gone by now
+    try:
+        recent = time.time() - os.fstat(descriptor).st_mtime < _RECENT_SECONDS
+        if recent or lock_descriptor(descriptor) is not True:
+            return False
+        if is_folder:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def lock_descriptor(descriptor: int) -> bool | None:
+    """Lock an open file until it is closed or its process ends: whether that worked, None on a file system without locks."""
+    from filelock import lock_descriptor as lock
+
+    try:
+        return bool(lock(descriptor, blocking=False))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+
+
+@contextmanager
+def folder_lock(root: Path, name: str, *, wait: bool) -> Iterator[str | None]:
+    """Hold the lock ``name`` of the folder ``root`` inside the block, against other processes, also on other machines.
+
+    Yields None when it is ours, else (only without ``wait``) who has it, as HOST:PID. The lock of a process that dies ends with it.
+    A file system without locks is reported in the log, and the lock counts as ours: writers rename complete files there all the same.
+    """
+    path = root / LOCKS_FOLDER / name
+    lock, holder = _acquire(path, wait)
+    if lock is None:
+        yield holder
+        return
+    try:
+        path.write_text(f"{socket.gethostname()}:{os.getpid()}")
+        yield None
+    finally:
+        # Removed while it is ours; whoever waits for this file notices that it is gone.
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+        lock.release()
+
+
+def _acquire(path: Path, wait: bool) -> tuple[FileLock | None, str | None]:
+    """The lock when it is held, and else who holds it; neither on a file system without locks."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, blocking=wait, fallback_to_soft=False)
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except FileNotFoundError:  # the folder went with another process's last lock
+            continue
+        except Timeout:
+            with contextlib.suppress(OSError):
+                return None, path.read_text(errors="replace") or "another process"
+            return None, "another process"
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            logger.warning("no locks on the file system of '%s' (%s): see to it that every rank runs once", path.parent, error.strerror)
+            return None, None
+        return lock, None
