@@ -259,17 +259,19 @@ def load_module(
     folder: Path,
     device: str | torch.device = "cpu",
     dtypes: Mapping[str, torch.dtype] | None = None,
+    skip: Callable[[str], bool] = lambda name: False,
 ) -> Module:
     """The module that ``build`` makes with the weights in ``folder``, in evaluation mode; a UserError when they do not fit it.
 
     Nothing is drawn at random and, on the CPU, nothing copied that has its dtype already: the weights are the mapped file. A tensor has the
     dtype that ``build`` gives it, or the one of the first prefix of its name in ``dtypes``; what the file does not hold keeps its own.
+    Tensors of the file for whose names ``skip`` is true are left out.
     While the module lives, replace the file by a rename only: overwritten in place it changes the module or ends the process.
     """
     resolved = resolve_device(device)
     with _Unfilled():
         module = build()
-    expected, tensors = module.state_dict(), read_weights(folder)
+    expected, tensors = module.state_dict(), {name: tensor for name, tensor in read_weights(folder).items() if not skip(name)}
     require_fit(expected, tensors, folder)
     mapped = dict(tensors)
     for name, tensor in mapped.items():

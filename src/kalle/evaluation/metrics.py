@@ -74,11 +74,7 @@ class Metric(Protocol):
     name: str
     needs: frozenset[str]
     """Which of ``ScoreItem.offers`` it cannot do without."""
-
-    @property
-    def aggregates(self) -> tuple[Aggregate, ...]:
-        """The numbers of the summary."""
-        ...
+    aggregates: tuple[Aggregate, ...]
 
     def __call__(self, item: ScoreItem) -> Mapping[str, Value]:
         """The item's columns: finite numbers, or strings to keep. MetricError when this item cannot be scored."""

@@ -7,21 +7,23 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part_folder, read_json, save_part
+from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part_folder, read_json, resolve_device, save_part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.backbone import Backbone
 from kalle.models.backbone_config import BackboneConfig
 from kalle.models.batch import LMBatch
+from kalle.models.int8 import Int8Backbone, Int8State, require_engine
+from kalle.models.int8_weights import int8_tensors, is_quantised
 from kalle.models.kv_cache import KVCache
 from kalle.models.layers import without_autocast
 from kalle.models.layout import Packing, RowLayout, packed_layout, padded_layout
-from kalle.models.lm_state import Cache, LMState
+from kalle.models.lm_state import CachedState, LMState
 from kalle.models.next_frame import NextFrame
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
 
@@ -103,6 +105,20 @@ def _backbone(values: Mapping[str, Any], for_training: bool) -> Any:
     return LlamaModel(_llama_config(values, "lm.backbone"))
 
 
+def int8_backbone(part: Path, values: Mapping[str, Any], device: str | torch.device) -> Int8Backbone:
+    """The 8-bit backbone of the weights in the folder ``part``, whose configuration is ``values``; its embeddings are not filled.
+
+    UserError on another device than the CPU, for a configuration that it does not know, and without onnxruntime.
+    """
+    if resolve_device(device).type != "cpu":
+        raise UserError(f"8-bit weights run on the CPU: got device '{device}'; use device=cpu, or leave quantize out")
+    known = BackboneConfig.of(values)
+    if known is None:
+        raise UserError(f"the backbone of '{part}' is of a kind that has no 8-bit form, expected a plain Llama; leave quantize out")
+    require_engine()
+    return Int8Backbone(known, int8_tensors(part, known))
+
+
 class KalleLM(nn.Module):
     """Shapes: B batch, L text positions, T latent frames, D latent_dim, H hidden size.
 
@@ -111,15 +127,16 @@ class KalleLM(nn.Module):
     stop head and all outputs are fp32.
     """
 
+    backbone: Any
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: KalleLMConfig, for_training: bool = True) -> None:
-        """``for_training``: the backbone is transformers' LlamaModel, with its choice of kernels; otherwise `Backbone` where it knows
-        the configuration. Weights and results are the same, up to rounding."""
+    def __init__(self, config: KalleLMConfig, for_training: bool = True, backbone: nn.Module | None = None) -> None:
+        """``backbone`` is taken as it is. Without one it is transformers' LlamaModel ``for_training``, with its choice of kernels, or else
+        `Backbone` where that knows the configuration. Weights and results are the same, up to rounding."""
         super().__init__()
         self.config = config
-        self.backbone: Any = _backbone(config.backbone, for_training)
+        self.backbone = _backbone(config.backbone, for_training) if backbone is None else backbone
         hidden: int = self.backbone.config.hidden_size
         self.audio_linear = nn.Linear(config.latent_dim, hidden)
         self.distribution_linear = nn.Linear(hidden, 2 * config.latent_dim)
@@ -150,18 +167,29 @@ class KalleLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, for_training: bool = False
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        for_training: bool = False,
+        quantize: Literal["int8"] | None = None,
     ) -> KalleLM:
         """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32.
 
         ``for_training``: with transformers' backbone, as ``__init__`` says; `kalle.models.speed` chooses among its kernels.
+        ``quantize`` "int8" computes the backbone with 8-bit weights (`kalle.models.int8`), which are made once and kept beside the others;
+        it needs the CPU and is for inference. UserError where that cannot be.
 
         On the CPU the weights are the mapped file: replace it by a rename while the model is in use, never overwrite it in place (``cp``),
         which would change the model or end the process. ``save_pretrained`` renames.
         """
         part = part_folder(folder, PART)
         config = KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
-        return load_module(lambda: cls(config, for_training), part, device, {"backbone.": dtype})
+        if quantize is None:
+            return load_module(lambda: cls(config, for_training), part, device, {"backbone.": dtype})
+        assert not for_training, "8-bit weights are not trained"
+        backbone = int8_backbone(part, config.backbone, device)
+        return load_module(lambda: cls(config, backbone=backbone), part, device, skip=is_quantised)
 
     @classmethod
     def names_of(cls, config: KalleLMConfig) -> set[str]:
@@ -229,7 +257,7 @@ class KalleLM(nn.Module):
 
     def read(self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> tuple[Tensor, LMState]:
         """As ``prefill``, with the last position's hidden state (B, H) in place of what ``predict_from`` makes of it."""
-        return self._advance(self._context(text_ids, prompt_latents, speaker_latent), LMState(self._new_cache()))
+        return self._advance(self._context(text_ids, prompt_latents, speaker_latent), self._new_state())
 
     def append(self, z: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         """As ``step``, with the hidden state (B, H) of the new position in place of what ``predict_from`` makes of it."""
@@ -273,12 +301,14 @@ class KalleLM(nn.Module):
         distribution = self.encode_speaker(batch.speaker_mels)
         return (distribution.mean if batch.speaker_noise is None else distribution.sample(batch.speaker_noise)), distribution
 
-    def _new_cache(self) -> Cache:
+    def _new_state(self) -> LMState:
+        if isinstance(self.backbone, Int8Backbone):
+            return self.backbone.new_state()
         if isinstance(self.backbone, Backbone):
-            return KVCache()
+            return CachedState(KVCache())
         from transformers import DynamicCache
 
-        return DynamicCache()
+        return CachedState(DynamicCache())
 
     def _context(self, text_ids: Tensor, latents: Tensor | None, speaker_latent: Tensor | None) -> Tensor:
         """Embeddings (B, W, H) of ``[speaker] text latents``."""
@@ -295,6 +325,10 @@ class KalleLM(nn.Module):
         return self._head(hidden), state
 
     def _advance(self, embeddings: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        if isinstance(state, Int8State):
+            hidden, after = self.backbone.advance(embeddings, state)
+            return hidden, after
+        assert isinstance(state, CachedState), f"a state of another kind: {type(state).__name__}"
         new = embeddings.shape[1]
         hidden = self.backbone(
             inputs_embeds=embeddings,

@@ -1,10 +1,11 @@
-"""What the language model keeps of the past: keys and values of rows that may differ in length."""
+"""The state of the language model: keys and values of rows that may differ in length."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,12 +24,54 @@ class Cache(Protocol):
         """Columns so far."""
 
 
+class LMState(ABC):
+    """What ``KalleLM.step`` needs of the past of B rows, which may differ in length. Each backbone has a kind of its own.
+
+    A step extends a state in place; ``join`` and ``select`` copy, or return a state that needs no change.
+    """
+
+    @property
+    @abstractmethod
+    def lengths(self) -> tuple[int, ...]:
+        """Positions of each row seen so far."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows B; 0 before the first position."""
+        return len(self.lengths)
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row."""
+        return max(self.lengths, default=0)
+
+    @staticmethod
+    def join(states: Sequence[LMState]) -> LMState:
+        """One state with the rows of all ``states`` in order, which are of one kind and have seen something each."""
+        assert states, "join of no states"
+        assert all(state.length for state in states), "join of states without positions"
+        return states[0] if len(states) == 1 else states[0]._joined(states)
+
+    def select(self, rows: Sequence[int]) -> LMState:
+        """The given rows in the given order."""
+        assert rows, "select of no rows"
+        return self if list(rows) == list(range(self.rows)) else self._selected(rows)
+
+    @abstractmethod
+    def _joined(self, states: Sequence[LMState]) -> LMState:
+        """``join`` of more than one, of which this is the first."""
+
+    @abstractmethod
+    def _selected(self, rows: Sequence[int]) -> LMState:
+        """``select`` of other rows than all in their order."""
+
+
 @dataclass(frozen=True)
-class LMState:
-    """What ``KalleLM.step`` needs of B rows: keys and values of every layer, extended in place by each step.
+class CachedState(LMState):
+    """Keys and values of every layer, as torch's backbones keep them.
 
     Rows end in the same column; a shorter row is padded on its left, so that a new position of every row goes into the
-    same new column. W columns. Only ``step`` changes a state; ``join`` and ``select`` copy, or return a state that needs no change.
+    same new column. W columns. ``select`` leaves out the columns that no row needs.
     """
 
     cache: Cache
@@ -64,27 +107,17 @@ class LMState:
             return None
         return torch.arange(self.length, self.length + new, device=self.padding.device) - self.padding[:, None]
 
-    @classmethod
-    def join(cls, states: Sequence[LMState]) -> LMState:
-        """One state with the rows of all ``states`` in order, each of which must have seen something."""
-        assert states, "join of no states"
-        assert all(state.length for state in states), "join of states without positions"
-        if len(states) == 1:
-            return states[0]
+    def _joined(self, states: Sequence[LMState]) -> CachedState:
         width = max(state.length for state in states)
-        cache = type(states[0].cache)()
-        for number, layers in enumerate(zip(*(state._layers() for state in states), strict=True)):
+        cache = type(self.cache)()
+        for number, layers in enumerate(zip(*(cast("CachedState", state)._layers() for state in states), strict=True)):
             keys, values = (_align_right(parts, width) for parts in zip(*layers, strict=True))
             cache.update(keys, values, number)
-        return cls._padded([length for state in states for length in state.lengths], cache)
+        return self._padded([length for state in states for length in state.lengths], cache)
 
-    def select(self, rows: Sequence[int]) -> LMState:
-        """The given rows in the given order, without the columns that none of them needs."""
-        assert rows, "select of no rows"
-        if list(rows) == list(range(self.rows)):
-            return self
-        lengths = self.lengths
-        lengths = tuple(lengths[row] for row in rows)
+    def _selected(self, rows: Sequence[int]) -> CachedState:
+        every = self.lengths
+        lengths = tuple(every[row] for row in rows)
         width = max(lengths)
         cache = type(self.cache)()
         for number, (keys, values) in enumerate(self._layers()):
@@ -93,7 +126,7 @@ class LMState:
         return self._padded(lengths, cache)
 
     @classmethod
-    def _padded(cls, lengths: Sequence[int], cache: Cache) -> LMState:
+    def _padded(cls, lengths: Sequence[int], cache: Cache) -> CachedState:
         state = cls(cache)
         padding = [state.length - length for length in lengths]
         return cls(cache, torch.tensor(padding, device=state._layers()[0][0].device)) if any(padding) else state
