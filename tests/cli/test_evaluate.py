@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kalle.audio import write_audio
-from kalle.cli import evaluate as module
 from kalle.cli.evaluate import run, testset_path
 from kalle.cli.hydra_entry import compose, configs_dir
 from kalle.cli.main import main
@@ -87,7 +86,7 @@ def test_wavs(corpus: Path, tmp_path: Path) -> None:
         (["kind=wavs"], "got no wavs, expected wavs=DIR"),
         (["kind=reconstruction", "model=nowhere"], "not a weight folder"),
         (["kind=wavs", "wavs=nowhere"], "folder of wavs not found"),
-        (["kind=wavs", "wavs=nowhere", "metrics.pesq_wb.mode=swb"], "PESQ mode: got 'swb'"),
+        (["kind=wavs", "wavs=.", "metrics.pesq_wb.mode=swb"], "PESQ mode: got 'swb'"),
         (["kind=wavs", "tset=3"], "unknown configuration key.*testset"),
         (["kind=wavs", "metrics.stoi.extended=true"], "unknown configuration key"),
         (["kind=synthesis", "model=x", "synthesis.prompt_text=hello"], "expected synthesis.prompt_audio=FILE"),
@@ -103,7 +102,7 @@ def test_mistakes_are_user_errors_and_leave_nothing(arguments: list[str], words:
 
 
 def test_an_impossible_folder_is_refused_before_anything_is_scored(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_score", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr("kalle.evaluation.run._score", lambda *_: pytest.fail("scored"))
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(UserError, match=r"cannot write .*choose another path") as caught:

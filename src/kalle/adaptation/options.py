@@ -77,7 +77,7 @@ class AdaptOptions:
 def default_lr(mode: Mode, width: int) -> float:
     """The peak learning rate for a language model of this hidden size.
 
-    "full": the paper's 1e-6 at 2048 and above; at 256 and below what was measured there (docs/adapt.md); a power of the width between
+    "full": the paper's 1e-6 at 2048 and above; at 256 and below what was measured there (docs/how-to/adapt.md); a power of width between
     the two. "lora": measured at 256, and as many times that of "full" elsewhere, which nobody has measured.
     """
     power = math.log(NANO_FULL_LR / PAPER_LR) / math.log(PAPER_WIDTH / NANO_WIDTH)

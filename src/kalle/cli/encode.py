@@ -28,10 +28,9 @@ def encode(config: DictConfig) -> dict[str, Any] | None:
     """
     from omegaconf import OmegaConf
 
-    from kalle.cli.ranks import rank_device
     from kalle.data.corpus_cuts import load_cuts
     from kalle.data.encode import CorpusEncoder, encode_corpus
-    from kalle.data.ranks import OthersUnfinished, share_of_process
+    from kalle.data.ranks import OthersUnfinished, rank_device, share_of_process
     from kalle.errors import UserError
     from kalle.models.flowvae import FlowVAE
     from kalle.models.speaker_mel import SpeakerMel

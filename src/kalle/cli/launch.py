@@ -90,7 +90,7 @@ def start_ranks(config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise UserError(
             f"a sweep over runs on {count} devices: got trainer.devices={config.trainer.devices}, expected 1 in a sweep; "
-            "set trainer.devices=1, or give each job its tasks with hydra/launcher=submitit_slurm (docs/distributed.md)"
+            "set trainer.devices=1, or give each job its tasks with hydra/launcher=submitit_slurm (docs/how-to/distributed.md)"
         )
     _start(count, rank_command(HydraConfig.get()))
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kalle.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _ENVIRONMENTS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """What torchrun and SLURM's srun tell a process; the step's own number of tasks goes before the job's."""
@@ -52,6 +56,21 @@ def local_rank(environment: Mapping[str, str] | None = None) -> int | None:
     """This process's number on its own machine as torchrun or SLURM give it; None where neither started it."""
     found = os.environ if environment is None else environment
     return next((_number(found, name) for name in _LOCAL if name in found), None)
+
+
+def rank_device(device: str) -> torch.device:
+    """``device`` as ``resolve_device`` does, except that the ranks of a machine share its GPUs: cuda becomes cuda:LOCAL_RANK.
+
+    More ranks than GPUs take turns. A device with a number is taken as it is. UserError as in ``resolve_device``.
+    """
+    import torch
+
+    from kalle.checkpoint import resolve_device
+
+    resolved, local = resolve_device(device), local_rank()
+    if resolved.type != "cuda" or resolved.index is not None or local is None:
+        return resolved
+    return torch.device("cuda", local % torch.cuda.device_count())
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

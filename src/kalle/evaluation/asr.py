@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -64,6 +65,8 @@ class FasterWhisper:
 
         folder = find_asr_model(model, languages, cache_dir)
         self.model_name, self.decoding, self.compute_type = folder.name, decoding, compute_type
+        with (folder.path / WEIGHTS).open("rb") as weights:
+            self.weights_sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
         torch_threads = torch.get_num_threads()
         try:
             options: dict[str, Any] = {"device": device, "compute_type": compute_type, "cpu_threads": threads}
@@ -97,10 +100,11 @@ class FasterWhisper:
         return "".join(segment.text for segment in segments).strip()
 
     def describe(self) -> Mapping[str, object]:
-        """Model, decoding and versions."""
+        """Model, the hash of its weights, decoding and versions."""
         packages = ("faster-whisper", "ctranslate2")
         versions = {package: importlib.metadata.version(package) for package in packages}
-        return {"model": self.model_name, "decoding": self.decoding, "compute_type": self.compute_type, **versions}
+        settings = {"decoding": self.decoding, "compute_type": self.compute_type}
+        return {"model": self.model_name, "weights_sha256": self.weights_sha256[:16], **settings, **versions}
 
 
 def _one_line(error: Exception) -> str:

@@ -74,7 +74,11 @@ class Metric(Protocol):
     name: str
     needs: frozenset[str]
     """Which of ``ScoreItem.offers`` it cannot do without."""
-    aggregates: tuple[Aggregate, ...]
+
+    @property
+    def aggregates(self) -> tuple[Aggregate, ...]:
+        """The numbers of the summary."""
+        ...
 
     def __call__(self, item: ScoreItem) -> Mapping[str, Value]:
         """The item's columns: finite numbers, or strings to keep. MetricError when this item cannot be scored."""

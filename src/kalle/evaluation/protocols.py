@@ -231,8 +231,14 @@ class SpeakingConfig:
     """Every item is spoken once for each; its own seed follows from it and the item's index."""
     temperature: float | None = None
     """None: the weights' own."""
+    prompt_audio: str | Path | None = None
+    """A recording whose voice speaks all items, with prompts "none"."""
+    prompt_text: str | None = None
+    """What is said in ``prompt_audio``."""
 
     def __post_init__(self) -> None:
+        if self.prompt_text is not None and self.prompt_audio is None:
+            raise UserError("synthesis.prompt_text: got a transcript and no recording, expected synthesis.prompt_audio=FILE too; add it")
         object.__setattr__(self, "seeds", tuple(self.seeds))
         if self.prompts not in get_args(Prompts):
             raise UserError(f"prompts: got '{self.prompts}', expected one of {', '.join(get_args(Prompts))}; correct the configuration")
@@ -342,9 +348,7 @@ def evaluate_wavs(
     "recording" (the ceiling) and "wavs". A wav that is missing is an error row and never silently dropped; UserError when the folder is
     missing or no item could be scored. Writes what ``finish`` writes. ``journal`` as in ``score_items``.
     """
-    root, settings, scores = Path(folder), settings or Settings(), Scores(metrics)
-    if not root.is_dir():
-        raise UserError(f"folder of wavs not found: got '{folder}', expected a folder with ID.wav for the list's ids; check the path")
+    root, settings, scores = wav_folder(folder), settings or Settings(), Scores(metrics)
     others = other_recordings(items)
 
     def score(index: int, item: TestItem) -> None:
@@ -360,6 +364,13 @@ def evaluate_wavs(
     # Paths of the wavs are as the user gave them, relative to the working directory and not to the results.
     shown = figure_rows(items, scores.rows, Path(), settings.figure_items)
     return finish("wavs", scores, {"folder": str(folder), "aligned": aligned}, settings, out_dir, shown)
+
+
+def wav_folder(folder: str | Path) -> Path:
+    """``folder``; a UserError when there is none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"folder of wavs not found: got '{folder}', expected a folder with ID.wav for the list's ids; check the path")
+    return Path(folder)
 
 
 def _read_wav(folder: Path, item: TestItem) -> tuple[Audio, Path]:

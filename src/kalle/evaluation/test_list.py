@@ -81,8 +81,22 @@ class TestList:
     left_out: dict[str, int]
 
 
-def read_test_list(path: str | Path, min_words: int = 4, limit: int | None = None) -> TestList:
-    """Read a test list; its format follows from the name.
+@dataclass(frozen=True)
+class TestListConfig:
+    """Which items of which list are scored."""
+
+    __test__ = False
+
+    path: str | Path
+    """``*.jsonl.gz``, a folder with ``cuts_test.jsonl.gz``, ``*.lst`` or ``*.jsonl``; see ``read_test_list``."""
+    min_words: int = 4
+    """Shorter texts are left out and counted, for one word says little about a WER; a CJK character is a word."""
+    limit: int | None = None
+    """Items scored at most."""
+
+
+def read_test_list(config: TestListConfig | str | Path, min_words: int = 4, limit: int | None = None) -> TestList:
+    """Read a test list; its format follows from the name. A path alone takes ``min_words`` and ``limit`` beside it.
 
     ``*.jsonl.gz``, or a folder with ``cuts_test.jsonl.gz``: lhotse cuts. ``*.lst``: Seed-TTS lists, ``utt|text``, ``utt|text|prompt_wav``,
     ``utt|prompt_text|prompt_wav|text[|recording]``; wavs relative to the list's folder. ``*.jsonl``: objects with ``text`` and optionally
@@ -90,23 +104,26 @@ def read_test_list(path: str | Path, min_words: int = 4, limit: int | None = Non
     other than "test", of fewer than ``min_words`` words (a CJK character is one) and beyond the first ``limit`` are left out and counted.
     UserError for a missing, malformed or empty list and for ids (or the file names made from them) that repeat.
     """
-    source = Path(path)
+    if not isinstance(config, TestListConfig):
+        config = TestListConfig(config, min_words, limit)
+    source = Path(config.path)
     source = source / "cuts_test.jsonl.gz" if source.is_dir() else source
     if not source.is_file():
-        raise UserError(f"test list not found: got '{path}', expected a .jsonl.gz, .lst or .jsonl file; run `kalle prepare`")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit: got {limit}, expected at least 1 or none; correct it")
+        raise UserError(f"test list not found: got '{config.path}', expected a .jsonl.gz, .lst or .jsonl file; run `kalle prepare`")
+    if config.limit is not None and config.limit < 1:
+        raise UserError(f"limit: got {config.limit}, expected at least 1 or none; correct it")
     items = list(_reader(source)(source))
     tests = [item for item in items if item.split in (None, "test")]
-    long_enough = [item for item in tests if count_words(item.text) >= min_words]
-    kept = long_enough[:limit]
+    long_enough = [item for item in tests if count_words(item.text) >= config.min_words]
+    kept = long_enough[: config.limit]
     reasons = {
         "of another split": len(items) - len(tests),
-        f"fewer than {min_words} words": len(tests) - len(long_enough),
+        f"fewer than {config.min_words} words": len(tests) - len(long_enough),
         "beyond the limit": len(long_enough) - len(kept),
     }
     if not kept:
-        raise UserError(f"empty test list: '{source}' has {len(items)} items, none to test of at least {min_words} words; lower min_words")
+        least = config.min_words
+        raise UserError(f"empty test list: '{source}' has {len(items)} items, none to test of at least {least} words; lower min_words")
     _check_unique(source, kept)
     return TestList(source, kept, {reason: count for reason, count in reasons.items() if count})
 

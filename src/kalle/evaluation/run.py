@@ -1,0 +1,147 @@
+"""One evaluation from a configuration to a report: ``evaluate(config)``, for notebooks, tests and the command alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from kalle.data.ranks import OthersUnfinished, rank_device, share_of_process
+from kalle.errors import UserError
+from kalle.evaluation.journal import Journal, fingerprint, folder_digest
+from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelL1, Metric
+from kalle.evaluation.protocols import SpeakingConfig, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs, wav_folder
+from kalle.evaluation.report import Result, Settings, versions
+from kalle.evaluation.similarity import Similarity
+from kalle.evaluation.test_list import TestItem, TestList, TestListConfig, read_test_list
+from kalle.evaluation.word_errors import WER
+from kalle.files import output_folder
+from kalle.models.flowvae import FlowVAE
+from kalle.synthesis.kalle import Kalle
+
+logger = logging.getLogger(__name__)
+Kind = Literal["reconstruction", "synthesis", "wavs"]
+Resume = Literal["auto", "never"]
+MetricsFor = Callable[[Sequence[str]], Sequence[Metric]]
+"""Builds the metrics for a list in these two-letter languages."""
+SETTINGS = tuple(setting.name for setting in dataclasses.fields(Settings))
+SUMMARY_KEYS = frozenset({"out", "device", "metrics", "rank", "world_size", "resume", "testset", *SETTINGS})
+"""Settings that decide no row of an item, and those whose effect is told by the items and the metrics themselves."""
+
+
+def standard_metrics(languages: Sequence[str] = ("en",)) -> list[Metric]:
+    """What `kalle evaluate` measures unless told otherwise; UserError for a package or a recogniser that is missing."""
+    return [WER(languages=languages), Similarity(), STOI(), PESQ("wb"), PESQ("nb"), MelL1(), DurationRatio()]
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """How recordings go through a Flow-VAE."""
+
+    sample: bool = False
+    """Score a sample of the posterior too, beside its mean."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Settings):
+    """Everything that one evaluation depends on."""
+
+    kind: Kind
+    """"reconstruction": recordings through the Flow-VAE; "synthesis": texts spoken; "wavs": a folder scored without a model."""
+    testset: TestListConfig
+    out: str | Path
+    """Folder for results.json, items.jsonl, report.md, figure.png and the wavs."""
+    model: str | Path | None = None
+    """Weight folder, for reconstruction and synthesis."""
+    wavs: str | Path | None = None
+    """Folder with ID.wav, for kind "wavs"."""
+    aligned: bool = False
+    """Kind "wavs": whether the wavs run in step with the recordings, as a codec's do."""
+    metrics: Sequence[Metric] | MetricsFor = standard_metrics
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    synthesis: SpeakingConfig = field(default_factory=SpeakingConfig)
+    device: str = "auto"
+    dtype: str = "auto"
+    """Of the language model's backbone."""
+    rank: int | None = None
+    """This process's part, 0 <= rank < world_size; None: what torchrun or SLURM say, else all of it."""
+    world_size: int | None = None
+    resume: Resume = "auto"
+    """"never" scores this rank's items again, even those that were scored before with the same model, list and settings."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", get_args(Kind)), ("resume", get_args(Resume))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}: got '{getattr(self, name)}', expected one of {', '.join(choices)}; correct it")
+        if self.source is None:
+            needed = "wavs" if self.kind == "wavs" else "model"
+            raise UserError(f"kind={self.kind}: got no {needed}, expected {needed}=DIR; add it")
+
+    @property
+    def source(self) -> str | Path | None:
+        """The folder that is scored: of wavs, or of weights."""
+        return self.wavs if self.kind == "wavs" else self.model
+
+
+def evaluate(config: EvaluateConfig) -> Result | None:
+    """Score this rank's share of what ``config`` describes, and write the report once all items are scored.
+
+    Returns the result; None when items of other ranks are not scored yet. What is missing (list, wavs, metrics, weights) is a UserError
+    before anything is computed.
+    """
+    test_list = read_test_list(config.testset)
+    if config.kind == "wavs":
+        wav_folder(config.wavs or "")
+    languages = sorted({item.language for item in test_list.items})
+    metrics = config.metrics(languages) if callable(config.metrics) else config.metrics
+    settings = Settings(
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)} | {"context": _context(config, test_list)}
+    )
+    share = share_of_process(config.rank, config.world_size)
+    out = Path(config.out)
+    try:
+        with output_folder(out):
+            mark = fingerprint(_facts(config, test_list, metrics))
+            with Journal(out, mark, share, len(test_list.items), resume=config.resume == "auto") as journal:
+                return _score(config, test_list.items, metrics, settings, journal)
+    except OthersUnfinished as unfinished:
+        logger.info("%s", unfinished)
+        return None
+
+
+def _score(config: EvaluateConfig, items: Sequence[TestItem], metrics: Sequence[Metric], settings: Settings, journal: Journal) -> Result:
+    if config.kind == "wavs":
+        assert config.wavs is not None
+        return evaluate_wavs(config.wavs, items, metrics, config.out, aligned=config.aligned, settings=settings, journal=journal)
+    assert config.model is not None
+    device = rank_device(config.device)
+    if config.kind == "reconstruction":
+        flowvae, options = FlowVAE.from_pretrained(config.model, device), config.reconstruction
+        return evaluate_reconstruction(
+            flowvae, items, metrics, config.out, sample=options.sample, seed=options.seed, settings=settings, journal=journal
+        )
+    kalle, speaking = Kalle.from_pretrained(config.model, str(device), config.dtype), config.synthesis
+    voice = None if speaking.prompt_audio is None else kalle.voice(speaking.prompt_audio, speaking.prompt_text)
+    return evaluate_synthesis(kalle, items, metrics, config.out, config=speaking, voice=voice, settings=settings, journal=journal)
+
+
+def _context(config: EvaluateConfig, test_list: TestList) -> dict[str, Any]:
+    """What the report says of the list and the model."""
+    testset = {key: value for key, value in asdict(config.testset).items() if key != "path"}
+    model = None if config.model is None else str(config.model)
+    return {**config.context, "model": model, "testset": str(test_list.source), **testset, "left_out": test_list.left_out}
+
+
+def _facts(config: EvaluateConfig, test_list: TestList, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """All that decides the row of an item."""
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in SUMMARY_KEYS}
+    settings |= {"reconstruction": asdict(config.reconstruction), "synthesis": asdict(config.synthesis)}
+    items = [{key: value for key, value in asdict(item).items() if key != "loader"} for item in test_list.items]
+    digest = folder_digest(config.source) if config.source is not None and Path(config.source).is_dir() else None
+    described = {metric.name: dict(metric.describe()) for metric in metrics}
+    scored = {"score_recordings": config.score_recordings, "metrics": described}
+    return {"settings": settings, **scored, "items": items, "source": digest, "versions": versions()}
