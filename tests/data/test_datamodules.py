@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kalle.errors import UserError
 from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE
 from kalle.models.speaker_mel import SpeakerMel
+from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.prompt import prompt_ids
 from kalle.text.tokenizer import Tokenizer
 
@@ -178,6 +179,26 @@ def test_lm_batches_do_not_depend_on_workers_or_cache(latent_folder: Path, optio
     reference, other = lm_module(latent_folder).train_dataloader(), lm_module(latent_folder, **options).train_dataloader()
     for epoch in (0, 2):
         assert same_lm(epoch_of(reference, epoch), epoch_of(other, epoch))
+
+
+def test_words_are_drawn_as_bytes_in_training_alone(latent_folder: Path) -> None:
+    pytest.importorskip("hibari")
+    tokenizer = PhonemeTokenizer.create(byte_words=0.5)
+
+    def texts(batches: Iterable[LMBatch]) -> dict[str, bytes]:
+        return {
+            cut: ids[:length].numpy().tobytes()
+            for batch in batches
+            for cut, ids, length in zip(batch.cut_ids, batch.text_ids, batch.text_lengths, strict=True)
+        }
+
+    one, other = (LMDataModule(str(latent_folder), tokenizer, 200, seed=0) for _ in range(2))
+    first = texts(epoch_of(one.train_dataloader(), 0))
+    assert first == texts(epoch_of(other.train_dataloader(), 0))
+    assert first != texts(epoch_of(one.train_dataloader(), 1))
+    assert texts(one.val_dataloader()) == {
+        item.id: prompt_ids(tokenizer, item.text).numpy().tobytes() for item in one.dataset("valid").items
+    }
 
 
 def test_lm_validation_is_constant(latent_folder: Path) -> None:

@@ -17,7 +17,7 @@ from kalle.cli.doctor_findings import Finding
 DISTRIBUTION = "kalle-tts"
 OLDEST_PYTHON = (3, 11)
 FOR_DEVELOPERS = ("dev",)
-IMPORT_NAMES = {"hydra-core": "hydra", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {"hydra-core": "hydra", "huggingface-hub": "huggingface_hub", "hibari-tts": "hibari.g2p"}
 """Packages whose module has another name than the package, with hyphens as underscores."""
 NOT_IMPORTED = ("setuptools",)
 IMPORT_SECONDS = 300

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from kalle.data.sampling import Visit, standard_noise, standard_noise_into
 from kalle.data.shards import LATENTS, SPEAKER_MELS, read_info, read_items
 from kalle.data.speaker_crops import speaker_crop
 from kalle.data.storage import Folder
+from kalle.data.text_forms import TextForms
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
+from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.prompt import prompt_ids
 from kalle.text.tokenizer import Tokenizer
 
@@ -68,11 +71,14 @@ class LatentDataset(Dataset):
         tables = [_table(Folder(name, cache_dir), split, speaker) for name in names]
         source = np.repeat(np.arange(len(tables), dtype=np.int16), [len(table) for table in tables])
         table = joined_tables(tables)
-        rows = _tokens(table, tokenizer)
+        drawn = isinstance(tokenizer, PhonemeTokenizer) and split == "train" and (tokenizer.byte_words or tokenizer.byte_utterances)
+        forms = TextForms.of(table.texts, cast(PhonemeTokenizer, tokenizer)) if drawn else None
+        rows = _tokens(table, tokenizer) if forms is None else forms.first()
+        lengths = rows.lengths if forms is None else forms.lengths
         self.rejected: Counter[str] = Counter()
         keep = np.ones(len(table), bool)
         if max_positions is not None:
-            keep = rows.lengths + table.frames + (0 if speaker is None else 1) <= max_positions
+            keep = lengths + table.frames + (0 if speaker is None else 1) <= max_positions
         if not keep.all():
             self.rejected[f"longer than {max_positions} positions"] = int((~keep).sum())
             logger.warning("left out of '%s': %s of %d utterances", split, dict(self.rejected), len(table))
@@ -83,17 +89,15 @@ class LatentDataset(Dataset):
             )
         self.items: Table = table.take(keep)
         self.text_ids = TokenLists(rows.take(keep))
+        self.text_lengths = lengths[keep]
+        """Text positions of each item, special tokens included, (N,) int64; the most, where they are drawn."""
+        self.text_forms = None if forms is None else forms.take(keep)
         self.source = source[keep]
         """(N,) int16: which of the folders each item is of."""
         self._cache = [self._stored(index, LATENTS) for index in range(len(self.items))] if cache else None
 
     def __len__(self) -> int:
         return len(self.items)
-
-    @property
-    def text_lengths(self) -> np.ndarray:
-        """Text positions of each item, special tokens included, (N,) int64."""
-        return self.text_ids.rows.lengths
 
     @property
     def audio_lengths(self) -> np.ndarray:
@@ -115,7 +119,7 @@ class LatentDataset(Dataset):
         indices = [visit.item % len(self) for visit in visits]
         keys = [self._key(visit) for visit in visits]
         stored = [self._latents(index) for index in indices]
-        texts = [self.text_ids.rows.row(index) for index in indices]
+        texts = [self._text(index, key) for index, key in zip(indices, keys, strict=True)]
         latents, posterior = self._sampled(stored, keys)
         speaker_mels, speaker_noise = self._speaker(indices, keys) if self.speaker is not None else (None, None)
         text_ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
@@ -132,6 +136,9 @@ class LatentDataset(Dataset):
             cut_ids=tuple(str(key[2]) for key in keys),
             epochs=tuple(visit.epoch for visit in visits),
         )
+
+    def _text(self, index: int, key: tuple[int | str, ...]) -> np.ndarray:
+        return self.text_ids.rows.row(index) if self.text_forms is None else self.text_forms.draw(index, *key)
 
     def _sampled(self, stored: Sequence[np.ndarray], keys: Sequence[tuple[int | str, ...]]) -> tuple[Tensor, DiagGaussian]:
         """Samples (B, T, D) and the padded posterior of ``stored``, each (T, 2D).

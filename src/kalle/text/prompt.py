@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kalle.errors import UserError
+from kalle.text.phonemes import PhonemeTokenizer, WordForms
 from kalle.text.tokenizer import Tokenizer
 
 BEFORE_SPEECH = ("<|SPEECH_UNDERSTANDING_END|>", "<|SPEECH_GENERATION_START|>")
@@ -35,6 +37,14 @@ def prompt_ids(tokenizer: Tokenizer, text: str, prompt_text: str | None = None, 
     else:
         ids = tokenizer.encode(" ".join(part.strip() for part in (prompt_text, text) if part is not None))
     return torch.tensor(ids + [tokenizer.special(name) for name in BEFORE_SPEECH], dtype=torch.int64)
+
+
+def prompt_forms(tokenizer: PhonemeTokenizer, text: str) -> WordForms:
+    """``prompt_ids`` of ``text``, and beside its phonemes the bytes of each word that training may show instead."""
+    check_text(text, "text")
+    forms = tokenizer.forms(text.strip())
+    after = [tokenizer.special(name) for name in BEFORE_SPEECH]
+    return WordForms(np.append(forms.ids, np.array(after, np.uint16)), np.append(forms.words, np.zeros(len(after), np.int16)))
 
 
 def without_text(ids: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from kalle.errors import UserError
 from kalle.files import atomic_file
 
 TOKENIZER_NAME = "tokenizer.json"
+PHONEMES_NAME = "phonemes.json"
+"""Beside tokenizer.json where English is read as phonemes (`kalle.text.phonemes`)."""
 BOS = "<|begin_of_text|>"
 KALLE_TOKENS = (
     "<|TEXT_GENERATION_START|>",
@@ -61,7 +63,13 @@ class Tokenizer:
             content = json.loads(path.read_text(encoding="utf-8"))
             for token in content.get("added_tokens", []):
                 token["special"] = True  # only tokens marked special are kept out of user text
-            return cls(Backend.from_str(json.dumps(content)))
+            backend = Backend.from_str(json.dumps(content))
+            phonemes = path.with_name(PHONEMES_NAME)
+            if phonemes.is_file():
+                from kalle.text.phonemes import PhonemeTokenizer
+
+                return PhonemeTokenizer.from_files(backend, phonemes)
+            return cls(backend)
         except UserError:
             raise
         except Exception as error:  # the Rust side raises bare Exception
@@ -95,8 +103,11 @@ class Tokenizer:
         assert found is not None, name
         return int(found)
 
-    def encode(self, text: str) -> list[int]:
-        """The id of the beginning of text, then those of ``text``; a UserError when it is not valid Unicode."""
+    def encode(self, text: str, language: str | None = None) -> list[int]:
+        """The id of the beginning of text, then those of ``text``; a UserError when it is not valid Unicode.
+
+        ``language`` is an ISO 639-1 code; this tokenizer reads all languages alike.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
