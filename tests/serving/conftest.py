@@ -9,7 +9,7 @@ import pytest
 
 from kalle.audio import write_audio
 from kalle.serving.handlers import Handlers
-from kalle.serving.studio import Studio
+from kalle.serving.jobs import Backend
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.row import StopRule
 
@@ -23,14 +23,14 @@ def kalle_toy(toy_weights: Path) -> Kalle:
 
 
 @pytest.fixture
-def studio(kalle_toy: Kalle, tmp_path: Path) -> Iterator[Studio]:
-    with Studio(kalle_toy, tmp_path / "voices", max_text=200) as made:
+def backend(kalle_toy: Kalle, tmp_path: Path) -> Iterator[Backend]:
+    with Backend(kalle_toy, tmp_path / "voices", max_text=200) as made:
         yield made
 
 
 @pytest.fixture
-def handlers(studio: Studio) -> Handlers:
-    return Handlers(studio)
+def handlers(backend: Backend) -> Handlers:
+    return Handlers(backend)
 
 
 @pytest.fixture

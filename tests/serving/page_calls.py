@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from kalle.serving.asked import Asked
 from kalle.serving.handlers import Handlers, View
+from kalle.serving.jobs import PageRequest
 
-HI = Asked("Hi there.", seed=3, max_seconds=0.5)
+HI = PageRequest("Hi there.", seed=3, max_seconds=0.5)
 
 
-def ran(handlers: Handlers, asked: Asked, session: str = "a") -> tuple[View, list[View]]:
-    begun = handlers.begin(session, asked)
+def ran(handlers: Handlers, request: PageRequest, session: str = "a") -> tuple[View, list[View]]:
+    begun = handlers.begin(session, request)
     return begun, list(handlers.run(session))
 
 
 def pcm(handlers: Handlers, session: str = "a") -> np.ndarray:
-    job = handlers.studio.jobs.of(session)
+    job = handlers.backend.jobs.of(session)
     pieces, finished = job.pieces(0)
     assert finished
     return np.frombuffer(b"".join(pieces), dtype="<i2")

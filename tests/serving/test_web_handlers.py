@@ -13,13 +13,10 @@ from page_calls import HI, pcm, ran
 
 from kalle.audio import read_audio, to_pcm16
 from kalle.errors import UserError
-from kalle.serving.asked import RANDOM, RECORDING, STORED, Asked, VoiceChoice
-from kalle.serving.attentive import StoppableRule
-from kalle.serving.handlers import MODELS_OWN, UNEXPECTED, Handlers, asked_from, choice_from
-from kalle.serving.jobs import Jobs
-from kalle.serving.studio import Studio
-from kalle.serving.web import WebOptions, growing, is_loopback, launch, require_gradio
-from kalle.serving.words import error_html
+from kalle.serving.handlers import MODELS_OWN, UNEXPECTED, Handlers, choice_from, error_html, request_from_fields
+from kalle.serving.jobs import Backend, Jobs, PageRequest, StoppableRule
+from kalle.serving.server import WebOptions, growing, is_loopback, launch, require_gradio
+from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.longform import LongForm
 from kalle.synthesis.longform_part import LongFormOptions
@@ -34,7 +31,7 @@ def test_speech_comes_piece_by_piece_and_then_as_a_file(handlers: Handlers, kall
     assert not done.busy
     assert done.token == begun.token
     assert not done.message
-    pieces, _ = handlers.studio.jobs.of("a").pieces(0)
+    pieces, _ = handlers.backend.jobs.of("a").pieces(0)
     assert len(pieces) > 2, "the audio came all at once"
     np.testing.assert_allclose(read_audio(done.audio) * 32768, pcm(handlers), atol=1)
     offline = kalle_toy.synthesize(HI.text, seed=3, max_seconds=0.5, retries=0)
@@ -46,17 +43,17 @@ def test_speech_comes_piece_by_piece_and_then_as_a_file(handlers: Handlers, kall
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("given", "message"),
     [
-        (Asked("  \n"), "The text is empty"),
-        (Asked("x" * 201), "got 201 characters, expected at most 200"),
-        (Asked("Hi", VoiceChoice(RECORDING)), "No recording"),
-        (Asked("Hi", VoiceChoice(RECORDING, recording="me.wav", transcript="  ")), "A recording without its transcript"),
-        (Asked("Hi", VoiceChoice(RANDOM)), "No seed for the random voice"),
+        (PageRequest("  \n"), "The text is empty"),
+        (PageRequest("x" * 201), "got 201 characters, expected at most 200"),
+        (PageRequest("Hi", VoiceChoice(RECORDING)), "No recording"),
+        (PageRequest("Hi", VoiceChoice(RECORDING, recording="me.wav", transcript="  ")), "A recording without its transcript"),
+        (PageRequest("Hi", VoiceChoice(RANDOM)), "No seed for the random voice"),
     ],
 )
-def test_what_can_be_seen_wrong_is_said_at_once(handlers: Handlers, asked: Asked, message: str) -> None:
-    begun, views = ran(handlers, asked)
+def test_what_can_be_seen_wrong_is_said_at_once(handlers: Handlers, given: PageRequest, message: str) -> None:
+    begun, views = ran(handlers, given)
     assert message in begun.message
     assert 'role="alert"' in begun.message
     assert not begun.busy
@@ -65,18 +62,18 @@ def test_what_can_be_seen_wrong_is_said_at_once(handlers: Handlers, asked: Asked
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("given", "message"),
     [
         (replace(HI, temperature=-1.0), "Bad temperature: got -1.0"),
         (replace(HI, max_seconds=1e-6), "raise the longest length"),
         (replace(HI, max_seconds=-2.0), "raise the longest length"),
-        (asked_from(HI.text, VoiceChoice(), None, 1.0, "0"), "raise the longest length"),
+        (request_from_fields(HI.text, VoiceChoice(), None, 1.0, "0"), "raise the longest length"),
         (replace(HI, seed=-1), "Bad seed: got -1"),
         (replace(HI, voice=VoiceChoice(STORED, "nobody")), "The voice is gone: got &#x27;nobody&#x27;"),
     ],
 )
-def test_what_the_model_refuses_is_said_in_the_page(handlers: Handlers, asked: Asked, message: str) -> None:
-    _, views = ran(handlers, asked)
+def test_what_the_model_refuses_is_said_in_the_page(handlers: Handlers, given: PageRequest, message: str) -> None:
+    _, views = ran(handlers, given)
     assert message in views[-1].message
     assert views[-1].audio is None
     assert not views[-1].busy
@@ -84,7 +81,7 @@ def test_what_the_model_refuses_is_said_in_the_page(handlers: Handlers, asked: A
 
 
 def test_a_bug_is_logged_and_the_page_stays_usable(handlers: Handlers, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(handlers.studio.kalle, "stream", lambda *_, **__: 1 / 0, raising=False)
+    monkeypatch.setattr(handlers.backend.kalle, "stream", lambda *_, **__: 1 / 0, raising=False)
     _, views = ran(handlers, HI)
     assert UNEXPECTED in views[-1].message
     assert not views[-1].busy
@@ -106,7 +103,7 @@ def test_stopped_on_the_way_what_was_made_is_kept(handlers: Handlers) -> None:
     assert handlers.stop("nobody") is None
 
 
-LONG = Asked("It was a bright cold day. The clocks were striking thirteen.\n\n* * *\n\nNobody said a word.", seed=4, max_seconds=0.4)
+LONG = PageRequest("It was a bright cold day. The clocks were striking thirteen.\n\n* * *\n\nNobody said a word.", seed=4, max_seconds=0.4)
 
 
 def test_a_longer_text_comes_sentence_by_sentence(handlers: Handlers, kalle_toy: Kalle) -> None:
@@ -117,7 +114,7 @@ def test_a_longer_text_comes_sentence_by_sentence(handlers: Handlers, kalle_toy:
     expected = np.concatenate([to_pcm16(part.with_pause) for part in form])
     np.testing.assert_array_equal(pcm(handlers), expected)
     np.testing.assert_allclose(read_audio(done.audio) * 32768, expected, atol=1)
-    pieces, _ = handlers.studio.jobs.of("a").pieces(0)
+    pieces, _ = handlers.backend.jobs.of("a").pieces(0)
     assert len(pieces) == 3
     for words in (
         "<li value='2'>The clocks were striking thirteen.",
@@ -130,9 +127,9 @@ def test_a_longer_text_comes_sentence_by_sentence(handlers: Handlers, kalle_toy:
 
 
 def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers, monkeypatch) -> None:
-    asked = replace(LONG, max_seconds=2.0, voice=VoiceChoice(RANDOM, seed=2))
-    handlers.studio.shelf.voice(asked.voice)
-    job = handlers.studio.begin("a", asked)
+    request = replace(LONG, max_seconds=2.0, voice=VoiceChoice(RANDOM, seed=2))
+    handlers.backend.voices.voice(request.voice)
+    job = handlers.backend.begin("a", request)
     steps, frames, rule = [], [], StoppableRule.stops
 
     def stops(self: StoppableRule, end_kl: float, index: int, stop_probability: float | None = None) -> bool:
@@ -142,7 +139,7 @@ def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers, monkeypatch) 
         return rule(self, end_kl, index)
 
     monkeypatch.setattr(StoppableRule, "stops", stops)
-    steps = list(handlers.studio.speak(job))
+    steps = list(handlers.backend.speak(job))
     assert len(frames) == 230, "it went on after the stop"
     spoken = steps[-1]
     assert spoken.stopped
@@ -166,16 +163,16 @@ def test_a_job_is_done_once(handlers: Handlers) -> None:
 
 def test_a_new_request_and_a_closed_page_end_the_former_one(handlers: Handlers) -> None:
     handlers.begin("a", replace(HI, max_seconds=20.0))
-    first = handlers.studio.jobs.of("a")
+    first = handlers.backend.jobs.of("a")
     run = handlers.run("a")
     next(run)
     handlers.begin("a", HI)
     assert first.stopped
     list(run)
-    second = handlers.studio.jobs.of("a")
+    second = handlers.backend.jobs.of("a")
     handlers.leave("a")
     assert second.stopped
-    assert handlers.studio.jobs.of("a") is None
+    assert handlers.backend.jobs.of("a") is None
     assert list(handlers.run("a")) == []
 
 
@@ -210,9 +207,9 @@ def test_listeners_get_the_audio_while_it_is_made() -> None:
     assert np.frombuffer(b"".join(heard), "<i2").tolist() == [16384] * 3 + [-32767] * 2
 
 
-def test_temporary_files_go_with_the_studio(kalle_toy: Kalle, tmp_path: Path) -> None:
-    with Studio(kalle_toy, tmp_path) as studio:
-        handlers = Handlers(studio)
+def test_temporary_files_go_with_the_backend(kalle_toy: Kalle, tmp_path: Path) -> None:
+    with Backend(kalle_toy, tmp_path) as backend:
+        handlers = Handlers(backend)
         _, views = ran(handlers, HI)
         path = views[-1].audio
         assert path.is_file()
@@ -225,9 +222,9 @@ def test_fields_become_a_request() -> None:
     assert choice == VoiceChoice(RANDOM, seed=7)
     assert choice_from(STORED, MODELS_OWN, "me.wav", "words", "x") == VoiceChoice(STORED)
     assert choice_from(RECORDING, "x", "me.wav", "words", "7") == VoiceChoice(RECORDING, recording="me.wav", transcript="words")
-    assert asked_from(None, choice, None, None, None) == Asked("", choice)
-    assert asked_from("Hi", choice, "", 0.5, " ") == Asked("Hi", choice, None, 0.5, None)
-    assert asked_from("Hi", choice, "9223372036854775807", 0.5, "2.5") == Asked("Hi", choice, 2**63 - 1, 0.5, 2.5)
+    assert request_from_fields(None, choice, None, None, None) == PageRequest("", choice)
+    assert request_from_fields("Hi", choice, "", 0.5, " ") == PageRequest("Hi", choice, None, 0.5, None)
+    assert request_from_fields("Hi", choice, "9223372036854775807", 0.5, "2.5") == PageRequest("Hi", choice, 2**63 - 1, 0.5, 2.5)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +238,7 @@ def test_fields_become_a_request() -> None:
 )
 def test_what_is_no_number_is_refused(seed: str, seconds: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        asked_from("Hi", VoiceChoice(), seed, 1.0, seconds)
+        request_from_fields("Hi", VoiceChoice(), seed, 1.0, seconds)
     with pytest.raises(UserError, match="bad seed of the voice: got 'five'"):
         choice_from(RANDOM, None, None, None, "five")
 
@@ -261,17 +258,17 @@ def test_missing_gradio_is_one_line(monkeypatch) -> None:
         require_gradio()
 
 
-def test_a_taken_port_is_one_line(studio: Studio) -> None:
+def test_a_taken_port_is_one_line(backend: Backend) -> None:
     pytest.importorskip("gradio")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"^cannot serve on 127\.0\.0\.1:{port}: the port is taken; choose another --port \(0 takes"):
-            launch(studio, WebOptions(port=port))
+            launch(backend, WebOptions(port=port))
         # Gradio looks on 127.0.0.1, whatever the host is.
         with pytest.raises(UserError, match=rf"^cannot serve on 127\.0\.0\.2:{port}: the port is taken"):
-            launch(studio, WebOptions("127.0.0.2", port))
+            launch(backend, WebOptions("127.0.0.2", port))
 
 
 def test_the_page_has_labels_and_no_public_interface(handlers: Handlers) -> None:

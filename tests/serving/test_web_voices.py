@@ -14,8 +14,8 @@ import torch
 from page_calls import HI, pcm, ran
 
 from kalle.audio import read_audio, to_pcm16
-from kalle.serving.asked import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.serving.handlers import MODELS_OWN, Handlers
+from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import Voice
 
@@ -35,9 +35,9 @@ def test_a_kept_random_voice_is_listed_and_is_the_same(handlers: Handlers) -> No
     kept = handlers.keep(choice, "  Lise  Lotte ", " me, for tests ")
     assert kept.name == "Lise Lotte"
     assert handlers.voices() == [MODELS_OWN, "Lise Lotte"]
-    stored = Voice.load(handlers.studio.shelf.folder / "Lise Lotte.safetensors")
+    stored = Voice.load(handlers.backend.voices.folder / "Lise Lotte.safetensors")
     assert stored.consent == "me, for tests"
-    torch.testing.assert_close(stored.prompt_latents, handlers.studio.kalle.random_voice(5).prompt_latents)
+    torch.testing.assert_close(stored.prompt_latents, handlers.backend.kalle.random_voice(5).prompt_latents)
     after, message = handlers.sample(VoiceChoice(STORED, "Lise Lotte"))
     assert (after, message) == (before, "")
     _, random = ran(handlers, replace(HI, voice=choice))
@@ -70,12 +70,12 @@ def test_samples_are_made_once_and_are_heard(handlers: Handlers, monkeypatch, re
     paths = [handlers.sample(choice)[0] for choice in choices]
     assert len(set(paths)) == 3
     assert all(np.abs(read_audio(path)).max() > 1e-3 for path in paths)
-    monkeypatch.setattr(handlers.studio.kalle.flowvae, "decode", lambda *_: 1 / 0)
+    monkeypatch.setattr(handlers.backend.kalle.flowvae, "decode", lambda *_: 1 / 0)
     assert [handlers.sample(choice)[0] for choice in choices] == paths
 
 
 def test_voices_that_cannot_be_used_are_not_offered(handlers: Handlers, caplog) -> None:
-    folder = handlers.studio.shelf.folder
+    folder = handlers.backend.voices.folder
     folder.mkdir()
     Voice({"flowvae_encoder": "0" * 64}, torch.zeros(3, 4), text="x").save(folder / "other.safetensors")
     (folder / "torn.safetensors").write_bytes(b"no voice")
@@ -94,20 +94,20 @@ def test_voices_that_cannot_be_used_are_not_offered(handlers: Handlers, caplog) 
 
 
 def test_a_name_that_is_taken_in_between_is_not_overwritten(handlers: Handlers, monkeypatch) -> None:
-    shelf = handlers.studio.shelf
-    shelf.folder.mkdir()
-    making = shelf.kalle.random_voice
+    store = handlers.backend.voices
+    store.folder.mkdir()
+    making = store.kalle.random_voice
 
     def slow(seed: int) -> Voice:
-        (shelf.folder / "mine.safetensors").write_bytes(b"the first one")
+        (store.folder / "mine.safetensors").write_bytes(b"the first one")
         return making(seed)
 
-    monkeypatch.setattr(shelf.kalle, "random_voice", slow, raising=False)
+    monkeypatch.setattr(store.kalle, "random_voice", slow, raising=False)
     kept = handlers.keep(VoiceChoice(RANDOM, seed=77), "mine")
     assert kept.name is None
     assert "There is a voice of that name" in kept.message
-    assert [path.name for path in shelf.folder.iterdir()] == ["mine.safetensors"]
-    assert (shelf.folder / "mine.safetensors").read_bytes() == b"the first one"
+    assert [path.name for path in store.folder.iterdir()] == ["mine.safetensors"]
+    assert (store.folder / "mine.safetensors").read_bytes() == b"the first one"
 
 
 def test_a_voice_that_cannot_be_put_in_place_leaves_nothing(handlers: Handlers, monkeypatch) -> None:
@@ -121,7 +121,7 @@ def test_a_voice_that_cannot_be_put_in_place_leaves_nothing(handlers: Handlers, 
     monkeypatch.setattr(os, "replace", refuse)
     kept = handlers.keep(VoiceChoice(RANDOM, seed=2), "mine")
     assert "Cannot write &#x27;mine.safetensors&#x27;: Permission denied" in kept.message
-    assert list(handlers.studio.shelf.folder.iterdir()) == []
+    assert list(handlers.backend.voices.folder.iterdir()) == []
 
 
 def test_hours_in_a_small_file_are_refused_undecoded(handlers: Handlers, tmp_path: Path, monkeypatch) -> None:
@@ -154,21 +154,21 @@ def test_a_recording_is_decoded_once(handlers: Handlers, recording: str, monkeyp
 
 
 def test_messages_do_not_tell_where_files_are(handlers: Handlers) -> None:
-    studio = handlers.studio
-    upload = studio.temporary / "page" / "0a1b" / "my voice.wav"
+    backend = handlers.backend
+    upload = backend.temporary / "page" / "0a1b" / "my voice.wav"
     upload.parent.mkdir(parents=True)
     upload.write_text("no audio")
     _, message = handlers.sample(VoiceChoice(RECORDING, recording=str(upload), transcript="x"))
     assert "Unreadable audio: &#x27;my voice.wav&#x27; (" in message
-    studio.shelf.folder.mkdir()
-    (studio.shelf.folder / "torn.safetensors").write_bytes(b"no voice")
+    backend.voices.folder.mkdir()
+    (backend.voices.folder / "torn.safetensors").write_bytes(b"no voice")
     _, stored = handlers.sample(VoiceChoice(STORED, "torn"))
     assert "Not a voice file: &#x27;torn.safetensors&#x27;" in stored
-    studio.shelf.folder = upload
+    backend.voices.folder = upload
     kept = handlers.keep(VoiceChoice(RANDOM, seed=2), "mine").message
     assert "Cannot write" in kept
     for shown in (message, stored, kept):
-        assert str(studio.temporary) not in shown
-        assert str(studio.shelf.folder.parent) not in shown
+        assert str(backend.temporary) not in shown
+        assert str(backend.voices.folder.parent) not in shown
     # What the user typed stays, even where it looks like a path.
     assert "got &#x27;/etc/x&#x27;" in handlers.keep(VoiceChoice(RANDOM, seed=2), "/etc/x").message

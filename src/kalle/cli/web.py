@@ -46,14 +46,14 @@ def run_web(
     A UserError for every mistake, before the model is loaded where it can be.
     """
     check_options(host, port, max_text)
-    from kalle.serving.web import WebOptions, serve
+    from kalle.serving.server import WebOptions, serve
 
     serve(load_model(model, device, dtype), WebOptions(host, port, share, voices, max_text, open_browser))
 
 
 def check_options(host: str, port: int, max_text: int) -> None:
     """A UserError for what can be seen without a model: no Gradio, a bad limit, an address that can't be listened on."""
-    from kalle.serving.web import listenable_port, require_gradio
+    from kalle.serving.server import listenable_port, require_gradio
 
     require_gradio()
     if not 0 <= port <= LONGEST_PORT:

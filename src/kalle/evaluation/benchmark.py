@@ -29,7 +29,7 @@ from kalle.synthesis.uncached import UncachedLM
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-"""What Linux takes to start the peak of the resident set anew (proc(5), clear_refs)."""
+"""Restarts the peak of the resident set on Linux (proc(5), clear_refs)."""
 
 
 class PeakMemory:
@@ -100,7 +100,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What to measure."""
+    """The measurements to take."""
 
     seconds: Sequence[float] = (4.0, 10.0)
     """Lengths of speech."""
@@ -230,7 +230,7 @@ def _difference(first: Tensor, second: Tensor) -> float:
 
 @dataclass(frozen=True)
 class LatencyError:
-    """How far a stream is from ``FlowVAE.decode`` of the same latents."""
+    """The deviation of a stream from ``FlowVAE.decode`` of the same latents."""
 
     latency_frames: int
     chunk_frames: int

@@ -36,7 +36,7 @@ SEPARATED = 0.1
 _FLOOR = 1e-4
 """Nats per dimension; lower values are not told apart."""
 _OUTSIDE = 2.0
-"""How far beyond all values a threshold lies that has them on one side only."""
+"""A threshold with all values on one side lies beyond them by this factor."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class EndScores:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a threshold does to the held-out utterances."""
+    """Rates of wrong decisions of one threshold on the held-out utterances."""
 
     threshold: float
     false_stop: float
@@ -98,7 +98,7 @@ class Calibration:
         return self.rates.total < 1
 
     def to_stored(self) -> StoredStop:
-        """What a weight folder keeps."""
+        """The form that a weight folder keeps."""
         rates = self.rates
         return StoredStop(rates.threshold, self.min_index, rates.false_stop, rates.missed_stop, self.utterances)
 
@@ -198,7 +198,7 @@ def batches_of(dataset: LatentDataset, max_positions: int = DEFAULT_MAX_POSITION
 
 @dataclass(frozen=True)
 class FreeRunning:
-    """What became of texts that were spoken freely with a stop rule."""
+    """Endings and lengths of texts that were spoken freely with a stop rule."""
 
     stop_reasons: Counter[str]
     duration_ratio: float

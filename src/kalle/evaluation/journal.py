@@ -67,7 +67,7 @@ class Journal:
         self._stack.close()
 
     def _own(self) -> dict[int, list[Row]]:
-        """What this rank's file holds and need not be scored again."""
+        """Rows in this rank's file that need not be scored again."""
         if not self.resume or not self.path.is_file():
             return {}
         found = _read(self.path, self.mark)
@@ -98,7 +98,7 @@ class Journal:
         self._kept[index] = list(json.loads(_line(index, rows))["rows"])
 
     def _others(self) -> dict[int, list[Row]]:
-        """What the other ranks have scored, by the item's index."""
+        """Rows of the other ranks, by the item's index."""
         found: dict[int, list[Row]] = {}
         for path in sorted(self.path.parent.glob("rank-*.jsonl")):
             for index, rows in (_read(path, self.mark) or {}).items() if path != self.path else ():

@@ -45,7 +45,7 @@ class ScoreItem:
     """The prompt, or another recording of the speaker to resemble."""
 
     def offers(self) -> frozenset[str]:
-        """What of text, recording, aligned, speaker a metric may ask of this item."""
+        """The names among text, recording, aligned and speaker that this item has."""
         present = {TEXT: bool(self.text.strip()), RECORDING: self.recording is not None, SPEAKER: self.speaker is not None}
         present[ALIGNED] = self.aligned and self.recording is not None
         return frozenset(name for name, there in present.items() if there)
@@ -73,7 +73,7 @@ class Metric(Protocol):
 
     name: str
     needs: frozenset[str]
-    """Which of ``ScoreItem.offers`` it cannot do without."""
+    """The names of ``ScoreItem.offers`` that it cannot do without."""
 
     @property
     def aggregates(self) -> tuple[Aggregate, ...]:

@@ -222,7 +222,7 @@ RTF_NOTE = "rtf = synthesis wall seconds (text to waveform, voice already made) 
 
 @dataclass(frozen=True)
 class SpeakingConfig:
-    """How the texts of a list are spoken."""
+    """Options of kind "synthesis"."""
 
     prompts: Prompts = "none"
     """"none": the model's own or random voice; "list": the prompt of each line (Seed-TTS cloning); "speaker": another utterance of the
@@ -234,7 +234,7 @@ class SpeakingConfig:
     prompt_audio: str | Path | None = None
     """A recording whose voice speaks all items, with prompts "none"."""
     prompt_text: str | None = None
-    """What is said in ``prompt_audio``."""
+    """The words that are spoken in ``prompt_audio``."""
 
     def __post_init__(self) -> None:
         if self.prompt_text is not None and self.prompt_audio is None:

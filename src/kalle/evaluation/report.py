@@ -1,4 +1,4 @@
-"""What an evaluation returns and leaves on disk."""
+"""The result of an evaluation, and the files that hold it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("kalle-tts", "torch", "numpy", "lhotse")
 
 @dataclass(frozen=True)
 class Settings:
-    """What every kind of evaluation shares."""
+    """Settings that every kind of evaluation shares."""
 
     resamples: int = 1000
     """Bootstrap resamples for the 95% intervals."""
@@ -34,7 +34,7 @@ class Settings:
     score_recordings: bool = True
     """Score the recordings themselves too, as the ceiling."""
     context: Mapping[str, Any] = field(default_factory=dict)
-    """What to record beside the arguments: the test list and how many of its items were left out, hardware, seeds."""
+    """Recorded beside the arguments: the test list and how many of its items were left out, hardware, seeds."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Result:
     counts: Mapping[str, Mapping[str, Any]]
     notes: Sequence[str]
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever is known of the run as a whole, such as latent health."""
+    """Facts of the run as a whole, such as latent health."""
 
     def value(self, system: str, name: str) -> float | None:
         """The mean called ``name`` of ``system``; None when it was not measured."""

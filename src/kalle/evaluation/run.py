@@ -33,13 +33,13 @@ SUMMARY_KEYS = frozenset({"out", "device", "metrics", "rank", "world_size", "res
 
 
 def standard_metrics(languages: Sequence[str] = ("en",)) -> list[Metric]:
-    """What `kalle evaluate` measures unless told otherwise; UserError for a package or a recogniser that is missing."""
+    """The metrics of `kalle evaluate` unless told otherwise; UserError for a package or a recogniser that is missing."""
     return [WER(languages=languages), Similarity(), STOI(), PESQ("wb"), PESQ("nb"), MelL1(), DurationRatio()]
 
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """How recordings go through a Flow-VAE."""
+    """Options of kind "reconstruction"."""
 
     sample: bool = False
     """Score a sample of the posterior too, beside its mean."""
@@ -130,7 +130,7 @@ def _score(config: EvaluateConfig, items: Sequence[TestItem], metrics: Sequence[
 
 
 def _context(config: EvaluateConfig, test_list: TestList) -> dict[str, Any]:
-    """What the report says of the list and the model."""
+    """Facts on the list and the model, for the report."""
     testset = {key: value for key, value in asdict(config.testset).items() if key != "path"}
     model = None if config.model is None else str(config.model)
     return {**config.context, "model": model, "testset": str(test_list.source), **testset, "left_out": test_list.left_out}

@@ -152,7 +152,7 @@ CHECK_TEXTS: Mapping[str, tuple[str, ...]] = {
         "今天晚上最后一班公共汽车又晚点了。",
     ),
 }
-"""What a voice is checked with, by language."""
+"""Texts that a voice is checked with, by language."""
 
 
 @dataclass(frozen=True)

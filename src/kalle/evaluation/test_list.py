@@ -47,7 +47,7 @@ class TestItem:
     prompt_text: str | None = None
     prompt_path: Path | None = None
     split: str | None = None
-    """Where the list holds several splits, this item's."""
+    """This item's split, for a list that holds several."""
     loader: AudioLoader | None = field(default=None, repr=False, compare=False)
     """Reads the recording at a rate in Hz, where it is a part of a file; None reads the whole of ``audio_path``."""
 
@@ -83,7 +83,7 @@ class TestList:
 
 @dataclass(frozen=True)
 class TestListConfig:
-    """Which items of which list are scored."""
+    """A test list, and the items of it that are scored."""
 
     __test__ = False
 

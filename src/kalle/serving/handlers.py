@@ -1,17 +1,145 @@
-"""What happens when something is pressed: plain values in, plain values out. page.py only wires these to the page."""
+"""The reactions of the page: plain values in, plain values and escaped HTML out; page.py connects them to its components."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import logging
+import math
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from kalle.errors import UserError
-from kalle.serving.asked import RANDOM, RECORDING, Asked, VoiceChoice, typed_number, typed_whole
-from kalle.serving.studio import Progress, Spoken, Studio
-from kalle.serving.words import error_html, facts_html, figure_html, notice_html, progress_text, waiting_text, weakest, without_folders
+from kalle.serving.jobs import Backend, JobProgress, JobResult, PageRequest, SpokenSentence
+from kalle.serving.voices import RANDOM, RECORDING, VoiceChoice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+Number = TypeVar("Number", int, float)
+ENDINGS = {
+    "end": "the model ended the speech",
+    "max_frames": "cut at the length cap: allow more seconds or try another seed",
+    "repetition": "the model repeated itself and was stopped: try another seed",
+    "silence": "the model fell silent and was stopped",
+    "interrupted": "stopped by you",
+}
+_FIELDS = {
+    "--prompt-text": "the transcript",
+    "--prompt-audio": "the recording",
+    "--max-seconds": "the longest length",
+    "--name": "name",
+    "--seed": "seed",
+    "--temperature": "temperature",
+}
+"""Flags that messages name, and the fields of the page that they are."""
+
+
+def error_html(message: str) -> str:
+    """A mistake, announced by screen readers."""
+    for flag, words in _FIELDS.items():
+        message = message.replace(flag, words)
+    return f'<p class="kalle-error" role="alert">{_escape(message[:1].upper() + message[1:])}</p>'
+
+
+def without_folders(message: str, folders: Iterable[Path]) -> str:
+    """``message`` with the files in ``folders`` named without where they are, which is nobody's business who reads the page."""
+    places = {str(place) for folder in folders for place in (folder, folder.resolve())} - {".", "/"}
+    for folder in sorted(places, key=len, reverse=True):
+        message = re.sub(rf"(?<![^\s'\"]){re.escape(folder)}[/\\](?:[^'\"/\\]+[/\\])*", "", message)
+        message = message.replace(f"'{folder}'", f"'{Path(folder).name}'")
+    return message
+
+
+def notice_html(message: str) -> str:
+    """A message on the state of a job."""
+    return f'<p class="kalle-notice" role="status">{_escape(message)}</p>' if message else ""
+
+
+def waiting_text(ahead: int) -> str:
+    """The message for a job that has not begun, with ``ahead`` others before it; the player counts them down."""
+    return "Waiting for your turn: one request at a time is spoken." if ahead else "Starting…"
+
+
+def progress_text(progress: JobProgress) -> str:
+    """The message for a running job."""
+    if progress.seconds == 0:
+        return "Preparing…" if progress.sentences == 1 else f"Speaking the first of {progress.sentences} sentences."
+    whole = f" of {progress.sentences} sentences" if progress.sentences > 1 else ""
+    return f"Speaking{whole}: {progress.seconds:.1f} s of audio so far."
+
+
+def facts_html(spoken: JobResult, voice: str, warnings: Sequence[str] = ()) -> str:
+    """The numbers of a result: length, RTF, how it ended, seed, confidence, every warning, and a row for every sentence.
+
+    ``warnings`` are about the voice.
+    """
+    frames = sum(line.speech.frames for line in spoken.lines)
+    work = spoken.elapsed_seconds
+    facts = {
+        "Length": f"{spoken.seconds:.2f} s ({frames} frames)",
+        "RTF": f"{work / spoken.seconds:.2f} ({work:.2f} s of work / {spoken.seconds:.2f} s of audio)",
+        "Ended by": _ending(spoken),
+        "Voice": voice,
+        "Seed": str(spoken.seed),
+        "Confidence": f"{_confidence(spoken):.3f}" if frames else "none",
+    }
+    rows = "".join(f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in facts.items())
+    notes = list(warnings)
+    notes += [warning for line in spoken.lines for warning in line.warnings] if len(spoken.lines) == 1 else []
+    notes += [f"not words, and not spoken: {gap.strip()[:80]!r}" for gap in spoken.unspoken if gap.strip()]
+    warnings = "".join(f'<p class="kalle-warning">{_escape(note)}</p>' for note in notes)
+    return f'<dl class="kalle-facts">{rows}</dl>{warnings}' + (_sentences(spoken) if len(spoken.lines) > 1 else "")
+
+
+def weakest(spoken: JobResult) -> tuple[int, SpokenSentence]:
+    """The line with the lowest confidence among those that have frames, and its number from 1."""
+    lines = [(number, line) for number, line in enumerate(spoken.lines, 1) if line.speech.frames] or [(1, spoken.lines[0])]
+    return min(lines, key=lambda item: item[1].speech.confidence)
+
+
+def _ending(spoken: JobResult) -> str:
+    if spoken.stopped:
+        return f"interrupted: {ENDINGS['interrupted']}"
+    bad = [line for line in spoken.lines if line.speech.stop_reason != "end"]
+    if len(spoken.lines) == 1 or not bad:
+        reason = spoken.lines[0].speech.stop_reason
+        return f"{reason}: {ENDINGS[reason]}"
+    return f"{len(bad)} of {len(spoken.lines)} sentences did not end by themselves; see below"
+
+
+def _confidence(spoken: JobResult) -> float:
+    weights = [line.speech.frames for line in spoken.lines]
+    return sum(weight * line.speech.confidence for weight, line in zip(weights, spoken.lines, strict=True) if weight) / sum(weights)
+
+
+def _sentences(spoken: JobResult) -> str:
+    rows = []
+    for number, line in enumerate(spoken.lines, 1):
+        speech = line.speech
+        notes = "".join(f'<p class="kalle-warning">{_escape(note)}</p>' for note in line.warnings)
+        numbers = f"{speech.seconds:.2f} s, {speech.stop_reason}" + (f", confidence {speech.confidence:.3f}" if speech.frames else "")
+        rows.append(f"<li value='{number}'>{_escape(line.text)} <small>({_escape(numbers)})</small>{notes}</li>")
+    return f'<ol class="kalle-sentences">{"".join(rows)}</ol>'
+
+
+def figure_html(figure: Figure, description: str) -> str:
+    """``figure`` as an image inside the page, for nothing is fetched for it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="kalle-figure" alt="{_escape(description)}" src="data:image/png;base64,{encoded}">'
+
+
+def _escape(text: str) -> str:
+    return html.escape(text, quote=True)
+
 
 LOGGER = logging.getLogger(__name__)
 SECONDS_BETWEEN_NOTICES = 0.4
@@ -24,7 +152,7 @@ UNEXPECTED = "Something went wrong that should not; the terminal that runs the p
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows of a job."""
+    """The state of a job as the page shows it."""
 
     message: str = ""
     """HTML"""
@@ -40,42 +168,42 @@ class View:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What the page shows after "Keep this voice"; ``name`` is None when it was refused."""
+class KeepOutcome:
+    """The answer to "Keep this voice"; ``name`` is None when it was refused."""
 
     message: str
     name: str | None
 
 
 class Handlers:
-    """The page's reactions, for every session of one studio."""
+    """The page's reactions, for every session of one backend."""
 
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
 
     def voices(self) -> list[str]:
-        """What the picker lists; the first is the model's own voice."""
-        return [MODELS_OWN, *self.studio.shelf.names()]
+        """The names in the voice picker; the first is the model's own voice."""
+        return [MODELS_OWN, *self.backend.voices.names()]
 
-    def begin(self, session: str, asked: Asked) -> View:
+    def begin(self, session: str, request: PageRequest) -> View:
         """ "Speak" was pressed: a job to wait for, or what is wrong with it."""
         try:
-            job = self.studio.begin(session, asked)
+            job = self.backend.begin(session, request)
         except UserError as error:
             return View(self._mistake(error))
-        return View(notice_html(waiting_text(self.studio.jobs.ahead(job))), busy=True, token=job.token)
+        return View(notice_html(waiting_text(self.backend.jobs.ahead(job))), busy=True, token=job.token)
 
     def run(self, session: str) -> Iterator[View]:
         """Do the session's job, when its turn has come; one view for every change, nothing when there is nothing to do."""
-        job = self.studio.jobs.of(session)
+        job = self.backend.jobs.of(session)
         if job is None or job.begun or job.finished:
             return
         shown = -SECONDS_BETWEEN_NOTICES
         view = View(notice_html(STOPPED), token=job.token)
         try:
-            for step in self.studio.speak(job):
-                if isinstance(step, Spoken):
-                    view = self._result(step, job.asked.voice, job.token)
+            for step in self.backend.speak(job):
+                if isinstance(step, JobResult):
+                    view = self._result(step, job.request.voice, job.token)
                 elif step.elapsed_seconds - shown >= SECONDS_BETWEEN_NOTICES or not step.seconds:
                     shown = step.elapsed_seconds
                     yield self._working(step, job.token)
@@ -88,51 +216,82 @@ class Handlers:
 
     def stop(self, session: str) -> View | None:
         """ "Stop" was pressed: what to show, None when there was nothing to stop. A running job shows its own end."""
-        job = self.studio.jobs.of(session)
-        if job is None or not self.studio.jobs.stop(session):
+        job = self.backend.jobs.of(session)
+        if job is None or not self.backend.jobs.stop(session):
             return None
         return View(notice_html(STOPPED), token=job.token) if job.finished else View(notice_html("Stopping…"), busy=True, token=job.token)
 
     def leave(self, session: str) -> None:
         """The page was closed."""
-        self.studio.jobs.forget(session)
+        self.backend.jobs.forget(session)
 
     def sample(self, choice: VoiceChoice) -> tuple[Path | None, str]:
         """ "Listen" was pressed: a WAV file of the voice, or None and what is wrong."""
         try:
-            return self.studio.shelf.sample(choice), ""
+            return self.backend.voices.sample(choice), ""
         except UserError as error:
             return None, self._mistake(error)
 
-    def keep(self, choice: VoiceChoice, name: str, consent: str | None = None) -> Kept:
+    def keep(self, choice: VoiceChoice, name: str, consent: str | None = None) -> KeepOutcome:
         """ "Keep this voice" was pressed."""
         try:
-            kept = self.studio.shelf.keep(choice, name, consent)
+            kept = self.backend.voices.keep(choice, name, consent)
         except UserError as error:
-            return Kept(self._mistake(error), None)
-        LOGGER.info("kept the voice %s in %s", kept, self.studio.shelf.folder)
-        return Kept(notice_html(f"Kept as “{kept}”: it is among the stored voices now."), kept)
+            return KeepOutcome(self._mistake(error), None)
+        LOGGER.info("kept the voice %s in %s", kept, self.backend.voices.folder)
+        return KeepOutcome(notice_html(f"KeepOutcome as “{kept}”: it is among the stored voices now."), kept)
 
     def _mistake(self, error: UserError) -> str:
-        return error_html(without_folders(str(error), self.studio.folders))
+        return error_html(without_folders(str(error), self.backend.folders))
 
-    def _working(self, progress: Progress, token: str) -> View:
+    def _working(self, progress: JobProgress, token: str) -> View:
         return View(notice_html(progress_text(progress)), busy=True, token=token)
 
-    def _result(self, spoken: Spoken, choice: VoiceChoice, token: str) -> View:
+    def _result(self, spoken: JobResult, choice: VoiceChoice, token: str) -> View:
         from kalle.evaluation.figures import speech_figure
 
         number, line = weakest(spoken)
         figure = figure_html(speech_figure(line.speech, *FIGURE_PIXELS), FIGURE_ALT)
         if len(spoken.lines) > 1:
             figure = f"<p>Sentence {number}, the one with the lowest confidence:</p>{figure}"
-        return View("", False, token, spoken.path, facts_html(spoken, voice_words(choice), self.studio.shelf.doubts(choice)), figure)
+        return View(
+            "", False, token, spoken.path, facts_html(spoken, voice_description(choice), self.backend.voices.warnings(choice)), figure
+        )
 
 
-def asked_from(text: str | None, voice: VoiceChoice, seed: str | None, temperature: float | None, max_seconds: str | None) -> Asked:
+def typed_whole(text: str | None, name: str) -> int | None:
+    """The whole number in a field of that name, None for an empty one."""
+    return _typed(text, name, int, "a whole number")
+
+
+def typed_number(text: str | None, name: str) -> float | None:
+    """The number in a field of that name, None for an empty one."""
+    return _typed(text, name, _finite, "a number")
+
+
+def _typed(text: str | None, name: str, kind: Callable[[str], Number], expected: str) -> Number | None:
+    typed = (text or "").strip()
+    if not typed:
+        return None
+    try:
+        return kind(typed)
+    except ValueError:
+        raise UserError(f"bad {name}: got {typed[:40]!r}, expected {expected} or an empty field; type it again") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def request_from_fields(
+    text: str | None, voice: VoiceChoice, seed: str | None, temperature: float | None, max_seconds: str | None
+) -> PageRequest:
     """The fields of the page as a request; an empty number is the default. UserError for what is no number."""
     longest = typed_number(max_seconds, "longest length")
-    return Asked(text or "", voice, typed_whole(seed, "seed"), None if temperature is None else float(temperature), longest)
+    return PageRequest(text or "", voice, typed_whole(seed, "seed"), None if temperature is None else float(temperature), longest)
 
 
 def choice_from(source: str, name: str | None, recording: str | None, transcript: str | None, seed: str | None) -> VoiceChoice:
@@ -145,7 +304,7 @@ def choice_from(source: str, name: str | None, recording: str | None, transcript
     return replace(choice, name=None if name in (None, MODELS_OWN) else name)
 
 
-def voice_words(choice: VoiceChoice) -> str:
+def voice_description(choice: VoiceChoice) -> str:
     """A choice of voice as people read it."""
     if choice.source == RECORDING:
         return "your recording"

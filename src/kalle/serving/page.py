@@ -1,24 +1,149 @@
-"""Which part of the page calls which handler."""
+"""The page: every component in reading order, and which of them calls which handler."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from kalle.errors import UserError
-from kalle.serving.asked import RANDOM, RECORDING, STORED
-from kalle.serving.handlers import Handlers, Kept, View, asked_from, choice_from, fresh_seed
-from kalle.serving.layout import SpeechParts, VoiceParts, lay_out
-from kalle.serving.words import error_html
+from kalle.serving.handlers import MODELS_OWN, Handlers, KeepOutcome, View, choice_from, error_html, fresh_seed, request_from_fields
+from kalle.serving.voices import RANDOM, RECORDING, STORED
+
+EXAMPLES = {
+    "en": ("Hello! This voice is drawn frame by frame.", "The sun came up slowly over the quiet harbour."),
+    "zh": ("你好！这个声音是一帧一帧画出来的。", "太阳慢慢升起，港口里很安静。"),
+}
+"""Texts to try, by the language of the weights."""
+SOURCES = (("Stored voice", STORED), ("Recording", RECORDING), ("Random voice", RANDOM))
+_PLAYER = (
+    '<div class="kalle-player" data-rate="{rate}" data-state="idle" role="group" aria-label="Playback while it is being made">'
+    '<span class="time">Nothing to play yet</span><span class="meter" aria-hidden="true"><span></span></span>'
+    '<button type="button" disabled>Pause</button></div>'
+)
+
+
+@dataclass(frozen=True)
+class VoiceParts:
+    """The components that choose a voice."""
+
+    source: gr.Radio
+    stored: gr.Dropdown
+    recording: gr.Audio
+    transcript: gr.Textbox
+    seed: gr.Textbox
+    another: gr.Button
+    listen: gr.Button
+    sample: gr.Audio
+    name: gr.Textbox
+    consent: gr.Textbox
+    keep: gr.Button
+    message: gr.HTML
+    groups: tuple[gr.Group, gr.Group, gr.Group, gr.Group]
+    """Shown for a stored voice, a recording, a random voice, and for what can be kept."""
+
+    @property
+    def choice(self) -> list[Any]:
+        """The fields of ``handlers.choice_from``, in order."""
+        return [self.source, self.stored, self.recording, self.transcript, self.seed]
+
+
+@dataclass(frozen=True)
+class SpeechParts:
+    """The components that ask for speech and show it."""
+
+    text: gr.Textbox
+    seed: gr.Textbox
+    temperature: gr.Slider
+    max_seconds: gr.Textbox
+    speak: gr.Button
+    stop: gr.Button
+    message: gr.HTML
+    player: gr.HTML
+    audio: gr.Audio
+    download: gr.DownloadButton
+    facts: gr.HTML
+    figure: gr.HTML
+
+    @property
+    def numbers(self) -> list[Any]:
+        """The last fields of ``handlers.request_from_fields``, in order."""
+        return [self.seed, self.temperature, self.max_seconds]
+
+
+def lay_out(handlers: Handlers, player_js: str) -> tuple[VoiceParts, SpeechParts]:
+    """Put every component on the page that is being built."""
+    kalle, limit = handlers.backend.kalle, handlers.backend.max_text
+    gr.HTML(
+        f"<h1>kalle</h1><p>Text to speech at {kalle.sample_rate // 1000} kHz, computed on the {kalle.device.type.upper()}.</p>",
+        elem_classes="kalle-head",
+    )
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=300):
+            text = gr.Textbox(label="Text", lines=5, max_lines=14, placeholder="What to say", elem_id="text")
+            gr.HTML(f'<p class="kalle-count" data-limit="{limit}" aria-live="off">0 of {limit} characters</p>', elem_id="count")
+            examples = EXAMPLES.get(kalle.config.language or "en", EXAMPLES["en"])
+            gr.Examples([[example] for example in examples], inputs=text, label="Try one of these", elem_id="examples")
+            voice = _voice(handlers)
+            with gr.Accordion("Settings", open=False):
+                seed = _number("Seed", "The same seed gives the same speech; empty draws one.", "seed")
+                temperature = gr.Slider(0, 1.5, kalle.temperature, step=0.05, label="Temperature", info="1 is the model's own spread.")
+                max_seconds = _number("Longest sentence in seconds", "Empty: three times the usual pace.", "max-seconds")
+        with gr.Column(scale=6, min_width=300):
+            with gr.Row(elem_classes="kalle-actions"):
+                speak = gr.Button("Speak", variant="primary", elem_id="speak", min_width=140)
+                stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False, min_width=100)
+            message = gr.HTML(elem_id="message")
+            rate = kalle.sample_rate
+            player = gr.HTML("", html_template=_PLAYER.replace("{rate}", str(rate)), js_on_load=player_js, elem_id="player")
+            audio = gr.Audio(label="Speech", interactive=False, type="filepath", buttons=[], visible=False, elem_id="audio")
+            download = gr.DownloadButton("Download WAV", visible=False, elem_id="download", elem_classes="kalle-big")
+            facts, figure = gr.HTML(elem_id="facts"), gr.HTML(elem_id="figure")
+    return voice, SpeechParts(text, seed, temperature, max_seconds, speak, stop, message, player, audio, download, facts, figure)
+
+
+def _number(label: str, info: str | None, elem_id: str) -> gr.Textbox:
+    # Not Gradio's number: it shows 0 where nothing was typed, rounds silently and refuses in an exception's words.
+    return gr.Textbox(label=label, info=info, max_lines=1, min_width=140, elem_id=elem_id)
+
+
+def _voice(handlers: Handlers) -> VoiceParts:
+    needs = "needed" if not handlers.backend.kalle.has_speaker_encoder else "optional, keeps the way of speaking too"
+    with gr.Group():
+        source = gr.Radio(list(SOURCES), value=STORED, label="Voice", elem_id="source")
+        with gr.Group() as stored_group:
+            stored = gr.Dropdown(handlers.voices(), value=MODELS_OWN, label="Stored voices", elem_id="stored", filterable=True)
+        with gr.Group(visible=False) as recording_group:
+            recording = gr.Audio(
+                sources=["upload", "microphone"],
+                type="filepath",
+                label="Recording of one voice, 2 to 20 seconds",
+                buttons=[],
+                elem_id="recording",
+            )
+            transcript = gr.Textbox(label=f"What is said in it, word for word ({needs})", lines=2, elem_id="transcript")
+        with gr.Group(visible=False) as random_group, gr.Row():
+            seed = _number("Seed of the voice", None, "voice-seed")
+            another = gr.Button("Another one", min_width=120, elem_id="another")
+    listen = gr.Button("Listen to this voice", size="md", elem_id="listen", elem_classes="kalle-big")
+    sample = gr.Audio(label="Sample of the voice", interactive=False, autoplay=True, buttons=[], visible=False, elem_id="sample")
+    with gr.Group(visible=False) as keep_group:
+        name = gr.Textbox(label="Name for this voice", max_lines=1, elem_id="name")
+        consent = gr.Textbox(label="Who spoke, and what they agreed to (optional, stored with it)", max_lines=1, elem_id="consent")
+        keep = gr.Button("Keep this voice", elem_id="keep", elem_classes="kalle-big")
+    message = gr.HTML(elem_id="voice-message")
+    groups = (stored_group, recording_group, random_group, keep_group)
+    return VoiceParts(source, stored, recording, transcript, seed, another, listen, sample, name, consent, keep, message, groups)
+
 
 ASSETS = Path(__file__).parent / "assets"
 TITLE = "kalle"
 MODEL_QUEUE = "model"
 """Every event that runs the model waits in this one queue, so that one at a time does."""
-HUSH = "() => { document.dispatchEvent(new Event('kalle-hush')); }"
+SILENCE_PLAYER = "() => { document.dispatchEvent(new Event('kalle-silence')); }"
 CACHE_SWEEP_SECONDS, CACHE_SECONDS = 600, 3600
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Events of the page are nobody's API."""
@@ -59,7 +184,7 @@ def _wire_voice(handlers: Handlers, voice: VoiceParts) -> None:
         try:
             result = handlers.keep(choice_from(*fields), name, consent)
         except UserError as error:
-            result = Kept(error_html(str(error)), None)
+            result = KeepOutcome(error_html(str(error)), None)
         if result.name is None:
             return [result.message, *[gr.skip()] * 4]
         return [result.message, STORED, gr.Dropdown(choices=handlers.voices(), value=result.name), "", ""]
@@ -80,10 +205,10 @@ def _wire_speech(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> 
 
     def begun(request: gr.Request, text: str, seed: str, temperature: float, max_seconds: str, *fields: Any) -> Any:
         try:
-            asked = asked_from(text, choice_from(*fields), seed, temperature, max_seconds)
+            speech_request = request_from_fields(text, choice_from(*fields), seed, temperature, max_seconds)
         except UserError as error:
             return _shown(View(error_html(str(error))))
-        return _shown(handlers.begin(str(request.session_hash), asked))
+        return _shown(handlers.begin(str(request.session_hash), speech_request))
 
     def ran(request: gr.Request) -> Iterator[Any]:
         yield [gr.skip()] * len(view)  # Gradio takes no value at all for an order to empty everything.
@@ -94,9 +219,9 @@ def _wire_speech(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> 
         step = handlers.stop(str(request.session_hash))
         return [gr.skip()] * len(view) if step is None else _changed(step)
 
-    asked = [speech.text, *speech.numbers, *voice.choice]
+    fields = [speech.text, *speech.numbers, *voice.choice]
     for press in (speech.speak.click, speech.text.submit):
-        press(begun, asked, view, queue=False, js=None, **QUIET).then(
+        press(begun, fields, view, queue=False, js=None, **QUIET).then(
             ran,
             None,
             view,
@@ -104,9 +229,9 @@ def _wire_speech(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> 
             concurrency_limit=1,
             **QUIET,
         )
-    speech.stop.click(stopped, None, view, queue=False, js=HUSH, **QUIET)
+    speech.stop.click(stopped, None, view, queue=False, js=SILENCE_PLAYER, **QUIET)
     for sound in (speech.audio, voice.sample):
-        sound.play(None, js=HUSH, **QUIET)
+        sound.play(None, js=SILENCE_PLAYER, **QUIET)
     speech.text.change(None, speech.text, None, js=(ASSETS / "counter.js").read_text(encoding="utf-8"), **QUIET)
 
 

@@ -109,7 +109,7 @@ element.addEventListener('click', event => {
   if (state === 'paused') { state = 'playing'; context.resume(); } else if (state === 'playing') { state = 'paused'; context.suspend(); }
   show();
 });
-document.addEventListener('kalle-hush', () => {
+document.addEventListener('kalle-silence', () => {
   if (state === 'idle' || state === 'done') return;
   silence(); state = 'stopped';
   if (context) context.resume();

@@ -1,4 +1,4 @@
-"""Serving the page: where it listens, the address its audio comes from, and nothing to anyone else."""
+"""The server of the page: its address, the requests it refuses, and the route of its audio."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from kalle.errors import UserError
-from kalle.serving.guard import Guard, loopback_names
-from kalle.serving.jobs import Job, Jobs
-from kalle.serving.studio import DEFAULT_MAX_TEXT, Studio
+from kalle.serving.jobs import DEFAULT_MAX_TEXT, Backend, Job, Jobs
 from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.kalle import Kalle
 
@@ -28,6 +27,78 @@ if TYPE_CHECKING:
     import gradio as gr
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+LOGGER = logging.getLogger(__name__)
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+OWN_SITE = frozenset({"same-origin", "none"})
+FOREIGN_HOST = "refused: this page is served to this machine only, under its own name"
+FOREIGN_PAGE = "refused: the request comes from another page"
+
+
+class OriginCheck:
+    """ASGI middleware that answers 403 to requests a foreign page sent.
+
+    A page elsewhere can point its own name at 127.0.0.1 (DNS rebinding) and is then, to the browser, the same site: only the
+    ``Host`` header tells, which must be one of ``names`` (None: any; whoever serves the network or a tunnel cannot know its names).
+    Without rebinding the browser sends ``Sec-Fetch-Site`` or ``Origin`` with whatever changes something; they must be the page's own.
+    ``Sec-Fetch-Site`` comes first, for it is right behind a proxy too; browsers send it over HTTPS and to this machine only.
+    """
+
+    def __init__(self, app: ASGIApp, names: frozenset[str] | None) -> None:
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says."""
+        problem = self._problem(scope) if scope["type"] in ("http", "websocket") else None
+        if problem is None:
+            await self._app(scope, receive, send)
+            return
+        from starlette.responses import PlainTextResponse
+
+        LOGGER.warning("%s", problem)
+        await PlainTextResponse(problem, status_code=403)(scope, receive, send)
+
+    def _problem(self, scope: Scope) -> str | None:
+        from starlette.datastructures import Headers
+
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if self._names is not None and host_name(host) not in self._names:
+            return FOREIGN_HOST
+        if scope["type"] == "http" and scope["method"] in READING:
+            return None
+        return None if _own(headers.get("sec-fetch-site"), headers.get("origin"), host) else FOREIGN_PAGE
+
+
+def loopback_names(host: str) -> frozenset[str]:
+    """The names of a page that listens on the loopback address ``host``."""
+    return LOOPBACK_NAMES | {host.lower().strip("[]")}
+
+
+def host_name(host: str) -> str | None:
+    """The name in a ``Host`` header, without its port and brackets; None where there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+def _own(site: str | None, origin: str | None, host: str) -> bool:
+    if site is not None:
+        return site.lower() in OWN_SITE
+    return origin is None or _authority(origin) == host.lower()
+
+
+def _authority(origin: str) -> str | None:
+    """Host and port of an ``Origin`` header; None for "null" and what is no address."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
+
 
 LOGGER = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -39,7 +110,7 @@ _POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class WebOptions:
-    """Where and how the page is served."""
+    """Address and limits of the page."""
 
     host: str = LOOPBACK
     port: int = PORT
@@ -47,7 +118,7 @@ class WebOptions:
     share: bool = False
     """Ask Gradio for a public address, through its servers."""
     voices: Path | None = None
-    """Where kept voices go; None is the weight folder's own voices/."""
+    """Folder of kept voices; None is the weight folder's own voices/."""
     max_text: int = DEFAULT_MAX_TEXT
     open_browser: bool = False
 
@@ -65,8 +136,8 @@ def serve(kalle: Kalle, options: WebOptions) -> None:
     """
     require_gradio()
     voices = options.voices or (kalle.folder or Path()) / VOICES_FOLDER
-    with Studio(kalle, voices, options.max_text) as studio, _gradio_files(studio.temporary / "page"), _ended_by_sigterm():
-        page = launch(studio, options)
+    with Backend(kalle, voices, options.max_text) as backend, _gradio_files(backend.temporary / "page"), _ended_by_sigterm():
+        page = launch(backend, options)
         try:
             # Said in here: whoever reads it may press Ctrl-C at once.
             LOGGER.info("the page is at %s (Ctrl-C ends it)", page.share_url or page.local_url)
@@ -100,7 +171,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def launch(studio: Studio, options: WebOptions) -> gr.Blocks:
+def launch(backend: Backend, options: WebOptions) -> gr.Blocks:
     """Start the server; the result's ``local_url`` tells where it is, ``close()`` ends it."""
     from starlette.middleware import Middleware
     from starlette.routing import Route
@@ -116,7 +187,7 @@ def launch(studio: Studio, options: WebOptions) -> gr.Blocks:
         )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there.
     port = listenable_port(options.host, options.port)
-    page = build(Handlers(studio))
+    page = build(Handlers(backend))
     page.queue(default_concurrency_limit=None)
     try:
         page.launch(
@@ -136,10 +207,10 @@ def launch(studio: Studio, options: WebOptions) -> gr.Blocks:
             max_file_size=LARGEST_UPLOAD,
             app_kwargs={
                 "routes": [
-                    Route("/kalle/audio/{token}", audio_route(studio.jobs)),
-                    Route("/kalle/ahead/{token}", ahead_route(studio.jobs)),
+                    Route("/kalle/audio/{token}", audio_route(backend.jobs)),
+                    Route("/kalle/ahead/{token}", ahead_route(backend.jobs)),
                 ],
-                "middleware": [Middleware(Guard, names=own_names(options))],
+                "middleware": [Middleware(OriginCheck, names=own_names(options))],
             },
             **look(),
         )

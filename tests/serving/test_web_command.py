@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from kalle.cli.main import main
-from kalle.serving import web as serving
-from kalle.serving.web import WebOptions
+from kalle.serving import server as serving
+from kalle.serving.server import WebOptions
 from kalle.synthesis.kalle import Kalle
 from kalle.text.tokenizer import Tokenizer
 

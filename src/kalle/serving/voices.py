@@ -18,7 +18,6 @@ import torch
 from kalle.audio import load_channels, resample, write_audio
 from kalle.errors import UserError
 from kalle.files import unwritable
-from kalle.serving.asked import RANDOM, RECORDING, VoiceChoice, check_voice
 from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.prompt_checks import LONGEST_PROMPT_SECONDS, prompt_warnings
@@ -31,9 +30,37 @@ SAMPLE_SECONDS = 6.0
 SAMPLE_TEXT = "This is how I sound."
 _REMEMBERED = 32
 Value = TypeVar("Value")
+STORED, RECORDING, RANDOM = "stored", "recording", "random"
 
 
-class Remembered(Generic[Value]):
+@dataclass(frozen=True)
+class VoiceChoice:
+    """The voice that a request names."""
+
+    source: str = STORED
+    """One of "stored", "recording", "random"."""
+    name: str | None = None
+    """Of a stored voice; None is the model's own."""
+    recording: str | None = None
+    """Path of an audio file."""
+    transcript: str | None = None
+    """The words that are spoken in the recording."""
+    seed: int | None = None
+    """Of a random voice."""
+
+
+def check_voice(choice: VoiceChoice, needs_transcript: bool) -> None:
+    """Refuse an incomplete choice of voice."""
+    if choice.source == RECORDING:
+        if choice.recording is None:
+            raise UserError("no recording: got an empty reference, expected audio; upload a file, record one or choose another voice")
+        if needs_transcript and not (choice.transcript or "").strip():
+            raise UserError("a recording without its transcript: got no text, expected the words that are spoken in it; type them below it")
+    if choice.source == RANDOM and choice.seed is None:
+        raise UserError("no seed for the random voice: got an empty field, expected a whole number; type one or press “Another one”")
+
+
+class RecentResults(Generic[Value]):
     """The last few results of something slow."""
 
     def __init__(self, size: int = _REMEMBERED) -> None:
@@ -52,19 +79,19 @@ class Remembered(Generic[Value]):
 
 
 @dataclass(frozen=True)
-class Heard:
+class CheckedVoice:
     """A voice, and what makes it doubtful, a line each."""
 
     voice: Voice
-    doubts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
-class VoiceShelf:
+class VoiceStore:
     """Voices by name in ``folder`` and beside the weights of ``kalle``; samples of them go to ``temporary``."""
 
     def __init__(self, kalle: Kalle, folder: Path, temporary: Path) -> None:
         self.kalle, self.folder, self._temporary = kalle, folder, temporary
-        self._voices: Remembered[Heard] = Remembered()
+        self._voices: RecentResults[CheckedVoice] = RecentResults()
         self._fits: dict[tuple[Path, int], bool] = {}
 
     def names(self) -> list[str]:
@@ -82,15 +109,15 @@ class VoiceShelf:
         if choice.source == RANDOM:
             assert choice.seed is not None
             seed = choice.seed
-            return self._voices.get(seed, lambda: Heard(self.kalle.random_voice(seed))).voice
+            return self._voices.get(seed, lambda: CheckedVoice(self.kalle.random_voice(seed))).voice
         if choice.name is None:
             return None
         path = self._path(choice.name)
-        return self._voices.get((path, _changed(path)), lambda: Heard(self.kalle.load_voice(path))).voice
+        return self._voices.get((path, _changed(path)), lambda: CheckedVoice(self.kalle.load_voice(path))).voice
 
-    def doubts(self, choice: VoiceChoice) -> list[str]:
-        """What makes a recording a doubtful voice, a line each; nothing for other voices."""
-        return list(self._recorded(choice).doubts) if choice.source == RECORDING else []
+    def warnings(self, choice: VoiceChoice) -> list[str]:
+        """Warnings about a recording as a prompt, a line each; none for other voices."""
+        return list(self._recorded(choice).warnings) if choice.source == RECORDING else []
 
     def keep(self, choice: VoiceChoice, name: str, consent: str | None = None) -> str:
         """Store the voice of ``choice`` under ``name`` and return the name as it is listed; nothing is overwritten."""
@@ -122,18 +149,18 @@ class VoiceShelf:
         audio = self.kalle.flowvae.decode(latents[None].to(weight.device, weight.dtype))[0]
         return np.asarray(audio.float().cpu().numpy(), dtype=np.float32)
 
-    def _recorded(self, choice: VoiceChoice) -> Heard:
+    def _recorded(self, choice: VoiceChoice) -> CheckedVoice:
         """The voice of a recording, which is decoded once."""
         assert choice.recording is not None
         recording, transcript = Path(choice.recording), (choice.transcript or "").strip() or None
         return self._voices.get((recording, _changed(recording), transcript), lambda: self._hear(recording, transcript))
 
-    def _hear(self, recording: Path, transcript: str | None) -> Heard:
+    def _hear(self, recording: Path, transcript: str | None) -> CheckedVoice:
         channels, rate_hz = load_channels(recording, LONGEST_PROMPT_SECONDS)
         audio = channels.mean(axis=0, dtype=np.float32)
         voice = self.kalle.voice(audio, transcript, sample_rate_hz=rate_hz)
         rate = self.kalle.sample_rate
-        return Heard(voice, tuple(prompt_warnings(resample(audio, rate_hz, rate), rate, transcript, rate_hz)))
+        return CheckedVoice(voice, tuple(prompt_warnings(resample(audio, rate_hz, rate), rate, transcript, rate_hz)))
 
     def _publish(self, voice: Voice, path: Path, name: str) -> None:
         """Write ``path`` whole, and never in the place of a file that came there since it was looked for."""

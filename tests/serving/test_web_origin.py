@@ -10,20 +10,19 @@ from typing import Any
 
 import pytest
 
-from kalle.serving import web as serving
-from kalle.serving.guard import FOREIGN_HOST, FOREIGN_PAGE, Guard, loopback_names
-from kalle.serving.studio import Studio
-from kalle.serving.web import WebOptions, launch
+from kalle.serving import server as serving
+from kalle.serving.jobs import Backend
+from kalle.serving.server import FOREIGN_HOST, FOREIGN_PAGE, OriginCheck, WebOptions, launch, loopback_names
 
 UPLOAD = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nhello\r\n--x--\r\n'
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
 @pytest.fixture
-def port(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def port(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     pytest.importorskip("gradio")
-    monkeypatch.setenv(serving.GRADIO_FOLDER, str(studio.temporary / "page"))
-    page = launch(studio, WebOptions(port=0))
+    monkeypatch.setenv(serving.GRADIO_FOLDER, str(backend.temporary / "page"))
+    page = launch(backend, WebOptions(port=0))
     yield page.server_port
     page.close(verbose=False)
 
@@ -67,7 +66,7 @@ def answered(names: frozenset[str] | None, method: str, headers: dict[str, str])
         sent.append(message)
 
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    asyncio.run(Guard(app, names)({"type": "http", "method": method, "headers": raw}, None, send))
+    asyncio.run(OriginCheck(app, names)({"type": "http", "method": method, "headers": raw}, None, send))
     return sent[0]["status"]
 
 
