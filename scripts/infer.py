@@ -40,7 +40,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Speak; a UserError for every mistake."""
     given = parse(arguments)
     from kalle.cli.say import check_request, choose_voice, speak_to_file
-    from kalle.convert.once import release_folder
+    from kalle.convert.release import release_folder
 
     check_request(given.target_text, given.output, given.prompt_wav_path, given.prompt_text, None)
     model = given.model or release_folder(given.ckpt)

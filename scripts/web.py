@@ -33,7 +33,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Serve the page; a UserError for every mistake."""
     given = parse(arguments)
     from kalle.cli.web import check_options, run_web
-    from kalle.convert.once import release_folder
+    from kalle.convert.release import release_folder
 
     check_options(given.host, given.port, given.max_text)
     model = given.model or release_folder(given.ckpt)

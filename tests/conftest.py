@@ -78,7 +78,7 @@ def toy_latents(tmp_path_factory: pytest.TempPathFactory, toy_corpus: Path, toy_
     """The latents of the toy corpus under the toy Flow-VAE, with speaker mels."""
     from kalle.data.corpus_cuts import load_cuts
     from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
-    from kalle.models.speaker_mel import SpeakerMel
+    from kalle.models.speaker import SpeakerMel
 
     folder = tmp_path_factory.mktemp("toy") / "latents"
     encoder = CorpusEncoder(FlowVAE.from_pretrained(toy_weights), EncodeConfig(shard_size=5, speaker_mels=True), SpeakerMel())

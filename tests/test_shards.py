@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from kalle.checkpoint import WEIGHTS_NAME, read_json, read_tensors, read_weights, weight_files, write_json, write_tensors
-from kalle.convert.shards import write_weights
+from kalle.checkpoint import WEIGHTS_NAME, read_json, read_tensors, read_weights, weight_files, write_json, write_tensors, write_weights
 from kalle.errors import UserError
 
 INDEX = "model.safetensors.index.json"

@@ -10,7 +10,7 @@ import pytest
 
 from kalle.audio import read_audio, write_audio
 from kalle.checkpoint import read_json
-from kalle.convert.once import find_tokenizer, release_folder
+from kalle.convert.release import find_tokenizer, release_folder
 from kalle.errors import UserError
 from kalle.synthesis import ReleaseQuirks
 from kalle.synthesis.kalle import Kalle

@@ -15,10 +15,9 @@ from kalle.cli.hydra_entry import compose
 from kalle.cli.main import main
 from kalle.cli.train_lm_model import Adapters, export_language_model, prepare_language_model
 from kalle.errors import UserError
-from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm import KalleLM, KalleLMConfig, set_attention
 from kalle.models.lora import LoRAConfig, add_lora
 from kalle.models.speaker import SpeakerEncoderConfig
-from kalle.models.speed import set_attention
 from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.sampling import StopRule

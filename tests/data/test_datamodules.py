@@ -20,7 +20,7 @@ from kalle.data.speaker_crops import speaker_crop
 from kalle.errors import UserError
 from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE
-from kalle.models.speaker_mel import SpeakerMel
+from kalle.models.speaker import SpeakerMel
 from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.prompt import prompt_ids
 from kalle.text.tokenizer import Tokenizer

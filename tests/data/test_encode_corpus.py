@@ -18,7 +18,7 @@ from kalle.data.shards import ShardFolder, read_info, read_items
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE
-from kalle.models.speaker_mel import SpeakerMel
+from kalle.models.speaker import SpeakerMel
 
 MakeCuts = Callable[..., list[Any]]
 LENGTHS = [3000, 4000, 4000, 5001, 4000, 2500, 6399]

@@ -18,7 +18,7 @@ from kalle.data.shards import read_items
 from kalle.data.storage import Folder
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
-from kalle.models.speaker_mel import SpeakerMel
+from kalle.models.speaker import SpeakerMel
 
 MakeCuts = Callable[..., list[Any]]
 

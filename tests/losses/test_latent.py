@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import (
+    LatentHealth,
     constant_gaussian_baseline,
     directed_kl,
     flow_kl,
+    latent_health,
     next_distribution_loss,
     speaker_kl,
 )
-from kalle.losses.latent_health import LatentHealth, latent_health
 from kalle.models.batch import LMBatch
 
 REFERENCE = Path(__file__).parents[1] / "reference"

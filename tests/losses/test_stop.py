@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kalle.losses.stop import stop_bce, stop_rows
+from kalle.losses.latent import stop_bce, stop_rows
 
 
 def test_equals_the_sum_written_out() -> None:

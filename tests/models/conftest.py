@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kalle.checkpoint import load_strict
-from kalle.convert.config import flowvae_config, lm_config
-from kalle.convert.keys import flowvae_names, lm_names
+from kalle.convert.release_format import flowvae_config, flowvae_names, lm_config, lm_names
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
 

@@ -12,10 +12,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from kalle.errors import UserError
 from kalle.models import backbone
-from kalle.models.backbone import Backbone
-from kalle.models.backbone_config import BackboneConfig
-from kalle.models.kv_cache import KVCache
+from kalle.models.backbone import Backbone, BackboneConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_state import KVCache
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,

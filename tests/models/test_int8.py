@@ -15,13 +15,11 @@ from torch import Tensor
 from kalle.errors import UserError
 from kalle.files import DiskError
 from kalle.gaussian import DiagGaussian
-from kalle.models.backbone import Backbone
-from kalle.models.backbone_config import BackboneConfig
+from kalle.models.backbone import Backbone, BackboneConfig
 from kalle.models.int8 import Int8Backbone, Int8State
 from kalle.models.int8_weights import BLOCK, FILE_NAME, RECORD_NAME, dequantise, expected_tensors, quantise, quantised_backbone
-from kalle.models.kv_cache import KVCache
 from kalle.models.lm import KalleLM, KalleLMConfig, int8_backbone
-from kalle.models.lm_state import LMState
+from kalle.models.lm_state import KVCache, LMState
 
 engine = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))), reason="the extra 'fast' is not installed")
 # 72 is no multiple of the block, and the heads share keys.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kalle.models.alias_free import SnakeBeta, anti_aliased_snake
+from kalle.models.flowvae.bigvgan import SnakeBeta, anti_aliased_snake
 from kalle.models.layers import CausalConv1d, CausalUpsample1d, same_conv
 
 

@@ -12,10 +12,8 @@ from transformers import DynamicCache
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import next_distribution_loss
-from kalle.models.batch import LMBatch
-from kalle.models.layout import Packing, packed_layout, padded_layout
-from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.models.packing_check import check_documents_apart
+from kalle.models.batch import LMBatch, Packing, packed_layout, padded_layout
+from kalle.models.lm import KalleLM, KalleLMConfig, check_documents_apart
 from kalle.models.speaker import SpeakerEncoderConfig
 
 SPEAKER = SpeakerEncoderConfig(channels=16, embedding_dim=8, pooled_channels=16, attention_channels=8)

@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from kalle.convert.config import RELEASED_BACKBONE, flowvae_config, lm_config, released_flowvae_config
-from kalle.convert.keys import LM_EMBEDDING, LM_HEAD, flowvae_names, lm_names, released_flowvae_names, released_lm_names
+from kalle.convert.release_format import (
+    LM_EMBEDDING,
+    LM_HEAD,
+    RELEASED_BACKBONE,
+    flowvae_config,
+    flowvae_names,
+    lm_config,
+    lm_names,
+    released_flowvae_config,
+    released_flowvae_names,
+    released_lm_names,
+)
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig

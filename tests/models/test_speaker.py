@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
-from kalle.models.speaker import AttentiveStatistics, SpeakerEncoder, SpeakerEncoderConfig
-from kalle.models.speaker_mel import PEAK, SPEAKER_MEL, SpeakerMel
+from kalle.models.speaker import PEAK, SPEAKER_MEL, AttentiveStatistics, SpeakerEncoder, SpeakerEncoderConfig, SpeakerMel
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 TINY = SpeakerEncoderConfig(channels=16, embedding_dim=64)

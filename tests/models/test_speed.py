@@ -8,11 +8,9 @@ import torch
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import next_distribution_loss
-from kalle.models.batch import LMBatch
-from kalle.models.layout import Packing
-from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.batch import LMBatch, Packing
+from kalle.models.lm import KalleLM, KalleLMConfig, compile_layers, recompute_activations, set_attention
 from kalle.models.lora import LoRAConfig, add_lora
-from kalle.models.speed import compile_layers, recompute_activations, set_attention
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kalle.models.alias_free import anti_aliased_snake
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
-from kalle.models.flowvae.streaming import StreamingDecoder
-from kalle.models.flowvae.streaming_bigvgan import EXACT, BigVGANStream, Window, delay_samples, window_within
+from kalle.models.flowvae.bigvgan import anti_aliased_snake
+from kalle.models.flowvae.streaming import EXACT, BigVGANStream, StreamingDecoder, Window, delay_samples, window_within
 from kalle.models.flowvae.streaming_layers import REACH, ActivationStream, SymmetricConvStream
 
 ENCODER = EncoderConfig(channels=(2,) * 7, residual_layers=1)

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from kalle.errors import UserError
-from kalle.models.batch import LMBatch
-from kalle.models.layout import Packing
+from kalle.losses.alignment import HEAD, TextAttention
+from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig
-from kalle.models.text_attention import HEAD, TextAttention
 
 SPEAKER = SpeakerEncoderConfig(channels=16, embedding_dim=8, pooled_channels=16, attention_channels=8)
 LAYER = 1

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kalle.checkpoint import load_strict, write_json
-from kalle.convert.keys import flowvae_names, lm_names
+from kalle.convert.release_format import flowvae_names, lm_names
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
-from kalle.models.backbone_config import BackboneConfig
+from kalle.models.backbone import BackboneConfig
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.longform import LongForm, sentence_seed, speak_long
 from kalle.synthesis.longform_part import LongFormOptions, Part

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kalle.convert.config import RELEASED_BACKBONE
+from kalle.convert.release_format import RELEASED_BACKBONE
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.synthesis import ReleaseQuirks, StopRule, Voice

@@ -11,11 +11,10 @@ import torch
 from kalle.errors import UserError
 from kalle.evaluation.probe import probe
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch
-from kalle.models.layout import Packing
+from kalle.losses.alignment import TextAttention
+from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig
-from kalle.models.text_attention import TextAttention
 from kalle.training.ema import EMA
 from kalle.training.lm import KalleLMTraining, LMObjective
 from kalle.training.schedules import warmup_cosine

@@ -10,9 +10,8 @@ import torch
 
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
-from kalle.losses.stop import stop_bce
-from kalle.models.batch import LMBatch
-from kalle.models.layout import Packing
+from kalle.losses.latent import stop_bce
+from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.training.lm import KalleLMTraining, LMObjective
 from kalle.training.schedules import warmup_cosine

@@ -10,8 +10,7 @@ import torch
 
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch
-from kalle.models.layout import Packing
+from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.text.prompt import prompt_ids, without_text
 from kalle.text.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from kalle.adaptation.material import PromptSequence, Reporter
 from kalle.adaptation.options import AdaptOptions, schedule
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
-from kalle.models.low_rank import linear_layers, low_rank_layers, new_factors, with_low_rank, with_weights
+from kalle.models.lora import linear_layers, low_rank_layers, new_factors, with_low_rank, with_weights
 from kalle.synthesis.adapter import LORA_A, LORA_B, SPEAKER_PARTS, Adapter
 from kalle.synthesis.seeds import derived_seed
 

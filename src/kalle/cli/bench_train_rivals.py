@@ -13,9 +13,8 @@ import torch
 
 from kalle.data.datamodules import FlowVAEDataModule, LMDataModule
 from kalle.data.loader_speed import LoaderSpeed, measure_loader
-from kalle.models.layout import Packing
-from kalle.models.lm import KalleLM
-from kalle.models.speed import compile_layers
+from kalle.models.batch import Packing
+from kalle.models.lm import KalleLM, compile_layers
 from kalle.text.tokenizer import Tokenizer
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
 from kalle.training.lm import KalleLMTraining, LMObjective

@@ -55,8 +55,8 @@ def released_folder(ckpt: Path, model: Path | None) -> Path | None:
 
 def _released(folder: Path) -> Finding:
     """Whether the released files in ``folder`` can be converted when they are first spoken with."""
-    from kalle.convert.files import check_pytorch
-    from kalle.convert.once import find_tokenizer
+    from kalle.convert.pickles import check_pytorch
+    from kalle.convert.release import find_tokenizer
     from kalle.text.tokenizer import TOKENIZER_NAME
 
     name, remedy = f"{folder.name} speaking", f"kalle download --out '{folder}'"

@@ -33,7 +33,7 @@ def encode(config: DictConfig) -> dict[str, Any] | None:
     from kalle.data.ranks import OthersUnfinished, rank_device, share_of_process
     from kalle.errors import UserError
     from kalle.models.flowvae import FlowVAE
-    from kalle.models.speaker_mel import SpeakerMel
+    from kalle.models.speaker import SpeakerMel
     from kalle.progress import progress_bar
 
     OmegaConf.resolve(config)

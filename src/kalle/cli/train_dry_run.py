@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kalle.data.datamodules import LMDataModule
+    from kalle.models.batch import Packing
     from kalle.models.flowvae import FlowVAE
-    from kalle.models.layout import Packing
     from kalle.models.lm import KalleLM
     from kalle.models.lora import LoRAConfig
 
@@ -66,7 +66,7 @@ def _choose_parts(config: DictConfig, lm: KalleLM) -> KalleLM:
     """``lm`` with what of it trains, and the activations it keeps."""
     from hydra.utils import instantiate
 
-    from kalle.models.speed import recompute_activations
+    from kalle.models.lm import recompute_activations
     from kalle.training.trainable import freeze
 
     if config.get("lora") is not None:
@@ -81,8 +81,7 @@ def _with_adapters(lm: KalleLM, config: LoRAConfig) -> KalleLM:
     """What ``add_lora`` makes, in shapes alone."""
     import torch
 
-    from kalle.models.lora import FACTORS, matching_parameters, target_layers
-    from kalle.models.low_rank import new_factors, with_low_rank
+    from kalle.models.lora import FACTORS, matching_parameters, new_factors, target_layers, with_low_rank
 
     also = matching_parameters(lm, config.also_train, "lora.also_train")
     adapted = with_low_rank(lm, new_factors(target_layers(lm, config.targets), config.rank, torch.Generator()), config.scale)
@@ -95,7 +94,7 @@ def largest_rows(data: LMDataModule, packing: Packing | None) -> tuple[int, int,
     """Rows, text positions and frames of the batch of the first epoch that computes most; in packed rows text and frames are shares."""
     import torch
 
-    from kalle.models.layout import packed_layout
+    from kalle.models.batch import packed_layout
 
     dataset, found = data.dataset("train"), []
     texts, audios = dataset.text_lengths, dataset.audio_lengths

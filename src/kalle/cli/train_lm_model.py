@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
-    from kalle.models.layout import Packing
+    from kalle.models.batch import Packing
     from kalle.models.lm import KalleLM
     from kalle.models.lora import LoRAConfig
     from kalle.text.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ def _add_stop_head(lm: KalleLM, config: DictConfig) -> None:
 
 def packing_of(config: DictConfig) -> Packing | None:
     """How the rows of a batch are packed, None for padded ones."""
-    from kalle.models.layout import Packing
+    from kalle.models.batch import Packing
 
     if not config.packing:
         return None
@@ -124,8 +124,8 @@ def prepare_language_model(config: DictConfig, lm: KalleLM, data: Any) -> Adapte
     from hydra.utils import instantiate
 
     from kalle.checkpoint import resolve_device
+    from kalle.models.lm import compile_layers, recompute_activations, set_attention
     from kalle.models.lora import add_lora
-    from kalle.models.speed import compile_layers, recompute_activations, set_attention
     from kalle.synthesis.adapter import base_hash
     from kalle.training.trainable import freeze, parameter_counts
 

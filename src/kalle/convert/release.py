@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,20 @@ import torch
 from torch import Tensor
 
 from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, mismatches, read_json, read_weights, write_json, write_tensors
-from kalle.convert.config import RELEASED_BACKBONE, flowvae_config, lm_config, released_flowvae_config
-from kalle.convert.files import only_tensors, read_pickle, write_pickle
-from kalle.convert.keys import LM_EMBEDDING, LM_HEAD, flowvae_names, lm_names, released_flowvae_names, released_lm_names
+from kalle.convert import CONVERTED
+from kalle.convert.pickles import only_tensors, read_pickle, write_pickle
+from kalle.convert.release_format import (
+    LM_EMBEDDING,
+    LM_HEAD,
+    RELEASED_BACKBONE,
+    flowvae_config,
+    flowvae_names,
+    lm_config,
+    lm_names,
+    released_flowvae_config,
+    released_flowvae_names,
+    released_lm_names,
+)
 from kalle.errors import UserError
 from kalle.files import atomic_folder
 from kalle.models.flowvae import BigVGANConfig, FlowVAE, FlowVAEConfig
@@ -31,6 +43,7 @@ FLOWVAE, LM, TOKENIZER = "flowvae", "lm", "tokenizer"
 PARTS = (FLOWVAE, LM, TOKENIZER)
 RELEASED_FLOWVAE, RELEASED_LM = ("flowvae.pt", "flowvae.json"), ("model.pt", "lm.json")
 """Weights and configuration as ``convert_to_release`` names them."""
+_RELEASED_WEIGHTS = (RELEASED_FLOWVAE[0], RELEASED_LM[0])
 GENERATOR = "generator"
 
 _log = logging.getLogger(__name__)
@@ -258,3 +271,48 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
     if first.data_ptr() == second.data_ptr() and first.stride() == second.stride():
         return True
     return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def holds_release(folder: Path) -> bool:
+    """Whether ``folder`` has the released weights, or what was converted from them."""
+    return (folder / CONVERTED).is_dir() or all((folder / name).is_file() for name in _RELEASED_WEIGHTS)
+
+
+def release_folder(ckpt: Path) -> Path:
+    """``ckpt``/kalle-release, converted now from ``ckpt``/{flowvae.pt, model.pt} and a tokenizer folder if it isn't there.
+
+    ``flowvae.json`` and ``lm.json`` in ``ckpt`` override the released configurations. UserError for missing files.
+    """
+    out = ckpt / CONVERTED
+    if out.is_dir():
+        return out
+    missing = [name for name in _RELEASED_WEIGHTS if not (ckpt / name).is_file()]
+    tokenizer = find_tokenizer(ckpt)
+    if missing or tokenizer is None:
+        lacking = ", ".join([*missing, *([f"a folder with {TOKENIZER_NAME}"] if tokenizer is None else [])])
+        raise UserError(
+            f"no weights: '{ckpt}' lacks {lacking}; fetch the released files with `kalle download --out '{ckpt}'`, put them there by hand, "
+            "or give a weight folder with --model"
+        )
+    _log.info("converting the released files in %s to %s (once)", ckpt, out)
+    _convert(ckpt, tokenizer, out)
+    return out
+
+
+def find_tokenizer(ckpt: Path) -> Path | None:
+    """The folder with a tokenizer.json: ``ckpt``/tokenizer, else the first by name of its other folders, else ``ckpt`` itself."""
+    others = sorted(path for path in ckpt.glob("*/") if path.name != CONVERTED)
+    return next((path for path in (ckpt / "tokenizer", *others, ckpt) if (path / TOKENIZER_NAME).is_file()), None)
+
+
+def _convert(ckpt: Path, tokenizer: Path, out: Path) -> None:
+    (flowvae, flowvae_json), (lm, lm_json) = RELEASED_FLOWVAE, RELEASED_LM
+    lm_config = ckpt / lm_json if (ckpt / lm_json).is_file() else None
+    with tempfile.TemporaryDirectory() as temporary:
+        flowvae_config = ckpt / flowvae_json
+        if not flowvae_config.is_file():
+            flowvae_config = Path(temporary) / flowvae_json
+            write_json(flowvae_config, released_flowvae_config(FlowVAEConfig(), flowvae_config))
+        convert_release(
+            flowvae=ckpt / flowvae, flowvae_config=flowvae_config, lm=ckpt / lm, lm_config=lm_config, tokenizer=tokenizer, out=out
+        )

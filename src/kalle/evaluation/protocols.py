@@ -21,7 +21,7 @@ from kalle.evaluation.report import Result, Settings, finish
 from kalle.evaluation.scoring import Row, Scores, counted
 from kalle.evaluation.test_list import TestItem
 from kalle.gaussian import DiagGaussian
-from kalle.losses.latent_health import latent_health
+from kalle.losses.latent import latent_health
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.speech import Speech

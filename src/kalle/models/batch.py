@@ -1,4 +1,4 @@
-"""What travels from the data modules to the models."""
+"""What travels from the data to the models, and where the utterances of a batch lie in the rows that the backbone reads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 
 Batch = TypeVar("Batch", "LMBatch", "WaveBatch")
@@ -73,3 +74,90 @@ def _map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
         elif isinstance(value, DiagGaussian):
             changed[field.name] = DiagGaussian(function(value.mean), function(value.log_std))
     return dataclasses.replace(batch, **changed)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Several utterances a row, each seeing only itself."""
+
+    row_positions: int | None = 2048
+    """Longest row, though never shorter than the longest utterance; None puts a batch into one row. Attention whose mask is a
+    matrix (sdpa, eager) costs memory by the square of it."""
+
+    def __post_init__(self) -> None:
+        if self.row_positions is not None and self.row_positions < 1:
+            raise UserError(f"row_positions: got {self.row_positions}, expected at least 1, or null for one row; correct it")
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """B documents in R rows of W positions; a row is padded at its end only."""
+
+    row: Tensor
+    """(B,) int64: the row of each document."""
+    start: Tensor
+    """(B,) int64: its first position in that row."""
+    lengths: Tensor
+    """(B,) int64: its positions."""
+    rows: int
+    width: int
+    position_ids: Tensor | None
+    """(R, W) int64, counted from the start of each document and 0 in padding; None where every document begins its row."""
+
+    @property
+    def positions(self) -> int:
+        """Positions R * W that the backbone computes."""
+        return self.rows * self.width
+
+    @property
+    def padding_share(self) -> Tensor:
+        """Share of the computed positions that hold nothing, a scalar."""
+        return 1 - self.lengths.sum() / self.positions
+
+
+def padded_layout(lengths: Tensor) -> RowLayout:
+    """A row for each document; ``lengths`` is (B,) int64."""
+    rows = torch.arange(len(lengths), device=lengths.device)
+    return RowLayout(rows, torch.zeros_like(lengths), lengths, len(lengths), int(lengths.max()), None)
+
+
+def packed_layout(lengths: Tensor, packing: Packing) -> RowLayout:
+    """Documents one behind the other in the fewest rows that first fit finds, nearly equally full; ``lengths`` is (B,) int64."""
+    sizes: list[int] = lengths.tolist()
+    room = sum(sizes) if packing.row_positions is None else max(packing.row_positions, *sizes, 1)
+    longest_first = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    row, start, filled = _first_fit(sizes, longest_first, room)
+    balanced = _emptiest_first(sizes, longest_first, len(filled))
+    if max(balanced[2]) < max(filled):  # rows are padded to the fullest
+        row, start, filled = balanced
+    width = max(filled)
+    positions = torch.zeros(len(filled), width, dtype=torch.int64)
+    for document, size in enumerate(sizes):
+        positions[row[document], start[document] : start[document] + size] = torch.arange(size)
+    device = lengths.device
+    return RowLayout(
+        torch.tensor(row, device=device), torch.tensor(start, device=device), lengths, len(filled), width, positions.to(device)
+    )
+
+
+def _first_fit(sizes: list[int], order: list[int], room: int) -> tuple[list[int], list[int], list[int]]:
+    """Row and start of each document, and what each row holds: every document in the first row with room for it."""
+    row, start, filled = [0] * len(sizes), [0] * len(sizes), [0]
+    for document in order:
+        size = sizes[document]
+        place = next((index for index, used in enumerate(filled) if used + size <= room), len(filled))
+        if place == len(filled):
+            filled.append(0)
+        row[document], start[document] = place, filled[place]
+        filled[place] += size
+    return row, start, filled
+
+
+def _emptiest_first(sizes: list[int], order: list[int], rows: int) -> tuple[list[int], list[int], list[int]]:
+    """The same with every document in the row that holds least so far."""
+    row, start, filled = [0] * len(sizes), [0] * len(sizes), [0] * rows
+    for document in order:
+        place = min(range(rows), key=filled.__getitem__)
+        row[document], start[document] = place, filled[place]
+        filled[place] += sizes[document]
+    return row, start, filled

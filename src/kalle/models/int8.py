@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kalle.errors import UserError
-from kalle.models.backbone import BackboneOutput
-from kalle.models.backbone_config import BackboneConfig
+from kalle.models.backbone import BackboneConfig, BackboneOutput
 from kalle.models.int8_weights import BLOCK, check_tensors, expected_tensors, products
 from kalle.models.lm_state import LMState
 

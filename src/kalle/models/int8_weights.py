@@ -18,7 +18,7 @@ from torch import Tensor
 from kalle.checkpoint import read_json, read_tensors, read_weights, tensors_hash, weight_files, write_json, write_tensors
 from kalle.errors import UserError
 from kalle.files import DiskError, disk_errors
-from kalle.models.backbone_config import BackboneConfig
+from kalle.models.backbone import BackboneConfig
 
 logger = logging.getLogger(__name__)
 BLOCK = 32

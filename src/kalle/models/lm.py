@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part_folder, read_json, resolve_device, save_part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
-from kalle.models.backbone import Backbone
-from kalle.models.backbone_config import BackboneConfig
-from kalle.models.batch import LMBatch
+from kalle.models.backbone import Backbone, BackboneConfig
+from kalle.models.batch import LMBatch, Packing, RowLayout, packed_layout, padded_layout
 from kalle.models.int8 import Int8Backbone, Int8State, require_engine
 from kalle.models.int8_weights import int8_tensors, is_quantised
-from kalle.models.kv_cache import KVCache
 from kalle.models.layers import without_autocast
-from kalle.models.layout import Packing, RowLayout, packed_layout, padded_layout
-from kalle.models.lm_state import CachedState, LMState
-from kalle.models.next_frame import NextFrame
+from kalle.models.lm_state import CachedState, KVCache, LMState
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
 
 if TYPE_CHECKING:
@@ -119,6 +115,36 @@ def int8_backbone(part: Path, values: Mapping[str, Any], device: str | torch.dev
     return Int8Backbone(known, int8_tensors(part, known))
 
 
+@dataclass(frozen=True)
+class NextFrame(DiagGaussian):
+    """The Gaussian (..., D) of the next frame, and the stop head's logit (...) that this frame is the end; None without a head."""
+
+    stop_logit: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence[NextFrame]) -> NextFrame:
+        """The rows of ``parts``, of one model, below one another."""
+        logits = [part.stop_logit for part in parts if part.stop_logit is not None]
+        assert len(logits) in (0, len(parts)), "predictions with and without a stop head do not go together"
+        mean, log_std = torch.cat([part.mean for part in parts]), torch.cat([part.log_std for part in parts])
+        return cls(mean, log_std, torch.cat(logits) if logits else None)
+
+    def to(self, *args: object, **kwargs: object) -> NextFrame:
+        """Every tensor through ``Tensor.to``."""
+        return self._each(lambda tensor: tensor.to(*args, **kwargs))  # type: ignore[call-overload,no-any-return]
+
+    def detach(self) -> NextFrame:
+        """Every tensor cut from the graph."""
+        return self._each(Tensor.detach)
+
+    def __getitem__(self, index: object) -> NextFrame:
+        """Index every tensor alike, over the leading dimensions."""
+        return self._each(lambda tensor: tensor[index])  # type: ignore[index]
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> NextFrame:
+        return NextFrame(function(self.mean), function(self.log_std), None if self.stop_logit is None else function(self.stop_logit))
+
+
 class KalleLM(nn.Module):
     """Shapes: B batch, L text positions, T latent frames, D latent_dim, H hidden size.
 
@@ -176,7 +202,7 @@ class KalleLM(nn.Module):
     ) -> KalleLM:
         """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32.
 
-        ``for_training``: with transformers' backbone, as ``__init__`` says; `kalle.models.speed` chooses among its kernels.
+        ``for_training``: with transformers' backbone, as ``__init__`` says; `set_attention` chooses among its kernels.
         ``quantize`` "int8" computes the backbone with 8-bit weights (`kalle.models.int8`), which are made once and kept beside the others;
         it needs the CPU and is for inference. UserError where that cannot be.
 
@@ -392,3 +418,75 @@ class KalleLM(nn.Module):
         if batch.speaker_mels is None:
             return torch.zeros_like(batch.text_lengths)
         return torch.ones_like(batch.text_lengths) if batch.speaker_kept is None else batch.speaker_kept.long()
+
+
+# How a language model is computed: none of it changes weights.
+ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
+"""Our names and transformers'."""
+_CUDA_ONLY = ("flex", "flash")
+
+
+def set_attention(lm: KalleLM, attention: str, device: torch.device, half_precision: bool = False) -> None:
+    """Choose the implementation of the backbone's attention; a UserError where it is not available.
+
+    sdpa and eager run everywhere; flex and flash need CUDA, and flash half precision and a kernel for it.
+    """
+    if attention not in ATTENTION:
+        raise UserError(f"attention: got '{attention}', expected {', '.join(ATTENTION)}; correct it")
+    if not hasattr(lm.backbone, "set_attn_implementation"):
+        raise UserError(
+            f"attention={attention}: got a language model for synthesis, expected one for training; load it with for_training=True"
+        )
+    if attention in _CUDA_ONLY and device.type != "cuda":
+        raise UserError(f"attention={attention} needs a CUDA device: the run is on '{device.type}'; use attention=sdpa")
+    if attention == "flash" and not half_precision:
+        raise UserError("attention=flash needs half precision; use precision=bf16-mixed or attention=sdpa")
+    try:
+        lm.backbone.set_attn_implementation(ATTENTION[attention])
+    except Exception as error:  # transformers raises ImportError, ValueError or whatever fetching a kernel does
+        raise UserError(f"attention={attention} is not available here: {' '.join(str(error).split())}; use attention=sdpa") from None
+
+
+def recompute_activations(lm: KalleLM) -> None:
+    """Keep only the input of every layer in training and compute the rest again on the way back: less memory, a third more work."""
+    lm.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def compile_layers(lm: KalleLM) -> None:
+    """Compile every layer of the backbone in place: names of weights stay, and all layers share one compilation."""
+    for layer in lm.backbone.layers:
+        layer.compile()
+
+
+@torch.no_grad()
+def check_documents_apart(attention: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """A UserError when this version of transformers lets the documents of a packed row see each other.
+
+    It derives the block-diagonal mask from the restarts of ``position_ids``, but not with a cache, and says nothing when it does not.
+    ``attention`` is its name of an implementation. Tried on a toy backbone of 16-wide heads.
+    """
+    from transformers import LlamaConfig, LlamaModel
+
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+    }
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        model = LlamaModel(LlamaConfig(**size, head_dim=16, vocab_size=4))
+        model.set_attn_implementation(attention)
+        toy: nn.Module = model.eval()
+        toy.to(device, dtype)
+        embeddings = torch.randn(1, 6, 16, device=device, dtype=dtype)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+
+    def second(inputs: Tensor) -> Tensor:
+        return toy(inputs_embeds=inputs, position_ids=positions, attention_mask=None, use_cache=False).last_hidden_state[:, 3:]
+
+    changed = embeddings.clone()
+    changed[:, :3] *= -3
+    if not torch.equal(second(embeddings), second(changed)):
+        raise UserError(f"packing: with attention '{attention}' this version of transformers mixes packed utterances; use packing=false")

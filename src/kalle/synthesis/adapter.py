@@ -20,8 +20,7 @@ from kalle.checkpoint import require_readable
 from kalle.errors import UserError
 from kalle.files import write_atomic
 from kalle.models.lm import KalleLM
-from kalle.models.lora import FACTORS
-from kalle.models.low_rank import linear_layers, with_low_rank, with_weights
+from kalle.models.lora import FACTORS, linear_layers, with_low_rank, with_weights
 from kalle.synthesis.adapter_codec import ROWS, decode_change, encode_changes
 
 FORMAT = "kalle-adapter-1"

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from kalle.errors import UserError
-from kalle.models.lm import KalleLM
+from kalle.models.lm import KalleLM, NextFrame
 from kalle.models.lm_state import LMState
-from kalle.models.next_frame import NextFrame
 from kalle.synthesis.guidance import NO_GUIDANCE
 from kalle.synthesis.row import Ending, Frame, FrameWatcher, RowSampler, RowStep, StopReason, check_stop, draw_frames
 from kalle.synthesis.sampling import check_context

@@ -19,9 +19,9 @@ from kalle.checkpoint import (
     read_weights,
     require_fit,
     write_json,
+    write_weights,
 )
 from kalle.convert.rounding import Rounding, rounded
-from kalle.convert.shards import write_weights
 from kalle.errors import UserError
 from kalle.files import atomic_folder
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kalle.errors import UserError
+from kalle.models.lm import NextFrame
 from kalle.models.lm_state import LMState
-from kalle.models.next_frame import NextFrame
 from kalle.synthesis.uncached import UncachedLM
 from kalle.text.prompt import without_text
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
-from kalle.models.next_frame import NextFrame
+from kalle.models.lm import NextFrame
 
 StopReason = Literal["end", "max_frames", "repetition", "silence"]
 Ending = tuple[StopReason, "Frame | None"]

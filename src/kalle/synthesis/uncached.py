@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.models.next_frame import NextFrame
+from kalle.models.lm import KalleLM, KalleLMConfig, NextFrame
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kalle.checkpoint import CONFIG_NAME, permission_errors, read_json
 from kalle.convert import CONVERTED
-from kalle.convert.once import holds_release, release_folder
+from kalle.convert.release import holds_release, release_folder
 from kalle.errors import UserError
 
 CKPT = Path("ckpt")

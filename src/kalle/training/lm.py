@@ -17,15 +17,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from kalle.checkpoint import check_fields
 from kalle.data.sampling import derived_seed
 from kalle.errors import UserError
-from kalle.losses.alignment import alignment_loss
-from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl
-from kalle.losses.stop import stop_bce, stop_rows
+from kalle.losses.alignment import TextAttention, alignment_loss
+from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl, stop_bce, stop_rows
 from kalle.models.backbone import Backbone
-from kalle.models.batch import LMBatch
-from kalle.models.layout import Packing, RowLayout
-from kalle.models.lm import KalleLM
-from kalle.models.packing_check import check_documents_apart
-from kalle.models.text_attention import TextAttention
+from kalle.models.batch import LMBatch, Packing, RowLayout
+from kalle.models.lm import KalleLM, check_documents_apart
 from kalle.training.augmentation import add_input_noise, drop_speakers, drop_texts, visit_generators
 from kalle.training.reduction import REDUCTIONS, Reduction, global_weight
 from kalle.training.trainable import draws_dropout, parameter_groups

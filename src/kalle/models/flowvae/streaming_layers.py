@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalle.models.alias_free import snake_beta
+from kalle.models.flowvae.bigvgan import snake_beta
 from kalle.models.layers import CausalConv1d, CausalUpsample1d
 
 REACH = 5
