@@ -44,7 +44,7 @@ def toy_lm_config() -> KalleLMConfig:
 def toy_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared corpus folder; every utterance is a sweep of its own with a text of its own."""
     from kalle.audio import write_audio
-    from kalle.data.cuts import cuts_path, make_cut, write_cuts
+    from kalle.data.corpus.cuts import cuts_path, make_cut, write_cuts
 
     folder = tmp_path_factory.mktemp("toy") / "corpus"
     folder.mkdir()
@@ -76,8 +76,8 @@ def toy_weights(tmp_path_factory: pytest.TempPathFactory, toy_flowvae_config: Fl
 @pytest.fixture(scope="session")
 def toy_latents(tmp_path_factory: pytest.TempPathFactory, toy_corpus: Path, toy_weights: Path) -> Path:
     """The latents of the toy corpus under the toy Flow-VAE, with speaker mels."""
-    from kalle.data.corpus_cuts import load_cuts
-    from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
+    from kalle.data.corpus.cuts import load_cuts
+    from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
     from kalle.models.speaker import SpeakerMel
 
     folder = tmp_path_factory.mktemp("toy") / "latents"

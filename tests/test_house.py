@@ -79,7 +79,7 @@ def test_no_absolute_paths_of_anybody() -> None:
 @pytest.mark.parametrize("name", ["lightning", "hydra", "omegaconf", "lhotse"])
 def test_heavy_libraries_stay_in_their_rooms(name: str) -> None:
     rooms = {
-        "lightning": ("training", "data/datamodules.py", "cli"),
+        "lightning": ("training", "data/loading", "cli"),
         "hydra": ("cli",),
         "omegaconf": ("cli",),
         "lhotse": ("data", "evaluation/test_list.py"),

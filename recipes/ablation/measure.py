@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kalle.checkpoint import read_json
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.datamodules import LMDataModule
+from kalle.data.corpus.cuts import load_cuts
+from kalle.data.loading.datamodules import LMDataModule
 from kalle.evaluation.probe import probe
 from kalle.losses.spectral import LogMel, MelConfig, mel_l1
 from kalle.models.flowvae import FlowVAE

@@ -27,7 +27,9 @@ def make_corpora(stages: Stages, out: Path, hours: float, parts: int, debs: Path
     packages = [] if debs is None else ["--debs", str(debs)]
     for language in LANGUAGES:
         folder = str(out / "corpora" / language)
-        stages.command(f"prepare {language}", "prepare", "asterisk", "--language", language, "--out", folder, *packages)
+        script = [sys.executable, str(HERE / "asterisk.py"), "--language", language, "--out", folder, *packages]
+        stages.run(f"prompts {language}", lambda script=script: _run(script))  # type: ignore[misc]
+        stages.command(f"prepare {language}", "prepare", "embedded", "--corpus", folder, "--out", folder)
     synthetic = out / "synthetic"
     stages.run("texts", lambda: _run([sys.executable, str(HERE / "texts.py"), "--out", str(synthetic / "texts.jsonl"), *packages]))
     python = out / "piper" / "bin" / "python"

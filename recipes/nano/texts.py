@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from kalle.data.corpora.debian import download_packages, find_packages, read_package
-from kalle.data.prepare_split import normalised
+from debian import download_packages, find_packages, read_package
+
+from kalle.data.corpus.splits import normalised
 from kalle.errors import UserError
 from kalle.files import write_atomic
 

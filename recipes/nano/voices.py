@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from asterisk import VOICES as PROMPTS
 from corpora import SYNTHETIC
 
 from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages
-from kalle.data.corpora.asterisk import VOICES as PROMPTS
 from kalle.evaluation.test_list import TestItem, choose_prompt, read_test_list
 from kalle.files import write_atomic
 

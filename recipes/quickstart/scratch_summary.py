@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from kalle.checkpoint import read_json, write_json
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.datamodules import LMDataModule
+from kalle.data.corpus.cuts import load_cuts
+from kalle.data.loading.datamodules import LMDataModule
 from kalle.evaluation.probe import LMProbe, probe
 from kalle.losses.spectral import LogMel, MelConfig, mel_l1
 from kalle.models.flowvae import FlowVAE

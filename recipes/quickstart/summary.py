@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kalle.checkpoint import read_json, write_json
-from kalle.data.datamodules import LMDataModule
-from kalle.data.latent_dataset import SpeakerConfig
+from kalle.data.loading.datamodules import LMDataModule
+from kalle.data.loading.datasets import SpeakerConfig
 from kalle.evaluation.probe import LMProbe, probe
 from kalle.models.lm import KalleLM
 from kalle.text.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.training.checkpoint_files import step_path
 from kalle.training.checkpointing import LAST
 
-CROPS = "{_target_: kalle.data.latent_dataset.SpeakerConfig, crop_frames: 20, latent_dim: 16}"
+CROPS = "{_target_: kalle.data.loading.datasets.SpeakerConfig, crop_frames: 20, latent_dim: 16}"
 
 
 def refused(stage: str, overrides: list[str], out: Path, capsys) -> str:

@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.data.corpora.common_voice import read_common_voice
-from kalle.data.corpora.emilia import read_emilia
-from kalle.data.corpora.esd import read_esd
-from kalle.data.corpora.items import Source
-from kalle.data.corpora.kaldi import read_kaldi
-from kalle.data.corpora.recipes import read_aishell3, read_librispeech, read_libritts, read_ljspeech
-from kalle.data.corpora.vctk import read_vctk
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.prepare import prepare_corpus
-from kalle.data.prepare_check import PrepareOptions, SplitPolicy
+from kalle.data.corpus.check import PrepareOptions
+from kalle.data.corpus.cuts import load_cuts
+from kalle.data.corpus.items import Source
+from kalle.data.corpus.lhotse_readers import read_aishell3, read_librispeech, read_libritts, read_ljspeech
+from kalle.data.corpus.prepare import prepare_corpus
+from kalle.data.corpus.published import read_common_voice, read_emilia, read_esd, read_kaldi, read_vctk
+from kalle.data.corpus.splits import SplitPolicy
 from kalle.errors import UserError
 
 OPTIONS = PrepareOptions(split=SplitPolicy(0.0, 0.0))

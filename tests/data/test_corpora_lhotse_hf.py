@@ -11,11 +11,13 @@ import soundfile
 from lhotse import CutSet, MonoCut, Recording, RecordingSet, SupervisionSegment, SupervisionSet
 from lhotse.audio import AudioSource
 
-from kalle.data.corpora.hugging_face import read_hugging_face
-from kalle.data.corpora.manifests import language_code, read_lhotse, split_of_part
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.prepare import prepare_corpus
-from kalle.data.prepare_check import PrepareOptions, SplitPolicy
+from kalle.data.corpus.check import PrepareOptions
+from kalle.data.corpus.cuts import load_cuts
+from kalle.data.corpus.hugging_face import read_hugging_face
+from kalle.data.corpus.items import language_code, split_of_part
+from kalle.data.corpus.lhotse_readers import read_lhotse
+from kalle.data.corpus.prepare import prepare_corpus
+from kalle.data.corpus.splits import SplitPolicy
 from kalle.errors import UserError
 
 OPTIONS = PrepareOptions(split=SplitPolicy(0.0, 0.0))

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kalle.data.corpora.folder import read_embedded, read_folder
-from kalle.data.corpora.items import SourceItem, spoken_text
-from kalle.data.corpora.tables import read_csv_corpus, read_jsonl_corpus
-from kalle.data.prepare_files import safe_id
+from kalle.data.corpus.items import SourceItem, safe_id, spoken_text
+from kalle.data.corpus.lists import read_csv_corpus, read_embedded, read_folder, read_jsonl_corpus
 from kalle.errors import UserError
 
 
@@ -138,7 +136,7 @@ def test_missing_inputs_name_the_path(tmp_path: Path) -> None:
         (lambda: read_folder(tmp_path / "bare"), "no audio in .*bare"),
         (lambda: read_jsonl_corpus(tmp_path / "gone.jsonl"), "file not found: got .*gone.jsonl"),
         (lambda: read_csv_corpus(tmp_path / "gone.csv"), "file not found: got .*gone.csv"),
-        (lambda: read_embedded(tmp_path / "bare"), "no corpus in .*bare.*kalle prepare asterisk"),
+        (lambda: read_embedded(tmp_path / "bare"), "no corpus in .*bare.*--corpus"),
     ]:
         with pytest.raises(UserError, match=message):
             call()

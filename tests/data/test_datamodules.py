@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from kalle.data.datamodules import FlowVAEDataModule, LMDataModule
-from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
-from kalle.data.joining import load_audio
-from kalle.data.latent_dataset import SpeakerConfig
-from kalle.data.loader import ResumableLoader
-from kalle.data.shards import read_items
-from kalle.data.speaker_crops import speaker_crop
+from kalle.data.corpus.cuts import load_audio
+from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
+from kalle.data.latents.shards import read_items
+from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule, ResumableLoader
+from kalle.data.loading.datasets import SpeakerConfig, speaker_crop
 from kalle.errors import UserError
 from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE

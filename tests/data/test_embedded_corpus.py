@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from kalle.data.corpora.asterisk import PROMPT_SPLIT
-from kalle.data.corpora.folder import embedded_folder, read_embedded
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.prepare import prepare_corpus
-from kalle.data.prepare_check import PrepareOptions
-from kalle.data.prepare_split import normalised, word_count
+from kalle.data.corpus.check import PrepareOptions
+from kalle.data.corpus.cuts import load_cuts
+from kalle.data.corpus.lists import embedded_folder, read_embedded
+from kalle.data.corpus.prepare import prepare_corpus
+from kalle.data.corpus.splits import SplitPolicy, normalised, word_count
 
 CORPUS = Path(__file__).parents[2] / "recipes" / "quickstart" / "corpus"
 
@@ -44,10 +43,11 @@ def test_listing_and_audio_are_the_same_files(rows: list[dict]) -> None:
 
 
 def test_split_is_the_rule_and_no_text_sits_on_two_sides(rows: list[dict]) -> None:
+    policy = SplitPolicy(**json.loads((CORPUS / "build.json").read_text())["split"])
     sides = defaultdict(set)
     for row in rows:
         sides[normalised(row["text"])].add(row["split"])
-        assert row["split"] == PROMPT_SPLIT.assign(row["text"])
+        assert row["split"] == policy.assign(row["text"])
     assert len(sides) < len(rows)
     assert all(len(splits) == 1 for splits in sides.values())
 

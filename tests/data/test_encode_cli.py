@@ -13,8 +13,8 @@ import pytest
 import kalle
 from kalle.cli.encode import encode_config, run
 from kalle.cli.hydra_entry import compose, folder_override
-from kalle.data.encode import EncodeConfig
-from kalle.data.shards import read_info, read_items
+from kalle.data.latents.encode import EncodeConfig
+from kalle.data.latents.shards import read_info, read_items
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 

@@ -12,9 +12,9 @@ import torch
 from lhotse import CutSet
 
 from kalle.checkpoint import weights_hash
-from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus, half_precision
-from kalle.data.joining import JoinConfig, load_audio
-from kalle.data.shards import ShardFolder, read_info, read_items
+from kalle.data.corpus.cuts import load_audio
+from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, JoinConfig, encode_corpus, half_precision
+from kalle.data.latents.shards import ShardFolder, read_info, read_items
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE
@@ -59,7 +59,7 @@ def test_equal_length_batches_equal_singles(make_cuts: MakeCuts, tiny_flowvae: F
         groups.append(len(wav))
         return plain(wav)
 
-    from kalle.data.joining import singles
+    from kalle.data.latents.encode import singles
 
     alone = {u.id: tiny_flowvae.encode(torch.from_numpy(u.audio(16000))[None]) for u in singles(cuts)}
     tiny_flowvae.encode = counting  # type: ignore[method-assign]

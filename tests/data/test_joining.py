@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.data.joining import JoinConfig, Utterance, joined, load_audio, singles
+from kalle.data.corpus.cuts import load_audio
+from kalle.data.latents.encode import JoinConfig, Utterance, joined, singles
 from kalle.errors import UserError
 
 MakeCuts = Callable[..., list[Any]]

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalle.checkpoint import read_json, write_json
-from kalle.data.datamodules import LMDataModule
-from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
-from kalle.data.latent_info import mixed_info
-from kalle.data.mixing import Mixture, Source, apportioned, sources_of, weights_of
-from kalle.data.plans import BudgetPlan, FixedSizePlan, ShardWindows
+from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
+from kalle.data.latents.mix import Mix, MixPart, apportioned, mix_parts, mixed_info, weights_of
+from kalle.data.loading.datamodules import LMDataModule
+from kalle.data.loading.samplers import BudgetBatchSampler, FixedSizeBatchSampler, ShardWindows
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.text.tokenizer import Tokenizer
@@ -40,8 +39,8 @@ def test_apportioning_is_whole_and_near(total: int, sizes: list[int]) -> None:
 def test_a_mixed_epoch_holds_what_the_weights_say(items: list[tuple[int, int, int]], weights: tuple[float, ...], shards: bool) -> None:
     text, audio, source = np.array(items, dtype=np.int64).T
     windows = ShardWindows(np.arange(len(items), dtype=np.int32) // 5, 2) if shards else None
-    mixture = Mixture(source, weights)
-    plan = BudgetPlan(text, audio, max_positions=120, buckets=4, seed=1, mixture=mixture, windows=windows)
+    mixture = Mix(source, weights)
+    plan = BudgetBatchSampler(text, audio, max_positions=120, buckets=4, seed=1, mix=mixture, windows=windows)
     lengths = set()
     for epoch in range(3):
         batches = plan(epoch)
@@ -63,15 +62,15 @@ def test_a_mixed_epoch_holds_what_the_weights_say(items: list[tuple[int, int, in
 
 def test_a_long_tail_of_a_small_share_has_its_turn() -> None:
     lengths = np.concatenate([np.full(400, 20), np.array([100, 200, 300, 400, 500])])
-    mixture = Mixture(np.zeros(len(lengths), np.int64), (0.1,))
-    plan = BudgetPlan(np.ones_like(lengths), lengths, max_positions=600, buckets=4, seed=1, mixture=mixture)
+    mixture = Mix(np.zeros(len(lengths), np.int64), (0.1,))
+    plan = BudgetBatchSampler(np.ones_like(lengths), lengths, max_positions=600, buckets=4, seed=1, mix=mixture)
     seen = {visit % len(lengths) for epoch in range(200) for batch in plan(epoch) for visit in batch}
     assert seen == set(range(len(lengths))), "a group of one would be left out of every epoch"
 
 
 def test_over_epochs_every_item_has_its_turn() -> None:
     source = np.array([0] * 10 + [1] * 100)
-    plan = FixedSizePlan(110, 4, seed=3, mixture=Mixture(source, (1.0, 0.1)))
+    plan = FixedSizeBatchSampler(110, 4, seed=3, mix=Mix(source, (1.0, 0.1)))
     seen = [index for epoch in range(200) for batch in plan(epoch) for index in batch]
     times = np.bincount(seen, minlength=110)
     assert (times[:10] == 200).all()
@@ -81,11 +80,11 @@ def test_over_epochs_every_item_has_its_turn() -> None:
 
 
 def test_weights() -> None:
-    two = (Source("a"), Source("b"))
+    two = (MixPart("a"), MixPart("b"))
     assert weights_of(two, [10, 40]) == (1.0, 1.0)
     assert weights_of(two, [10, 40], "equal") == (1.0, 0.25)
-    assert weights_of((Source("a", weight=2.5), Source("b")), [10, 40]) == (2.5, 1.0)
-    assert weights_of((Source("a", share=0.2), Source("b", share=0.8)), [10, 20]) == pytest.approx((0.5, 1.0))
+    assert weights_of((MixPart("a", weight=2.5), MixPart("b")), [10, 40]) == (2.5, 1.0)
+    assert weights_of((MixPart("a", share=0.2), MixPart("b", share=0.8)), [10, 20]) == pytest.approx((0.5, 1.0))
     with pytest.raises(UserError, match=r"nothing of 'b'"):
         weights_of(two, [10, 0], "equal")
 
@@ -108,7 +107,7 @@ def test_weights() -> None:
 )
 def test_mistakes(value: Any, mix: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sources_of(value, "data.latents", mix)
+        mix_parts(value, "data.latents", mix)
 
 
 @pytest.fixture
@@ -178,7 +177,7 @@ def test_folders_of_different_encoders_do_not_mix(two: list[str], key: str, valu
 def test_batches_equal_the_padded_samples_of_each_item(two: list[str]) -> None:
     from torch.nn.utils.rnn import pad_sequence
 
-    from kalle.data.sampling import standard_noise
+    from kalle.data.seeds import standard_noise
 
     data = lm(two[0])
     items = {item.id: index for index, item in enumerate(data.dataset("train").items)}

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.data import prepare, prepare_check, prepare_files
-from kalle.data.corpora.items import REASONS, Rejection, Source, SourceItem
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.prepare import Prepared, prepare_corpus
-from kalle.data.prepare_check import PrepareOptions
+from kalle.data import journal as journals
+from kalle.data.corpus import prepare
+from kalle.data.corpus.check import PrepareOptions
+from kalle.data.corpus.cuts import load_cuts
+from kalle.data.corpus.items import REASONS, Rejection, Source, SourceItem
+from kalle.data.corpus.prepare import Prepared, prepare_corpus
+from kalle.data.corpus.splits import SplitPolicy
 from kalle.errors import UserError
 
 OPTIONS = PrepareOptions(min_seconds=0.3, max_seconds=2.0)
@@ -244,11 +246,11 @@ def test_an_interrupted_rebuild_does_not_pass_for_the_finished_old_one(tmp_path:
 
 
 def test_line_separators_inside_a_text_do_not_tear_the_journal(tmp_path: Path) -> None:
-    first = prepare_files.Journal(tmp_path / "journal.jsonl", "same")
+    first = journals.Journal(tmp_path / "journal.jsonl", "same")
     first.add({"id": "a", "text": "one\u2028two\u0085three"})
     first.add({"id": "b"})
     first.close()
-    second = prepare_files.Journal(tmp_path / "journal.jsonl", "same")
+    second = journals.Journal(tmp_path / "journal.jsonl", "same")
     second.close()
     assert [entry["id"] for entry in second.entries] == ["a", "b"]
 
@@ -294,11 +296,11 @@ def no_room_for_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_room_for_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(self: prepare_files.Journal, entry: object) -> None:
+    def add(self: journals.Journal, entry: object) -> None:
         self._file = FullFile()
         full_disk()
 
-    monkeypatch.setattr(prepare_files.Journal, "add", add)
+    monkeypatch.setattr(journals.Journal, "add", add)
 
 
 class FullFile:
@@ -338,7 +340,7 @@ def test_impossible_limits_are_refused(low: float, high: float) -> None:
 def test_split_by_text_when_the_source_names_none(tmp_path: Path) -> None:
     source = corpus(tmp_path / "in", 12)
     items = [SourceItem(item.id, item.audio, f"Text {i // 2}{'!' * (i % 2)}") for i, item in enumerate(source.items)]
-    policy = prepare_check.SplitPolicy(valid_share=0.3, test_share=0.3, seed=3)
+    policy = SplitPolicy(valid_share=0.3, test_share=0.3, seed=3)
     options = PrepareOptions(max_seconds=2.0, split=policy)
     prepare_corpus(Source("pairs", items), tmp_path / "out", options)
     where = {cut.id: split for split in ("train", "valid", "test") for cut in load_cuts(tmp_path / "out", split)}

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.data.corpora.emilia import read_emilia
-from kalle.data.corpora.items import Source, SourceItem
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.prepare import prepare_corpus
-from kalle.data.prepare_check import Kept, PrepareOptions, SplitPolicy, check_item
-from kalle.data.prepare_jobs import CHUNK_ITEMS, WorkerLost, check_parallel
-from kalle.data.report import NAMES_SHOWN, tables
+from kalle.data.corpus.check import Kept, PrepareOptions, check_item
+from kalle.data.corpus.cuts import load_cuts
+from kalle.data.corpus.items import Source, SourceItem
+from kalle.data.corpus.prepare import CHUNK_ITEMS, WorkerLost, check_parallel, prepare_corpus
+from kalle.data.corpus.published import read_emilia
+from kalle.data.corpus.report import NAMES_SHOWN, tables
+from kalle.data.corpus.splits import SplitPolicy
 
 SPLIT = SplitPolicy(0.0, 0.0)
 

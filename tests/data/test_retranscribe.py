@@ -12,9 +12,8 @@ import soundfile
 from typer.testing import CliRunner
 
 from kalle.cli.data import app
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.cuts import cuts_path, make_cut, write_cuts
-from kalle.data.retranscribe import Recogniser, RetranscribeOptions, retranscribe_corpus
+from kalle.data.corpus.cuts import cuts_path, load_cuts, make_cut, write_cuts
+from kalle.data.corpus.retranscribe import Recogniser, RetranscribeOptions, retranscribe_corpus
 from kalle.errors import UserError
 from kalle.evaluation.word_errors import whisper_english, word_errors
 

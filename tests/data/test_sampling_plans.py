@@ -8,15 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalle.data.plans import BudgetPlan, FixedSizePlan, equal_buckets
-from kalle.data.sampling import ConstantSampler, EpochSampler, derived_seed, standard_noise
+from kalle.data.loading.samplers import BudgetBatchSampler, ConstantSampler, FixedSizeBatchSampler, RankSampler, equal_buckets
+from kalle.data.seeds import derived_seed, standard_noise
 
 items = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=80)
 
 
-def budget_plan(pairs: list[tuple[int, int]], max_positions: int = 120, **options: object) -> BudgetPlan:
+def budget_plan(pairs: list[tuple[int, int]], max_positions: int = 120, **options: object) -> BudgetBatchSampler:
     text, audio = np.array(pairs, dtype=np.int64).T
-    return BudgetPlan(text, audio, max_positions=max_positions, **options)  # type: ignore[arg-type]
+    return BudgetBatchSampler(text, audio, max_positions=max_positions, **options)  # type: ignore[arg-type]
 
 
 @given(items, st.integers(1, 12), st.integers(0, 3), st.sampled_from([None, 1, 3]))
@@ -45,7 +45,7 @@ def test_bucketing_saves_padding() -> None:
     generator = np.random.default_rng(0)
     pairs = [(int(n), int(2 * n)) for n in generator.integers(1, 40, 400)]
 
-    def padding(plan: BudgetPlan) -> float:
+    def padding(plan: BudgetBatchSampler) -> float:
         batches = plan(0)
         padded = sum(len(b) * (max(pairs[i][0] for i in b) + max(pairs[i][1] for i in b)) for b in batches)
         return 1 - sum(map(sum, pairs)) / padded
@@ -70,7 +70,7 @@ def test_order_follows_seed_and_epoch() -> None:
     assert budget_plan(pairs, seed=1)(2) == budget_plan(pairs, seed=1)(2)
     assert budget_plan(pairs, seed=1)(2) != budget_plan(pairs, seed=1)(3)
     assert budget_plan(pairs, seed=1)(2) != budget_plan(pairs, seed=2)(2)
-    fixed = FixedSizePlan(10, 4, seed=3)
+    fixed = FixedSizeBatchSampler(10, 4, seed=3)
     assert sorted(itertools.chain.from_iterable(fixed(0))) == list(range(10))
     assert [len(batch) for batch in fixed(1)] == [4, 4, 2]
     assert fixed(0) != fixed(1)
@@ -78,7 +78,7 @@ def test_order_follows_seed_and_epoch() -> None:
 
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 2))
 def test_ranks_share_an_epoch(count: int, world_size: int, epoch: int) -> None:
-    samplers = [EpochSampler(FixedSizePlan(count, 2, seed=1), rank=rank, world_size=world_size) for rank in range(world_size)]
+    samplers = [RankSampler(FixedSizeBatchSampler(count, 2, seed=1), rank=rank, world_size=world_size) for rank in range(world_size)]
     for sampler in samplers:
         sampler.set_epoch(epoch)
     per_rank = [list(sampler) for sampler in samplers]
@@ -86,17 +86,17 @@ def test_ranks_share_an_epoch(count: int, world_size: int, epoch: int) -> None:
     seen = [visit.item for batches in per_rank for batch in batches for visit in batch]
     assert set(seen) == set(range(count))
     batches = [batch for batches in per_rank for batch in batches]
-    assert len(batches) - len(FixedSizePlan(count, 2)(0)) == samplers[0].repeated + samplers[0].split < world_size
+    assert len(batches) - len(FixedSizeBatchSampler(count, 2)(0)) == samplers[0].repeated + samplers[0].split < world_size
     assert len(seen) - count == samplers[0].repeated == max(0, world_size - count), "only fewer items than ranks are repeated"
     assert all(visit.epoch == epoch for batch in batches for visit in batch)
 
 
 def test_resume_in_the_middle_then_a_whole_epoch() -> None:
-    sampler = EpochSampler(FixedSizePlan(10, 2, seed=1))
+    sampler = RankSampler(FixedSizeBatchSampler(10, 2, seed=1))
     sampler.set_epoch(4)
     whole = list(sampler)
     state = sampler.state_dict(3)
-    resumed = EpochSampler(FixedSizePlan(10, 2, seed=1))
+    resumed = RankSampler(FixedSizeBatchSampler(10, 2, seed=1))
     resumed.load_state_dict(state)
     resumed.set_epoch(4)
     assert list(resumed) == whole[3:]
@@ -105,8 +105,8 @@ def test_resume_in_the_middle_then_a_whole_epoch() -> None:
 
 
 def test_resume_with_other_ranks_starts_the_epoch_anew(caplog: pytest.LogCaptureFixture) -> None:
-    state = EpochSampler(FixedSizePlan(10, 2)).state_dict(3)
-    resumed = EpochSampler(FixedSizePlan(10, 2), rank=1, world_size=2)
+    state = RankSampler(FixedSizeBatchSampler(10, 2)).state_dict(3)
+    resumed = RankSampler(FixedSizeBatchSampler(10, 2), rank=1, world_size=2)
     resumed.load_state_dict(state)
     assert len(list(resumed)) == 3
     assert "starts anew" in caplog.text

@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kalle.data import shard_index
-from kalle.data.columns import Ragged, Texts
-from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
-from kalle.data.items import Member, array_of, joined_tables
-from kalle.data.plans import BudgetPlan, FixedSizePlan, ShardWindows
-from kalle.data.shard_index import index_name
-from kalle.data.shards import read_items
-from kalle.data.storage import Folder
+from kalle.data.latents import shards
+from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
+from kalle.data.latents.shards import index_name, read_items
+from kalle.data.latents.storage import Folder
+from kalle.data.latents.table import Member, Ragged, Texts, array_of, joined_tables
+from kalle.data.loading.samplers import BudgetBatchSampler, FixedSizeBatchSampler, ShardWindows
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.speaker import SpeakerMel
@@ -39,8 +37,8 @@ def facts(folder: Path) -> list[Any]:
 
 def test_the_index_says_what_the_shards_say(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    plain = shard_index.tar_members
-    monkeypatch.setattr(shard_index, "tar_members", lambda root, name: (calls.append(name), plain(root, name))[1])
+    plain = shards.tar_members
+    monkeypatch.setattr(shards, "tar_members", lambda root, name: (calls.append(name), plain(root, name))[1])
     indexed = facts(folder)
     assert not calls, "no shard is opened when there is an index"
     (folder / index_name("train")).unlink()
@@ -139,8 +137,8 @@ def test_a_shard_is_read_within_its_window() -> None:
     shard = np.repeat(np.arange(40, dtype=np.int32), 25)
     audio, text = generator.integers(5, 60, 1000), generator.integers(3, 20, 1000)
     options: dict[str, Any] = {"max_positions": 400, "buckets": 4, "seed": 2}
-    items = BudgetPlan(text, audio, **options)
-    shards = BudgetPlan(text, audio, windows=ShardWindows(shard, 4), **options)
+    items = BudgetBatchSampler(text, audio, **options)
+    shards = BudgetBatchSampler(text, audio, windows=ShardWindows(shard, 4), **options)
     for epoch in range(3):
         batches = shards(epoch)
         assert sorted(index for batch in batches for index in batch) == list(range(1000))
@@ -149,6 +147,6 @@ def test_a_shard_is_read_within_its_window() -> None:
         assert max(windows_touched(items(epoch), shard)) > len(batches) / 2
     order = [next(iter(dict.fromkeys(int(shard[index]) for index in batch))) for batch in shards(0)]
     assert order != [next(iter(dict.fromkeys(int(shard[index]) for index in batch))) for batch in shards(1)]
-    fixed = FixedSizePlan(1000, 8, seed=1, windows=ShardWindows(shard, 4))
+    fixed = FixedSizeBatchSampler(1000, 8, seed=1, windows=ShardWindows(shard, 4))
     assert sorted(index for batch in fixed(1) for index in batch) == list(range(1000))
     assert len({int(shard[index]) for batch in fixed(1)[:12] for index in batch}) == 4

@@ -14,12 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kalle.data import datamodules
-from kalle.data.datamodules import FlowVAEDataModule, LMDataModule
-from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
-from kalle.data.plans import FixedSizePlan
-from kalle.data.sampling import ConstantSampler, EpochSampler, even_out, one_each
-from kalle.data.wave_shards import WaveShardConfig, write_wave_shards
+from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
+from kalle.data.latents.waves import WaveShardConfig, write_wave_shards
+from kalle.data.loading import datamodules
+from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule
+from kalle.data.loading.samplers import ConstantSampler, FixedSizeBatchSampler, RankSampler, even_out, one_each
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.text.tokenizer import Tokenizer
@@ -186,10 +185,10 @@ def test_evening_out_halves_before_it_repeats(batches: list[list[int]], world_si
 def test_ranks_are_disjoint(count: int, size: int, world_size: int, epoch: int) -> None:
     seen: list[int] = []
     for rank in range(world_size):
-        sampler = EpochSampler(FixedSizePlan(count, size, seed=1), rank=rank, world_size=world_size)
+        sampler = RankSampler(FixedSizeBatchSampler(count, size, seed=1), rank=rank, world_size=world_size)
         sampler.set_epoch(epoch)
         seen += [visit.item for batch in sampler for visit in batch]
-    steps = -(-len(FixedSizePlan(count, size)(0)) // world_size)
+    steps = -(-len(FixedSizeBatchSampler(count, size)(0)) // world_size)
     assert len(seen) - count == max(0, steps * world_size - count)
     assert set(seen) == set(range(count))
 

@@ -13,12 +13,12 @@ import fsspec
 import pytest
 import torch
 
-from kalle.data import storage
-from kalle.data.datamodules import FlowVAEDataModule, LMDataModule
-from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
-from kalle.data.shard_index import index_name
-from kalle.data.storage import Folder, storage_errors
-from kalle.data.wave_shards import WaveShardConfig, write_wave_shards
+from kalle.data.latents import storage
+from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
+from kalle.data.latents.shards import index_name
+from kalle.data.latents.storage import Folder, storage_errors
+from kalle.data.latents.waves import WaveShardConfig, write_wave_shards
+from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.text.tokenizer import Tokenizer

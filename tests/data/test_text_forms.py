@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kalle.data.columns import Texts
-from kalle.data.text_forms import TextForms
+from kalle.data.latents.table import Texts
+from kalle.data.loading.text_forms import TextForms
 from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.prompt import prompt_ids
 from kalle.text.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def test_without_shares_nothing_is_left() -> None:
 def test_readings_are_kept_for_the_next_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = PhonemeTokenizer.create(cache=tmp_path / "readings")
     before = TextForms.of(TEXTS, tokenizer)
-    monkeypatch.setattr("kalle.data.text_forms._read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("kalle.data.loading.text_forms._read", lambda *_: pytest.fail("read again"))
     after = TextForms.of(TEXTS, tokenizer)
     assert drawn(after, 1) == drawn(before, 1)
     assert after.lengths.tolist() == before.lengths.tolist()

@@ -11,12 +11,11 @@ import torch
 from lhotse import CutSet
 
 from kalle.cli.main import main
-from kalle.data import wave_shards
-from kalle.data.datamodules import FlowVAEDataModule, LMDataModule
-from kalle.data.joining import load_audio
-from kalle.data.loader_speed import measure_loader
-from kalle.data.storage import Folder
-from kalle.data.wave_shards import ShardWaves, WaveShardConfig, portions, write_wave_shards
+from kalle.data.corpus.cuts import load_audio
+from kalle.data.latents import waves
+from kalle.data.latents.storage import Folder
+from kalle.data.latents.waves import ShardWaves, WaveShardConfig, portions, write_wave_shards
+from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule, measure_loader
 from kalle.errors import UserError
 from kalle.text.tokenizer import Tokenizer
 
@@ -61,7 +60,7 @@ def test_an_interrupted_run_goes_on(make_cuts: MakeCuts, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return plain(cut, rate)
 
-    monkeypatch.setattr(wave_shards, "load_audio", failing)
+    monkeypatch.setattr(waves, "load_audio", failing)
     with pytest.raises(KeyboardInterrupt):
         write_wave_shards(splits, tmp_path / "out", WaveShardConfig(items=3))
     with pytest.raises(UserError, match=r"not a complete shard folder"):

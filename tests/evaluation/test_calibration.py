@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kalle.checkpoint import read_json, weights_hash, write_json
 from kalle.cli.calibrate import report
 from kalle.cli.main import main
-from kalle.data.shards import LatentRecord, ShardFolder
+from kalle.data.latents.shards import LatentRecord, ShardFolder
 from kalle.errors import UserError
 from kalle.evaluation.calibration import (
     EndScores,

@@ -18,7 +18,7 @@ from kalle.cli.hydra_entry import compose
 from kalle.cli.main import main
 from kalle.cli.train_lm import train_lm
 from kalle.cli.train_run import TrainingRun
-from kalle.data.datamodules import TRAIN
+from kalle.data.loading.datamodules import TRAIN
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kalle.data.datamodules import FlowVAEDataModule, LMDataModule
-from kalle.data.loader_speed import LoaderSpeed, measure_loader
+from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule, LoaderSpeed, measure_loader
 from kalle.models.batch import Packing
 from kalle.models.lm import KalleLM, compile_layers
 from kalle.text.tokenizer import Tokenizer
@@ -150,9 +149,9 @@ def _configuration(part: str, size: str) -> Any:
 
 def _prepared(folder: Path) -> Path:
     """The embedded corpus: real texts and lengths."""
-    from kalle.data.corpora.folder import embedded_folder, read_embedded
-    from kalle.data.prepare import prepare_corpus
-    from kalle.data.prepare_check import PrepareOptions
+    from kalle.data.corpus.check import PrepareOptions
+    from kalle.data.corpus.lists import embedded_folder, read_embedded
+    from kalle.data.corpus.prepare import prepare_corpus
 
     return prepare_corpus(read_embedded(embedded_folder()), folder / "corpus", PrepareOptions(max_seconds=120.0)).folder
 
@@ -161,8 +160,8 @@ def _encoded(folder: Path, latent_dim: int) -> Path:
     """Latents of the embedded corpus under a small random encoder of ``latent_dim`` dimensions."""
     import dataclasses
 
-    from kalle.data.corpus_cuts import load_cuts
-    from kalle.data.encode import CorpusEncoder, EncodeConfig, encode_corpus
+    from kalle.data.corpus.cuts import load_cuts
+    from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
     from kalle.models.flowvae import FlowVAE
 
     corpus = _prepared(folder)

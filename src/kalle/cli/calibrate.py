@@ -11,7 +11,7 @@ from kalle.cli.interrupts import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from kalle.data.latent_dataset import LatentDataset
+    from kalle.data.loading.datasets import LatentDataset
     from kalle.evaluation.calibration import Calibration, EndScores
     from kalle.models.lm import KalleLM
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kalle.data.doctor.findings import Finding
+    from kalle.data.corpus.quality import CheckResult
 
 VERDICT_STYLES = {"good": "green", "look": "yellow", "bad": "bold red"}
 BAD_CORPUS = 1
@@ -30,10 +30,9 @@ def doctor(
 
     Exit code 0, or 1 when a check says bad; with --filter the verdict is that on the filtered copy. An interrupted run goes on.
     """
-    from kalle.data.derived_corpus import check_target
-    from kalle.data.doctor.diagnose import FILTERED_BY, diagnose, write_filtered
-    from kalle.data.doctor.examine import REMOVED_BY_DEFAULT, removal_list
-    from kalle.data.doctor.limits import limits_from
+    from kalle.data.corpus.cuts import check_target
+    from kalle.data.corpus.doctor import FILTERED_BY, diagnose, write_filtered
+    from kalle.data.corpus.quality import REMOVED_BY_DEFAULT, limits_from, removal_list
 
     limits = limits_from(limit or [])
     removed = REMOVED_BY_DEFAULT if remove == "default" else removal_list(remove)
@@ -63,7 +62,7 @@ def measuring(out: Path, label: str) -> Iterator[Callable[[Iterable[Any], int], 
         yield lambda items, total: bar.track(items, total=total, description=label)
 
 
-def _show(findings: list[Finding], report: dict[str, Any], out: Path, reused: int) -> None:
+def _show(findings: list[CheckResult], report: dict[str, Any], out: Path, reused: int) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kalle.data.retranscribe import Recogniser
+    from kalle.data.corpus.retranscribe import Recogniser
 
 
 def retranscribe(
@@ -31,7 +31,7 @@ def retranscribe(
     An interrupted run goes on, and another --max-wer or --text uses the transcripts that are there.
     """
     from kalle.cli.data_doctor import measuring
-    from kalle.data.retranscribe import RetranscribeOptions, retranscribe_corpus
+    from kalle.data.corpus.retranscribe import RetranscribeOptions, retranscribe_corpus
 
     options = RetranscribeOptions(max_error_rate=max_wer, text=text, language=language)
     with measuring(out, "transcribe") as progress:
@@ -45,7 +45,7 @@ def retranscribe(
 def recogniser(normaliser: str, languages: list[str], **asr: Any) -> Recogniser:
     """faster-whisper and a named normaliser as the layer of the data wants them; ``asr`` goes to `FasterWhisper`."""
     from kalle.audio import Audio, resample
-    from kalle.data.retranscribe import Recogniser
+    from kalle.data.corpus.retranscribe import Recogniser
     from kalle.evaluation.asr import WINDOW_SAMPLES, FasterWhisper
     from kalle.evaluation.metrics import RATE_HZ
     from kalle.evaluation.word_errors import normaliser as named
@@ -69,7 +69,7 @@ def recogniser(normaliser: str, languages: list[str], **asr: Any) -> Recogniser:
 
 def _languages(corpus: Path, default: str) -> list[str]:
     """The languages that the items name, for the choice of a model."""
-    from kalle.data.doctor.gather import corpus_cuts
+    from kalle.data.corpus.cuts import corpus_cuts
 
     named = {(cut.supervisions[0].language if cut.supervisions else None) or default for cut in corpus_cuts(corpus).values()}
     return sorted(language.lower().replace("_", "-").split("-")[0] for language in named if language) or ["en"]

@@ -20,8 +20,8 @@ def shard(
     rate: Annotated[int, typer.Option(help="sample rate of the shards in Hz; other cuts are resampled")] = 16000,
 ) -> None:
     """Write the waveforms of a corpus as lhotse Shar shards, for fast, nearly sequential reading from disks and object stores."""
-    from kalle.data.corpus_cuts import load_cuts, splits_of
-    from kalle.data.wave_shards import WaveShardConfig, write_wave_shards
+    from kalle.data.corpus.cuts import load_cuts, splits_of
+    from kalle.data.latents.waves import WaveShardConfig, write_wave_shards
     from kalle.progress import progress_bar
 
     config = WaveShardConfig(items, megabytes, rate)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kalle.data.encode import EncodeConfig
+    from kalle.data.latents.encode import EncodeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ def encode(config: DictConfig) -> dict[str, Any] | None:
     """
     from omegaconf import OmegaConf
 
-    from kalle.data.corpus_cuts import load_cuts
-    from kalle.data.encode import CorpusEncoder, encode_corpus
+    from kalle.data.corpus.cuts import load_cuts
+    from kalle.data.latents.encode import CorpusEncoder, encode_corpus
     from kalle.data.ranks import OthersUnfinished, rank_device, share_of_process
     from kalle.errors import UserError
     from kalle.models.flowvae import FlowVAE
@@ -57,8 +57,7 @@ def encode_config(config: DictConfig) -> EncodeConfig:
     """The part of ``config`` that says how to encode, as the dataclass."""
     from omegaconf import OmegaConf
 
-    from kalle.data.encode import EncodeConfig
-    from kalle.data.joining import JoinConfig
+    from kalle.data.latents.encode import EncodeConfig, JoinConfig
 
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)

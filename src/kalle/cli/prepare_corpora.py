@@ -26,12 +26,12 @@ from kalle.cli.prepare_run import (
 )
 
 if TYPE_CHECKING:
-    from kalle.data.corpora.items import Source
+    from kalle.data.corpus.items import Source
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A reader by its module in ``kalle.data.corpora`` and its name; ``takes`` are the options it is given besides the folder."""
+    """A reader by its module in ``kalle.data.corpus`` and its name; ``takes`` are the options it is given besides the folder."""
 
     module: str
     reader: str
@@ -40,20 +40,20 @@ class Corpus:
 
     def read(self, source: Path, **options: str) -> Source:
         """Imported when it runs: lhotse takes seconds."""
-        reader: Callable[..., Source] = getattr(importlib.import_module(f"kalle.data.corpora.{self.module}"), self.reader)
+        reader: Callable[..., Source] = getattr(importlib.import_module(f"kalle.data.corpus.{self.module}"), self.reader)
         return reader(source, **{name: options[name] for name in self.takes})
 
 
 CORPORA = {
-    "ljspeech": Corpus("recipes", "read_ljspeech", "LJSpeech 1.1. Expected: metadata.csv and wavs/."),
-    "libritts": Corpus("recipes", "read_libritts", "LibriTTS and LibriTTS-R. Any of their parts; dev is valid, test is test."),
-    "librispeech": Corpus("recipes", "read_librispeech", "LibriSpeech. Any of its parts; dev is valid, test is test."),
-    "aishell3": Corpus("recipes", "read_aishell3", "AISHELL-3. Expected: spk-info.txt, train/ and test/; test is kept as test."),
-    "commonvoice": Corpus("common_voice", "read_common_voice", "Common Voice. Expected: clips/ and train, dev, test.tsv, for each locale."),
-    "esd": Corpus("esd", "read_esd", "ESD, emotional speech. Expected: 0001/ to 0020/ with their lists; emotions are kept."),
-    "emilia": Corpus("emilia", "read_emilia", "Emilia. Expected: x.json beside x.mp3, in folders or in *.tar; or a tar.", ("language",)),
-    "kaldi": Corpus("kaldi", "read_kaldi", "A Kaldi data folder. Expected: wav.scp and text, at least.", ("speaker", "language")),
-    "lhotse": Corpus("manifests", "read_lhotse", "lhotse manifests, as its own recipes write them.", ("speaker", "language")),
+    "ljspeech": Corpus("lhotse_readers", "read_ljspeech", "LJSpeech 1.1. Expected: metadata.csv and wavs/."),
+    "libritts": Corpus("lhotse_readers", "read_libritts", "LibriTTS and LibriTTS-R. Any of their parts; dev is valid, test is test."),
+    "librispeech": Corpus("lhotse_readers", "read_librispeech", "LibriSpeech. Any of its parts; dev is valid, test is test."),
+    "aishell3": Corpus("lhotse_readers", "read_aishell3", "AISHELL-3. Expected: spk-info.txt, train/ and test/; test is kept as test."),
+    "commonvoice": Corpus("published", "read_common_voice", "Common Voice. Expected: clips/ and train, dev, test.tsv, for each locale."),
+    "esd": Corpus("published", "read_esd", "ESD, emotional speech. Expected: 0001/ to 0020/ with their lists; emotions are kept."),
+    "emilia": Corpus("published", "read_emilia", "Emilia. Expected: x.json beside x.mp3, in folders or in *.tar; or a tar.", ("language",)),
+    "kaldi": Corpus("published", "read_kaldi", "A Kaldi data folder. Expected: wav.scp and text, at least.", ("speaker", "language")),
+    "lhotse": Corpus("lhotse_readers", "read_lhotse", "lhotse manifests, as its own recipes write them.", ("speaker", "language")),
 }
 OPTIONAL = frozenset(("speaker", "language"))
 """Options of those corpora only that may leave these open."""
@@ -106,7 +106,7 @@ def vctk(
     headers_only: HeadersOnly = False,
 ) -> None:
     """VCTK 0.92 and 0.80. Expected: txt/ and wav48_silence_trimmed/ or wav48/."""
-    from kalle.data.corpora.vctk import read_vctk
+    from kalle.data.corpus.published import read_vctk
 
     _run(read_vctk(source, mic), out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only)
 
@@ -129,7 +129,7 @@ def hf(
     jobs: Jobs = 1,
 ) -> None:
     """A Hugging Face dataset. Expected: an audio and a text column; its splits are kept."""
-    from kalle.data.corpora.hugging_face import read_hugging_face
+    from kalle.data.corpus.hugging_face import read_hugging_face
 
     asked = {"audio": audio_column, "text": text_column, "speaker": speaker_column, "language": language_column}
     columns = {kind: name for kind, name in asked.items() if name is not None}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kalle.data.corpora.items import Source
+    from kalle.data.corpus.items import Source
 
 Out = Annotated[Path, typer.Option("--out", help="the corpus folder to write")]
 MinSeconds = Annotated[float, typer.Option(help="shorter recordings are rejected")]
@@ -36,9 +36,9 @@ def run_prepare(
     headers_only: bool = False,
 ) -> None:
     """Check ``source`` into the corpus folder ``out`` and print its report."""
-    from kalle.data.prepare import prepare_corpus
-    from kalle.data.prepare_check import PrepareOptions
-    from kalle.data.prepare_split import SplitPolicy
+    from kalle.data.corpus.check import PrepareOptions
+    from kalle.data.corpus.prepare import prepare_corpus
+    from kalle.data.corpus.splits import SplitPolicy
 
     policy = SplitPolicy(valid_share, test_share, seed)
     options = PrepareOptions(min_seconds=min_seconds, max_seconds=max_seconds, headers_only=headers_only, split=policy)
@@ -62,7 +62,7 @@ def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int
     from rich.console import Console
     from rich.table import Table
 
-    from kalle.data.report import tables
+    from kalle.data.corpus.report import tables
 
     console = Console(highlight=False)
     if unchanged:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import nn
 
-    from kalle.data.datamodules import LMDataModule
+    from kalle.data.loading.datamodules import LMDataModule
     from kalle.models.batch import Packing
     from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kalle.data.datamodules import FlowVAEDataModule, LMDataModule
+    from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule
     from kalle.training.footprint import Footprint
 
 MIXED_ACTIVATIONS = 0.6

@@ -25,7 +25,7 @@ from kalle.synthesis.folder import StoredStop, load_tokenizer
 from kalle.synthesis.row import StopRule
 
 if TYPE_CHECKING:
-    from kalle.data.latent_dataset import LatentDataset
+    from kalle.data.loading.datasets import LatentDataset
     from kalle.synthesis.kalle import Kalle
 
 FloatArray = NDArray[np.float64]
@@ -168,8 +168,8 @@ def held_out(model: str | Path, lm: KalleLM, latents: str | Path, split: str = "
     empty split, and latents of another Flow-VAE.
     """
     try:
-        from kalle.data.latent_dataset import LatentDataset, SpeakerConfig
-        from kalle.data.shards import read_info
+        from kalle.data.latents.shards import read_info
+        from kalle.data.loading.datasets import LatentDataset, SpeakerConfig
     except ModuleNotFoundError as error:
         raise UserError(f"reading latents needs {error.name}, which is not installed: pip install 'kalle-tts[train]'") from None
     theirs, ours = read_info(latents)["encoder_hash"], weights_hash(FlowVAE.from_pretrained(model).encoder)
@@ -184,14 +184,13 @@ def held_out(model: str | Path, lm: KalleLM, latents: str | Path, split: str = "
 
 def batches_of(dataset: LatentDataset, max_positions: int = DEFAULT_MAX_POSITIONS) -> list[Callable[[], LMBatch]]:
     """Every utterance of ``dataset`` once, in batches of at most ``max_positions`` positions where no single one is longer."""
-    from kalle.data.plans import BudgetPlan
-    from kalle.data.sampling import Visit
+    from kalle.data.loading.samplers import BudgetBatchSampler, Sample
 
     texts, audio = dataset.text_lengths, dataset.audio_lengths
-    plan = BudgetPlan(texts, audio, max_positions=max(max_positions, int((texts + audio).max())), shuffle=False)
+    plan = BudgetBatchSampler(texts, audio, max_positions=max(max_positions, int((texts + audio).max())), shuffle=False)
 
     def load(indices: Sequence[int]) -> Callable[[], LMBatch]:
-        return lambda: dataset[[Visit(epoch=0, item=index) for index in indices]]
+        return lambda: dataset[[Sample(epoch=0, item=index) for index in indices]]
 
     return [load(indices) for indices in plan(0)]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kalle.data.sampling import derived_seed
+from kalle.data.seeds import derived_seed
 from kalle.models.batch import LMBatch
 from kalle.text.prompt import without_text
 

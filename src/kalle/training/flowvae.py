@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kalle.checkpoint import check_fields
-from kalle.data.sampling import standard_noise
+from kalle.data.seeds import standard_noise
 from kalle.losses.adversarial import OverParts, discriminator_loss, feature_matching_loss, generator_loss
 from kalle.losses.latent import LatentHealth, flow_kl
 from kalle.losses.spectral import LogMel, MelConfig, MelL1, mel_l1

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kalle.checkpoint import check_fields
-from kalle.data.sampling import derived_seed
+from kalle.data.seeds import derived_seed
 from kalle.errors import UserError
 from kalle.losses.alignment import TextAttention, alignment_loss
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl, stop_bce, stop_rows

@@ -15,8 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kalle.data.plans import FixedSizePlan
-from kalle.data.sampling import Visit
+from kalle.data.loading.samplers import FixedSizeBatchSampler, Sample
 from kalle.losses.latent import next_distribution_loss
 from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.lm import KalleLM
@@ -141,11 +140,11 @@ class PlainLMTraining(lightning.LightningModule):
 class _VisitBatches:
     """Batches of a plan as a PyTorch batch sampler, without this project's bookkeeping."""
 
-    def __init__(self, plan: FixedSizePlan) -> None:
+    def __init__(self, plan: FixedSizeBatchSampler) -> None:
         self.plan = plan
 
     def __iter__(self) -> Any:
-        return iter([[Visit(0, item) for item in batch] for batch in self.plan(0)])
+        return iter([[Sample(0, item) for item in batch] for batch in self.plan(0)])
 
     def __len__(self) -> int:
         return len(self.plan(0))
@@ -153,7 +152,7 @@ class _VisitBatches:
 
 def plain_loader(dataset: Any, batch_size: int, seed: int) -> DataLoader:
     """Random batches of ``batch_size`` items, loaded in the process itself."""
-    sampler: Any = _VisitBatches(FixedSizePlan(len(dataset), batch_size, seed=seed))
+    sampler: Any = _VisitBatches(FixedSizeBatchSampler(len(dataset), batch_size, seed=seed))
     return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=_same)
 
 

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from kalle.audio import resample
-from kalle.data.cuts import cuts_path, make_cut, write_cuts
+from kalle.data.corpus.cuts import cuts_path, make_cut, write_cuts
 
 RATE_HZ = 16000
 WORDS = [

@@ -11,11 +11,10 @@ from typer.testing import CliRunner
 from kalle.audio import write_audio
 from kalle.cli.data import app
 from kalle.cli.main import main
-from kalle.data.corpus_cuts import load_cuts
-from kalle.data.doctor import gather
-from kalle.data.doctor.diagnose import Diagnosis, diagnose
-from kalle.data.doctor.examine import CHECKS, REMOVED_BY_DEFAULT
-from kalle.data.doctor.limits import Limits
+from kalle.data.corpus import measures
+from kalle.data.corpus.cuts import load_cuts
+from kalle.data.corpus.doctor import Diagnosis, diagnose
+from kalle.data.corpus.quality import CHECKS, REMOVED_BY_DEFAULT, Limits
 from kalle.errors import UserError
 
 
@@ -94,7 +93,7 @@ def test_a_filtered_copy_has_the_rest_and_counts_what_went(sick, diagnosis: Diag
 def test_an_interrupted_run_goes_on_and_changed_audio_is_measured_again(
     healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    real, seen = gather.measure, []
+    real, seen = measures.measure, []
 
     def interrupted(cut):
         if len(seen) == 10:
@@ -102,7 +101,7 @@ def test_an_interrupted_run_goes_on_and_changed_audio_is_measured_again(
         seen.append(cut.id)
         return real(cut)
 
-    monkeypatch.setattr(gather, "measure", interrupted)
+    monkeypatch.setattr(measures, "measure", interrupted)
     assert main(["data", "doctor", str(healthy), "--out", str(tmp_path / "out"), "--no-pictures"]) == 130
     assert "run the same command again" in capfd.readouterr().err
     monkeypatch.undo()

@@ -8,11 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalle.audio import resample
-from kalle.data.doctor.measured import Item, Sound
-from kalle.data.doctor.pace_checks import pace, scores
-from kalle.data.doctor.sound import flat_share, loudness_lufs, silence
-from kalle.data.doctor.spectrum import BANDS, spectrum
-from kalle.data.doctor.writing import letters_and_signs, mixed_word, odd_characters, script_counts
+from kalle.data.corpus.measures import (
+    BANDS,
+    MeasuredItem,
+    Measures,
+    flat_share,
+    letters_and_signs,
+    loudness_lufs,
+    mixed_word,
+    odd_characters,
+    script_counts,
+    silence,
+    spectrum,
+)
+from kalle.data.corpus.quality import pace, scores
 
 RATE_HZ = 16000
 
@@ -109,8 +118,8 @@ def test_mixed_words_are_those_of_two_alphabets() -> None:
     assert script_counts("我 a ж") == {"CJK": 1, "LATIN": 1, "CYRILLIC": 1}
 
 
-def item(number: int, text: str, seconds: float) -> Item:
-    return Item(f"i{number}", "train", text, "a", "en", RATE_HZ, Sound(seconds=seconds))
+def item(number: int, text: str, seconds: float) -> MeasuredItem:
+    return MeasuredItem(f"i{number}", "train", text, "a", "en", RATE_HZ, Measures(seconds=seconds))
 
 
 def test_pace_counts_signs_where_there_are_most() -> None:

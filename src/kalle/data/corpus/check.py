@@ -1,0 +1,262 @@
+"""One item decoded and checked: how long, how loud, fit to use or not; converted where lhotse could not read it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from kalle.audio import Audio, AudioError, clipped_share, load_channels, resample, rms_dbfs, write_audio
+from kalle.data.corpus.items import TAG, Rejection, SourceItem
+from kalle.data.corpus.splits import SplitPolicy, normalised
+from kalle.errors import UserError
+
+ROUNDING_S = 0.1
+"""How far a segment may reach beyond its recording, for lists that give times rounded; what is beyond does not exist."""
+
+
+SEEKABLE = frozenset(("WAV", "WAVEX", "FLAC", "AIFF", "AU", "NIST", "RF64", "W64"))
+"""Formats of which a part is read quickly and to the sample."""
+
+
+@dataclass(frozen=True)
+class ItemAudio:
+    """What an item sounds like: float32 (channels, S), or None where only the header was read.
+
+    ``file_samples`` is the length of the whole recording, ``start_samples`` where the item begins in it, all at ``rate_hz``.
+    """
+
+    channels: Audio | None
+    rate_hz: int
+    channel_count: int
+    samples: int
+    start_samples: int
+    file_samples: int
+
+
+def read_header(item: SourceItem) -> ItemAudio | None:
+    """The item's measures from the file's header alone; None where that is not enough: audio that is to be converted, or unreadable.
+
+    Raises AudioError for a segment outside its recording.
+    """
+    if item.inside is not None:
+        return None
+    try:
+        info = soundfile.info(item.audio)
+    except (soundfile.LibsndfileError, OSError, TypeError):
+        return None
+    if info.channels != 1 or info.frames <= 0 or (item.is_segment and info.format not in SEEKABLE):
+        return None
+    start, stop = _range(item, info.frames, info.samplerate)
+    return ItemAudio(None, info.samplerate, 1, stop - start, start, info.frames)
+
+
+def load_sound(item: SourceItem) -> ItemAudio:
+    """Decode the item; raises AudioError when it cannot be, or lies outside its recording."""
+    if item.inside is not None:
+        channels, rate_hz = _load_inside(item)
+    elif item.is_segment:
+        part = _read_part(item)
+        if part is not None:
+            return part
+        channels, rate_hz = _load_long(item.audio)
+    else:
+        channels, rate_hz = load_channels(item.audio)
+    start, stop = _range(item, channels.shape[1], rate_hz)
+    return _sound(item, channels[:, start:stop], rate_hz, start, channels.shape[1])
+
+
+def _sound(item: SourceItem, channels: Audio, rate_hz: int, start: int, file_samples: int) -> ItemAudio:
+    count = channels.shape[0]
+    if item.channel is not None:
+        if item.channel >= count:
+            raise AudioError(f"no channel {item.channel} in '{item.place}': got {count}, counted from 0; correct the list", "unreadable")
+        channels = channels[item.channel : item.channel + 1]
+    return ItemAudio(channels, rate_hz, count, channels.shape[1], start, file_samples)
+
+
+def _range(item: SourceItem, samples: int, rate_hz: int) -> tuple[int, int]:
+    """First and last sample (exclusive) of the item in a recording of ``samples``."""
+    start = round(item.start_s * rate_hz)
+    stop = samples if item.duration_s is None else round((item.start_s + item.duration_s) * rate_hz)
+    if start < 0 or start >= samples or stop <= start or stop > samples + ROUNDING_S * rate_hz:
+        raise AudioError(
+            f"outside the recording: got {start / rate_hz:.3f} to {stop / rate_hz:.3f} s of '{item.place}', which has "
+            f"{samples / rate_hz:.3f} s; correct the times",
+            "outside the recording",
+        )
+    return start, min(stop, samples)
+
+
+def _read_part(item: SourceItem) -> ItemAudio | None:
+    """The segment alone, where the format can be entered anywhere; None where the whole has to be decoded."""
+    try:
+        with soundfile.SoundFile(item.audio) as file:
+            if file.format not in SEEKABLE:
+                return None
+            start, stop = _range(item, file.frames, file.samplerate)
+            file.seek(start)
+            frames = file.read(stop - start, dtype="float32", always_2d=True)
+            rate_hz, file_samples = int(file.samplerate), int(file.frames)
+    except (soundfile.LibsndfileError, OSError, TypeError):
+        return None
+    channels = np.ascontiguousarray(frames.T)
+    if channels.shape[1] < stop - start:
+        raise AudioError(f"unreadable audio: '{item.audio}' ends before its header says; fetch it again", "unreadable")
+    if not np.isfinite(channels).all():
+        raise AudioError(f"not finite: '{item.audio}' holds NaN or infinite samples; export it again", "not finite")
+    return _sound(item, channels, rate_hz, start, file_samples)
+
+
+@lru_cache(maxsize=1)
+def _load_long(path: Path) -> tuple[Audio, int]:
+    """A whole recording, kept for the next segment of it."""
+    return load_channels(path)
+
+
+def _load_inside(item: SourceItem) -> tuple[Audio, int]:
+    assert item.inside is not None
+    try:
+        content = item.inside.read(item.audio)
+    except (OSError, EOFError, KeyError, IndexError) as error:
+        raise AudioError(f"unreadable audio: '{item.place}' ({error}); fetch the archive again", "unreadable") from None
+    # A decoder that needs a file gets one; it never holds more than this recording.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"audio{Path(item.inside.name).suffix}"
+        path.write_bytes(content)
+        try:
+            return load_channels(path)
+        except AudioError as error:
+            raise AudioError(str(error).replace(str(path), item.place), error.reason) from None
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What decides about an item; lengths in seconds, levels of full scale.
+
+    ``headers_only`` believes the headers: silence, clipping and damage inside a file are not noticed. Items that must be converted are
+    decoded, and checked in full, all the same.
+    """
+
+    sample_rate_hz: int = 16000
+    min_seconds: float = 0.3
+    max_seconds: float = 30.0
+    silent_below_dbfs: float = -60.0
+    max_clipped_share: float = 0.001
+    headers_only: bool = False
+    split: SplitPolicy = field(default_factory=SplitPolicy)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_seconds < self.max_seconds:
+            raise UserError(
+                f"length limits: got {self.min_seconds} to {self.max_seconds} s, expected 0 <= --min-seconds < --max-seconds; change them"
+            )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An item that passed, with its audio as it is stored: ``audio`` is absolute, or relative to the corpus folder if converted.
+
+    ``stored_samples`` counts the stored file, of which the item begins at ``start_samples`` and lasts ``seconds``.
+    """
+
+    id: str
+    audio: str
+    source: str
+    text: str
+    speaker: str
+    language: str
+    split: str
+    source_rate_hz: int
+    source_channels: int
+    stored_rate_hz: int
+    stored_samples: int
+    seconds: float
+    start_samples: int = 0
+    decoded: bool = True
+    custom: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, the inverse of ``Kept(**values)``."""
+        return asdict(self)
+
+
+def check_item(item: SourceItem, options: PrepareOptions, out: Path) -> Kept | Rejection:
+    """Listen to one item and keep or reject it; more than one channel, or a file only PyAV reads, becomes FLAC in ``out``/audio."""
+    text = " ".join(item.text.split())
+    if not normalised(text):
+        return _rejection(item, "no text", f"got '{item.text}', expected words")
+    if TAG.fullmatch(text):
+        return _rejection(item, "not speech", f"the text is the tag '{text}'")
+    try:
+        sound = (read_header(item) if options.headers_only else None) or load_sound(item)
+    except AudioError as error:
+        return _rejection(item, error.reason, str(error))
+    problem = _sound_problem(sound, options)
+    if problem is not None:
+        return _rejection(item, *problem)
+    audio, stored_rate_hz, stored_samples, start_samples = _stored(item, sound, options.sample_rate_hz, out)
+    return Kept(
+        id=item.id,
+        audio=audio,
+        source=item.place,
+        text=text,
+        speaker=item.speaker,
+        language=item.language,
+        split=item.split or options.split.assign(text),
+        source_rate_hz=sound.rate_hz,
+        source_channels=sound.channel_count,
+        stored_rate_hz=stored_rate_hz,
+        stored_samples=stored_samples,
+        seconds=sound.samples / sound.rate_hz,
+        start_samples=start_samples,
+        decoded=sound.channels is not None,
+        custom=item.custom,
+    )
+
+
+def _sound_problem(sound: ItemAudio, options: PrepareOptions) -> tuple[str, str] | None:
+    """The reason and detail for which a recording is unfit, or None."""
+    seconds = sound.samples / sound.rate_hz
+    if seconds < options.min_seconds:
+        return "too short", f"got {seconds:.3f} s, expected at least {options.min_seconds} s"
+    if seconds > options.max_seconds:
+        return "too long", f"got {seconds:.3f} s, expected at most {options.max_seconds} s"
+    if sound.channels is None:
+        return None
+    level = rms_dbfs(sound.channels.mean(axis=0, dtype=np.float32))
+    if level < options.silent_below_dbfs:
+        return "silent", f"got {level:.1f} dBFS, expected at least {options.silent_below_dbfs} dBFS"
+    # Averaging hides a clipped channel, so each is looked at by itself.
+    clipped = max(clipped_share(channel) for channel in sound.channels)
+    if clipped > options.max_clipped_share:
+        return "clipped", f"got {clipped:.4f} of the samples at full scale, expected at most {options.max_clipped_share}"
+    return None
+
+
+def _stored(item: SourceItem, sound: ItemAudio, wanted_hz: int, out: Path) -> tuple[str, int, int, int]:
+    """Path, rate, length and first sample of what the cut will read: the original where lhotse reads it as mono, else a FLAC."""
+    if sound.channels is None or (sound.channel_count == 1 and item.inside is None and _soundfile_agrees(item, sound)):
+        return str(item.audio), sound.rate_hz, sound.file_samples, sound.start_samples
+    relative = f"audio/{item.id}.flac"
+    converted = resample(sound.channels.mean(axis=0, dtype=np.float32), sound.rate_hz, wanted_hz)
+    write_audio(out / relative, converted, wanted_hz)
+    return relative, wanted_hz, converted.size, 0
+
+
+def _soundfile_agrees(item: SourceItem, sound: ItemAudio) -> bool:
+    try:
+        info = soundfile.info(item.audio)
+    except (soundfile.LibsndfileError, OSError):
+        return False
+    seekable = not item.is_segment or info.format in SEEKABLE
+    return seekable and info.samplerate == sound.rate_hz and info.frames == sound.file_samples and info.channels == 1
+
+
+def _rejection(item: SourceItem, reason: str, detail: str) -> Rejection:
+    return Rejection(item.id, item.place, reason, detail)

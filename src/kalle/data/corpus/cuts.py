@@ -1,0 +1,193 @@
+"""The lhotse cuts of a prepared corpus: made, written, read, and their audio loaded."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse.audio import AudioSource
+from lhotse.cut import Cut
+
+from kalle.data.corpus.splits import SPLITS
+from kalle.errors import UserError
+from kalle.files import atomic_file, output_folder, write_atomic
+
+COMPLETED_NAME = ".completed"
+REPORT_JSON, REPORT_MD = "report.json", "report.md"
+
+
+def cuts_path(folder: Path, split: str) -> Path:
+    """Where a corpus folder keeps the cuts of a split."""
+    return folder / f"cuts_{split}.jsonl.gz"
+
+
+def make_cut(
+    cut_id: str,
+    audio: str,
+    stored_rate_hz: int,
+    stored_samples: int,
+    sample_rate_hz: int,
+    text: str,
+    speaker: str,
+    language: str,
+    source: str = "",
+    start_samples: int = 0,
+    seconds: float | None = None,
+    custom: dict[str, Any] | None = None,
+) -> MonoCut:
+    """One cut over a mono recording with one supervision; `load_audio()` gives (1, num_samples) at ``sample_rate_hz``.
+
+    ``stored_rate_hz`` and ``stored_samples`` describe the file as it lies on disk; another rate is resampled on loading. ``seconds``
+    from ``start_samples`` on (at the stored rate) make a cut of a part of it; None means the whole. ``custom`` goes into the cut's own.
+    """
+    recording = Recording(
+        id=cut_id,
+        sources=[AudioSource(type="file", channels=[0], source=audio)],
+        sampling_rate=stored_rate_hz,
+        num_samples=stored_samples,
+        duration=stored_samples / stored_rate_hz,
+    )
+    if stored_rate_hz != sample_rate_hz:
+        recording = recording.resample(sample_rate_hz)
+    start = start_samples / stored_rate_hz
+    duration = recording.duration if seconds is None else min(seconds, recording.duration - start)
+    supervision = SupervisionSegment(
+        id=cut_id, recording_id=cut_id, start=0.0, duration=duration, text=text, speaker=speaker, language=language or None
+    )
+    fields = {**(custom or {}), **({"source": source} if source else {})}
+    return MonoCut(
+        id=cut_id, start=start, duration=duration, channel=0, recording=recording, supervisions=[supervision], custom=fields or None
+    )
+
+
+def write_cuts(path: Path, cuts: Iterable[MonoCut]) -> int:
+    """Write gzipped JSONL, the same bytes for the same cuts; returns how many."""
+    count = 0
+    with (
+        atomic_file(path) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed,
+        io.TextIOWrapper(packed, encoding="utf-8") as lines,
+    ):
+        for cut in cuts:
+            lines.write(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def load_cuts(corpus: str | Path, split: str) -> list[Cut]:
+    """The cuts of ``split`` in the folder that ``kalle prepare`` wrote, their audio paths made absolute.
+
+    UserError when the folder is no prepared corpus, is unfinished, or lacks the split.
+    """
+    root = Path(corpus).resolve()
+    if not (root / ".completed").is_file():
+        raise UserError(
+            f"not a prepared corpus: got '{corpus}', expected cuts_*.jsonl.gz and .completed in it; run `kalle prepare` to the end"
+        )
+    path = root / f"cuts_{split}.jsonl.gz"
+    if not path.is_file():
+        found = splits_of(root)
+        raise UserError(
+            f"no split '{split}' in '{corpus}': found {', '.join(found) or 'none'}; name one of them or run `kalle prepare` again"
+        )
+    # A path that is absolute already stays as it is: pathlib drops what stands before it.
+    return [cut.with_recording_path_prefix(root) for cut in CutSet.from_jsonl_lazy(path)]
+
+
+def splits_of(corpus: str | Path) -> list[str]:
+    """The names of the splits of a corpus folder, sorted; none when it isn't one."""
+    return sorted(file.name.removeprefix("cuts_").removesuffix(".jsonl.gz") for file in Path(corpus).glob("cuts_*.jsonl.gz"))
+
+
+def cut_field(cut: Cut, name: str) -> str | None:
+    """``name`` of the first supervision of ``cut``; None without one."""
+    return getattr(cut.supervisions[0], name) if cut.supervisions else None
+
+
+def load_audio(cut: Cut, sample_rate_hz: int) -> np.ndarray:
+    """The audio of ``cut`` as float32 (S,), resampled to ``sample_rate_hz``, channels averaged.
+
+    A UserError names the cut when its audio cannot be read or holds a value that is not finite.
+    """
+    try:
+        audio = (cut if cut.sampling_rate == sample_rate_hz else cut.resample(sample_rate_hz)).load_audio()
+    except Exception as error:  # lhotse raises what its many backends raise
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UserError(f"unreadable audio: cut '{cut.id}' ({reason}); run `kalle prepare` again or remove the file") from None
+    mono = np.ascontiguousarray(np.atleast_2d(audio).mean(axis=0), dtype=np.float32)
+    if not np.isfinite(mono).all():
+        raise UserError(f"audio with NaN or infinity: cut '{cut.id}', expected finite samples; run `kalle prepare` again or remove it")
+    return mono
+
+
+def corpus_cuts(corpus: Path) -> dict[tuple[str, str], Cut]:
+    """All cuts of a prepared corpus by (split, id), audio paths absolute; a UserError as `load_cuts`, or for an id that comes twice."""
+    found = {path.name.removeprefix("cuts_").removesuffix(".jsonl.gz") for path in corpus.glob("cuts_*.jsonl.gz")}
+    splits = [*[split for split in SPLITS if split in found], *sorted(found - set(SPLITS))]
+    cuts: dict[tuple[str, str], Cut] = {}
+    for split in splits or ["train"]:
+        for cut in load_cuts(corpus, split):
+            if (split, cut.id) in cuts:
+                raise UserError(f"cut ids must differ: got '{cut.id}' twice in the split '{split}' of '{corpus}'; prepare it again")
+            cuts[split, cut.id] = cut
+    if not cuts:
+        raise UserError(f"nothing to examine: '{corpus}' holds no cuts; run `kalle prepare` on recordings")
+    return cuts
+
+
+MADE_BY = "made_by"
+
+
+def corpus_digest(corpus: Path) -> str:
+    """SHA-256 (hex) of the marker and of all cuts of a prepared corpus: what a derived one was made from."""
+    digest = hashlib.sha256()
+    for path in [corpus / COMPLETED_NAME, *sorted(corpus.glob("cuts_*.jsonl.gz"))]:
+        digest.update(path.name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()
+
+
+def check_target(out: Path, corpus: Path, made_by: str, others: Sequence[str] = ()) -> None:
+    """A UserError unless ``out`` is new, empty, or an earlier result of ``made_by``; an interrupt may have left files called ``others``."""
+    if out.resolve() == corpus.resolve():
+        raise UserError(f"'{out}' is the corpus itself: expected another folder for the new one; nothing is changed in place")
+    if not out.exists() or {path.name for path in out.iterdir()} <= set(others):
+        return
+    report = out / REPORT_JSON
+    try:
+        made = json.loads(report.read_text(encoding="utf-8")).get(MADE_BY)
+    except (OSError, ValueError, AttributeError):
+        made = None
+    if made != made_by:
+        raise UserError(
+            f"'{out}' holds something else: expected a new or empty folder, or an earlier result of `{made_by}`; choose another"
+        )
+
+
+def write_derived(
+    out: Path, cuts: Mapping[str, Sequence[Cut]], report: dict[str, Any], markdown: str, made_by: str, fingerprint: str
+) -> None:
+    """Write the cuts of every split, report.json, report.md and, last of all, .completed.
+
+    UserError when no training item is left.
+    """
+    if not cuts.get("train"):
+        raise UserError(f"nothing to train on would be left in '{out}': {_counts(cuts)}; loosen the limits or mend the corpus")
+    with output_folder(out):
+        (out / COMPLETED_NAME).unlink(missing_ok=True)
+        for split in dict.fromkeys((*SPLITS, *cuts)):
+            write_cuts(cuts_path(out, split), cuts.get(split, ()))  # type: ignore[arg-type]
+        write_atomic(out / REPORT_JSON, json.dumps({MADE_BY: made_by, **report}, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(out / REPORT_MD, markdown)
+        write_atomic(out / COMPLETED_NAME, fingerprint + "\n")
+
+
+def _counts(cuts: Mapping[str, Sequence[Cut]]) -> str:
+    return ", ".join(f"{len(found)} items in {split}" for split, found in cuts.items()) or "no items"

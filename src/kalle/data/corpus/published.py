@@ -1,0 +1,387 @@
+"""Published corpora that lhotse's recipes read only in part: VCTK, Common Voice, ESD, Kaldi data folders, Emilia."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kalle.data.corpus.items import (
+    AUDIO_SUFFIXES,
+    Rejection,
+    Source,
+    SourceItem,
+    TarMember,
+    collected,
+    find_root,
+    language_code,
+    plain_fields,
+    safe_id,
+    split_of_part,
+)
+from kalle.data.corpus.lhotse_readers import from_cuts
+from kalle.data.journal import read_lines
+from kalle.errors import UserError
+from kalle.text.languages import detect_language
+
+MICROPHONES = ("mic1", "mic2")
+
+
+_VCTK_LAYOUT = "txt/SPEAKER/*.txt, and wav48_silence_trimmed/SPEAKER/*_mic1.flac (0.92) or wav48/SPEAKER/*.wav (0.80)"
+
+
+def read_vctk(folder: Path, microphone: str = "mic1") -> Source:
+    """One microphone's recordings with the texts of txt/; accent, age and gender as in speaker-info.txt, where there is one.
+
+    A recording without a text (all of p315) is rejected as "no text", a text without a recording (p280 at mic2) as "missing". Raises
+    UserError for another layout or microphone.
+    """
+    if microphone not in MICROPHONES:
+        raise UserError(f"--mic: got '{microphone}', expected {' or '.join(MICROPHONES)}; correct it")
+    root = find_root(folder, ("txt", "wav48*"), "VCTK", _VCTK_LAYOUT)
+    new = (root / "wav48_silence_trimmed").is_dir()
+    ending = f"_{microphone}" if new else ""
+    pattern = f"wav48_silence_trimmed/*/*{ending}.flac" if new else "wav48/*/*.wav"
+    audio = {path.stem.removesuffix(ending): path for path in sorted(root.glob(pattern))}
+    rejected: list[Rejection] = []
+    items = list(_vctk_items(root, audio, ending, rejected))
+    return collected("VCTK", items, rejected, {"microphone": microphone if new else "the only one"})
+
+
+def _vctk_items(root: Path, audio: dict[str, Path], ending: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
+    speakers = _vctk_speakers(root / "speaker-info.txt")
+    texts = {path.stem: path for path in sorted(root.glob("txt/*/*.txt"))}
+    for name, path in audio.items():
+        if name not in texts:
+            rejected.append(Rejection(safe_id(name + ending), str(path), "no text", f"no {name}.txt in txt"))
+            continue
+        speaker, text = path.parent.name, " ".join(" ".join(read_lines(texts[name])).split())
+        yield SourceItem(safe_id(name + ending), path.resolve(), text, speaker, "en", custom=speakers.get(speaker))
+    for name in sorted(texts.keys() - audio.keys()):
+        rejected.append(Rejection(safe_id(name + ending), "", "missing", f"no recording of '{texts[name].relative_to(root)}'"))
+
+
+def _vctk_speakers(path: Path) -> dict[str, dict[str, str]]:
+    """Age, gender and accent by speaker: the first four words of a line; release 0.80 leaves the p of a speaker out."""
+    rows = [line.split() for line in read_lines(path)[1:]] if path.is_file() else []
+    names = ("age", "gender", "accent")
+    found = {}
+    for row in rows:
+        if len(row) > len(names):
+            found[f"p{row[0]}" if row[0].isdigit() else row[0]] = dict(zip(names, row[1:4], strict=True))
+    return found
+
+
+COMMON_VOICE_TABLES = ("train.tsv", "dev.tsv", "test.tsv")
+
+
+_COMMON_VOICE_LAYOUT = "expected LANGUAGE/train.tsv, dev.tsv, test.tsv and LANGUAGE/clips/*.mp3, there or in a folder cv-corpus-…"
+
+
+_COMMON_VOICE_KEPT = ("age", "gender", "accents", "accent", "variant")
+
+
+def read_common_voice(folder: Path) -> Source:
+    """The validated clips that train, dev and test name, with client ids as speakers and the locale folder as language.
+
+    Clips that no such table names (validated, invalidated and other have more) are not looked at. Raises UserError for another layout.
+    """
+    if not folder.is_dir():
+        raise UserError(f"folder not found: got '{folder}', {_COMMON_VOICE_LAYOUT} (Common Voice); check the path")
+    roots = [folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))]
+    locales = [root for root in roots if (root / "clips").is_dir() and any((root / table).is_file() for table in COMMON_VOICE_TABLES)]
+    if not locales:
+        raise UserError(f"not the layout of Common Voice: got '{folder}', {_COMMON_VOICE_LAYOUT}; name the folder that holds these")
+    rejected: list[Rejection] = []
+    items: list[SourceItem] = []
+    for locale in locales:
+        for table in COMMON_VOICE_TABLES:
+            if (locale / table).is_file():
+                items += _common_voice_rows(locale, locale / table, rejected)
+    names = ", ".join(locale.resolve().name for locale in locales)
+    return collected("Common Voice", items, rejected, {"locales": names})
+
+
+def _common_voice_rows(locale: Path, table: Path, rejected: list[Rejection]) -> Iterator[SourceItem]:
+    # Sentences hold unbalanced quotation marks, which mean nothing here.
+    rows = csv.DictReader(read_lines(table), delimiter="\t", quoting=csv.QUOTE_NONE)
+    missing = {"path", "sentence", "client_id"} - set(rows.fieldnames or ())
+    if missing:
+        raise UserError(f"cannot read '{table}': no column {', '.join(sorted(missing))}; expected a table of Common Voice; unpack it again")
+    clips = (locale / "clips").resolve()
+    split = split_of_part(table.stem)
+    for row in rows:
+        name = row["path"] or ""
+        audio = clips / (name if Path(name).suffix else f"{name}.mp3")
+        item_id = safe_id(Path(name).with_suffix("").name)
+        if not name or not audio.is_file():
+            rejected.append(Rejection(item_id, str(audio), "missing", f"named in {table.name}, but not in clips"))
+            continue
+        language = language_code(row.get("locale") or locale.resolve().name)
+        custom = plain_fields({key: row.get(key) or "" for key in _COMMON_VOICE_KEPT})
+        yield SourceItem(item_id, audio, row["sentence"] or "", row["client_id"] or "unknown", language, split, custom=custom)
+
+
+EMOTIONS = {
+    **{"angry": "angry", "happy": "happy", "neutral": "neutral", "sad": "sad", "surprise": "surprise"},
+    **{"生气": "angry", "愤怒": "angry", "快乐": "happy", "开心": "happy", "中立": "neutral", "伤心": "sad", "惊喜": "surprise"},
+}
+
+
+ESD_SPLITS = {"train": "train", "evaluation": "valid", "test": "test"}
+
+
+_ESD_LAYOUT = "0001/0001.txt (id, text, emotion) and 0001/Angry/*.wav or 0001/Angry/{train,evaluation,test}/*.wav, and so on to 0020"
+
+
+def read_esd(folder: Path) -> Source:
+    """Every wav that a speaker's list names, its emotion kept; train, evaluation and test folders, where there are some, are the split.
+
+    The lists are in UTF-8, UTF-16 or GB 18030. Raises UserError for another layout or encoding.
+    """
+    root = find_root(folder, ("[0-9][0-9][0-9][0-9]/[0-9][0-9][0-9][0-9].txt",), "ESD", _ESD_LAYOUT)
+    rejected: list[Rejection] = []
+    items: list[SourceItem] = []
+    for speaker in sorted(root.glob("[0-9][0-9][0-9][0-9]")):
+        items += _esd_speaker(speaker, rejected)
+    return collected("ESD", items, rejected)
+
+
+def _esd_speaker(folder: Path, rejected: list[Rejection]) -> Iterator[SourceItem]:
+    audio = {path.stem: path.resolve() for path in sorted(folder.rglob("*.wav")) if not path.name.startswith("._")}
+    table = folder / f"{folder.name}.txt"
+    rows = _esd_table(table) if table.is_file() else {}
+    language = detect_language(" ".join(text for text, _ in rows.values()))
+    for name, (text, label) in rows.items():
+        path = audio.pop(name, None)
+        if path is None:
+            rejected.append(Rejection(safe_id(name), "", "missing", f"named in {table.name}, but there is no such wav"))
+            continue
+        places = [part.lower() for part in path.relative_to(folder.resolve()).parts[:-1]]
+        emotion = next((EMOTIONS[word] for word in [*places, label.lower()] if word in EMOTIONS), label)
+        split = next((ESD_SPLITS[place] for place in places if place in ESD_SPLITS), None)
+        yield SourceItem(safe_id(name), path, text, folder.name, language, split, custom={"emotion": emotion})
+    for name, path in audio.items():
+        rejected.append(Rejection(safe_id(name), str(path), "no text", f"no line for it in {table.name}"))
+
+
+def _esd_table(path: Path) -> dict[str, tuple[str, str]]:
+    """Id -> text and label."""
+    rows = {}
+    for line in _decoded(path).splitlines():
+        cells = [cell.strip() for cell in line.split("\t")]
+        if cells[0]:
+            rows[cells[0]] = (cells[1] if len(cells) > 1 else "", cells[2] if len(cells) > 2 else "")
+    return rows
+
+
+def _decoded(path: Path) -> str:
+    content = path.read_bytes()
+    encodings = ("utf-16",) if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "gb18030")
+    for encoding in encodings:
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise UserError(f"cannot read '{path}': got an unknown encoding, expected UTF-8, UTF-16 or GB 18030; convert it with iconv")
+
+
+_KALDI_LAYOUT = "expected wav.scp (recording path) and text (utterance words), there or in train/, dev/ and test/"
+
+
+def read_kaldi(folder: Path, speaker: str = "unknown", language: str = "") -> Source:
+    """A Kaldi data folder, or a folder of several, of which those named dev… and test… are valid and test.
+
+    Relative paths count from the folder, or from the working directory where the file is only there. A wav.scp entry that is a command
+    is rejected as "unreadable": nothing in it is run. Raises UserError for another layout or a line of it that cannot be.
+    """
+    if not folder.is_dir():
+        raise UserError(f"folder not found: got '{folder}', {_KALDI_LAYOUT}; check the path")
+    below = sorted(path.parent for path in folder.glob("*/wav.scp"))
+    parts = [folder] if (folder / "wav.scp").is_file() else below
+    if not parts or not all((part / "text").is_file() for part in parts):
+        raise UserError(f"not a Kaldi data folder: got '{folder}', {_KALDI_LAYOUT}; name the folder that holds these")
+    rejected: list[Rejection] = []
+    items = [item for part in parts for item in _kaldi_part(part, speaker, language, rejected)]
+    return replace(collected("Kaldi", items, rejected), name=folder.resolve().name)
+
+
+def _kaldi_part(folder: Path, speaker: str, language: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
+    recordings, texts = _kaldi_table(folder / "wav.scp"), _kaldi_table(folder / "text")
+    speakers, languages = _kaldi_table(folder / "utt2spk"), _kaldi_table(folder / "utt2lang")
+    split = split_of_part(folder.resolve().name)
+    table = folder / ("segments" if (folder / "segments").is_file() else "wav.scp")
+    segments = _kaldi_segments(table) if table.name == "segments" else {name: (name, 0.0, None) for name in recordings}
+    for name, (recording, start, seconds) in segments.items():
+        place = recordings.get(recording)
+        if place is None:
+            rejected.append(Rejection(safe_id(name), "", "missing", f"no recording '{recording}' in wav.scp"))
+        elif place.endswith("|"):
+            rejected.append(Rejection(safe_id(name), place, "unreadable", "wav.scp has a command; run it and name the file it makes"))
+        elif name not in texts:
+            rejected.append(Rejection(safe_id(name), place, "no text", "no line for it in text"))
+        else:
+            who, spoken = speakers.get(name) or speaker, languages.get(name) or language
+            yield SourceItem(safe_id(name), _kaldi_audio(folder, place), texts[name], who, spoken, split, start, seconds)
+    for name in sorted(texts.keys() - segments.keys()):
+        rejected.append(Rejection(safe_id(name), "", "missing", f"in text, but not in {table.name}"))
+
+
+def _kaldi_table(path: Path) -> dict[str, str]:
+    """First word -> rest of a line; empty for a file that is not there."""
+    if not path.is_file():
+        return {}
+    lines = (line.split(maxsplit=1) for line in read_lines(path) if line.strip())
+    return {words[0]: words[1].strip() if len(words) > 1 else "" for words in lines}
+
+
+def _kaldi_segments(path: Path) -> dict[str, tuple[str, float, float | None]]:
+    """Utterance -> recording, start and duration in seconds; an end of -1 is the end of the recording."""
+    found: dict[str, tuple[str, float, float | None]] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            name, recording, start, end = line.split()[:4]
+            seconds = None if float(end) == -1 else round(float(end) - float(start), 6)
+            found[name] = (recording, float(start), seconds)
+        except ValueError:
+            raise UserError(f"cannot read '{path}' line {number}: got '{line}', expected utterance recording start end; mend it") from None
+    return found
+
+
+def _kaldi_audio(folder: Path, place: str) -> Path:
+    here = folder.resolve() / place
+    return here if here.is_file() or not Path(place).is_file() else Path(place).resolve()
+
+
+_EMILIA_LAYOUT = "expected x.json beside x.mp3 at any depth, or *.tar with such pairs, or raw/EN/*.jsonl (Emilia)"
+
+
+_EMILIA_TEXT_KEYS = ("text", "transcript", "caption")
+
+
+_EMILIA_KEPT = ("dnsmos", "emotion", "phone_count")
+
+
+def read_emilia(folder: Path, language: str = "") -> Source:
+    """Clips with their JSON: text, speaker, language; dnsmos is kept. ``folder`` may be one tar. Nothing of a tar is unpacked.
+
+    A clip without JSON is rejected as "no text", JSON without a clip as "missing". Raises UserError for another layout and for a
+    compressed tar, in which nothing can be found without reading it all.
+    """
+    tars = [folder] if folder.is_file() else sorted(folder.rglob("*.tar"))
+    rejected: list[Rejection] = []
+    items: list[SourceItem] = []
+    if (folder / "raw").is_dir() and any(folder.glob("raw/*/*.jsonl")):
+        items += _emilia_lists(folder, rejected)
+    elif folder.is_dir():
+        items += _emilia_folder(folder, language, rejected)
+    elif not folder.is_file():
+        raise UserError(f"not found: got '{folder}', {_EMILIA_LAYOUT}; check the path")
+    for tar in tars:
+        items += _emilia_tar(tar.resolve(), language, rejected)
+    if not items and not rejected:
+        raise UserError(f"not the layout of Emilia: got '{folder}', {_EMILIA_LAYOUT}; name the folder that holds these")
+    return collected("Emilia", items, rejected, {"tars": len(tars)} if tars else None)
+
+
+def _emilia_item(key: str, audio: Path, content: bytes, language: str, inside: TarMember | None) -> SourceItem:
+    """Raises ValueError for what is no JSON object."""
+    row = json.loads(content)
+    if not isinstance(row, dict):
+        raise ValueError(f"holds a {type(row).__name__}")
+    text = next((str(row[name]) for name in _EMILIA_TEXT_KEYS if row.get(name)), "")
+    spoken = language_code(str(row.get("language") or "")) or language
+    custom = plain_fields({name: row.get(name) for name in _EMILIA_KEPT})
+    return SourceItem(safe_id(key), audio, text, str(row.get("speaker") or "unknown"), spoken, inside=inside, custom=custom)
+
+
+def _emilia_folder(folder: Path, language: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
+    paths: dict[Path, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in AUDIO_SUFFIXES and paths.setdefault(path.with_suffix(""), path.resolve()) != path.resolve():
+            rejected.append(Rejection(safe_id(path.stem), str(path), "duplicate id", f"the name of '{paths[path.with_suffix('')]}'"))
+    for path in sorted(folder.rglob("*.json")):
+        audio = paths.pop(path.with_suffix(""), None)
+        if audio is None:
+            rejected.append(Rejection(safe_id(path.stem), "", "missing", f"no audio beside '{path}'"))
+            continue
+        try:
+            yield _emilia_item(path.stem, audio, path.read_bytes(), language, None)
+        except ValueError as error:
+            rejected.append(Rejection(safe_id(path.stem), str(audio), "no text", f"'{path}' is not a JSON object ({error})"))
+    for stem, audio in paths.items():
+        rejected.append(Rejection(safe_id(stem.name), str(audio), "no text", f"no {stem.name}.json beside it"))
+
+
+def _emilia_lists(folder: Path, rejected: list[Rejection]) -> Iterator[SourceItem]:
+    """The first release, by lhotse's recipe; lines of the lists that it returns no cut for are "missing"."""
+    from lhotse.recipes.emilia import prepare_emilia
+    from lhotse.serialization import load_jsonl
+
+    from kalle.data.corpus.lhotse_readers import quietly
+
+    for path in sorted(folder.glob("raw/*/")):
+        arguments = {"lang": path.name.lower(), "num_jobs": 1}
+        cuts = quietly(prepare_emilia, "Emilia", folder, "raw/EN/*.jsonl and the clips these name", **arguments)
+        found = {cut.id: cut for cut in cuts}
+        yield from from_cuts(cuts, None, rejected)
+        for table in sorted(path.glob("*.jsonl")):
+            for row in load_jsonl(table):
+                name = Path(str(row.get("wav"))).stem
+                if name not in found:
+                    rejected.append(Rejection(safe_id(name), "", "missing", f"named in '{table}', but there is no such clip"))
+
+
+@dataclass
+class _EmiliaPair:
+    content: bytes | None = None
+    audio: list[TarMember] = field(default_factory=list)
+
+
+def _emilia_tar(path: Path, language: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
+    """The pairs of one archive. Its headers and JSON are read, its audio is only located."""
+    pairs: dict[str, _EmiliaPair] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                name = Path(member.name)
+                if not member.isfile() or name.name.startswith("."):
+                    continue
+                key = str(name.with_suffix(""))
+                if name.suffix.lower() == ".json":
+                    pairs.setdefault(key, _EmiliaPair()).content = _content(archive, member)
+                elif name.suffix.lower() in AUDIO_SUFFIXES:
+                    pairs.setdefault(key, _EmiliaPair()).audio.append(TarMember(member.name, member.offset_data, member.size))
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"cannot read '{path}' ({error}); expected a whole tar that is not compressed; fetch or unpack it again") from None
+    for key, pair in pairs.items():
+        yield from _emilia_pair(path, key, pair, language, rejected)
+
+
+def _content(archive: tarfile.TarFile, member: Any) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None, member.name
+    return file.read()
+
+
+def _emilia_pair(path: Path, key: str, pair: _EmiliaPair, language: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
+    name = Path(key).name
+    if not pair.audio:
+        rejected.append(Rejection(safe_id(name), f"{path}:{key}", "missing", "JSON without audio of the same name"))
+        return
+    if pair.content is None:
+        rejected.append(Rejection(safe_id(name), f"{path}:{pair.audio[0].name}", "no text", "audio without JSON of the same name"))
+        return
+    for extra in pair.audio[1:]:
+        rejected.append(Rejection(safe_id(name), f"{path}:{extra.name}", "duplicate id", f"the id of {pair.audio[0].name}"))
+    try:
+        yield _emilia_item(name, path, pair.content, language, pair.audio[0])
+    except ValueError as error:
+        rejected.append(Rejection(safe_id(name), f"{path}:{pair.audio[0].name}", "no text", f"its JSON is not an object ({error})"))

@@ -1,1 +1,0 @@
-"""What is wrong with a prepared corpus: measured item by item, judged check by check, drawn, and left out on request."""

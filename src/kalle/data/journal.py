@@ -1,0 +1,92 @@
+"""JSONL and text files, and the journal of finished items that lets an interrupted step continue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kalle.errors import UserError
+from kalle.files import write_atomic
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, the file whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every line of a JSONL file as an object; a UserError names the file and the line that is not one."""
+    if not path.is_file():
+        raise UserError(f"file not found: got '{path}', expected a JSONL file; check the path")
+    rows = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"not JSON: '{path}' line {number} ({error.msg}); expected one object a line; mend that line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"not a JSON object: '{path}' line {number} holds a {type(row).__name__}; expected {{...}}; mend that line")
+        rows.append(row)
+    return rows
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file (a byte-order mark is dropped); a UserError for another encoding."""
+    try:
+        # str.splitlines also cuts at U+2028 and U+0085, which JSON strings may hold; reading has made \r\n a \n.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text: '{path}' at byte {error.start}; expected UTF-8; convert it with iconv") from None
+
+
+class Journal:
+    """An append-only JSONL file whose first line names the work it belongs to; torn last lines are dropped.
+
+    `entries` holds what an earlier, interrupted run of the same work had finished.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        lines = _whole_lines(path)
+        if lines and lines[0] == {"fingerprint": fingerprint}:
+            self.entries = lines[1:]
+        else:
+            lines = [{"fingerprint": fingerprint}]
+        write_jsonl(path, lines)
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append one finished item and hand it to the operating system."""
+        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file and keep it for the next run."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Close and delete: the work is done, or cannot go on."""
+        try:
+            self._file.close()
+        finally:
+            # On a full disk closing fails too: it flushes.
+            self.path.unlink(missing_ok=True)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+    return rows

@@ -1,0 +1,457 @@
+"""Work done ahead in background threads, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from torch import nn
+
+from kalle.checkpoint import weights_hash, write_json
+from kalle.data.corpus.cuts import cut_field, load_audio
+from kalle.data.latents.shards import (
+    COMPLETED_NAME,
+    INFO_NAME,
+    LatentRecord,
+    ShardFolder,
+    iter_posteriors,
+    latent_fields,
+    latent_frames,
+    read_info,
+    write_index,
+)
+from kalle.data.ranks import OthersUnfinished, Share
+from kalle.data.seeds import numpy_generator
+from kalle.errors import UserError
+from kalle.files import folder_lock, output_folder
+from kalle.gaussian import DiagGaussian
+from kalle.losses.latent import constant_gaussian_baseline
+from kalle.models.flowvae import FlowVAE
+
+Input = TypeVar("Input")
+
+
+Output = TypeVar("Output")
+
+
+AHEAD_PER_THREAD = 4
+"""Results that wait for their taker, so that memory stays bounded."""
+
+
+def in_background(function: Callable[[Input], Output], items: Iterable[Input], threads: int) -> Iterator[tuple[Input, Output]]:
+    """Every item with ``function(item)``, in order, computed in ``threads`` threads a little ahead of the taker; 0 computes on demand.
+
+    An exception of ``function`` is raised where its item would have come.
+    """
+    if threads == 0:
+        for item in items:
+            yield item, function(item)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+        waiting: deque[tuple[Input, Future[Output]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
+                if len(waiting) > AHEAD_PER_THREAD * threads:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class JoinConfig:
+    """How short utterances are joined."""
+
+    passes: int = 0
+    """Different random joinings of the whole split; 0 joins nothing."""
+    min_seconds: float = 3.0
+    """Least length up to which a joined utterance is filled; the wanted length is drawn uniformly from here to ``max_seconds``."""
+    max_seconds: float = 12.0
+    """Longest joined utterance, silences included."""
+    gap_seconds: tuple[float, float] = (0.1, 0.4)
+    """Range of the silence between two cuts, drawn uniformly."""
+    seed: int = 0
+    """Seed of the joinings."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gap_seconds", tuple(self.gap_seconds))
+        low, high = self.gap_seconds
+        if self.passes < 0 or not 0 < self.min_seconds <= self.max_seconds or not 0 <= low <= high:
+            expected = "passes >= 0, 0 < min_seconds <= max_seconds, 0 <= gap_seconds[0] <= gap_seconds[1]"
+            raise UserError(f"join: got {self}, expected {expected}; correct it")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What is encoded as one: one cut, or several with ``gaps_samples`` zeros between neighbours (one fewer than cuts)."""
+
+    id: str
+    cuts: tuple[Cut, ...]
+    gaps_samples: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The texts of all supervisions, joined by a space."""
+        texts = [supervision.text or "" for cut in self.cuts for supervision in cut.supervisions]
+        return " ".join(text.strip() for text in texts if text.strip())
+
+    @property
+    def speaker(self) -> str | None:
+        """Speaker of the first cut; joined cuts share it."""
+        return cut_field(self.cuts[0], "speaker")
+
+    @property
+    def language(self) -> str | None:
+        """Language of the first cut."""
+        return cut_field(self.cuts[0], "language")
+
+    @property
+    def seconds(self) -> float:
+        """Duration without the gaps."""
+        return float(sum(cut.duration for cut in self.cuts))
+
+    def audio(self, sample_rate_hz: int) -> np.ndarray:
+        """The waveform, float32 (S,), mono at ``sample_rate_hz``."""
+        pieces = [load_audio(self.cuts[0], sample_rate_hz)]
+        for gap, cut in zip(self.gaps_samples, self.cuts[1:], strict=True):
+            pieces += [np.zeros(gap, np.float32), load_audio(cut, sample_rate_hz)]
+        return np.concatenate(pieces)
+
+
+def singles(cuts: Sequence[Cut]) -> list[Utterance]:
+    """Every cut as an utterance of its own."""
+    return [Utterance(cut.id, (cut,)) for cut in cuts]
+
+
+def joined(cuts: Sequence[Cut], config: JoinConfig, sample_rate_hz: int) -> list[Utterance]:
+    """Joinings of ``cuts`` of the same speaker: deterministic in the set of cuts and the configuration, whatever their order.
+
+    A pass puts the cuts of a speaker in a random order and fills one utterance after another up to a length drawn uniformly
+    from [min_seconds, max_seconds]; a cut that stays alone gives none, for it exists as a single already.
+    """
+    by_speaker: dict[str, list[Cut]] = {}
+    for cut in sorted(cuts, key=lambda cut: cut.id):
+        by_speaker.setdefault(cut_field(cut, "speaker") or "", []).append(cut)
+    utterances: list[Utterance] = []
+    for number in range(config.passes):
+        for speaker in sorted(by_speaker):
+            utterances += _one_pass(by_speaker[speaker], config, number, speaker, sample_rate_hz)
+    return utterances
+
+
+def _one_pass(cuts: list[Cut], config: JoinConfig, number: int, speaker: str, sample_rate_hz: int) -> list[Utterance]:
+    generator = numpy_generator("join", config.seed, number, speaker)
+    shortest, longest = (round(seconds * sample_rate_hz) for seconds in (config.min_seconds, config.max_seconds))
+    low, high = (round(seconds * sample_rate_hz) for seconds in config.gap_seconds)
+    groups: list[Utterance] = []
+    members: list[Cut] = []
+    gaps: list[int] = []
+    filled = target = 0
+
+    def close() -> None:
+        if len(members) > 1:
+            name = f"joined-{number}-{speaker or 'unknown'}-{len(groups):06d}"
+            groups.append(Utterance(name, tuple(members), tuple(gaps)))
+
+    for index in generator.permutation(len(cuts)):
+        samples = int(np.ceil(cuts[index].duration * sample_rate_hz))
+        gap = int(generator.integers(low, high + 1))
+        if members and filled + gap + samples <= target:
+            members.append(cuts[index])
+            gaps.append(gap)
+            filled += gap + samples
+            continue
+        close()
+        members, gaps, filled = [cuts[index]], [], samples
+        target = int(generator.integers(shortest, longest + 1))
+    close()
+    return groups
+
+
+logger = logging.getLogger(__name__)
+
+
+TRAIN = "train"
+
+
+DIRECTIONS = ("prediction_posterior", "posterior_prediction")
+
+
+Progress = Callable[[int, int], None]
+"""Called with the numbers of utterances done and of all utterances."""
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How a corpus is encoded."""
+
+    shard_size: int = 500
+    """Utterances in a shard; an interrupted run repeats at most one shard."""
+    batch_size: int = 1
+    """Utterances encoded together, only ever of exactly equal length. 1 makes the result independent of the shards to the last bit."""
+    pad_to_hop: bool = False
+    """Append zeros up to a whole number of frames; the release does not, and its last frames differ."""
+    speaker_mels: bool = False
+    """Also store the log-mels of a speaker encoder."""
+    loader_threads: int = 2
+    """Threads that read and resample audio ahead of the encoder; 0 reads in turn. The result does not depend on it."""
+    join: JoinConfig = field(default_factory=JoinConfig)
+    """Joining of short training utterances; single ones are always kept too."""
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1 or self.batch_size < 1:
+            raise UserError(f"encode: got shard_size={self.shard_size} and batch_size={self.batch_size}, expected at least 1; correct them")
+        if self.loader_threads < 0:
+            raise UserError(f"encode: got loader_threads={self.loader_threads}, expected at least 0; correct it")
+
+
+class CorpusEncoder:
+    """Encodes utterances with one Flow-VAE; padding or a neighbour never reaches a posterior."""
+
+    def __init__(self, flowvae: FlowVAE, config: EncodeConfig, speaker_mel: nn.Module | None = None) -> None:
+        """``speaker_mel`` maps a waveform (S,) to log-mels (80, F); required when the configuration asks for speaker mels."""
+        if config.speaker_mels and speaker_mel is None:
+            raise UserError("speaker_mels=true: got no speaker front end, expected a SpeakerMel; pass one")
+        self.flowvae, self.config = flowvae.eval(), config
+        self.speaker_mel = speaker_mel if config.speaker_mels else None
+        self.encoder_hash = weights_hash(flowvae.encoder)
+        self.device = next(flowvae.parameters()).device
+        self.dtype = next(flowvae.parameters()).dtype
+
+    def records(self, utterances: Sequence[Utterance]) -> tuple[list[LatentRecord], dict[str, str]]:
+        """Encode ``utterances``; returns their records in order, and the reason for each one that was skipped."""
+        hop, sample_rate_hz = self.flowvae.config.hop_length, self.flowvae.config.sample_rate
+        skipped: dict[str, str] = {}
+        records: dict[str, LatentRecord] = {}
+
+        def loaded() -> Iterator[tuple[Utterance, np.ndarray]]:
+            read = in_background(lambda utterance: utterance.audio(sample_rate_hz), utterances, self.config.loader_threads)
+            for utterance, audio in read:
+                if len(audio) < hop:
+                    skipped[utterance.id] = f"shorter than one frame: {len(audio)} of {hop} samples"
+                else:
+                    yield utterance, audio
+
+        for group in equal_length_groups(loaded(), self.config.batch_size):
+            for record in self._encode_group(group):
+                records[record.id] = record
+        return [records[utterance.id] for utterance in utterances if utterance.id in records], skipped
+
+    def _encode_group(self, group: Sequence[tuple[Utterance, np.ndarray]]) -> Iterator[LatentRecord]:
+        hop, sample_rate_hz = self.flowvae.config.hop_length, self.flowvae.config.sample_rate
+        wav = torch.from_numpy(np.stack([audio for _, audio in group]))
+        if self.config.pad_to_hop:
+            wav = torch.nn.functional.pad(wav, (0, -wav.shape[1] % hop))
+        with torch.inference_mode():
+            posterior = self.flowvae.encode(wav.to(self.device, self.dtype))
+            mels = None if self.speaker_mel is None else [self.speaker_mel(torch.from_numpy(audio)) for _, audio in group]
+        for row, (utterance, audio) in enumerate(group):
+            yield LatentRecord(
+                id=utterance.id,
+                text=utterance.text,
+                speaker=utterance.speaker,
+                language=utterance.language,
+                sources=tuple(cut.id for cut in utterance.cuts),
+                samples=len(audio),
+                sample_rate_hz=sample_rate_hz,
+                latents=half_precision(posterior[row], utterance.id),
+                speaker_mels=None if mels is None else mels[row].numpy().astype(np.float16),
+            )
+
+
+def equal_length_groups(items: Iterable[tuple[Utterance, np.ndarray]], batch_size: int) -> Iterator[list[tuple[Utterance, np.ndarray]]]:
+    """Groups of at most ``batch_size`` utterances with exactly as many samples each."""
+    waiting: dict[int, list[tuple[Utterance, np.ndarray]]] = {}
+    for item in items:
+        group = waiting.setdefault(len(item[1]), [])
+        group.append(item)
+        if len(group) == batch_size:
+            yield waiting.pop(len(item[1]))
+    yield from waiting.values()
+
+
+def half_precision(posterior: DiagGaussian, cut_id: str) -> np.ndarray:
+    """``posterior`` (T, D) as (T, 2D) float16, mean then log_std; a UserError when half precision cannot hold a value."""
+    parameters = torch.cat((posterior.mean, posterior.log_std), dim=-1).float().cpu()
+    half = parameters.half()
+    if not torch.isfinite(half).all():
+        worst = parameters.abs().nan_to_num(nan=float("inf")).max().item()
+        raise UserError(
+            f"the posterior of cut '{cut_id}' does not fit float16: got a value of {worst:g}, expected finite values within 65504; "
+            "train the Flow-VAE longer or with a larger KL weight, or remove the cut"
+        )
+    return half.numpy()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard of the plan: where it goes and what goes in."""
+
+    folder: ShardFolder
+    number: int
+    utterances: Sequence[Utterance]
+    mark: str
+
+    def finished(self) -> dict[str, Any] | None:
+        return self.folder.finished(self.number, self.mark)
+
+
+def encode_corpus(
+    encoder: CorpusEncoder,
+    splits: Mapping[str, Sequence[Cut]],
+    out: str | Path,
+    progress: Progress | None = None,
+    share: Share | None = None,
+) -> dict[str, Any]:
+    """Write the latent folder ``out`` from the cuts of each split and return its info.json.
+
+    Whole shards of an earlier, interrupted run are kept and torn ones written again. ``share`` is the part of this process where several
+    encode into one folder: shard n, counted over all splits, belongs to rank n % world_size, and the rank that ends last completes the
+    folder, which holds the same bytes as one process's. The others raise OthersUnfinished; ``progress`` counts the own share.
+    UserError for cuts without audio, for posteriors that half precision cannot hold, for an ``out`` that holds something else, and for a
+    full disk.
+    """
+    root, share = Path(out), share or Share()
+    plan = {split: planned(split, cuts, encoder) for split, cuts in splits.items()}
+    if not any(plan.values()):
+        raise UserError("nothing to encode: got no cuts, expected at least one; run `kalle prepare` on the corpus")
+    with output_folder(root):
+        shards = {split: _shards(encoder, root, split, utterances) for split, utterances in plan.items()}
+        own = [shard for index, shard in enumerate(_all(shards)) if share.owns(index)]
+        done, total = 0, sum(len(shard.utterances) for shard in own)
+        for shard in own:
+            _write(encoder, shard, share)
+            done += len(shard.utterances)
+            if progress is not None:
+                progress(done, total)
+        recorded = {split: [shard.finished() for shard in some] for split, some in shards.items()}
+        missing = sum(record is None for records in recorded.values() for record in records)
+        if missing:
+            raise OthersUnfinished(share, missing, "shards")
+        with folder_lock(root, "info", wait=True):
+            return _finish(encoder, root, {split: [r for r in records if r is not None] for split, records in recorded.items()})
+
+
+def _shards(encoder: CorpusEncoder, root: Path, split: str, utterances: Sequence[Utterance]) -> list[_Shard]:
+    folder = ShardFolder(root, split, latent_fields(encoder.config.speaker_mels))
+    size = encoder.config.shard_size
+    parts = [utterances[start : start + size] for start in range(0, len(utterances), size)]
+    folder.check_only(len(parts))
+    return [_Shard(folder, number, part, fingerprint(encoder, part)) for number, part in enumerate(parts)]
+
+
+def _all(shards: Mapping[str, Sequence[_Shard]]) -> list[_Shard]:
+    return [shard for some in shards.values() for shard in some]
+
+
+def planned(split: str, cuts: Sequence[Cut], encoder: CorpusEncoder) -> list[Utterance]:
+    """The utterances of ``split``: every cut, and for the training split the joinings after them."""
+    utterances = singles(cuts)
+    if split == TRAIN:
+        utterances += joined(cuts, encoder.config.join, encoder.flowvae.config.sample_rate)
+    twice = [name for name, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
+    if twice:
+        raise UserError(f"cut ids of the split '{split}' must differ: got '{twice[0]}' twice; run `kalle prepare` again")
+    return utterances
+
+
+def fingerprint(encoder: CorpusEncoder, utterances: Sequence[Utterance]) -> str:
+    """SHA-256 (hex) of all that decides the content of a shard, short of the audio itself."""
+    config = encoder.config
+    facts = [
+        [encoder.encoder_hash, str(encoder.dtype), config.pad_to_hop, config.speaker_mels],
+        *[[u.id, u.text, u.speaker, u.gaps_samples, [(c.id, c.start, c.duration) for c in u.cuts]] for u in utterances],
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _write(encoder: CorpusEncoder, shard: _Shard, share: Share) -> None:
+    """Write ``shard`` unless it is whole already, or another process, started with the same rank by mistake, is at it."""
+    if shard.finished() is not None:
+        return
+    folder, number = shard.folder, shard.number
+    with folder_lock(folder.root, f"{folder.split}.{number:06d}", wait=False) as holder:
+        if holder is not None:
+            logger.warning("%s shard %d is being written by %s, left to it; start every rank once", folder.split, number, holder)
+            return
+        if shard.finished() is not None:
+            return
+        (folder.root / COMPLETED_NAME).unlink(missing_ok=True)
+        started = time.perf_counter()
+        records, skipped = encoder.records(shard.utterances)
+        seconds = sum(record.samples for record in records) / encoder.flowvae.config.sample_rate
+        facts = {
+            "utterances": len(records),
+            "joined": sum(len(record.sources) > 1 for record in records),
+            "frames": sum(len(record.latents) for record in records),
+            "seconds": seconds,
+            "skipped": skipped,
+        }
+        folder.write(number, records, shard.mark, facts)
+    for name, reason in skipped.items():
+        logger.warning("skipped %s: %s", name, reason)
+    speed = seconds / (time.perf_counter() - started)
+    who = f"{share}: " if share.world_size > 1 else ""
+    logger.info("%s%s shard %d: %d utterances, %.0f s at %.0f x real time", who, folder.split, number, len(records), seconds, speed)
+
+
+def _finish(encoder: CorpusEncoder, root: Path, recorded: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Write the indices, info.json, then the marker that the folder is complete; no more than the first when it is."""
+    for split in recorded:
+        write_index(root, split, latent_fields(encoder.config.speaker_mels), latent_frames)
+    if (root / COMPLETED_NAME).is_file():
+        return read_info(root)
+    config = encoder.flowvae.config
+    counts = {
+        split: {
+            "shards": len(shards),
+            **{key: sum(shard[key] for shard in shards) for key in ("utterances", "joined", "frames", "seconds")},
+            "skipped": {name: reason for shard in shards for name, reason in shard["skipped"].items()},
+        }
+        for split, shards in recorded.items()
+    }
+    filled = [split for split in counts if counts[split]["frames"]]
+    if not filled:
+        raise UserError("nothing was encoded: every utterance is shorter than one frame; check the corpus")
+    baselines = {
+        split: {direction: constant_gaussian_baseline(iter_posteriors(root, split), direction) for direction in DIRECTIONS}  # type: ignore[arg-type]
+        for split in filled
+    }
+    marginal = baselines[TRAIN if TRAIN in filled else filled[0]]["posterior_prediction"].distribution
+    info: dict[str, Any] = {
+        "format_version": 1,
+        "latent_dim": config.latent_dim,
+        "sample_rate_hz": config.sample_rate,
+        "hop_length": config.hop_length,
+        "frame_rate_hz": config.frame_rate_hz,
+        "encoder_hash": encoder.encoder_hash,
+        "speaker_mels": encoder.config.speaker_mels,
+        "config": {key: value for key, value in dataclasses.asdict(encoder.config).items() if key != "loader_threads"},
+        "total_frames": sum(count["frames"] for count in counts.values()),
+        "splits": counts,
+        "constant_gaussian_kl": {
+            split: {direction: baseline.kl.mean().item() for direction, baseline in both.items()} for split, both in baselines.items()
+        },
+        "mean": marginal.mean.tolist(),
+        "std": marginal.log_std.exp().tolist(),
+    }
+    write_json(root / INFO_NAME, info)
+    (root / COMPLETED_NAME).touch()
+    return read_info(root)

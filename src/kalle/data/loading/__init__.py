@@ -1,0 +1,1 @@
+"""From shards and corpora to the batches of a training."""
