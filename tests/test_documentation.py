@@ -1,16 +1,20 @@
-"""What README.md and docs/ tell people to type exists, and the Python in it runs."""
+"""The commands, flags, links and Python of README.md and docs/ exist and work."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.main import get_command
 
 from kalle.cli.main import COMMANDS, HYDRA_COMMANDS, main
 
@@ -65,14 +69,23 @@ def test_there_is_documentation_to_check() -> None:
     assert blocks("python")
 
 
+def flags_of(command: Any) -> set[str]:
+    """Every option of a command and of its subcommands."""
+    own = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+    return own.union({"--help"}, *(flags_of(sub) for sub in getattr(command, "commands", {}).values()))
+
+
 def test_inline_commands_exist() -> None:
     for path in DOCUMENTS:
         for text in re.findall(r"`(kalle [^`]+|make [a-z-]+[^`]*)`", path.read_text(encoding="utf-8")):
-            first, word = text.split()[:2]
+            first, word, *rest = text.split()
             if first == "make":
                 assert word in TARGETS, f"{path.name}: {text}"
             elif word[0].isalpha():
                 assert word in COMMANDS or word == "COMMAND", f"{path.name}: {text}"
+                if word in COMMANDS and word not in HYDRA_COMMANDS:
+                    unknown = {part.split("=")[0] for part in rest if re.match(r"--[a-z]", part)} - flags_of(click_command(word))
+                    assert not unknown, f"{path.name}: {text}"
 
 
 def test_make_targets_exist() -> None:
@@ -90,20 +103,21 @@ def test_makefile_targets_are_described() -> None:
         assert re.search(rf"^{target}\s", shown, re.MULTILINE), target
 
 
-def typer_parse(words: tuple[str, ...]) -> None:
-    """Parse ``words`` as the command would, without running it; raises what the command line would."""
-    import importlib
-
-    import typer
-    from typer.main import get_command
-
-    name, rest = words[0], list(words[1:])
+@cache
+def click_command(name: str) -> Any:
+    """The parser of `kalle NAME`."""
     module = importlib.import_module(f"kalle.cli.{name}")
     app = getattr(module, "app", None)
     if app is None:
         app = typer.Typer()
         app.command()(getattr(module, name))
-    command: Any = get_command(app)
+    return get_command(app)
+
+
+def typer_parse(words: tuple[str, ...]) -> None:
+    """Parse ``words`` as the command would, without running it; raises what the command line would."""
+    name, rest = words[0], list(words[1:])
+    command = click_command(name)
     if hasattr(command, "commands") and rest and rest[0] in command.commands:
         command, rest = command.commands[rest[0]], rest[1:]
     command.make_context(name, rest)
@@ -137,9 +151,10 @@ def test_inline_overrides_exist() -> None:
     from kalle.cli.hydra_entry import compose
     from kalle.errors import UserError
 
-    text = BLOCK.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
-    found = {word for word in re.findall(r"`([a-z_.]+=[\w.\-]+)`", text) if not word.startswith("kind=")}
-    assert len(found) >= 4
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/how-to/train-*.md"))]
+    text = "".join(BLOCK.sub("", page.read_text(encoding="utf-8")) for page in pages)
+    found = {word for word in re.findall(r"`([a-z_.]+=[a-z0-9_.\-]+)`", text) if not word.startswith(("kind=", "flowvae=", "lm="))}
+    assert len(found) >= 10
     for override in found:
         accepted = []
         for root in ("train_lm", "train_flowvae", "encode", "evaluate"):
@@ -151,18 +166,22 @@ def test_inline_overrides_exist() -> None:
         assert accepted, override
 
 
-@pytest.mark.parametrize(
-    "words", sorted({words for _, words in commands() if words[0].startswith("python") and len(words) > 1}), ids=" ".join
-)
-def test_scripts_and_their_flags_exist(words: tuple[str, ...]) -> None:
-    script = ROOT / words[1]
-    assert script.is_file()
+def scripts() -> dict[str, set[str]]:
+    """Script named in a command -> the flags it is given somewhere."""
+    found: dict[str, set[str]] = {}
+    for _, words in commands():
+        if words[0].startswith("python") and words[1:2] and words[1].endswith(".py"):
+            found.setdefault(words[1], set()).update(word for word in words[2:] if word.startswith("--"))
+    return found
+
+
+@pytest.mark.parametrize("script", sorted(scripts()))
+def test_scripts_and_their_flags_exist(script: str) -> None:
+    assert (ROOT / script).is_file()
     environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "HOME": str(ROOT)}
-    shown = subprocess.run(
-        [sys.executable, str(script), "--help"], capture_output=True, text=True, env=environment, timeout=120, check=True
-    ).stdout
-    for flag in (word for word in words[2:] if word.startswith("--")):
-        assert flag in shown, flag
+    command = [sys.executable, str(ROOT / script), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True).stdout
+    assert not {flag for flag in scripts()[script] if flag not in shown}
 
 
 @pytest.mark.parametrize("code", [code for _, code in blocks("python")], ids=lambda code: code.strip().splitlines()[0][:40])
@@ -176,9 +195,38 @@ def test_python_runs(code: str, toy_weights: Path, tmp_path: Path, monkeypatch: 
         assert (tmp_path / name).is_file()
 
 
+def anchors(path: Path) -> set[str]:
+    """The fragments that GitHub and the docs site give to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
+    links = 0
     for path in DOCUMENTS:
-        prose = re.sub(r"`[^`\n]*`", "", path.read_text(encoding="utf-8"))
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose):
-            if "://" not in target and not target.startswith("mailto:"):
-                assert (path.parent / target).exists(), f"{path.name}: {target}"
+        prose = re.sub(r"`[^`\n]*`", "", BLOCK.sub("", path.read_text(encoding="utf-8")))
+        for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose):
+            address, _, fragment = "".join(target).partition("#")
+            if "://" in address or address.startswith("mailto:"):
+                continue
+            aimed = path.parent / address if address else path
+            assert aimed.exists(), f"{path.name}: {address}"
+            if fragment and aimed.suffix == ".md":
+                assert fragment in anchors(aimed), f"{path.name}: {address}#{fragment}"
+            links += 1
+    assert links > 100
+
+
+def test_samples_are_small() -> None:
+    assert 0 < sum(path.stat().st_size for path in (ROOT / "docs" / "audio").glob("*.mp3")) < 300_000
+
+
+@pytest.mark.slow
+def test_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    for path in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
