@@ -36,7 +36,7 @@ EXTRAS = (
     "submitit",
 )
 """Top-level modules that only the extras bring."""
-CORE = ("audio", "checkpoint", "convert", "errors", "files", "gaussian", "losses", "models", "progress", "synthesis", "text")
+CORE = ("audio", "checkpoint", "convert", "errors", "extras", "files", "gaussian", "losses", "models", "progress", "synthesis", "text")
 
 BLOCK = f"""
 import importlib.util

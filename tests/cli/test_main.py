@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -168,3 +169,22 @@ def test_logging_is_set_up_for_people() -> None:
     main(["--version"])
     assert logging.getLogger().handlers
     assert module.USAGE_ERROR == 2
+
+
+def test_a_missing_extra_is_one_line_with_its_remedy(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command(raising(ModuleNotFoundError("No module named 'lightning'", name="lightning.pytorch")))
+    assert main(["train", "lm"]) == 2
+    assert "pip install" in (line := one_line(capsys))
+    assert "[train]" in line
+    command(raising(ModuleNotFoundError("No module named 'kalle.nothing'", name="kalle.nothing")))
+    with pytest.raises(ModuleNotFoundError):
+        main(["train", "lm"])
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    code = "import sys; from kalle.cli import main as m; m.dispatch = lambda given: print('x' * 10 ** 6) or 0; sys.exit(m.main(['say']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (141, b"")

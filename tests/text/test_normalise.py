@@ -123,5 +123,5 @@ def test_without_the_library_the_message_names_the_extra(monkeypatch, language: 
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match=rf"needs {library}.*kalle-tts\[text\]"):
+    with pytest.raises(UserError, match=rf"needs {library}.*\[text\]"):
         normalise("5 个", language)

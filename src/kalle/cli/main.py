@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -33,6 +34,8 @@ HYDRA_COMMANDS = frozenset({"encode", "evaluate", "train"})
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+CLOSED_PIPE = 141
+"""128 and the number of SIGPIPE."""
 
 
 def _help() -> str:
@@ -89,9 +92,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] not in COMMANDS:
         return _fail(f"unknown command: got {given[0]!r}, expected one of {', '.join(COMMANDS)}; see `kalle --help`")
     try:
-        return dispatch(given)
+        code = dispatch(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return _closed_pipe()
     except UserError as error:
         return _fail(str(error))
+    except ModuleNotFoundError as error:
+        from kalle.extras import missing_extra
+
+        missing = missing_extra(error.name or "")
+        if missing is None:
+            raise
+        return _fail(str(missing))
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to continue", INTERRUPTED)
     except OSError as error:
@@ -100,6 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_refusal(error))
     except Exception as error:
         return _fail(too_much(error)) if is_too_much(error) else _fail_usage(error)
+
+
+def _closed_pipe() -> int:
+    """Nobody reads the output any more, as in `kalle voices list | head -1`: end without a word, as other programs do."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
+    return CLOSED_PIPE
 
 
 def _refusal(error: OSError) -> str:

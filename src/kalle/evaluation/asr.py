@@ -20,6 +20,7 @@ import torch
 from kalle.audio import Audio
 from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ
+from kalle.extras import require
 
 WINDOW_SAMPLES = 30 * RATE_HZ
 DECODINGS: Mapping[str, int] = {"protocol": 1, "beam5": 5}
@@ -59,8 +60,7 @@ class FasterWhisper:
     ) -> None:
         if decoding not in DECODINGS:
             raise UserError(f"unknown decoding: got '{decoding}', expected one of {', '.join(DECODINGS)}; correct the configuration")
-        if importlib.util.find_spec("faster_whisper") is None:
-            raise UserError("WER needs the package faster-whisper; pip install 'kalle-tts[eval]', or leave the metric out")
+        require("faster_whisper", "eval", "a word error rate (metrics.wer)")
         from faster_whisper import WhisperModel
 
         folder = find_asr_model(model, languages, cache_dir)

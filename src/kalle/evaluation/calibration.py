@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kalle.checkpoint import weights_hash
 from kalle.errors import UserError
 from kalle.evaluation.figures import new_figure, save_figure
+from kalle.extras import install_command
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
 from kalle.models.flowvae import FlowVAE
@@ -171,7 +172,7 @@ def held_out(model: str | Path, lm: KalleLM, latents: str | Path, split: str = "
         from kalle.data.latents.shards import read_info
         from kalle.data.loading.datasets import LatentDataset, SpeakerConfig
     except ModuleNotFoundError as error:
-        raise UserError(f"reading latents needs {error.name}, which is not installed: pip install 'kalle-tts[train]'") from None
+        raise UserError(f"reading latents needs {error.name}, which is not installed: run {install_command('train')}") from None
     theirs, ours = read_info(latents)["encoder_hash"], weights_hash(FlowVAE.from_pretrained(model).encoder)
     if theirs != ours:
         raise UserError(

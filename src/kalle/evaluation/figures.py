@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kalle.audio import Audio
 from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ
+from kalle.extras import install_command
 from kalle.files import write_atomic
 from kalle.models.mel import LogMel, MelConfig
 from kalle.synthesis.speech import Speech
@@ -75,7 +76,7 @@ def new_figure(width: int, height: int) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("drawing needs matplotlib, which is not installed: pip install 'kalle-tts[serve]'") from None
+        raise UserError(f"drawing needs matplotlib, which is not installed: run {install_command('serve')}") from None
     return Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, layout="constrained")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from kalle.audio import Audio
 from kalle.errors import UserError
+from kalle.extras import require
 from kalle.losses.spectral import mel_l1
 from kalle.models.mel import LogMel, MelConfig
 
@@ -92,11 +93,6 @@ class Metric(Protocol):
 PESQ_MODES = ("wb", "nb")
 
 
-def _require(package: str, metric: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{metric} needs the package {package}; pip install 'kalle-tts[eval]', or leave the metric out")
-
-
 class STOI:
     """Short-time objective intelligibility (Taal et al. 2011), not extended, by pystoi; 1 for equal signals."""
 
@@ -105,7 +101,7 @@ class STOI:
     aggregates = (Aggregate("stoi", "stoi", lower_is_better=False),)
 
     def __init__(self) -> None:
-        _require("pystoi", "STOI")
+        require("pystoi", "eval", "STOI")
 
     def __call__(self, item: ScoreItem) -> dict[str, Value]:
         """``stoi``. MetricError when too little speech is left after pystoi removed the silent frames."""
@@ -133,7 +129,7 @@ class PESQ:
     needs = frozenset({ALIGNED})
 
     def __init__(self, mode: str = "wb") -> None:
-        _require("pesq", "PESQ")
+        require("pesq", "eval", "PESQ")
         if mode not in PESQ_MODES:
             raise UserError(f"PESQ mode: got '{mode}', expected {' or '.join(PESQ_MODES)}; correct the configuration")
         self.mode, self.name = mode, f"pesq_{mode}"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kalle.audio import Audio, resample, rms_dbfs
 from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ, SPEAKER, Aggregate, MetricError, ScoreItem, Value
+from kalle.extras import require
 from kalle.progress import progress_bar
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import Voice
@@ -44,8 +45,7 @@ class GE2E:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        if importlib.util.find_spec("resemblyzer") is None:
-            raise UserError("speaker similarity 'ge2e' needs the package Resemblyzer; pip install 'kalle-tts[eval]', or leave it out")
+        require("resemblyzer", "eval", "speaker similarity with ge2e (metrics.sim)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated imports inside resemblyzer and webrtcvad
             from resemblyzer import VoiceEncoder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import importlib.util
 import ipaddress
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from kalle.errors import UserError
+from kalle.extras import require
 from kalle.serving.jobs import DEFAULT_MAX_TEXT, Backend, Job, Jobs
 from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.kalle import Kalle
@@ -125,8 +125,7 @@ class WebOptions:
 
 def require_gradio() -> None:
     """A UserError that says what to install when Gradio is missing."""
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the web page needs Gradio: it is not installed; run pip install 'kalle-tts[serve]'")
+    require("gradio", "serve", "the web page")
 
 
 def serve(kalle: Kalle, options: WebOptions) -> None:

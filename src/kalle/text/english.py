@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from kalle.errors import UserError
+from kalle.extras import install_command
 
 if TYPE_CHECKING:
     import inflect
@@ -92,7 +93,7 @@ def _engine() -> inflect.engine:
         import inflect
     except ImportError:
         raise UserError(
-            "English text normalisation needs inflect, which is not installed; run: pip install 'kalle-tts[text]', or leave out --normalise"
+            f"English text normalisation needs inflect, which is not installed: run {install_command('text')}, or leave normalisation out"
         ) from None
     return inflect.engine()
 

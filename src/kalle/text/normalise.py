@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from kalle.errors import UserError
+from kalle.extras import install_command
 from kalle.text.english import english_words
 from kalle.text.languages import detect_language
 
@@ -93,7 +94,7 @@ def _wetext() -> Normalizer:
         from wetext import Normalizer
     except ImportError:
         raise UserError(
-            "Chinese text normalisation needs wetext, which is not installed; run: pip install 'kalle-tts[text]', or leave out --normalise"
+            f"Chinese text normalisation needs wetext, which is not installed: run {install_command('text')}, or leave normalisation out"
         ) from None
     return Normalizer(lang="zh")
 

@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from kalle.errors import UserError
+from kalle.extras import install_command
 from kalle.files import atomic_file
 from kalle.text.languages import detect_language, has_words, script_of
 from kalle.text.sentences import split_sentences
@@ -126,7 +127,7 @@ class PhonemeTokenizer(Tokenizer):
         ``cache`` is a folder that keeps the readings of a training's texts for the next one. UserError without hibari-tts.
         """
         if _engine() is None:
-            raise UserError(f"tokenizer=phonemes needs {PACKAGE}, which is not installed; run: pip install 'kalle-tts[phonemes]'")
+            raise UserError(f"tokenizer=phonemes needs {PACKAGE}, which is not installed: run {install_command('phonemes')}")
         return cls(Tokenizer.bytes()._backend, byte_words=byte_words, byte_utterances=byte_utterances, cache=cache)
 
     @classmethod
@@ -266,7 +267,7 @@ def _engine() -> G2P | None:
     try:
         from hibari.g2p import G2P
     except ImportError:
-        _warn_once(f"every word is spoken from its letters: {PACKAGE} is not installed; run: pip install 'kalle-tts[phonemes]'")
+        _warn_once(f"every word is spoken from its letters: {PACKAGE} is not installed; run {install_command('phonemes')}")
         return None
     return G2P(oov=_first_sound)
 
