@@ -331,11 +331,17 @@ def _typed(value: Any, hint: Any, source: str | Path, key: str) -> Any:
 
 
 def check_fields(config: Any, key: str) -> None:
-    """A UserError that names the first field of the dataclass instance ``config`` whose value is not of its annotated type."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value, choices = getattr(config, name), typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """A UserError that names the first field of the dataclass instance ``config`` whose value is not of its annotated type.
+
+    ``key`` is what the configuration calls ``config``; empty for the whole configuration.
+    """
+    hints = typing.get_type_hints(type(config))
+    for name in (field.name for field in dataclasses.fields(config)):
+        hint, value = hints[name], getattr(config, name)
+        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if not any(_fits(value, choice) for choice in choices):
-            raise UserError(f"{key}.{name}: got {value!r}, expected {' or '.join(map(_spoken, choices))}; correct it")
+            path, expected = f"{key}.{name}" if key else name, " or ".join(map(_spoken, choices))
+            raise UserError(f"{path}: got {value!r}, expected {expected}; correct it")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kalle.adaptation.adapt import Adaptation, adapt
-from kalle.adaptation.loop import learn
-from kalle.adaptation.material import prompt_sequence, read_recording
-from kalle.adaptation.options import AdaptOptions
+from kalle.adaptation.learning import AdaptOptions, learn
+from kalle.adaptation.sequences import prompt_sequence, read_recording
 from kalle.errors import UserError
 from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.adapter_codec import ROWS, decode_change, encode_changes

@@ -128,11 +128,11 @@ def test_nothing_is_overwritten(source: Path, tmp_path: Path, capsys) -> None:
 
 def test_a_flowvae_that_was_copied_before_leaves_no_second_model(source: Path, tmp_path: Path) -> None:
     """A run that goes on with another Flow-VAE copies shards beside the one file of the first."""
-    from kalle.cli.train_lm import _copy_flowvae
+    from kalle.training.run_lm import copy_flowvae
 
     assert export(source, tmp_path / "parts", "--max-shard-mb", "0.01") == 0
     for folder in (source, tmp_path / "parts", source):
-        _copy_flowvae(str(folder), tmp_path / "run")
+        copy_flowvae(str(folder), tmp_path / "run")
         ours, theirs = (FlowVAE.from_pretrained(path).state_dict() for path in (tmp_path / "run", folder))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert len(list((tmp_path / "run" / "flowvae").glob("*.index.json"))) == (folder == tmp_path / "parts")

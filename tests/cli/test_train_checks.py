@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from kalle.cli.main import main
-from kalle.cli.train_lm import _copy_flowvae
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.training.checkpoint_files import step_path
-from kalle.training.checkpointing import LAST
+from kalle.training.checkpoint_files import LAST, step_path
+from kalle.training.run_lm import copy_flowvae
 
 CROPS = "{_target_: kalle.data.loading.datasets.SpeakerConfig, crop_frames: 20, latent_dim: 16}"
 
@@ -30,15 +29,15 @@ def refused(stage: str, overrides: list[str], out: Path, capsys) -> str:
 @pytest.mark.parametrize(
     ("stage", "more", "message"),
     [
-        ("lm", ["optimizer.lr=abc"], "optimizer: got lr=abc, "),
-        ("lm", ["optimizer.betas=[0.9]"], "optimizer: got lr="),
+        ("lm", ["optimizer.lr=abc"], "optimizer.lr: got 'abc', expected a number"),
+        ("lm", ["optimizer.betas=[0.9]"], "optimizer.betas: got [0.9], expected two numbers"),
         ("lm", ["optimizer.lr=-1"], "expected values it can work with (Invalid learning rate: -1); correct optimizer.*"),
-        ("lm", ["scheduler.warmup_steps=many"], "scheduler: got warmup_steps=many, "),
-        ("flowvae", ["scheduler.decay=fast"], "scheduler: got decay=fast, "),
+        ("lm", ["scheduler.warmup_steps=many"], "scheduler.warmup_steps: got 'many', expected a whole number"),
+        ("flowvae", ["scheduler.decay=fast"], "scheduler.decay: got 'fast', expected a number"),
         ("lm", ["trainer.max_steps=0"], "trainer.max_steps: got 0, expected at least 1"),
         ("lm", ["trainer.max_steps=-1"], "trainer.max_steps: got -1, expected at least 1 (or -1 with trainer.max_epochs)"),
         ("flowvae", ["trainer.max_steps=-5", "trainer.max_epochs=2"], "trainer.max_steps: got -5, expected at least 1"),
-        ("flowvae", ["trainer.max_steps=long"], "trainer.max_steps: got long, expected at least 1"),
+        ("flowvae", ["trainer.max_steps=long"], "trainer.max_steps: got 'long', expected a whole number"),
         ("lm", ["trainer.max_steps=-1", "trainer.max_epochs=2"], "scheduler.total_steps: got -1, expected at least 1"),
         ("flowvae", ["trainer.gradient_clip_val=1.0"], "trainer.gradient_clip_val: got 1.0, expected null"),
         ("flowvae", ["trainer.gradient_clip_val=1.0"], "set clip.norm=1.0"),
@@ -147,7 +146,7 @@ def test_a_flowvae_is_copied_over_an_older_one_by_a_rename(tmp_path: Path) -> No
         for file in ("config.json", "model.safetensors"):
             (tmp_path / name / "flowvae" / file).write_text(name)
     with (tmp_path / "run" / "flowvae" / "model.safetensors").open() as mapped:
-        _copy_flowvae(str(tmp_path / "new"), tmp_path / "run")
+        copy_flowvae(str(tmp_path / "new"), tmp_path / "run")
         assert mapped.read() == "run"
     assert (tmp_path / "run" / "flowvae" / "model.safetensors").read_text() == "new"
     assert sorted(path.name for path in (tmp_path / "run" / "flowvae").iterdir()) == ["config.json", "model.safetensors"]

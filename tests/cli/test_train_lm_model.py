@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from kalle.audio import read_audio
-from kalle.cli.hydra_entry import compose
 from kalle.cli.main import main
-from kalle.cli.train_lm_model import Adapters, export_language_model, prepare_language_model
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig, set_attention
 from kalle.models.lora import LoRAConfig, add_lora
@@ -21,6 +19,8 @@ from kalle.models.speaker import SpeakerEncoderConfig
 from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.sampling import StopRule
+from kalle.training import LMDataConfig, LMObjective, LMTrainingConfig
+from kalle.training.run_lm import Adapters, export_language_model
 
 
 def trained(toy_weights: Path, config: LoRAConfig, out: Path) -> KalleLM:
@@ -93,11 +93,11 @@ def test_a_changed_speaker_encoder_is_no_adapter(toy_lm_config: KalleLMConfig, t
     assert not (tmp_path / "weights" / "adapter").exists()
 
 
-def test_led_attention_is_not_compiled(toy_weights: Path) -> None:
-    words = ["out=o", "data.latents=l", "device=cpu", "compact_vocabulary=false", "compile=true", "objective.alignment_weight=0.2"]
-    lm = KalleLM.from_pretrained(toy_weights, for_training=True)
+def test_led_attention_is_not_compiled(toy_lm_config: KalleLMConfig) -> None:
     with pytest.raises(UserError, match=r"got compile=true and objective\.alignment_weight=0\.2, expected one of them"):
-        prepare_language_model(compose("train_lm", words), lm, None)
+        LMTrainingConfig(
+            out="o", data=LMDataConfig(latents="l"), lm=toy_lm_config, compile=True, objective=LMObjective(alignment_weight=0.2)
+        )
 
 
 def test_a_model_for_synthesis_has_no_kernels_to_choose(toy_weights: Path) -> None:

@@ -14,25 +14,24 @@ from omegaconf import OmegaConf
 
 from kalle.cli.hydra_entry import compose, configs_dir, folder_override, run_hydra
 from kalle.cli.main import main
+from kalle.cli.train import training_config
+from kalle.cli.train_help import keys, nested
 from kalle.errors import UserError
-from kalle.models.flowvae import FlowVAE
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM
+from kalle.models.lora import LoRAConfig
+from kalle.training import Exponential, FlowVAEDataConfig, FlowVAETrainingConfig, LMDataConfig, LMTrainingConfig, TokenizerConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 ROOTS = sorted(name for name in FILES if "/" not in name)
 OPTIONS = sorted(name for name in FILES if "/" in name)
 ROOTS_OF_GROUP = {
-    "callbacks": ["train_flowvae", "train_lm"],
-    "data": ["train_flowvae", "train_lm"],
+    "data": ["train_lm"],
     "experiment": ["train_flowvae", "train_lm"],
     "flowvae": ["train_flowvae"],
     "lm": ["train_lm"],
-    "logger": ["train_flowvae", "train_lm"],
-    "lora": ["train_lm"],
     "mel_loss": ["train_flowvae"],
-    "optimizer": ["train_flowvae", "train_lm"],
-    "scheduler": ["train_flowvae", "train_lm"],
     "testset": ["evaluate"],
     "tokenizer": ["train_lm"],
     "trainer": ["train_flowvae", "train_lm"],
@@ -109,9 +108,8 @@ def test_flowvae_is_built(option: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
     assert (model.config.latent_dim, model.config.frame_rate_hz) == (dimensions, rate_hz)
     assert (model.flow is None) == option.endswith("no_flow")
-    assert model.config.decoder.hop_length == model.config.hop_length == config.data.hop_length
-    assert config.data.segment_samples % config.data.hop_length == 0
-    assert config.data.sample_rate_hz == model.config.sample_rate
+    assert model.config.decoder.hop_length == model.config.hop_length
+    assert config.data.segment_samples % model.config.hop_length == 0
     wav = torch.zeros(1, 4 * model.config.hop_length, device="meta")
     posterior = model.encode(wav)
     assert posterior.mean.shape == (1, 4, dimensions)
@@ -119,7 +117,7 @@ def test_flowvae_is_built(option: str) -> None:
 
 
 def test_variants_list_differences_only() -> None:
-    full = OmegaConf.to_container(OmegaConf.load(CONFIGS / "flowvae" / "full.yaml"))
+    full = dataclasses.asdict(FlowVAEConfig())
     for option in FLOWVAES:
         own = OmegaConf.to_container(OmegaConf.load(CONFIGS / "flowvae" / f"{option}.yaml"))
         if "defaults" in own:
@@ -169,39 +167,20 @@ def test_speaker_variant_fits_its_data() -> None:
 
 
 @pytest.mark.parametrize("root", ["train_flowvae", "train_lm"])
-def test_the_parts_of_a_run_are_built(root: str) -> None:
-    """Data modules need files and are built by the tests of whole runs."""
-    config = compose(root, REQUIRED[root])
-    assert type(instantiate(config.objective)).__name__ in ("FlowVAEObjective", "LMObjective")
-    optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
-    assert isinstance(optimizer, torch.optim.AdamW)
-    for option in ("warmup_cosine", "exponential"):
-        chosen = compose(root, [*REQUIRED[root], f"scheduler={option}"])
-        assert isinstance(instantiate(chosen.scheduler)(optimizer), torch.optim.lr_scheduler.LRScheduler)
-    callbacks = [instantiate(node, _convert_="all") for node in config.callbacks.values()]
-    assert len(callbacks) == len(config.callbacks)
+def test_a_composed_configuration_is_the_default_dataclass(root: str) -> None:
+    """Every default stands in the dataclass; configs/ chooses sizes."""
+    from kalle.losses.spectral import MelConfig, MelL1
 
-
-def test_the_configuration_repeats_the_defaults_of_the_code() -> None:
-    """A number has two homes only where one is the code's default; they must agree."""
-    from kalle.losses.spectral import MelConfig
-    from kalle.models.discriminators import DiscriminatorConfig
-    from kalle.models.flowvae import FlowVAEConfig
-    from kalle.training.flowvae import ClipSchedule, FlowVAEObjective
-    from kalle.training.lm import LMObjective
-
-    stage1, stage2 = (compose(root, REQUIRED[root]) for root in ("train_flowvae", "train_lm"))
-    assert instantiate(stage1.flowvae, _convert_="all") == FlowVAEConfig()
-    assert instantiate(stage1.objective) == FlowVAEObjective()
-    assert set(stage1.objective) - {"_target_"} == {field.name for field in dataclasses.fields(FlowVAEObjective)}
-    assert instantiate(stage1.mel_loss, _convert_="all").mel.config == MelConfig()
-    assert instantiate(stage1.clip) == ClipSchedule()
-    assert instantiate(stage1.discriminators, _convert_="all") == DiscriminatorConfig()
-    assert instantiate(stage2.objective) == LMObjective()
-    for name in ("full", "small", "nano"):
-        assert set(compose("train_lm", [*REQUIRED["train_lm"], f"lm={name}"]).lm) == {
-            "_target_", "latent_dim", "normalise_latents", "speaker", "stop_head", "backbone",
-        }  # fmt: skip
+    built = training_config(compose(root, REQUIRED[root]))
+    if isinstance(built, FlowVAETrainingConfig):
+        assert isinstance(built.mel_loss, MelL1)
+        assert built.mel_loss.mel.config == MelConfig()
+        assert dataclasses.replace(built, mel_loss=None) == FlowVAETrainingConfig(out="o", data=FlowVAEDataConfig(corpus="c"))
+    else:
+        plain = LMTrainingConfig(out="o", data=LMDataConfig(latents="l"), lm=built.lm)
+        assert dataclasses.replace(built, tokenizer=TokenizerConfig()) == plain
+        chosen = training_config(compose(root, [*REQUIRED[root], "scheduler=exponential", "lora=default", "callbacks.ema=null"]))
+        assert (chosen.scheduler, chosen.lora, chosen.callbacks.ema) == (Exponential(), LoRAConfig(), None)
 
 
 @pytest.mark.parametrize(
@@ -260,9 +239,25 @@ def test_cfg_job_prints_the_configuration(stage: str, capsys) -> None:
     assert printed.trainer.max_steps == 1000000
 
 
-def test_hydra_help(capsys) -> None:
-    assert main(["train", "lm", "--help"]) == 0
-    assert "objective" in capsys.readouterr().out
+@pytest.mark.parametrize("stage", ["flowvae", "lm"])
+def test_help_lists_every_key_and_explains_it(stage: str, capsys) -> None:
+    assert main(["train", stage, "--help"]) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 60
+    assert main(["train", stage, "--help-all"]) == 0
+    full = capsys.readouterr().out
+    composed = resolved(f"train_{stage}")
+    for section, part in composed.items():
+        names = [f"{section}.{key}" for key in part] if isinstance(part, dict) else [section]
+        for name in names:
+            if name not in ("_target_", "mel_loss.config") and not name.endswith("_target_"):
+                assert f"\n{name}" in full, name
+                assert f"\n{section}" in short, name
+    for cls in (FlowVAETrainingConfig, LMTrainingConfig):
+        undocumented = [
+            key[0] for name, _, doc, part in keys(cls) for key in (nested(name, part) if part else [(name, "", doc)]) if not key[2]
+        ]
+        assert undocumented == []
 
 
 def test_multirun(tmp_path: Path, monkeypatch) -> None:

@@ -81,7 +81,7 @@ def sharded() -> tuple[dict[str, Tensor], dict[str, Tensor], bool, int]:
     """Gradients, the state after one update, whether weights are split, and the values that this rank holds."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from kalle.training.sharding import is_sharded, shard_language_model, whole_state
+    from kalle.training.distributed import is_sharded, shard_language_model, whole_state
 
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("data_parallel",))
     lm = shard_language_model(language_model(), mesh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shutil
 import stat
 from pathlib import Path
@@ -140,12 +141,28 @@ def test_what_the_disk_refuses_is_kept_for_later(tmp_path: Path) -> None:
     assert io.error is None
 
 
-def test_a_folder_of_shards_is_whole_with_its_last_file(tmp_path: Path) -> None:
-    older, newer = save(tmp_path, 1), step_path(tmp_path, 2)
-    newer.mkdir()
-    (newer / "meta.pt").touch()
+class Runs:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_folder_is_no_checkpoint_and_nothing_in_it_runs(tmp_path: Path) -> None:
+    """torch's distributed checkpoints have a pickle for metadata, which a path to resume from must not read."""
+    folder = step_path(tmp_path, 2)
+    folder.mkdir()
+    for name in ("meta.pt", ".metadata"):
+        (folder / name).write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    for resume in ("auto", str(folder)):
+        with pytest.raises(UserError, match="a folder, and only a file is safe to read"):
+            resume_path(resume, tmp_path)
+    older = save(tmp_path, 1)
     assert resume_path("auto", tmp_path) == older
-    (newer / ".metadata").touch()
-    assert resume_path("auto", tmp_path) == newer
     prune(tmp_path, [older])
-    assert step_paths(tmp_path) == [older]
+    assert folder.is_dir(), "not ours to remove"
+    assert not (tmp_path / "ran").exists()
+    torch.load(save(tmp_path, 3), weights_only=True)

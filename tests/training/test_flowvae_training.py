@@ -14,10 +14,10 @@ from torch import Tensor
 from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.training.distributed import frozen
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
-from kalle.training.guard import UpdateGuard
-from kalle.training.players import frozen
-from kalle.training.schedules import warmup_cosine
+from kalle.training.optimisation import WarmupCosine
+from kalle.training.update_guard import GuardConfig, UpdateGuard
 
 JUDGES = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
 LR, WARMUP, TOTAL = 1e-3, 3, 8
@@ -30,7 +30,7 @@ def make(toy_flowvae_config: FlowVAEConfig) -> Callable[..., FlowVAETraining]:
         return FlowVAETraining(
             FlowVAE(toy_flowvae_config),
             optimizer=partial(torch.optim.AdamW, lr=LR),
-            scheduler=partial(warmup_cosine, warmup_steps=WARMUP, total_steps=TOTAL),
+            scheduler=WarmupCosine(warmup_steps=WARMUP, total_steps=TOTAL),
             objective=FlowVAEObjective(discriminator_start_step=start, **objective),
             clip=ClipSchedule(),
             discriminators=Discriminators(JUDGES) if judged else None,
@@ -109,7 +109,7 @@ def test_the_learning_rate_is_the_scheduled_one_at_every_step(make, batches, fit
     recorder = Recorder()
     fit(make(), batches, 7, callbacks=[recorder])
     alone = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
-    factor = warmup_cosine(alone, WARMUP, TOTAL).lr_lambdas[0]
+    factor = WarmupCosine(WARMUP, TOTAL)(alone).lr_lambdas[0]
     expected = [LR * factor(step) for step in range(7)]
     assert [both[0] for both in recorder.lr] == pytest.approx(expected)
     assert [both[1] for both in recorder.lr] == pytest.approx(expected)
@@ -325,7 +325,7 @@ def test_validation_measures_whole_utterances(make, batches, fit) -> None:
 
 
 def test_the_guard_judges_both_players_before_clipping(make, batches, fit, tmp_path) -> None:
-    module, guard = make(), UpdateGuard(str(tmp_path))
+    module, guard = make(), UpdateGuard(tmp_path, GuardConfig())
     module.clip = ClipSchedule(norm=1e-3, early=1e-3)
     trainer = fit(module, batches, 1, callbacks=[guard])
     norms = guard.state_dict()["norms"]

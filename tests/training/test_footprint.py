@@ -8,7 +8,7 @@ from torch import nn
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.training.footprint import flowvae_footprint, lm_footprint, measure, without_storage
+from kalle.training.plan import flowvae_footprint, lm_footprint, measure, without_storage
 
 
 def test_a_linear_layer_keeps_its_input_and_multiplies_once() -> None:

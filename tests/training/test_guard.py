@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kalle.errors import UserError
 from kalle.models.batch import WaveBatch
-from kalle.training.guard import NormHistory, UpdateGuard, flattened, gradient_norm
+from kalle.training.update_guard import GuardConfig, NormHistory, UpdateGuard, flattened, gradient_norm
 
 Fit = Callable[..., lightning.Trainer]
 
@@ -67,7 +67,7 @@ def batches(count: int, bad: dict[int, float] | None = None) -> list[WaveBatch]:
 @pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 1e6])
 def test_a_bad_batch_changes_nothing_but_the_skip(manual: bool, factor: float, fit: Fit, tmp_path: Path) -> None:
-    guard = UpdateGuard(str(tmp_path), warmup=2, factor=100.0)
+    guard = UpdateGuard(tmp_path, GuardConfig(warmup=2, factor=100.0))
     guarded, reference = Line(manual), Line(manual, drop=(5,))
     trainer = fit(guarded, batches(8, {5: factor}), 8, callbacks=[guard])
     fit(reference, batches(8), 8)
@@ -83,7 +83,7 @@ def test_a_bad_batch_changes_nothing_but_the_skip(manual: bool, factor: float, f
 
 
 def test_accumulated_gradients_are_judged_and_kept_together(fit: Fit, tmp_path: Path) -> None:
-    guard = UpdateGuard(str(tmp_path))
+    guard = UpdateGuard(tmp_path, GuardConfig())
     guarded, reference = Line(), Line(drop=(1,))
     fit(guarded, batches(6, {2: math.nan}), 3, callbacks=[guard], accumulate_grad_batches=2)
     fit(reference, batches(6), 3, accumulate_grad_batches=2)
@@ -94,27 +94,27 @@ def test_accumulated_gradients_are_judged_and_kept_together(fit: Fit, tmp_path: 
 
 def test_clipping_still_follows(fit: Fit, tmp_path: Path) -> None:
     """The norm is judged before it is clipped, and clipping copes with an update that has no gradients left."""
-    guard = UpdateGuard(str(tmp_path), warmup=2)
+    guard = UpdateGuard(tmp_path, GuardConfig(warmup=2))
     fit(Line(), batches(6, {4: 1e6}), 6, callbacks=[guard], gradient_clip_val=1e-3)
     assert guard.skipped == 1
 
 
 @pytest.mark.parametrize(("limits", "steps"), [({"max_consecutive": 3}, 3), ({"max_consecutive": 99, "max_skipped": 5}, 5)])
 def test_too_many_end_the_run_with_a_remedy(limits: dict[str, int], steps: int, fit: Fit, tmp_path: Path) -> None:
-    guard = UpdateGuard(str(tmp_path), keep_batches=2, **limits)
+    guard = UpdateGuard(tmp_path, GuardConfig(keep_batches=2, **limits))
     with pytest.raises(UserError, match=rf"{steps} (steps in a row|updates) were skipped up to step {steps} .*nan.*lower optimizer.lr"):
         fit(Line(), batches(9, dict.fromkeys(range(9), math.nan)), 9, callbacks=[guard])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1.pt", "step-2.pt"]
 
 
 def test_a_good_step_ends_the_row(fit: Fit, tmp_path: Path) -> None:
-    guard = UpdateGuard(str(tmp_path), max_consecutive=2)
+    guard = UpdateGuard(tmp_path, GuardConfig(max_consecutive=2))
     fit(Line(), batches(6, {1: math.nan, 3: math.nan, 5: math.nan}), 6, callbacks=[guard])
     assert (guard.skipped, guard.consecutive) == (3, 1)
 
 
 def test_its_state_survives_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
-    guard, other = UpdateGuard(str(tmp_path)), UpdateGuard(str(tmp_path))
+    guard, other = UpdateGuard(tmp_path, GuardConfig()), UpdateGuard(tmp_path, GuardConfig())
     fit(Line(manual=True), batches(6, {3: math.nan}), 6, callbacks=[guard])
     torch.save(guard.state_dict(), tmp_path / "state")
     other.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
@@ -124,7 +124,7 @@ def test_its_state_survives_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
 
 def test_a_full_disk_does_not_end_the_run(fit: Fit, tmp_path: Path, caplog) -> None:
     (tmp_path / "file").touch()
-    fit(Line(), batches(4, {1: math.nan}), 4, callbacks=[UpdateGuard(str(tmp_path / "file" / "bad"))])
+    fit(Line(), batches(4, {1: math.nan}), 4, callbacks=[UpdateGuard(tmp_path / "file" / "bad", GuardConfig())])
     assert "is not kept" in caplog.text
 
 
@@ -155,4 +155,4 @@ def test_gradient_norm_and_flattened() -> None:
 @pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"window": 0}, {"max_consecutive": 0}])
 def test_wrong_values_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
-        UpdateGuard("folder", **wrong)
+        GuardConfig(**wrong)

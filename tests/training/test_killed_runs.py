@@ -245,12 +245,12 @@ def guarded_on_rank(folder: str) -> dict[str, Any]:
     import lightning
     from torch.utils.data import DataLoader
 
-    from kalle.training.guard import UpdateGuard
+    from kalle.training.update_guard import GuardConfig, UpdateGuard
     from training.test_guard import Line, batches
 
     rank = torch.distributed.get_rank()
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    guard, line = UpdateGuard(folder), Line()
+    guard, line = UpdateGuard(folder, GuardConfig()), Line()
     trainer = lightning.Trainer(
         max_steps=5, max_epochs=-1, accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, callbacks=[guard],

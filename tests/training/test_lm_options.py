@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kalle.cli.hydra_entry import compose
 from kalle.cli.main import main
-from kalle.cli.train_lm import train_lm
-from kalle.cli.train_run import TrainingRun
+from kalle.cli.train import train as train_composed
 from kalle.data.loading.datamodules import TRAIN
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig
@@ -25,22 +24,23 @@ from kalle.models.speaker import SpeakerEncoderConfig
 from kalle.synthesis.adapter import Adapter
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.row import StopRule
+from kalle.training import TrainingResult
 
 
 @pytest.fixture
 def train(lm_overrides: list[str], tmp_path: Path):
-    def run(*overrides: str, out: str = "run") -> TrainingRun:
-        return train_lm(compose("train_lm", [*lm_overrides, f"out={tmp_path / out}", *overrides]))
+    def run(*overrides: str, out: str = "run") -> TrainingResult:
+        return train_composed(compose("train_lm", [*lm_overrides, f"out={tmp_path / out}", *overrides]))
 
     return run
 
 
-def padding_shares(run: TrainingRun) -> list[float]:
+def padding_shares(run: TrainingResult) -> list[float]:
     with (run.weights.parent / "csv" / "version_0" / "metrics.csv").open() as file:
         return [float(row["train/padding_share"]) for row in csv.DictReader(file) if row["train/padding_share"]]
 
 
-def weights(run: TrainingRun) -> dict[str, torch.Tensor]:
+def weights(run: TrainingResult) -> dict[str, torch.Tensor]:
     return load_file(run.weights / "lm" / "model.safetensors")
 
 

@@ -15,9 +15,9 @@ from kalle.losses.alignment import TextAttention
 from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig
-from kalle.training.ema import EMA
+from kalle.training.callbacks import EMA
 from kalle.training.lm import KalleLMTraining, LMObjective
-from kalle.training.schedules import warmup_cosine
+from kalle.training.optimisation import WarmupCosine
 
 D = 4
 SPEAKER = SpeakerEncoderConfig(channels=16, embedding_dim=8, pooled_channels=16, attention_channels=8)
@@ -31,7 +31,7 @@ def make(toy_lm_config: KalleLMConfig) -> Callable[..., KalleLMTraining]:
         return KalleLMTraining(
             KalleLM(config),
             optimizer=partial(torch.optim.AdamW, lr=lr),
-            scheduler=partial(warmup_cosine, warmup_steps=3, total_steps=steps, final_ratio=0.1),
+            scheduler=WarmupCosine(warmup_steps=3, total_steps=steps, final_ratio=0.1),
             objective=LMObjective(**objective),
             seed=seed,
         )

@@ -17,12 +17,10 @@ from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.synthesis.sampling import StopRule
 from kalle.text.tokenizer import Tokenizer
-from kalle.training.ema import EMA
+from kalle.training.callbacks import EMA, ReconstructionMedia, SpeechMedia, log_speech, mel_image, speech_sampler
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
 from kalle.training.lm import KalleLMTraining, LMObjective
-from kalle.training.media import ReconstructionMedia, SpeechMedia, log_speech, mel_picture
-from kalle.training.sampling import speech_sampler
-from kalle.training.schedules import exponential
+from kalle.training.optimisation import Exponential
 
 
 def trainer_with(loggers: list[Any], step: int = 5, **changes: Any) -> Any:
@@ -39,15 +37,15 @@ def tags(folder: Path) -> dict[str, list[int]]:
     return sounds | {name: [event.step for event in events.Images(name)] for name in found["images"]}
 
 
-def test_mel_picture_has_low_frequencies_at_the_bottom() -> None:
+def test_mel_image_has_low_frequencies_at_the_bottom() -> None:
     tone = torch.sin(2 * torch.pi * 200 * torch.arange(16000) / 16000)
-    picture = mel_picture(tone, 16000)
+    picture = mel_image(tone, 16000)
     assert picture.dtype == np.uint8
     assert picture.shape == (100, 66)
     assert picture.min() == 0
     assert picture.max() == 255
     assert picture.astype(float).mean(1).argmax() > 80
-    assert mel_picture(torch.zeros(4000), 16000).max() == 0
+    assert mel_image(torch.zeros(4000), 16000).max() == 0
 
 
 def test_speech_goes_to_loggers_that_can_hold_it(tmp_path: Path) -> None:
@@ -101,15 +99,16 @@ def lm_module(toy_lm_config: KalleLMConfig) -> KalleLMTraining:
     return KalleLMTraining(KalleLM(toy_lm_config).eval(), torch.optim.AdamW, lambda optimizer: optimizer, LMObjective())
 
 
-def test_texts_are_spoken_by_the_bound_sampler(lm_module: KalleLMTraining, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    board, media = TensorBoardLogger(tmp_path, name="tb", version=""), SpeechMedia(["one", "mute"])
+def test_texts_are_spoken_by_the_sampler(lm_module: KalleLMTraining, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def sampler(module: KalleLMTraining, text: str) -> torch.Tensor:
+        return torch.zeros(0 if text == "mute" else 4000)
+
+    board, media = TensorBoardLogger(tmp_path, name="tb", version=""), SpeechMedia(["one", "mute"], sampler, 16000)
 
     def validate(step: int) -> None:
         for index in range(3):
             media.on_validation_batch_end(trainer_with([board], step, num_val_batches=[3]), lm_module, None, None, index)  # type: ignore[arg-type]
 
-    validate(1)
-    media.bind(lambda module, text: torch.zeros(0 if text == "mute" else 4000), 16000)
     caplog.set_level("INFO")
     validate(2)
     board.finalize("success")
@@ -121,7 +120,7 @@ def test_texts_are_spoken_by_the_bound_sampler(lm_module: KalleLMTraining, tmp_p
 def test_the_averaged_weights_speak(speaks_first: bool, toy_lm_config: KalleLMConfig, fit) -> None:
     """Whatever the order of the callbacks; the average is in place during validation only."""
     torch.manual_seed(0)
-    module = KalleLMTraining(KalleLM(toy_lm_config), partial(torch.optim.AdamW, lr=1e-2), partial(exponential, decay=1.0), LMObjective())
+    module = KalleLMTraining(KalleLM(toy_lm_config), partial(torch.optim.AdamW, lr=1e-2), Exponential(decay=1.0), LMObjective())
     mean = torch.randn(2, 5, toy_lm_config.latent_dim)
     lengths = torch.tensor([5, 5])
     batch = LMBatch(torch.ones(2, 3, dtype=torch.long), torch.tensor([3, 3]), mean, lengths, DiagGaussian(mean, -torch.ones_like(mean)))
@@ -136,8 +135,7 @@ def test_the_averaged_weights_speak(speaks_first: bool, toy_lm_config: KalleLMCo
         spoken.append(speaking.lm.audio_linear.weight.detach().clone())
         return torch.zeros(0)
 
-    media, average = SpeechMedia(["x"]), EMA(0.9)
-    media.bind(sampler, 16000)
+    media, average = SpeechMedia(["x"], sampler, 16000), EMA(0.9)
     callbacks = [media, average] if speaks_first else [average, media]
     fit(module, [batch], 3, valid=[batch, batch], callbacks=[Raw(), *callbacks])
     assert len(spoken) == len(trained) == 3

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
-from kalle.training.ema import EMA
+from kalle.training.callbacks import EMA
+from kalle.training.distributed import AdversarialDDP
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
-from kalle.training.players import PlayersDDP
-from kalle.training.schedules import exponential
+from kalle.training.optimisation import Exponential
 from training.distributed import kalle_on_ranks, on_ranks
 
 JUDGES = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
@@ -33,7 +33,7 @@ def build(config: FlowVAEConfig, start: int = 0) -> FlowVAETraining:
         FlowVAE(config),
         # Plain descent: Adam would divide every gradient by its own size, and hide a wrong scale.
         optimizer=partial(torch.optim.SGD, lr=1e-3),
-        scheduler=partial(exponential, decay=1.0),
+        scheduler=Exponential(decay=1.0),
         objective=FlowVAEObjective(discriminator_start_step=start),
         clip=ClipSchedule(norm=1e9, early=1e9),
         discriminators=Discriminators(JUDGES),
@@ -53,7 +53,7 @@ def train(config: FlowVAEConfig, steps: int, start: int, averaged: bool) -> dict
         for parameter in module.parameters():
             parameter.data.add_(0.5)
     trainer = lightning.Trainer(
-        max_steps=steps, accelerator="cpu", devices=RANKS, strategy=PlayersDDP(cluster_environment=Joined(rank)), logger=False,
+        max_steps=steps, accelerator="cpu", devices=RANKS, strategy=AdversarialDDP(cluster_environment=Joined(rank)), logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         use_distributed_sampler=False, callbacks=[EMA(0.5)] if averaged else [],
     )  # fmt: skip

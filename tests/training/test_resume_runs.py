@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import resource
 import shutil
@@ -18,23 +19,63 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from kalle.cli.hydra_entry import compose
-from kalle.cli.train_flowvae import train_flowvae
-from kalle.cli.train_lm import train_lm
-from kalle.cli.train_run import TrainingRun
+from kalle.cli.train import training_config
 from kalle.errors import UserError
-from kalle.training.checkpointing import LAST, LastCheckpoint
+from kalle.training import FlowVAETrainingConfig, TrainingResult, WarmupCosine, train_flowvae, train_lm
+from kalle.training.checkpoint_files import LAST, step_of, step_path, step_paths
+from kalle.training.checkpointing import CheckpointConfig
 
-Train = Callable[..., TrainingRun]
+Train = Callable[..., TrainingResult]
 STAGES = ("flowvae", "lm")
+STEPS = 8
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train(flowvae_overrides: list[str], lm_overrides: list[str]) -> Train:
-    def run(stage: str, out: Path, *overrides: str) -> TrainingRun:
-        common, function = (flowvae_overrides, train_flowvae) if stage == "flowvae" else (lm_overrides, train_lm)
-        return function(compose(f"train_{stage}", [*common, f"out={out}", *overrides]))
+    """(stage, out, callbacks, ``trainer`` and other changes of the configuration) -> a run of 8 steps."""
+    common = {"flowvae": [*flowvae_overrides, "callbacks.metrics=null", "callbacks.media=null"], "lm": lm_overrides}
+    configs = {stage: training_config(compose(f"train_{stage}", [*common[stage], "out=o"])) for stage in STAGES}
 
-    return run
+    def run(stage: str, out: Path, *callbacks: Callback, trainer: dict[str, Any] | None = None, **changes: Any) -> TrainingResult:
+        config = configs[stage]
+        changed = dataclasses.replace(config.trainer, **{"max_steps": STEPS, **(trainer or {})})
+        schedule = {"scheduler": WarmupCosine(2, STEPS)} if stage == "lm" else {}
+        config = dataclasses.replace(config, out=out, trainer=changed, **schedule, **changes)
+        if isinstance(config, FlowVAETrainingConfig):
+            return train_flowvae(config, callbacks=callbacks)
+        return train_lm(config, callbacks=callbacks)
+
+    def saving(stage: str, out: Path, *callbacks: Callback, every: int = 3, keep: int = 2, **changes: Any) -> TrainingResult:
+        parts = dataclasses.replace(configs[stage].callbacks, checkpoint=CheckpointConfig(every, keep=keep))
+        return run(stage, out, *callbacks, callbacks=parts, **changes)
+
+    return saving
+
+
+@pytest.fixture(scope="module")
+def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a stage that nothing disturbs, with the states of all steps."""
+    made: dict[str, Path] = {}
+
+    def get(stage: str) -> Path:
+        if stage not in made:
+            made[stage] = tmp_path_factory.mktemp(stage) / "whole"
+            batches = train(stage, made[stage], every=1, keep=STEPS + 1).trainer.num_training_batches
+            assert 4 <= batches <= 7, "the cuts are meant to fall inside and behind the first epoch"
+        return made[stage]
+
+    return get
+
+
+def cut(whole: Path, out: Path, step: int) -> Path:
+    """``whole`` as a process would have left it that was killed after ``step`` was saved and later ones were logged."""
+    shutil.copytree(whole, out, symlinks=True, ignore=shutil.ignore_patterns("weights"))
+    for path in step_paths(out / "checkpoints"):
+        if (step_of(path) or 0) > step:
+            path.unlink()
+    (out / "checkpoints" / LAST).unlink()
+    (out / "checkpoints" / LAST).symlink_to(step_path(out, step).name)
+    return out
 
 
 def checkpoint(out: Path) -> dict[str, Any]:
@@ -80,52 +121,44 @@ def assert_same_end(one: Path, other: Path, stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
-def test_resume_from_any_step_equals_uninterrupted(stage: str, step: int, train: Train, tmp_path: Path) -> None:
+def test_resume_from_any_step_equals_uninterrupted(
+    stage: str, step: int, train: Train, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
     """In the middle of an epoch of six batches or fewer, at its end and in the next; validation falls on step 4."""
-    longer = ("trainer.max_steps=8",)
-    whole = train(stage, tmp_path / "whole", *longer)
-    batches = whole.trainer.num_training_batches
-    assert 4 <= batches <= 7, "the cuts are meant to fall inside and behind the first epoch"
-    # A schedule that ends with max_steps would make the first part another run than the beginning of the whole.
-    train(stage, tmp_path / "cut", f"trainer.max_steps={step}", *(["scheduler.total_steps=8"] if stage == "lm" else []))
-    assert checkpoint(tmp_path / "cut")["global_step"] == step
-    resumed = train(stage, tmp_path / "cut", *longer)
-    assert resumed.trainer.global_step == whole.trainer.global_step == 8
-    assert resumed.metrics["train/loss"] == whole.metrics["train/loss"]
-    assert_same_end(tmp_path / "whole", tmp_path / "cut", stage)
+    out = cut(whole(stage), tmp_path / "cut", step)
+    resumed = train(stage, out)
+    assert resumed.trainer.global_step == STEPS
+    assert_same_end(whole(stage), out, stage)
+    tables = [folder / "csv" / "version_0" / "metrics.csv" for folder in (whole(stage), out)]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_last_checkpoint_holds_both_kinds_of_weights(stage: str, train: Train, tmp_path: Path) -> None:
-    run = train(stage, tmp_path / "run")
-    state, part = checkpoint(tmp_path / "run"), stage
-    exported = load_file(tmp_path / "run" / "weights" / part / "model.safetensors")
-    averaged = {name: tensor for name, tensor in state["state_dict"].items() if name.startswith(f"{part}.")}
-    current = {name: tensor for name, tensor in state["current_model_state"].items() if name.startswith(f"{part}.")}
+def test_last_checkpoint_holds_both_kinds_of_weights(stage: str, whole: Callable[[str], Path]) -> None:
+    state, exported = checkpoint(whole(stage)), load_file(whole(stage) / "weights" / stage / "model.safetensors")
+    averaged = {name: tensor for name, tensor in state["state_dict"].items() if name.startswith(f"{stage}.")}
+    current = {name: tensor for name, tensor in state["current_model_state"].items() if name.startswith(f"{stage}.")}
     assert exported
     for name, tensor in exported.items():
-        assert torch.equal(tensor, averaged[f"{part}.{name}"]), name
+        assert torch.equal(tensor, averaged[f"{stage}.{name}"]), name
     assert any(not torch.equal(averaged[name], current[name]) for name in averaged)
-    assert_equal({name: tensor.cpu() for name, tensor in run.module.state_dict().items()}, dict(state["state_dict"]))
-    assert state["global_step"] == 6
+    assert state["global_step"] == STEPS
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_complete_run_exports_the_same_again(stage: str, train: Train, tmp_path: Path) -> None:
-    train(stage, tmp_path / "run")
-    before = load_file(tmp_path / "run" / "weights" / stage / "model.safetensors")
-    shutil.rmtree(tmp_path / "run" / "weights")
-    train(stage, tmp_path / "run")
-    assert_equal(before, load_file(tmp_path / "run" / "weights" / stage / "model.safetensors"))
+def test_a_complete_run_exports_the_same_again(stage: str, train: Train, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    out = cut(whole(stage), tmp_path / "run", STEPS)
+    train(stage, out)
+    assert_equal(*(load_file(folder / "weights" / stage / "model.safetensors") for folder in (whole(stage), out)))
 
 
-def test_never_starts_anew_and_a_path_is_taken(train: Train, tmp_path: Path) -> None:
-    train("lm", tmp_path / "one", "trainer.max_steps=3", "scheduler.total_steps=6")
-    source = shutil.copy(tmp_path / "one" / "checkpoints" / LAST, tmp_path / "kept.ckpt")
-    from_path = train("lm", tmp_path / "two", f"resume={source}")
-    anew = train("lm", tmp_path / "one", "resume=never")
-    assert from_path.trainer.global_step == anew.trainer.global_step == 6
-    assert_same_end(tmp_path / "one", tmp_path / "two", "lm")
+def test_never_starts_anew_and_a_path_is_taken(train: Train, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shutil.copy(step_path(whole("lm") / "checkpoints", 3), tmp_path / "kept.ckpt")
+    from_path = train("lm", tmp_path / "two", resume=str(source))
+    anew = train("lm", cut(whole("lm"), tmp_path / "one", 3), resume="never")
+    assert from_path.trainer.global_step == anew.trainer.global_step == STEPS
+    assert_same_end(whole("lm"), tmp_path / "two", "lm")
+    assert_same_end(whole("lm"), tmp_path / "one", "lm")
 
 
 class CtrlC(Callback):
@@ -147,17 +180,16 @@ class CtrlC(Callback):
         self._press(trainer, "validation")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("where", "step", "saved"), [("train", 1, 2), ("train", 4, 5), ("validation", 4, 4)])
+@pytest.mark.parametrize(
+    ("stage", "where", "step", "saved"),
+    [("lm", "train", 1, 2), ("lm", "train", 4, 5), ("lm", "validation", 4, 4), ("flowvae", "train", 4, 5), ("flowvae", "validation", 4, 4)],
+)
 def test_ctrl_c_saves_and_the_run_can_go_on(
-    stage: str, where: str, step: int, saved: int, train: Train, tmp_path: Path, monkeypatch
+    stage: str, where: str, step: int, saved: int, train: Train, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    train(stage, tmp_path / "whole")
     handler = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        _add_callback(patch, CtrlC(step, where))
-        with pytest.raises(KeyboardInterrupt):
-            train(stage, tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, tmp_path / "cut", CtrlC(step, where))
     assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "cut" / "weights").exists()
     names = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
@@ -166,52 +198,41 @@ def test_ctrl_c_saves_and_the_run_can_go_on(
     assert len(names) <= 3
     assert checkpoint(tmp_path / "cut")["global_step"] == saved
     train(stage, tmp_path / "cut")
-    assert_same_end(tmp_path / "whole", tmp_path / "cut", stage)
-    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "cut")
+    assert_same_end(whole(stage), tmp_path / "cut", stage)
+    assert log_rows(whole(stage)) == log_rows(tmp_path / "cut")
 
 
-def test_a_second_ctrl_c_does_not_wait(train: Train, tmp_path: Path, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        _add_callback(patch, CtrlC(5, times=2))
-        with pytest.raises(KeyboardInterrupt):
-            train("lm", tmp_path / "cut")
+def test_a_second_ctrl_c_does_not_wait(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train("lm", tmp_path / "cut", CtrlC(5, times=2))
     # Step 5 was in motion: what counts is the state before the validation at step 4.
     assert checkpoint(tmp_path / "cut")["global_step"] == 4
 
 
-def _add_callback(patch: pytest.MonkeyPatch, callback: Callback) -> None:
-    from kalle.cli import train_flowvae, train_lm
-
-    original = train_lm.build_callbacks
-    for module in (train_flowvae, train_lm):
-        patch.setattr(module, "build_callbacks", lambda config: [callback, *original(config)])
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_ends_with_its_epochs_is_complete_too(stage: str, train: Train, tmp_path: Path) -> None:
-    more = ("trainer.max_steps=-1", "trainer.max_epochs=2", "callbacks.checkpoint.every_steps=1000")
-    more += ("trainer.val_check_interval=1000", *(["scheduler.total_steps=20"] if stage == "lm" else []))
-    run = train(stage, tmp_path / "run", *more)
+    ends = {"max_steps": -1, "max_epochs": 2, "val_check_interval": 1000}
+    run = train(stage, tmp_path / "run", every=1000, trainer=ends)
     state, last = checkpoint(tmp_path / "run"), tmp_path / "run" / "weights" / stage / "model.safetensors"
     assert state["global_step"] == run.trainer.global_step == 2 * run.trainer.num_training_batches
     current, average = state["current_model_state"], state["state_dict"]
     assert any(not torch.equal(current[name], average[name]) for name in current), "the weights in training, not their average twice"
     before = load_file(last)
     shutil.rmtree(tmp_path / "run" / "weights")
-    again = train(stage, tmp_path / "run", *more)
+    again = train(stage, tmp_path / "run", every=1000, trainer=ends)
     assert again.trainer.global_step == run.trainer.global_step
     assert_equal(before, load_file(last))
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_old_checkpoint(train: Train, tmp_path: Path) -> None:
-    train("lm", tmp_path / "run", "trainer.max_steps=2")
-    path = tmp_path / "run" / "checkpoints" / LAST
+def test_a_full_disk_is_one_line_and_keeps_the_old_checkpoint(train: Train, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    path = cut(whole("lm"), tmp_path / "run", 2) / "checkpoints" / LAST
+    step_path(path.parent, 1).unlink()
     old = path.read_bytes()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, before[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write '.*step-00000004.ckpt': .*make room on the disk or choose another folder"):
-            train("lm", tmp_path / "run", "trainer.max_steps=4")
+            train("lm", tmp_path / "run", trainer={"max_steps": 4})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(file.name for file in path.parent.iterdir()) == [LAST, "step-00000002.ckpt"]
@@ -228,11 +249,11 @@ def test_checkpoints_are_written_where_they_belong(train: Train, tmp_path: Path,
         original(state, file, *rest, **more)
 
     monkeypatch.setattr(torch, "save", save)
-    train("lm", tmp_path / "run", "trainer.max_steps=2")
+    train("lm", tmp_path / "run", trainer={"max_steps": 2})
     assert [Path(name).parent for name in written] == [tmp_path / "run" / "checkpoints"]
     assert [Path(name).name[:18] for name in written] == ["step-00000002.ckpt"]
 
 
-def test_every_steps_must_be_positive(tmp_path: Path) -> None:
+def test_every_steps_must_be_positive() -> None:
     with pytest.raises(UserError, match=r"every_steps: got 0, expected at least 1"):
-        LastCheckpoint(str(tmp_path), 0)
+        CheckpointConfig(every_steps=0)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kalle.training import progress
-from kalle.training.progress import RunProgress
+from kalle.training import callbacks as progress
+from kalle.training.callbacks import RunProgress
 
 
 @pytest.fixture

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from kalle.cli import run_record
 from kalle.cli.main import main
-from kalle.cli.train_plan import Plan, SplitCount
 from kalle.errors import UserError
+from kalle.training import run as run_record
+from kalle.training.callbacks import StepSeeds
 from kalle.training.checkpoint_files import BEST, LAST, step_paths
-from kalle.training.checkpointing import LastCheckpoint
-from kalle.training.footprint import Footprint
-from kalle.training.seeding import StepSeeds
+from kalle.training.checkpointing import CheckpointConfig, LastCheckpoint
+from kalle.training.plan import Footprint, Plan, SplitCount
 from training.test_guard import Line, batches
 
 
@@ -180,7 +179,7 @@ class Judged(Line):
 
 def checkpointed(tmp_path: Path, values: list[float], **options: object) -> lightning.Trainer:
     module = Judged(values)
-    callback = LastCheckpoint(str(tmp_path), 100, **options)  # type: ignore[arg-type]
+    callback = LastCheckpoint(tmp_path, CheckpointConfig(100, **options))  # type: ignore[arg-type]
     trainer = lightning.Trainer(
         max_steps=8, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[callback], num_sanity_val_steps=0, val_check_interval=2,
         check_val_every_n_epoch=None, enable_progress_bar=False, enable_model_summary=False,
@@ -225,9 +224,9 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"every_minutes": 0.0}, {"best_mode": "least"}])
-def test_wrong_values_are_refused(wrong: dict[str, object], tmp_path: Path) -> None:
+def test_wrong_values_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
-        LastCheckpoint(str(tmp_path), 1, **wrong)  # type: ignore[arg-type]
+        CheckpointConfig(**wrong)  # type: ignore[arg-type]
 
 
 def test_minutes_make_a_state_due_as_well(tmp_path: Path) -> None:

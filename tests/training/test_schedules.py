@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from kalle.errors import UserError
-from kalle.training.schedules import exponential, warmup_cosine
+from kalle.training.optimisation import Exponential, WarmupCosine
 
 
 def rates(make, steps: int) -> list[float]:
@@ -23,7 +23,7 @@ def rates(make, steps: int) -> list[float]:
 
 
 def test_warmup_cosine_by_hand() -> None:
-    got = rates(lambda optimizer: warmup_cosine(optimizer, warmup_steps=4, total_steps=12, final_ratio=0.1), 15)
+    got = rates(WarmupCosine(warmup_steps=4, total_steps=12, final_ratio=0.1), 15)
     assert got[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert got[8] == pytest.approx(2 * (0.1 + 0.9 * 0.5))
     assert got[6] == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
@@ -32,18 +32,17 @@ def test_warmup_cosine_by_hand() -> None:
 
 
 def test_warmup_cosine_without_warmup_and_shorter_than_its_warmup() -> None:
-    assert rates(lambda optimizer: warmup_cosine(optimizer, 0, 2), 4) == pytest.approx([2.0, 1.0, 0.0, 0.0])
-    assert rates(lambda optimizer: warmup_cosine(optimizer, 10, 5), 5) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates(WarmupCosine(0, 2), 4) == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert rates(WarmupCosine(10, 5), 5) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def test_exponential_by_hand() -> None:
-    assert rates(lambda optimizer: exponential(optimizer, 0.5), 4) == pytest.approx([2.0, 1.0, 0.5, 0.25])
-    assert rates(lambda optimizer: exponential(optimizer, 1.0, warmup_steps=2), 4) == pytest.approx([1.0, 2.0, 2.0, 2.0])
-    assert rates(lambda optimizer: exponential(optimizer, 0.5, warmup_steps=2), 3) == pytest.approx([1.0, 1.0, 0.5])
+    assert rates(Exponential(0.5), 4) == pytest.approx([2.0, 1.0, 0.5, 0.25])
+    assert rates(Exponential(1.0, warmup_steps=2), 4) == pytest.approx([1.0, 2.0, 2.0, 2.0])
+    assert rates(Exponential(0.5, warmup_steps=2), 3) == pytest.approx([1.0, 1.0, 0.5])
 
 
 def test_a_cosine_needs_an_end() -> None:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     for steps in (0, -1):
         with pytest.raises(UserError, match=rf"scheduler.total_steps: got {steps}, expected at least 1"):
-            warmup_cosine(optimizer, 1, steps)
+            WarmupCosine(1, steps)

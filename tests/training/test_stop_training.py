@@ -14,7 +14,7 @@ from kalle.losses.latent import stop_bce
 from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.training.lm import KalleLMTraining, LMObjective
-from kalle.training.schedules import warmup_cosine
+from kalle.training.optimisation import WarmupCosine
 
 
 def utterances(lengths: list[int], seed: int = 3) -> LMBatch:
@@ -31,7 +31,7 @@ def utterances(lengths: list[int], seed: int = 3) -> LMBatch:
 def make(toy_lm_config: KalleLMConfig) -> Callable[..., KalleLMTraining]:
     def build(packing: Packing | None = None, steps: int = 60, stop_head: bool = True, **objective: Any) -> KalleLMTraining:
         torch.manual_seed(7)
-        schedule = partial(warmup_cosine, warmup_steps=3, total_steps=steps, final_ratio=0.1)
+        schedule = WarmupCosine(warmup_steps=3, total_steps=steps, final_ratio=0.1)
         lm = KalleLM(dataclasses.replace(toy_lm_config, stop_head=stop_head))
         return KalleLMTraining(lm, partial(torch.optim.AdamW, lr=1e-2), schedule, LMObjective(**objective), packing=packing)
 

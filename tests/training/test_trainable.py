@@ -6,7 +6,7 @@ import torch
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.lora import LoRAConfig, add_lora
-from kalle.training.trainable import draws_dropout, finish, freeze, parameter_counts, parameter_groups
+from kalle.training.optimisation import draws_dropout, finish, freeze, parameter_counts, parameter_groups
 
 
 @pytest.fixture

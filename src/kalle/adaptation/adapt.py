@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kalle.adaptation.loop import learn
-from kalle.adaptation.material import PromptSequence, Recording, Reporter, mean_kl, prompt_sequence, read_recording
-from kalle.adaptation.measure import spoken_similarity
-from kalle.adaptation.options import AdaptOptions, default_lr
+from kalle.adaptation.learning import AdaptOptions, default_lr, learn
+from kalle.adaptation.sequences import PromptSequence, Recording, Reporter, mean_kl, prompt_sequence, read_recording
+from kalle.audio import Audio, resample
 from kalle.errors import UserError
+from kalle.evaluation.metrics import RATE_HZ, MetricError
+from kalle.evaluation.similarity import SpeakerEmbedder
 from kalle.synthesis.adapter import Adapter
 from kalle.synthesis.quirks import ReleaseQuirks
 from kalle.synthesis.seeds import derived_seed
@@ -172,3 +173,41 @@ def _json(pair: BeforeAfter | None) -> dict[str, float | None] | None:
     if pair is None:
         return None
     return {name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(pair).items()}
+
+
+@dataclass(frozen=True)
+class SpokenSimilarity:
+    """Cosine of the speaker embeddings of spoken texts and a recording of the speaker."""
+
+    mean: float
+    """NaN where no text gave a voice."""
+    texts: int
+    """How many gave one."""
+    failed: int
+    """How many gave silence, or next to nothing."""
+
+
+def spoken_similarity(
+    kalle: Kalle, voice: Voice, recordings: Sequence[Audio], texts: Sequence[str], embedder: SpeakerEmbedder, seed: int = 0
+) -> list[SpokenSimilarity]:
+    """Speak ``texts`` in ``voice``, text i with the seed ``seed`` + i, and compare them with each of ``recordings`` (S,) of the speaker.
+
+    The recordings are at the model's rate. UserError for a text that can't be spoken.
+    """
+    spoken = [embedding(embedder, kalle.synthesize(text, voice, seed=seed + i).audio, kalle.sample_rate) for i, text in enumerate(texts)]
+    heard = [each for each in spoken if each is not None]
+    found = []
+    for recording in recordings:
+        wanted = embedding(embedder, recording, kalle.sample_rate)
+        mean = float(np.mean([each @ wanted for each in heard])) if heard and wanted is not None else float("nan")
+        found.append(SpokenSimilarity(mean, len(heard), len(texts) - len(heard)))
+    return found
+
+
+def embedding(embedder: SpeakerEmbedder, audio: Audio, rate_hz: int) -> np.ndarray | None:
+    """The speaker embedding (E,) of ``audio``, of unit length; None where it has no voice."""
+    try:
+        found = np.asarray(embedder(resample(audio, rate_hz, RATE_HZ)), dtype=np.float64)
+    except MetricError:
+        return None
+    return found / np.linalg.norm(found)

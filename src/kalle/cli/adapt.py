@@ -15,7 +15,7 @@ from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from kalle.adaptation.adapt import Adaptation
-    from kalle.adaptation.options import AdaptOptions
+    from kalle.adaptation.learning import AdaptOptions
     from kalle.evaluation.similarity import SpeakerEmbedder
 
 SUFFIX = ".safetensors"
@@ -129,7 +129,7 @@ class _Progress:
         return self
 
     def report(self, step: int, steps: int, loss: float, seconds: float) -> None:
-        """See ``kalle.adaptation.material.Reporter``."""
+        """See ``kalle.adaptation.sequences.Reporter``."""
         if self._task is None:
             self._task = self._bar.add_task("adapt", total=steps)
         self._bar.update(self._task, completed=step, description=f"adapt, loss {loss:.3f}")
@@ -141,7 +141,7 @@ class _Progress:
 
 
 def _options(lora: int | None, full: bool, **values: Any) -> AdaptOptions:
-    from kalle.adaptation.options import DEFAULT_RANK, AdaptOptions
+    from kalle.adaptation.learning import DEFAULT_RANK, AdaptOptions
 
     if full and lora is not None:
         raise UserError(f"two ways to learn: got --full and --lora {lora}, expected one of them; leave one out")

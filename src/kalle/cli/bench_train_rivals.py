@@ -17,7 +17,7 @@ from kalle.models.lm import KalleLM, compile_layers
 from kalle.text.tokenizer import Tokenizer
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
 from kalle.training.lm import KalleLMTraining, LMObjective
-from kalle.training.schedules import warmup_cosine
+from kalle.training.optimisation import WarmupCosine
 from kalle.training.throughput import Amount, PlainLMTraining, Rival, lm_frames, lm_step_flops, plain_loader, wave_amount
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _flowvae_training(flowvae: FlowVAE, judges: Any, compiled: bool) -> FlowVAET
 
 
 def _optimisation() -> tuple[Any, Any]:
-    return partial(torch.optim.AdamW, lr=1e-4), partial(warmup_cosine, warmup_steps=100, total_steps=TOTAL_STEPS)
+    return partial(torch.optim.AdamW, lr=1e-4), WarmupCosine(warmup_steps=100, total_steps=TOTAL_STEPS)
 
 
 def _lm_data(latents: Path, tokenizer: Tokenizer, positions: int, workers: int, packing: bool) -> LMDataModule:

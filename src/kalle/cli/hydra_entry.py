@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +26,49 @@ def configs_dir() -> Path:
     raise UserError(f"no configuration folder: looked in '{package / 'configs'}' and beside src; install the wheel or work in a checkout")
 
 
-def register_resolvers() -> None:
-    """What configurations may compute: ``${product:LIST}``."""
-    import math
+def node_of(value: Any) -> Any:
+    """``value`` as a configuration that builds it again; a dataclass gives its defaults, ``???`` where it has none."""
+    from kalle.training.config import plain
 
-    from omegaconf import OmegaConf
+    if isinstance(value, type):
+        hints = typing.get_type_hints(value)
+        values = {field.name: _default(field, hints[field.name]) for field in dataclasses.fields(value) if field.init}
+        return {"_target_": f"{value.__module__}.{value.__qualname__}", **values}
+    if dataclasses.is_dataclass(value):
+        values = {field.name: node_of(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **values}
+    return plain(value)
 
-    OmegaConf.register_new_resolver("product", lambda values: math.prod(values), replace=True)
+
+def _default(field: dataclasses.Field[Any], hint: Any) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return node_of(field.default_factory())
+    if field.default is not dataclasses.MISSING:
+        return node_of(field.default)
+    return node_of(hint) if dataclasses.is_dataclass(hint) else "???"
+
+
+def register_defaults(config_name: str) -> None:
+    """Put the defaults of the dataclasses of a training where Hydra looks for configurations; configs/ names only differences."""
+    if not config_name.startswith("train_"):
+        return
+    from hydra.core.config_store import ConfigStore
+
+    from kalle.models.flowvae import FlowVAEConfig
+    from kalle.models.lm import KalleLMConfig
+    from kalle.models.lora import LoRAConfig
+    from kalle.training import config as training
+    from kalle.training.optimisation import Exponential, WarmupCosine
+
+    store = ConfigStore.instance()
+    chosen_by_file = {"flowvae": ("flowvae", "mel_loss", "scheduler"), "lm": ("lm", "scheduler", "lora")}
+    for stage, cls in (("flowvae", training.FlowVAETrainingConfig), ("lm", training.LMTrainingConfig)):
+        store.store(f"{stage}_training", {key: value for key, value in node_of(cls).items() if key not in chosen_by_file[stage]})
+    for group, name, part in (
+        ("flowvae", "base", FlowVAEConfig), ("lm", "base", KalleLMConfig), ("lora", "default", LoRAConfig),
+        ("scheduler", "warmup_cosine", WarmupCosine), ("scheduler", "exponential", Exponential),
+    ):  # fmt: skip
+        store.store(name, node_of(part), group)
 
 
 def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides: list[str]) -> int:
@@ -42,7 +80,7 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    register_resolvers()
+    register_defaults(config_name)
     job = _Job(function)
     many = any(word in ("-m", "--multirun") for word in overrides)
     if many:
@@ -151,7 +189,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    register_resolvers()
+    register_defaults(config_name)
     with initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
         try:
             return hydra_compose(config_name, overrides)

@@ -11,18 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kalle.errors import UserError
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
 FIRST_RANK_SPEAKS_SECONDS = 2.0
-"""How long another rank holds back its message: a mistake that all ranks find is then said by the first, whose end ends the others."""
+"""How long another rank holds back its message: rank 0 reports a mistake that all ranks find, and its exit stops the others."""
 PEER_SECONDS = 10.0
 """How long a rank whose peer is gone waits to be ended, so that only the peer's message is seen; also the grace after a signal."""
 _POLL_SECONDS = 0.2
@@ -32,43 +28,10 @@ _SIGNALLED = 128
 _children: list[subprocess.Popen[bytes]] = []
 
 
-def started_ranks(environment: Mapping[str, str] | None = None) -> tuple[int, int] | None:
-    """(processes of this machine, machines) of a run that torchrun, SLURM or ourselves have started; None for a lone process."""
-    found = os.environ if environment is None else environment
-    if "WORLD_SIZE" in found and "LOCAL_WORLD_SIZE" in found:
-        world, local = int(found["WORLD_SIZE"]), int(found["LOCAL_WORLD_SIZE"])
-        return (local, world // local) if world > 1 else None
-    tasks = int(found.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks == 1:
-        return None
-    nodes = int(found.get("SLURM_STEP_NUM_NODES", found.get("SLURM_NNODES", "1")))
-    if tasks % nodes:
-        raise UserError(f"SLURM: got {tasks} tasks on {nodes} machines, expected equally many on each; set --ntasks-per-node")
-    return tasks // nodes, nodes
+def start_ranks(device: str, devices: Any) -> None:
+    """Start the other ranks of a run with ``trainer.devices=devices`` on this machine; this process becomes rank 0.
 
-
-def wanted_ranks(devices: Any, gpus: int) -> int:
-    """Processes that ``trainer.devices`` asks for on a machine whose run may use ``gpus`` GPUs (0: it runs on the CPU).
-
-    UserError for something that is neither a number, auto nor a list of numbers.
-    """
-    if devices in ("auto", "-1", -1):
-        return max(1, gpus)
-    if not isinstance(devices, str | int):
-        return len(devices)
-    try:
-        count = int(devices)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise UserError(f"trainer.devices: got {devices}, expected auto, a number of devices or a list; correct it")
-    if gpus and count > gpus:
-        raise UserError(f"trainer.devices: got {devices}, but torch sees {gpus} GPUs; lower it")
-    return count
-
-
-def start_ranks(config: DictConfig) -> None:
-    """Start the other ranks of a run on several devices of this machine; this process becomes rank 0. Nothing for a lone process.
+    Nothing for a lone process.
 
     UserError inside a sweep: its jobs share this process. The other ranks are ended when this one ends, and the other way round.
     """
@@ -77,19 +40,20 @@ def start_ranks(config: DictConfig) -> None:
     from hydra.types import RunMode
 
     from kalle.checkpoint import resolve_device
+    from kalle.training.distributed import started_ranks, wanted_ranks
 
     if started_ranks() is not None:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-            logging.getLogger().setLevel(logging.WARNING)  # rank 0 says it
+            logging.getLogger().setLevel(logging.WARNING)  # rank 0 reports it
         return
-    device = resolve_device(config.device)
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    count = 1 if device.index is not None else wanted_ranks(config.trainer.devices, gpus)
+    resolved = resolve_device(device)
+    gpus = torch.cuda.device_count() if resolved.type == "cuda" else 0
+    count = 1 if resolved.index is not None else wanted_ranks(devices, gpus)
     if count == 1 or not HydraConfig.initialized():
         return
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise UserError(
-            f"a sweep over runs on {count} devices: got trainer.devices={config.trainer.devices}, expected 1 in a sweep; "
+            f"a sweep over runs on {count} devices: got trainer.devices={devices}, expected 1 in a sweep; "
             "set trainer.devices=1, or give each job its tasks with hydra/launcher=submitit_slurm (docs/how-to/distributed.md)"
         )
     _start(count, rank_command(HydraConfig.get()))
@@ -160,21 +124,9 @@ def lost_peer(error: BaseException) -> bool:
 
     Then it first waits to be ended by the launcher, since that rank's message is the one to read.
     """
+    from kalle.training.distributed import started_ranks
+
     if started_ranks() is None or not any(word in str(error) for word in _PEER_WORDS):
         return False
     time.sleep(PEER_SECONDS)
     return True
-
-
-def placement(config: DictConfig, index: int | None, unused: bool) -> dict[str, Any]:
-    """What the trainer has to know: devices, machines and, for several processes, a strategy.
-
-    ``index`` is the number of the one GPU that was named; ``unused`` says that a step may leave trained parameters without a gradient.
-    """
-    started = started_ranks()
-    if started is None:
-        return {"devices": [index] if index is not None else config.trainer.devices}
-    found: dict[str, Any] = {"devices": started[0], "num_nodes": started[1]}
-    if unused and config.trainer.strategy in ("auto", "ddp"):
-        found["strategy"] = "ddp_find_unused_parameters_true"
-    return found

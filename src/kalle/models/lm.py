@@ -38,6 +38,7 @@ class KalleLMConfig:
     backbone: Mapping[str, Any]
     """Values of transformers' LlamaConfig."""
     latent_dim: int = 512
+    """Dimensions of a latent frame, the Flow-VAE's."""
     speaker: SpeakerEncoderConfig | None = None
     """The speaker encoder; the released weights have none."""
     normalise_latents: bool = False

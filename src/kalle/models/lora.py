@@ -133,7 +133,9 @@ class LoRAConfig:
     """``W x + (alpha / rank) B A x`` in place of ``W x``, with A (rank, in) random and B (out, rank) zero at the start."""
 
     rank: int = 16
+    """Rank of B A."""
     alpha: float = 32.0
+    """Scale of B A, times the rank."""
     dropout: float = 0.0
     """Of the input of A, in training."""
     targets: tuple[str, ...] = PROJECTIONS

@@ -113,22 +113,17 @@ def prune(folder: Path, kept: list[Path]) -> None:
     """Remove every checkpoint with a step in its name that is not in ``kept``, and what a killed process left half written."""
     remove_abandoned(folder)
     for path in step_paths(folder):
-        if path not in kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def state_file(path: Path) -> Path:
-    """Where everything but sharded tensors is: ``path`` itself, or meta.pt in the folder that a sharding strategy wrote."""
-    return path / "meta.pt" if path.is_dir() else path
+        if path not in kept and not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Every record of a file is read and its checksum compared.
 
-    A folder of shards counts as whole when it has its .metadata, which is written last.
+    A folder, torch's distributed form, is refused: its metadata is a pickle, which runs what it holds when it is read.
     """
     if path.is_dir():
-        return None if (path / ".metadata").is_file() and state_file(path).is_file() else "no .metadata or meta.pt"
+        return "a folder, and only a file is safe to read"
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -141,9 +136,10 @@ def damage(path: Path) -> str | None:
 
 
 def resume_path(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that ``resume`` ("auto", "never" or a path) means for a run with checkpoints in ``folder``.
+    """The checkpoint that ``resume`` ("auto", "never" or a path) means for a run with checkpoints in ``folder``; it is whole.
 
-    ``auto`` takes the newest whole one and says which it passed over. A UserError when there are some but none is whole.
+    ``auto`` takes the newest whole one and says which it passed over. A UserError when there are some but none is whole, and for a path
+    that is none.
     """
     if resume == "never":
         return None
@@ -152,6 +148,12 @@ def resume_path(resume: str, folder: Path) -> Path | None:
     path = Path(resume)
     if not path.exists():
         raise UserError(f"no checkpoint to resume from: got resume='{resume}', expected auto, never or an existing .ckpt file")
+    reason = damage(path)
+    if reason is not None:
+        raise UserError(
+            f"not a checkpoint: got '{path}', expected a .ckpt file that a training run wrote ({reason}); "
+            "choose another file or resume=never"
+        )
     return path
 
 
@@ -176,20 +178,8 @@ def _newest_whole(folder: Path) -> Path | None:
 
 
 def check_checkpoint(path: Path, module: nn.Module) -> None:
-    """A UserError when ``path`` is not a checkpoint of a run like ours, or when its tensors are not those of ``module``.
-
-    The tensors of a folder of shards are compared when they are loaded.
-    """
-    if (path / ".metadata").is_file():
-        return
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = checkpoint["state_dict"]
-    except Exception as error:  # torch.load and what it reads raise whatever they like
-        raise UserError(
-            f"not a checkpoint: got '{path}', expected a .ckpt file that a training run wrote ({type(error).__name__}); "
-            "choose another file or resume=never"
-        ) from None
+    """A UserError when the tensors of the checkpoint ``path`` are not those of ``module``."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     problems = mismatches(module.state_dict(), state)
     if problems:
         raise UserError(

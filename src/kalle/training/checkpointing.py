@@ -5,38 +5,139 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
+from kalle.checkpoint import check_fields
 from kalle.errors import UserError
 from kalle.training.checkpoint_files import (
-    LAST,
     DirectCheckpointIO,
-    check_checkpoint,
     keep_best,
     point_last,
     prune,
-    resume_path,
-    state_file,
     step_of,
     step_path,
     step_paths,
 )
-from kalle.training.log_tail import pending_row
-from kalle.training.stopping import Agreement, Preempted, StopSignals
-
-__all__ = ["LAST", "LastCheckpoint", "check_checkpoint", "resume_path"]
+from kalle.training.loggers import pending_rows
 
 logger = logging.getLogger(__name__)
 
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Preemption, and SLURM's warning (``--signal=USR1@120``)."""
+
+
+class Preempted(Exception):
+    """A run that was asked to end early by ``signal_number``, after its state was saved."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}")
+        self.signal_number, self.step = signal_number, step
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal, as shells have it: 143 for SIGTERM, 138 for SIGUSR1."""
+        return 128 + self.signal_number
+
+
+class StopSignals:
+    """Remembers in ``asked`` which signal wants the run to end, 0 for none; the second Ctrl-C raises at once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Take over the signals, where that is possible: in the main thread."""
+        self.asked = 0
+        if threading.current_thread() is threading.main_thread() and not self._before:
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._ctrl_c)
+            for number in PREEMPTION_SIGNALS:
+                self._before[number] = signal.signal(number, self._preempt)
+
+    def release(self) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ctrl_c(self, number: int, frame: Any) -> None:
+        if self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = self.asked or number
+        logger.info("stopping after this batch; press Ctrl-C again to stop at once")
+
+    def _preempt(self, number: int, frame: Any) -> None:
+        if not self.asked:
+            logger.info("%s: saving after this batch and ending", signal.Signals(number).name)
+        self.asked = self.asked or number
+
+
+class Agreement:
+    """The largest of some small numbers over all ranks, found while a batch is computed.
+
+    It goes over gloo whatever the gradients go over: the numbers live on the CPU, and a GPU need not be waited for.
+    """
+
+    def __init__(self) -> None:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if several else None
+        self._values = torch.zeros(0, dtype=torch.int64)
+        self._work: Any = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return self._group is None
+
+    def ask(self, *values: int) -> None:
+        """Begin to compare ``values`` with those of the other ranks; every rank must call it equally often."""
+        self._values = torch.tensor(values, dtype=torch.int64)
+        if self._group is not None:
+            self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def answer(self) -> list[int]:
+        """The result of the last `ask`."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return [int(value) for value in self._values]
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When states are written, and how many stay."""
+
+    every_steps: int = 1000
+    """Updates between two states."""
+    keep: int = 2
+    """Newest states that stay; a new one is whole before an old one goes."""
+    every_minutes: float | None = None
+    """Also by time."""
+    best: str | None = None
+    """A validation metric; best.ckpt holds the state in which it was smallest."""
+    best_mode: Literal["min", "max"] = "min"
+    """max: largest."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "callbacks.checkpoint")
+        for name, value in {"every_steps": self.every_steps, "keep": self.keep}.items():
+            if value < 1:
+                raise UserError(f"callbacks.checkpoint.{name}: got {value}, expected at least 1; correct it")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            raise UserError(f"callbacks.checkpoint.every_minutes: got {self.every_minutes}, expected more than 0, or null; correct it")
+
 
 class LastCheckpoint(Checkpoint):
-    """Keeps the newest ``keep`` states in ``folder``/step-N.ckpt, with last.ckpt a link to the newest.
+    """Keeps the newest ``config.keep`` states in ``folder``/step-N.ckpt, with last.ckpt a link to the newest.
 
     They are written every ``every_steps`` updates, every ``every_minutes`` if given, before a validation, after the last update, and
     when a run is cut short. A state is only ever taken between two updates, with the optimizer's weights in place and no gradients
@@ -49,31 +150,14 @@ class LastCheckpoint(Checkpoint):
     Lightning runs `Checkpoint` callbacks after all others, so the averaged weights in the file are those of the same step.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        every_steps: int,
-        *,
-        keep: int = 2,
-        every_minutes: float | None = None,
-        best: str | None = None,
-        best_mode: Literal["min", "max"] = "min",
-    ) -> None:
-        for name, value in {"every_steps": every_steps, "keep": keep}.items():
-            if value < 1:
-                raise UserError(f"callbacks.checkpoint.{name}: got {value}, expected at least 1; correct it")
-        if every_minutes is not None and every_minutes <= 0:
-            raise UserError(f"callbacks.checkpoint.every_minutes: got {every_minutes}, expected more than 0, or null; correct it")
-        if best_mode not in ("min", "max"):
-            raise UserError(f"callbacks.checkpoint.best_mode: got '{best_mode}', expected min or max; correct it")
-        self.folder, self.every_steps, self.keep, self.every_minutes = Path(folder), every_steps, keep, every_minutes
-        self.best, self.best_mode = best, best_mode
+    def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = Path(folder), config
         self._signals, self._agreement = StopSignals(), Agreement()
-        self._saved_step = self._tried_step = -1
+        self._saved_step = self._tried_step = self._begun_step = -1
         self._saved_at = 0.0
         self._between_updates = False
         self._kept: list[Path] = []
-        self._state: dict[str, Any] = {"validation_due": False, "row": {}, "row_step": -1}
+        self._state: dict[str, Any] = {"validation_due": False, "rows": [], "row_step": -1}
         self._best_value: float | None = None
 
     @property
@@ -88,7 +172,8 @@ class LastCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self._best_value = state_dict.get("best_value")
-        self._state = {name: state_dict[name] for name in self._state}
+        rows = state_dict.get("rows", [state_dict["row"]] if state_dict.get("row") else [])  # "row": of a checkpoint up to version 0.3
+        self._state = {**{name: state_dict[name] for name in ("validation_due", "row_step")}, "rows": rows}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Have checkpoints written where they belong."""
@@ -108,22 +193,22 @@ class LastCheckpoint(Checkpoint):
             self._catch_up(trainer)
 
     def _catch_up(self, trainer: lightning.Trainer) -> None:
-        """Log what followed the checkpoint and precedes the next update: the row of its step, and a validation that was due."""
-        if self._state["row"]:
+        """Log what followed the checkpoint and precedes the next update: the rows of its step, and a validation that was due."""
+        for row in self._state["rows"]:
             for target in trainer.loggers:
-                target.log_metrics(dict(self._state["row"]), step=self._state["row_step"])
+                target.log_metrics(dict(row), step=self._state["row_step"])
                 target.save()
         if self._state["validation_due"]:
             # As Lightning's training loop does it; its own way back into a validation counts a step twice.
-            loop = trainer.fit_loop.epoch_loop
-            connector = trainer._logger_connector
-            first, connector._first_loop_iter = connector._first_loop_iter, None
-            trainer.validating, loop.val_loop.restarting = True, False
-            loop.val_loop.run()
-            trainer.training, connector._first_loop_iter = True, first
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            trainer.validating, validation.restarting = True, False
+            validation.run()
+            trainer.training = True
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
         """From here to the end of the batch the state is in motion."""
+        if self._between_updates:
+            self._begun_step = trainer.global_step
         self._between_updates = False
         if not self._agreement.alone:
             self._agreement.ask(*self._wishes())
@@ -133,17 +218,17 @@ class LastCheckpoint(Checkpoint):
         if self._agreement.alone:
             self._agreement.ask(*self._wishes())
         stop, minutes_due = self._agreement.answer()
-        self._between_updates = not trainer.fit_loop.epoch_loop._should_accumulate()
-        if not self._between_updates:
+        self._between_updates = trainer.global_step > self._begun_step
+        if not self._between_updates:  # gradients are being accumulated
             return
         final = bool(stop) or _at_the_end(trainer)
-        if final or minutes_due or trainer.global_step % self.every_steps == 0:
-            self._save(trainer, final)
+        if final or minutes_due or trainer.global_step % self.config.every_steps == 0:
+            self._save(trainer, final, before_log=True)
         if stop:
             self._stop(trainer, stop)
 
     def _wishes(self) -> tuple[int, int]:
-        due = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
+        due = self.config.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.config.every_minutes
         return self._signals.asked, int(due)
 
     def _stop(self, trainer: lightning.Trainer, signal_number: int) -> None:
@@ -164,16 +249,16 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep the state that was just validated when it is the best so far."""
-        if self.best is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        if self.config.best is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.best not in trainer.callback_metrics:
+        if self.config.best not in trainer.callback_metrics:
             names = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
-            raise UserError(f"callbacks.checkpoint.best: got '{self.best}', expected one of {names}; correct it")
-        value = float(trainer.callback_metrics[self.best])
-        sign = 1 if self.best_mode == "min" else -1
+            raise UserError(f"callbacks.checkpoint.best: got '{self.config.best}', expected one of {names}; correct it")
+        value = float(trainer.callback_metrics[self.config.best])
+        sign = 1 if self.config.best_mode == "min" else -1
         # A validation that is repeated after a resume finds its own value again, and must end alike.
         if math.isnan(value):
-            logger.warning("step %d: %s is not a number and so not the best", trainer.global_step, self.best)
+            logger.warning("step %d: %s is not a number and so not the best", trainer.global_step, self.config.best)
             return
         if self._best_value is None or sign * value < sign * self._best_value:
             self._best_value = value
@@ -193,17 +278,17 @@ class LastCheckpoint(Checkpoint):
         finally:
             self._release()
 
-    def _save(self, trainer: lightning.Trainer, final: bool = False) -> None:
-        """Write the state of this step unless that was done or, short of a ``final`` state, tried before."""
+    def _save(self, trainer: lightning.Trainer, final: bool = False, before_log: bool = False) -> None:
+        """Write the state of this step unless that was done or, short of a ``final`` state, tried before.
+
+        ``before_log``: Lightning has not yet logged this update.
+        """
         step = trainer.global_step
         if step == self._saved_step or (step == self._tried_step and not final):
             return
         self._tried_step, self._saved_at = step, time.monotonic()
-        loop = trainer.fit_loop.epoch_loop
-        row, row_step = pending_row(trainer)
-        fetcher = trainer.fit_loop._data_fetcher
-        due = fetcher is not None and bool(loop._should_check_val_fx(fetcher))
-        self._state = {"validation_due": due, "row": row, "row_step": row_step}
+        rows = pending_rows(trainer, before_log)
+        self._state = {"validation_due": _validation_due(trainer), "rows": rows, "row_step": trainer.global_step - 1}
         path = step_path(self.folder, step)
         trainer.save_checkpoint(path)
         written = trainer.strategy.checkpoint_io
@@ -215,7 +300,7 @@ class LastCheckpoint(Checkpoint):
             self._tried_step = self._saved_step = step  # the exception on its way is the last word
             raise error or UserError("the first process cannot save this run's state; see its message")
         self._saved_step = step
-        self._kept = [*(kept for kept in self._kept if kept != path), path][-self.keep :]
+        self._kept = [*(kept for kept in self._kept if kept != path), path][-self.config.keep :]
         if trainer.is_global_zero:
             point_last(path)
             prune(self.folder, self._kept)
@@ -232,8 +317,19 @@ def _at_the_end(trainer: lightning.Trainer) -> bool:
     return trainer.global_step == trainer.max_steps or trainer.should_stop or (last_epoch and trainer.is_last_batch)
 
 
+def _validation_due(trainer: lightning.Trainer) -> bool:
+    """Whether a validation follows the batch just trained on."""
+    every = trainer.val_check_batch
+    if not trainer.enable_validation or not isinstance(every, int):
+        return False
+    loop, epochs = trainer.fit_loop.epoch_loop, trainer.check_val_every_n_epoch
+    if epochs is not None and (trainer.current_epoch + 1) % epochs:
+        return False
+    return ((loop.total_batch_idx if epochs is None else loop.batch_idx) + 1) % every == 0
+
+
 def saved_log_step(path: Path) -> int | None:
     """The step under which the run logged the last update of the checkpoint ``path``; None when it does not say."""
-    state = torch.load(state_file(path), map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     step = state.get("callbacks", {}).get(LastCheckpoint.__qualname__, {}).get("row_step")
     return None if step is None else int(step)

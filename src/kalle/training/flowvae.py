@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,8 +9,6 @@ from typing import Any, Literal
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from kalle.checkpoint import check_fields
 from kalle.data.seeds import standard_noise
@@ -22,10 +19,8 @@ from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.model import FlowVAEOutput
-from kalle.training.players import frozen, sum_over_ranks
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
+from kalle.training.distributed import frozen, sum_over_ranks
+from kalle.training.optimisation import OptimizerFactory, SchedulerFactory
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class FlowVAEObjective:
     feature_reduction: OverParts = "sum"
     """Over feature maps, each of which is averaged."""
     discriminator_start_step: int = 0
-    """First step at which the discriminators train and judge."""
+    """First step at which the discriminators take part."""
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
@@ -60,8 +55,11 @@ class ClipSchedule:
     """Largest gradient norm: ``early`` for the first ``early_steps``, ``norm`` after (BigVGAN: 100 then 1000)."""
 
     norm: float = 1000.0
+    """Largest norm after the first steps."""
     early: float = 100.0
+    """Largest norm in them."""
     early_steps: int = 20_000
+    """How many they are."""
 
     def __post_init__(self) -> None:
         check_fields(self, "clip")
@@ -72,11 +70,11 @@ class ClipSchedule:
 
 
 class FlowVAETraining(lightning.LightningModule):
-    """Discriminator step on detached audio first, then the generator on a fresh judgement, as BigVGAN does.
+    """Discriminator step on detached audio first, then the generator on fresh scores, as BigVGAN does.
 
     Optimisation is manual. Only generator updates count as steps: the discriminators' optimizer is stepped without
     Lightning's counter. ``discriminators=None`` trains on reconstruction and KL alone. On several ranks the strategy must be
-    `PlayersDDP`. Under bf16 autocast the networks' bodies run in bf16; waveforms, spectrograms and every loss are fp32.
+    `AdversarialDDP`. Under bf16 autocast the networks' bodies run in bf16; waveforms, spectrograms and every loss are fp32.
     """
 
     def __init__(
@@ -100,21 +98,21 @@ class FlowVAETraining(lightning.LightningModule):
         self.mel_loss = mel_loss if mel_loss is not None else MelL1(mel)
         self.log_mel = LogMel(mel)
         self.gradient_norms: dict[int, Tensor] = {}
-        """The norm before clipping, by the optimizer's index, for what judges an update before it is made."""
+        """The norm before clipping, by the optimizer's index, for the guard that checks an update before it is made."""
         self._start_validation()
 
-    def players(self) -> list[nn.Module]:
+    def networks(self) -> list[nn.Module]:
         """The generator, and the discriminators when there are any: what is optimised in turn."""
         return [self.flowvae] if self.discriminators is None else [self.flowvae, self.discriminators]
 
-    def compile_players(self) -> None:
+    def compile_networks(self) -> None:
         """Compile the training passes in place: names of weights stay, and whole utterances, which differ in length, stay uncompiled."""
-        for player in self.players():
-            player.compile(dynamic=False)
+        for network in self.networks():
+            network.compile(dynamic=False)
 
     def configure_optimizers(self) -> Any:
         """One optimizer and schedule for the generator, one more pair for the discriminators when there are any."""
-        optimizers = [self.optimizer_factory(player.parameters()) for player in self.players()]
+        optimizers = [self.optimizer_factory(network.parameters()) for network in self.networks()]
         return optimizers, [self.scheduler_factory(optimizer) for optimizer in optimizers]
 
     @property
@@ -139,12 +137,12 @@ class FlowVAETraining(lightning.LightningModule):
         losses |= self._generator_step(real, output)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=False)
         self.log("train/loss", losses["total"].detach(), prog_bar=True)
-        # The judges' schedule counts their own updates, so a delayed start begins with its warm-up.
+        # The discriminators' schedule counts their own updates, so a delayed start begins with its warm-up.
         for scheduler in self._schedulers() if "discriminator" in losses else self._schedulers()[:1]:
             scheduler.step()
 
     def _generator_step(self, real: Tensor, output: FlowVAEOutput) -> dict[str, Tensor]:
-        # Gradients pass through the judges to the audio; their own would be computed, sent to every rank, and thrown away.
+        # Gradients pass through the discriminators to the audio; their own would be computed, sent to every rank, and thrown away.
         with nullcontext() if self.discriminators is None else frozen(self.discriminators):
             losses = self._generator_losses(real, output)
             optimizer = self._optimizers()[0]
@@ -166,18 +164,18 @@ class FlowVAETraining(lightning.LightningModule):
             assert self.discriminators is not None
             with torch.no_grad():
                 truth = self.discriminators(real)
-            judged = self.discriminators(fake)
-            losses["generator"] = generator_loss(judged.scores, objective.adversarial_reduction)
+            scored = self.discriminators(fake)
+            losses["generator"] = generator_loss(scored.scores, objective.adversarial_reduction)
             losses["feature"] = feature_matching_loss(
-                truth.features, judged.features, objective.feature_factor, objective.feature_reduction
+                truth.features, scored.features, objective.feature_factor, objective.feature_reduction
             )
             total = total + objective.adversarial_weight * losses["generator"] + objective.feature_weight * losses["feature"]
         return losses | {"total": total}
 
     def _discriminator_step(self, real: Tensor, fake: Tensor) -> Tensor:
         assert self.discriminators is not None
-        judged_real, judged_fake = self.discriminators(torch.cat([real, fake.float()])).split(len(real))
-        loss = discriminator_loss(judged_real.scores, judged_fake.scores, self.objective.adversarial_reduction)
+        scored_real, scored_fake = self.discriminators(torch.cat([real, fake.float()])).split(len(real))
+        loss = discriminator_loss(scored_real.scores, scored_fake.scores, self.objective.adversarial_reduction)
         # Lightning's wrapper would count this as a step of its own and halve every schedule.
         optimizer = self._optimizers()[1].optimizer
         optimizer.zero_grad()

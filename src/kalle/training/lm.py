@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,6 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from kalle.checkpoint import check_fields
 from kalle.data.seeds import derived_seed
@@ -22,12 +20,9 @@ from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl, s
 from kalle.models.backbone import Backbone
 from kalle.models.batch import LMBatch, Packing, RowLayout
 from kalle.models.lm import KalleLM, check_documents_apart
-from kalle.training.augmentation import add_input_noise, drop_speakers, drop_texts, visit_generators
-from kalle.training.reduction import REDUCTIONS, Reduction, global_weight
-from kalle.training.trainable import draws_dropout, parameter_groups
-
-OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
+from kalle.text.prompt import without_text
+from kalle.training.distributed import Reduction, global_weight, is_sharded, shard_language_model
+from kalle.training.optimisation import OptimizerFactory, SchedulerFactory, draws_dropout, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -35,12 +30,15 @@ class LMObjective:
     """Terms of the loss. The defaults are the paper's weights and the authors' scripts' direction."""
 
     direction: Direction = "prediction_posterior"
+    """Of the KL divergence; posterior_prediction is the paper's equation 10."""
     end_weight: float = 0.02
+    """Weight of the KL at the end of an utterance."""
     speaker_weight: float = 0.1
+    """Weight of the KL of the speaker latent, where the model has a speaker encoder."""
     speaker_drop: float = 0.0
     """Probability that an utterance is trained without its speaker position."""
     text_drop: float = 0.0
-    """Probability that an utterance is trained without its words, which makes guidance at synthesis possible (arXiv 2207.12598)."""
+    """Probability that an utterance is trained without its text, which makes guidance at synthesis possible (arXiv 2207.12598)."""
     input_noise: float = 0.0
     """Largest share k of noise mixed into the input latents, sqrt(k) eps + sqrt(1 - k) z with k ~ U(0, input_noise) per frame
     (CALM, arXiv 2509.06926); in units of the latents' own standard deviation. Training only."""
@@ -68,8 +66,6 @@ class LMObjective:
             raise UserError(f"objective: got {got}, expected a weight of 0 or more, and layers for it; correct it")
         if not 0 <= self.text_drop <= 1:
             raise UserError(f"objective.text_drop: got {self.text_drop}, expected a probability from 0 to 1; correct it")
-        if self.reduction not in REDUCTIONS:
-            raise UserError(f"objective.reduction: got {self.reduction!r}, expected one of {', '.join(REDUCTIONS)}; correct it")
 
 
 class KalleLMTraining(lightning.LightningModule):
@@ -167,15 +163,15 @@ class KalleLMTraining(lightning.LightningModule):
         return losses
 
     def augmented(self, batch: LMBatch, step: Sequence[int] = (0,)) -> LMBatch:
-        """``batch`` with speakers and texts dropped and input noise; ``step`` is used where it does not say which visits it holds."""
+        """``batch`` with speakers and texts dropped and input noise; ``step`` is used where it does not say which samples it holds."""
         idle = self.objective.input_noise == self.objective.text_drop == 0
         if idle and (self.objective.speaker_drop == 0 or batch.speaker_mels is None):
             return batch
-        generators = visit_generators(batch, self.seed, step)
+        generators = item_generators(batch, self.seed, step)
         batch = drop_speakers(batch, self.objective.speaker_drop, generators)
         mean, std = (self.lm.latent_mean, self.lm.latent_std) if self.lm.config.normalise_latents else (0.0, 1.0)
         batch = add_input_noise(batch, self.objective.input_noise, mean, std, generators)
-        # The last to draw, so that the noise of a visit is the same with and without.
+        # The last to draw, so that the noise of a sample is the same with and without.
         return drop_texts(batch, self.objective.text_drop, generators)
 
     @contextmanager
@@ -204,3 +200,69 @@ class KalleLMTraining(lightning.LightningModule):
         counts["val/frame_kl_swapped_text"] = frames if utterances > 1 else 0
         for name, value in metrics.items():
             self.log(name, value, batch_size=counts.get(name, utterances), sync_dist=True)
+
+
+class ShardedLMTraining(KalleLMTraining):
+    """KalleLMTraining whose model is sharded (torch's fully_shard) once the processes have met."""
+
+    def configure_model(self) -> None:
+        """Shard the model, unless that is done."""
+        if not is_sharded(self.lm):
+            assert self.device_mesh is not None
+            shard_language_model(self.lm, self.device_mesh["data_parallel"], str(self.trainer.precision))
+
+
+def item_generators(batch: LMBatch, seed: int, step: Sequence[int]) -> list[torch.Generator]:
+    """A CPU generator for every utterance of ``batch``.
+
+    It follows from ``seed``, the epoch and the cut id; for a batch that does not say which samples it holds, from ``seed``, ``step`` (the
+    step, the rank, …) and the place in the batch.
+    """
+    if batch.epochs:
+        keys: list[tuple[int | str, ...]] = list(zip(batch.epochs, batch.cut_ids, strict=True))
+    else:
+        keys = [("step", *step, index) for index in range(len(batch.text_ids))]
+    return [torch.Generator().manual_seed(derived_seed("augmentation", seed, *key)) for key in keys]
+
+
+def drop_speakers(batch: LMBatch, probability: float, generators: Sequence[torch.Generator]) -> LMBatch:
+    """Have each utterance read without its speaker with ``probability``; one number is drawn from each generator whatever that is."""
+    kept = torch.tensor([float(torch.rand((), generator=generator)) >= probability for generator in generators])
+    if batch.speaker_mels is None or bool(kept.all()):
+        return batch
+    return dataclasses.replace(batch, speaker_kept=kept.to(batch.text_lengths.device))
+
+
+def drop_texts(batch: LMBatch, probability: float, generators: Sequence[torch.Generator]) -> LMBatch:
+    """Have each utterance read without its text (`without_text`) with ``probability``, for classifier-free guidance.
+
+    Such a row is as much shorter as its text was long. One number is drawn from each generator where ``probability`` is not 0.
+    """
+    if probability == 0:
+        return batch
+    dropped = [row for row, generator in enumerate(generators) if float(torch.rand((), generator=generator)) < probability]
+    ids, lengths = batch.text_ids.clone(), batch.text_lengths.clone()
+    for row in dropped:
+        kept = without_text(batch.text_ids[row, : int(batch.text_lengths[row])])
+        ids[row] = 0
+        ids[row, : len(kept)], lengths[row] = kept, len(kept)
+    return dataclasses.replace(batch, text_ids=ids, text_lengths=lengths)
+
+
+def add_input_noise(
+    batch: LMBatch, largest: float, mean: Tensor | float, std: Tensor | float, generators: Sequence[torch.Generator]
+) -> LMBatch:
+    """Mix noise into the input latents, sqrt(k) eps + sqrt(1 - k) z with k ~ U(0, ``largest``) per frame (CALM, arXiv 2509.06926).
+
+    In units of the latents' ``mean`` and ``std`` ((D,) or numbers), so that both are preserved. Padding stays as it is.
+    """
+    if largest == 0:
+        return batch
+    share = torch.zeros(*batch.latents.shape[:2], 1)
+    noise = torch.zeros(batch.latents.shape)
+    for index, (generator, frames) in enumerate(zip(generators, batch.latent_lengths.tolist(), strict=True)):
+        share[index, :frames] = largest * torch.rand((frames, 1), generator=generator)
+        noise[index, :frames] = torch.randn((frames, batch.latents.shape[2]), generator=generator)
+    share, noise = share.to(batch.latents.device), noise.to(batch.latents.device)
+    latents = mean + share.sqrt() * noise * std + (1 - share).sqrt() * (batch.latents - mean)
+    return dataclasses.replace(batch, latents=latents)

@@ -19,6 +19,7 @@ class EncoderConfig:
     channels: tuple[int, ...] = (12, 24, 48, 96, 192, 384, 768)
     """Width after the first convolution, then after each stage."""
     strides: tuple[int, ...] = (2, 2, 4, 4, 4, 5)
+    """Of the stages; their product is the samples of a latent frame."""
     residual_layers: int = 6
     """Layers of a stage's residual stack; layer i has dilation 2**i."""
 
@@ -37,9 +38,13 @@ class FlowConfig:
     """Mean-only residual coupling flow between the posterior sample and the prior."""
 
     hidden_channels: int = 512
+    """Width of a coupling's network."""
     couplings: int = 4
+    """Coupling layers."""
     kernel_size: int = 5
+    """Of its convolutions."""
     wavenet_layers: int = 4
+    """Layers of a coupling's network."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,17 @@ class BigVGANConfig:
     """Causal BigVGAN-like decoder, the paper's."""
 
     initial_channels: int = 1536
+    """Width before the first stage; each stage halves it."""
     strides: tuple[int, ...] = (5, 4, 4, 4, 2, 2)
+    """Of the stages; their product is the samples of a latent frame."""
     block_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    """Kernels of the residual blocks of a stage, one block each."""
     block_dilations: tuple[int, ...] = (1, 3, 5)
+    """Dilations of the layers of a block."""
     final_activation: Literal["tanh", "none"] = "tanh"
     """What bounds the waveform; "none" (BigVGAN v2) leaves that to the clamp of `FlowVAE.decode`. The release has a tanh."""
     kind: str = "bigvgan"
+    """The name of this decoder in a weight folder."""
 
     def __post_init__(self) -> None:
         check_fields(self, "decoder")
@@ -94,7 +104,9 @@ class FlowVAEConfig:
     """The whole Flow-VAE; ``flow=None`` makes it a plain VAE."""
 
     sample_rate: int = 16000
+    """Hz."""
     latent_dim: int = 512
+    """Dimensions of a latent frame."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     flow: FlowConfig | None = field(default_factory=FlowConfig)
     decoder: BigVGANConfig | ISTFTConfig = field(default_factory=BigVGANConfig)

@@ -1,19 +1,40 @@
-"""A table of everything logged that a resumed run continues, without a hole and without a step that appears twice."""
+"""Loggers that a resumed run continues without a hole and without a step that appears twice."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from kalle.errors import UserError
 from kalle.files import write_atomic
 
 FILE_NAME = "metrics.csv"
+KINDS = ("tensorboard", "csv", "wandb")
+
+
+def build_loggers(names: Sequence[str], out: str, first_step: int | None, offline: bool = True) -> list[Logger]:
+    """The loggers ``names`` (some of `KINDS`), which write below ``out``.
+
+    ``first_step`` is the first step that a resumed run logs anew; None for a run from its start. ``offline``: wandb uploads nothing.
+    """
+    unknown = [name for name in names if name not in KINDS]
+    if unknown:
+        raise UserError(f"logger: got '{unknown[0]}', expected some of {', '.join(KINDS)}, all, or null; correct it")
+    makers: dict[str, Callable[[], Logger]] = {
+        "tensorboard": lambda: TensorBoardLogger(out, name="tensorboard", version="", purge_step=first_step),
+        "csv": lambda: MetricsCSV(out, resume_step=first_step),
+        "wandb": lambda: WandbLogger(save_dir=out, project="kalle", offline=offline),
+    }
+    return [makers[name]() for name in names]
 
 
 class MetricsCSV(Logger):
@@ -90,3 +111,49 @@ def _text(rows: list[dict[str, Any]], columns: list[str]) -> str:
     buffer = io.StringIO()
     csv.DictWriter(buffer, columns, restval="", lineterminator="\n").writerows(rows)
     return buffer.getvalue()
+
+
+class LogTail(Logger):
+    """A logger that remembers only the rows of the newest step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = -1
+        self.rows: list[dict[str, float]] = []
+
+    @property
+    def name(self) -> str:
+        """A part of the interface of loggers."""
+        return "tail"
+
+    @property
+    def version(self) -> str:
+        """A part of the interface of loggers."""
+        return ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Remember nothing."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Remember the row, and forget those of an older step."""
+        assert step is not None
+        if step != self.step:
+            self.step, self.rows = step, []
+        self.rows.append({name: float(value) for name, value in metrics.items()})
+
+
+def pending_rows(trainer: lightning.Trainer, before_log: bool) -> list[dict[str, float]]:
+    """The rows of the update just made: those that are written (`LogTail`) and, with ``before_log``, the one still to be written.
+
+    Lightning counts the rows of update n (from 1) as step n - 1, and writes its own after the callbacks of the batch. Rows of a
+    validation are left out: it is repeated.
+    """
+    rows: list[dict[str, float]] = []
+    for tail in trainer.loggers:
+        if isinstance(tail, LogTail) and tail.step == trainer.global_step - 1:
+            rows += [row for row in tail.rows if not any(name.startswith("val/") for name in row)]
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if before_log and trainer.loggers and every and (trainer.global_step % every == 0 or trainer.should_stop):
+        now = {name: float(value) for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
+        rows.append({**now, "epoch": float(trainer.current_epoch)})
+    return rows

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kalle.checkpoint import check_fields
 from kalle.errors import UserError
 from kalle.files import DiskError
 from kalle.training.checkpoint_files import save_atomic
@@ -52,44 +53,57 @@ class NormHistory:
         return True
 
 
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Which updates are skipped, and when a run that skips too many ends."""
+
+    factor: float = 50.0
+    """An update is skipped when its gradient norm is not finite, or larger than this many running medians."""
+    window: int = 100
+    """Updates in the median."""
+    warmup: int = 20
+    """Updates before anything but NaN and infinity is skipped."""
+    max_consecutive: int = 10
+    """Steps in a row that skip; then the run ends."""
+    max_skipped: int | None = 1000
+    """Skipped updates of the whole run; null: any number."""
+    keep_batches: int = 10
+    """Of the skipped, written for inspection."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "callbacks.guard")
+        for name in ("window", "warmup", "max_consecutive"):
+            if getattr(self, name) < 1:
+                raise UserError(f"callbacks.guard.{name}: got {getattr(self, name)}, expected at least 1; correct it")
+        if self.factor <= 1:
+            raise UserError(
+                f"callbacks.guard.factor: got {self.factor}, expected more than 1; correct it, or callbacks.guard=null for no guard"
+            )
+
+
 class UpdateGuard(Callback):
-    """Judges every update by its gradient norm before clipping; a refused one is skipped: its gradients are dropped.
+    """Checks every update by its gradient norm before clipping; a refused one is skipped: its gradients are dropped.
 
     AdamW then changes neither weights nor moments; schedules and counters go on. The norm is that of the synchronised gradients, so all
-    ranks decide alike. With accumulated gradients the sum is judged, and all its batches are kept. Each optimizer (a GAN has two) has a
+    ranks decide alike. With accumulated gradients the sum is checked, and all its batches are kept. Each optimizer (a GAN has two) has a
     history of its own. What was skipped is logged as train/skipped and written to ``folder``/step-N.pt (with several ranks
     step-N.rank-R.pt), the first ``keep_batches`` of them: tensors, cut ids, losses, norm, all loadable with ``weights_only=True``.
 
     A UserError ends the run after ``max_consecutive`` steps in a row or ``max_skipped`` updates in total.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        factor: float = 50.0,
-        window: int = 100,
-        warmup: int = 20,
-        max_consecutive: int = 10,
-        max_skipped: int | None = 1000,
-        keep_batches: int = 10,
-    ) -> None:
-        numbers = {"window": window, "warmup": warmup, "max_consecutive": max_consecutive}
-        for name, value in numbers.items():
-            if value < 1:
-                raise UserError(f"callbacks.guard.{name}: got {value}, expected at least 1; correct it")
-        if factor <= 1:
-            raise UserError(f"callbacks.guard.factor: got {factor}, expected more than 1; correct it, or callbacks.guard=null for no guard")
-        self.folder, self.factor, self.window, self.warmup = Path(folder), factor, window, warmup
-        self.max_consecutive, self.max_skipped, self.keep_batches = max_consecutive, max_skipped, keep_batches
+    def __init__(self, folder: str | Path, config: GuardConfig) -> None:
+        self.folder, self.config = Path(folder), config
         self.skipped = self.consecutive = self.kept = 0
         self._histories: dict[int, NormHistory] = {}
         self._batches: list[tuple[int, Any]] = []
         self._losses: list[Tensor] = []
         self._refused: list[tuple[int, float]] = []
         self._hooks: list[Any] = []
+        self._begun_step = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts and histories: a resumed run must judge alike."""
+        """Counts and histories: a resumed run must decide alike."""
         norms = {str(index): list(history.norms) for index, history in self._histories.items()}
         return {"skipped": self.skipped, "consecutive": self.consecutive, "kept": self.kept, "norms": norms}
 
@@ -97,7 +111,7 @@ class UpdateGuard(Callback):
         """Continue from `state_dict`."""
         self.skipped, self.consecutive, self.kept = state_dict["skipped"], state_dict["consecutive"], state_dict["kept"]
         for index, norms in state_dict["norms"].items():
-            self._histories[int(index)] = NormHistory(self.window, deque(norms))
+            self._histories[int(index)] = NormHistory(self.config.window, deque(norms))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Under manual optimisation the optimizers themselves ask before they step, for Lightning does not see all of them."""
@@ -107,12 +121,14 @@ class UpdateGuard(Callback):
         for index, optimizer in enumerate(trainer.optimizers):
 
             def before_step(optimizer: Optimizer, *_: Any, index: int = index) -> None:
-                self._judge(index, optimizer, norms.pop(index, None))
+                self._check(index, optimizer, norms.pop(index, None))
 
             self._hooks.append(optimizer.register_step_pre_hook(before_step))
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the batches of this update."""
+        if not self._batches:
+            self._begun_step = trainer.global_step
         self._batches.append((batch_idx, batch))
 
     def on_before_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor) -> None:
@@ -120,15 +136,15 @@ class UpdateGuard(Callback):
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer) -> None:
-        """Judge an automatic update."""
+        """Check an automatic update."""
         if pl_module.automatic_optimization:
-            self._judge(0, optimizer, None)
+            self._check(0, optimizer, None)
 
-    def _judge(self, index: int, optimizer: Optimizer, norm: Tensor | None) -> None:
+    def _check(self, index: int, optimizer: Optimizer, norm: Tensor | None) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         value = gradient_norm(parameters) if norm is None else float(norm)
-        history = self._histories.setdefault(index, NormHistory(self.window))
-        if not history.accepts(value, self.factor, self.warmup):
+        history = self._histories.setdefault(index, NormHistory(self.config.window))
+        if not history.accepts(value, self.config.factor, self.config.warmup):
             self._refused.append((index, value))
             for parameter in parameters:
                 parameter.grad = None
@@ -136,7 +152,7 @@ class UpdateGuard(Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any) -> None:
         """Count and keep what was refused; end the run when it was too much."""
         pl_module.log("train/skipped", float(self.skipped + len(self._refused)))
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        if trainer.global_step == self._begun_step:  # gradients are being accumulated
             return
         refused, batches, losses = self._refused, self._batches, self._losses
         self._refused, self._batches, self._losses = [], [], []
@@ -149,7 +165,7 @@ class UpdateGuard(Callback):
         norms = ", ".join(f"{norm:.3g}" for _, norm in refused)
         if trainer.is_global_zero:
             logger.warning("step %d is skipped: gradient norm %s (%d skipped so far)", step, norms, self.skipped)
-        if self.kept < self.keep_batches:
+        if self.kept < self.config.keep_batches:
             self.kept += 1
             self._keep(trainer, refused, batches, losses)
         self._check_limits(step, norms)
@@ -174,9 +190,10 @@ class UpdateGuard(Callback):
             f"look at '{self.folder}', then lower optimizer.lr or warm up longer and resume from a checkpoint before the trouble, "
             "or raise callbacks.guard.factor if the norms are only large"
         )
-        if self.consecutive >= self.max_consecutive:
+        if self.consecutive >= self.config.max_consecutive:
             raise UserError(f"{self.consecutive} steps in a row were skipped up to step {step} (last gradient norm {norms}); {remedy}")
-        if self.max_skipped is not None and self.skipped >= self.max_skipped:
+        limit = self.config.max_skipped
+        if limit is not None and self.skipped >= limit:
             raise UserError(f"{self.skipped} updates were skipped up to step {step} (last gradient norm {norms}); {remedy}")
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
