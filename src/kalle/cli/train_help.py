@@ -52,11 +52,11 @@ def keys(cls: type) -> Iterator[tuple[str, str, str, type | None]]:
     hints, documented = typing.get_type_hints(cls), _docs(cls)
     for field in dataclasses.fields(cls):
         choices = (hints[field.name], *typing.get_args(hints[field.name]))
-        part = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
+        part: Any = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
         default: Any = None if field.default is dataclasses.MISSING else field.default
         if part is None and dataclasses.is_dataclass(default):
             part = type(default)
-        yield field.name, _written(default, field.default is dataclasses.MISSING), documented.get(field.name, ""), typing.cast("Any", part)
+        yield field.name, _written(default, field.default is dataclasses.MISSING), documented.get(field.name, ""), part
 
 
 def nested(prefix: str, cls: type) -> Iterator[tuple[str, str, str]]:
