@@ -187,9 +187,14 @@ def configuration_page() -> str:
         "not in them is an error that names the valid ones. `kalle train lm --cfg job` prints the whole configuration of one run.",
         "",
     ]
+    from kalle.cli.train_help import help_text
+
     roots = {"train_lm": "kalle train lm", "train_flowvae": "kalle train flowvae", "encode": "kalle encode", "evaluate": "kalle evaluate"}
     for name, command in roots.items():
-        lines += [f"## `{command}`", "", "```yaml", (configs() / f"{name}.yaml").read_text(encoding="utf-8").rstrip(), "```", ""]
+        text = (configs() / f"{name}.yaml").read_text(encoding="utf-8")
+        if name.startswith("train_"):  # its keys stand in dataclasses
+            text = help_text(name.removeprefix("train_"), everything=True)
+        lines += [f"## `{command}`", "", "```yaml", text.rstrip(), "```", ""]
     lines += ["## Groups", "", "`group=name` chooses a file, `group.key=value` changes one of its values.", ""]
     for path in sorted(configs().glob("*/*.yaml")):
         lines += [f"### `{path.parent.name}={path.stem}`", "", "```yaml", path.read_text(encoding="utf-8").rstrip(), "```", ""]

@@ -1,4 +1,4 @@
-"""Messages of the library in the words of a command."""
+"""Messages of the library with the flags of a command."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         message = str(error)
         for theirs, ours in names.items():
             message = message.replace(theirs, ours)
-        raise type(error)(message) from None
+        raise UserError(message) from None  # a subclass may take other arguments than its message
