@@ -61,7 +61,7 @@ def register_defaults(config_name: str) -> None:
     from kalle.training.optimisation import Exponential, WarmupCosine
 
     store = ConfigStore.instance()
-    chosen_by_file = {"flowvae": ("flowvae", "mel_loss", "scheduler"), "lm": ("lm", "scheduler", "lora")}
+    chosen_by_file = {"flowvae": ("flowvae", "mel_loss", "scheduler"), "lm": ("lm", "tokenizer", "scheduler", "lora")}
     for stage, cls in (("flowvae", training.FlowVAETrainingConfig), ("lm", training.LMTrainingConfig)):
         store.store(f"{stage}_training", {key: value for key, value in node_of(cls).items() if key not in chosen_by_file[stage]})
     for group, name, part in (

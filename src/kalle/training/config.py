@@ -129,8 +129,8 @@ class SpeechMediaConfig:
         check_fields(self, "callbacks.media")
 
 
-@dataclass(frozen=True)
-class LMCallbacks:
+@dataclass(frozen=True, kw_only=True)
+class TrainingCallbacks:
     """What goes on beside the steps; null switches a part off."""
 
     progress: ProgressConfig | None = ProgressConfig()
@@ -140,32 +140,54 @@ class LMCallbacks:
     lr: bool | None = True
     """Log the learning rate."""
     ema: EMAConfig | None = EMAConfig()
-    media: SpeechMediaConfig | None = SpeechMediaConfig()
-
-    def __post_init__(self) -> None:
-        check_fields(self, "callbacks")
-
-
-@dataclass(frozen=True)
-class FlowVAECallbacks:
-    """What goes on beside the steps; null switches a part off."""
-
-    progress: ProgressConfig | None = ProgressConfig()
-    checkpoint: CheckpointConfig | None = CheckpointConfig()
-    guard: GuardConfig | None = GuardConfig()
-    """Skips updates that would ruin the weights."""
-    lr: bool | None = True
-    """Log the learning rate."""
-    ema: EMAConfig | None = EMAConfig()
-    media: ReconstructionMediaConfig | None = ReconstructionMediaConfig()
-    metrics: MetricsConfig | None = MetricsConfig()
 
     def __post_init__(self) -> None:
         check_fields(self, "callbacks")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowVAEDataConfig:
+class LMCallbacks(TrainingCallbacks):
+    """Beside the steps of a language model."""
+
+    media: SpeechMediaConfig | None = SpeechMediaConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowVAECallbacks(TrainingCallbacks):
+    """Beside the steps of a Flow-VAE."""
+
+    media: ReconstructionMediaConfig | None = ReconstructionMediaConfig()
+    metrics: MetricsConfig | None = MetricsConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How the data of either training is read."""
+
+    mix: str | None = None
+    """equal: of each folder of a list as many utterances or crops as of the smallest, drawn afresh every epoch."""
+    shuffle: str = "items"
+    """items: all at once; shards: shard by shard, window_shards at a time, for folders on object stores or slow disks."""
+    window_shards: int = 8
+    """With shuffle=shards: shards that are mixed with each other."""
+    cache: bool = False
+    """Decode the whole corpus, or read all latents, into memory once."""
+    cache_dir: str | None = None
+    """Where shards of a URL are kept on this machine; null reads them in pieces, every time."""
+    num_workers: int = 2
+    """Processes that load batches ahead."""
+    pin_memory: bool = False
+    """Load batches into page-locked memory, for a GPU."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data")
+
+    def _arguments(self) -> dict[str, Any]:
+        return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowVAEDataConfig(DataConfig):
     """Random crops of a corpus for the Flow-VAE."""
 
     corpus: Sources
@@ -183,24 +205,10 @@ class FlowVAEDataConfig:
     """join: continue short recordings with others after a silence; pad: with zeros."""
     gap_seconds: tuple[float, ...] = (0.1, 0.3)
     """Shortest and longest of these silences."""
-    mix: str | None = None
-    """equal: of each folder of a list as many crops as of the smallest, drawn afresh every epoch."""
-    shuffle: str = "items"
-    """items: all at once; shards: shard by shard, window_shards at a time, for folders on object stores or slow disks."""
-    window_shards: int = 8
-    """With shuffle=shards: shards that are mixed with each other."""
-    cache: bool = False
-    """Decode the whole corpus into memory once."""
-    cache_dir: str | None = None
-    """Where shards of a URL are kept on this machine; null reads them in pieces, every time."""
-    num_workers: int = 2
-    """Processes that load batches ahead."""
-    pin_memory: bool = False
-    """Load batches into page-locked memory, for a GPU."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gap_seconds", tuple(self.gap_seconds))
-        check_fields(self, "data")
+        super().__post_init__()
 
     def module(self, flowvae: FlowVAEConfig, seed: int) -> FlowVAEDataModule:
         """The data module for a Flow-VAE, whose frames the crops must be cut in; UserError otherwise."""
@@ -209,11 +217,11 @@ class FlowVAEDataConfig:
             given, wanted = getattr(self, name), found[name]
             if given not in (None, wanted):
                 raise UserError(f"data.{name} is {given} but the Flow-VAE has {wanted} {unit}; set data.{name}={wanted}")
-        return FlowVAEDataModule(**{**_shallow(self), **found}, seed=seed)
+        return FlowVAEDataModule(**{**self._arguments(), **found}, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMDataConfig:
+class LMDataConfig(DataConfig):
     """Texts and latents for the language model."""
 
     latents: Sources
@@ -229,31 +237,10 @@ class LMDataConfig:
     """Groups of like length that batches are made of."""
     speaker: SpeakerConfig | None = None
     """Crops for a model with a speaker encoder: data=lm_speaker."""
-    mix: str | None = None
-    """equal: of each folder of a list as many utterances as of the smallest, drawn afresh every epoch."""
-    shuffle: str = "items"
-    """items: all at once; shards: shard by shard, window_shards at a time, for folders on object stores or slow disks."""
-    window_shards: int = 8
-    """With shuffle=shards: shards that are mixed with each other."""
-    cache: bool = False
-    """Keep all latents in memory."""
-    cache_dir: str | None = None
-    """Where shards of a URL are kept on this machine; null reads them in pieces, every time."""
-    num_workers: int = 2
-    """Processes that load batches ahead."""
-    pin_memory: bool = False
-    """Load batches into page-locked memory, for a GPU."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "data")
 
     def module(self, tokenizer: Tokenizer, seed: int, packing: bool) -> LMDataModule:
         """The data module that reads texts with ``tokenizer``."""
-        return LMDataModule(**_shallow(self), tokenizer=tokenizer, seed=seed, packing=packing)
-
-
-def _shallow(config: Any) -> dict[str, Any]:
-    return {part.name: getattr(config, part.name) for part in dataclasses.fields(config)}
+        return LMDataModule(**self._arguments(), tokenizer=tokenizer, seed=seed, packing=packing)
 
 
 @dataclass(frozen=True)
@@ -317,7 +304,7 @@ class TrainingConfig:
     trainer: TrainerConfig = TrainerConfig()
     optimizer: OptimizerFactory
     scheduler: SchedulerFactory
-    callbacks: LMCallbacks | FlowVAECallbacks
+    callbacks: TrainingCallbacks
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "freeze", tuple(self.freeze))
