@@ -89,7 +89,7 @@ def training_config(config: DictConfig) -> FlowVAETrainingConfig | LMTrainingCon
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(OmegaConf.missing_keys(config), key=lambda name: (name.count("."), name))
     if missing:
         raise UserError(f"no value for {', '.join(missing)}: expected a folder; add {missing[0]}=DIR to the command")
     built: FlowVAETrainingConfig | LMTrainingConfig = instantiate(config, _convert_="all")

@@ -84,9 +84,9 @@ def plan_lm(config: LMTrainingConfig) -> Plan:
         footprint = lm_footprint(lm, rows, text, frames, "utterances" if config.rows is None else "packed rows")
     trained, every = parameter_counts(lm)
     tokens = tokens_to_train(config.compact_vocabulary, lm, data)
-    unused = 0 if tokens is None else (lm.vocab_size - len(tokens)) * lm.hidden_size
-    trained -= unused if lm.backbone.embed_tokens.weight.requires_grad else 0
-    return make_plan(config, (every - unused, trained), data, resume_path(config.resume, Path(config.out) / CHECKPOINTS_FOLDER), footprint)
+    shrinks = tokens is not None and lm.backbone.embed_tokens.weight.requires_grad
+    unused = (lm.vocab_size - len(tokens)) * lm.hidden_size if tokens is not None and shrinks else 0
+    return make_plan(config, (every - unused, trained - unused), data, resume_path(config.resume, Path(config.out) / CHECKPOINTS_FOLDER), footprint)
 
 
 @dataclass(frozen=True)
