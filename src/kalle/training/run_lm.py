@@ -86,7 +86,8 @@ def plan_lm(config: LMTrainingConfig) -> Plan:
     tokens = tokens_to_train(config.compact_vocabulary, lm, data)
     shrinks = tokens is not None and lm.backbone.embed_tokens.weight.requires_grad
     unused = (lm.vocab_size - len(tokens)) * lm.hidden_size if tokens is not None and shrinks else 0
-    return make_plan(config, (every - unused, trained - unused), data, resume_path(config.resume, Path(config.out) / CHECKPOINTS_FOLDER), footprint)
+    checkpoint = resume_path(config.resume, Path(config.out) / CHECKPOINTS_FOLDER)
+    return make_plan(config, (every - unused, trained - unused), data, checkpoint, footprint)
 
 
 @dataclass(frozen=True)
