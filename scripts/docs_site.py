@@ -133,8 +133,9 @@ def click_command(name: str) -> Any:
 
 
 def plain(text: str | None) -> str:
-    """One line for a cell of a table."""
-    return html.escape(" ".join((text or "").split()), quote=False).replace("|", "\\|")
+    """One line for a cell of a table, with its code marked up in HTML, since a bar inside backticks would end the cell."""
+    line = html.escape(" ".join((text or "").split()), quote=False).replace("|", "&#124;")
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", line)
 
 
 def command_section(name: str, command: Any, level: int = 2) -> Iterator[str]:
