@@ -8,8 +8,13 @@ from pathlib import Path
 
 from kalle.cli.scripts import script_main
 
-FLAGS = {"--prompt-text": "--prompt_text", "--prompt-audio": "--prompt_wav_path", "--max-seconds": "--max_seconds"}
-"""Flags of `kalle say`, which its messages name, and what they are called here."""
+FLAGS = {
+    "--prompt-text": "--prompt_text",
+    "--prompt-audio": "--prompt_wav_path",
+    "(text)": "(--prompt_text)",
+    " max_seconds": " --max_seconds",
+}
+"""Flags of `kalle say` and parameters of the library, which messages name, and what they are called here."""
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 
 
@@ -39,20 +44,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> None:
     """Speak; a UserError for every mistake."""
     given = parse(arguments)
-    from kalle.cli.say import check_request, choose_voice, speak_to_file
+    from kalle.cli.say import check_output, speak_to_file
+    from kalle.cli.speaking import check_request, choose_voice
     from kalle.convert.release import release_folder
 
-    check_request(given.target_text, given.output, given.prompt_wav_path, given.prompt_text, None)
+    check_output(given.output)
+    check_request(given.target_text, given.prompt_wav_path, given.prompt_text, None)
     model = given.model or release_folder(given.ckpt)
     from kalle.synthesis.kalle import Kalle
-    from kalle.synthesis.quirks import ReleaseQuirks
+    from kalle.synthesis.options import GenerationOptions
+    from kalle.synthesis.release_compat import OURS, ReleaseCompatibility
 
-    # The quirk of the precision rounds the weights itself, from fp32.
+    # The precision of the release is rounded to from fp32.
     dtype = "float32" if given.release_exact and given.dtype == "auto" else given.dtype
     kalle = Kalle.from_pretrained(model, given.device, dtype)
     voice = choose_voice(kalle, given.prompt_wav_path, given.prompt_text, None)
-    quirks = ReleaseQuirks.release() if given.release_exact else None
-    speak_to_file(kalle, given.target_text, given.output, voice, seed=given.seed, max_seconds=given.max_seconds, quirks=quirks)
+    compatibility = ReleaseCompatibility.release() if given.release_exact else OURS
+    options = GenerationOptions(seed=given.seed, max_seconds=given.max_seconds, compatibility=compatibility)
+    speak_to_file(kalle, given.target_text, given.output, voice, options)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,9 +17,9 @@ from kalle.adaptation.sequences import PromptSequence, mean_kl, prompt_sequence,
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.request import SpeechRequest
-from kalle.synthesis.speak import start
+from kalle.synthesis.options import SpeechRequest
+from kalle.synthesis.release_compat import ReleaseCompatibility
+from kalle.synthesis.speech import start
 
 QUICK = {"lora": AdaptOptions(steps=30, lr=5e-3), "full": AdaptOptions(mode="full", steps=30, lr=3e-3)}
 
@@ -85,21 +85,26 @@ def test_the_loss_is_the_mean_over_the_frames(kalle: Kalle, sequence: PromptSequ
     torch.testing.assert_close(sequence.loss(kalle.lm, noise, "prediction_posterior"), torch.stack(by_hand).mean(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("quirks", [ReleaseQuirks(), ReleaseQuirks(tokenise_separately=True), ReleaseQuirks(drop_last_prompt_frame=True)])
-def test_the_sequence_is_the_one_that_synthesis_reads(kalle: Kalle, quirks: ReleaseQuirks, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "compatibility",
+    [ReleaseCompatibility(), ReleaseCompatibility(tokenise_separately=True), ReleaseCompatibility(drop_last_prompt_frame=True)],
+)
+def test_the_sequence_is_the_one_that_synthesis_reads(
+    kalle: Kalle, compatibility: ReleaseCompatibility, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The ids and the number of frames that reach the language model when the voice prompts a text."""
     recording = read_recording(kalle, sweep(), f" {TEXT} ", 0)
-    sequence = prompt_sequence(kalle, recording, "four", quirks)
+    sequence = prompt_sequence(kalle, recording, "four", compatibility)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     prefill = kalle.lm.prefill
     monkeypatch.setattr(kalle.lm, "prefill", lambda ids, prompt, speaker: seen.append((ids, prompt)) or prefill(ids, prompt, speaker))
-    generation, _ = start(kalle.lm, kalle.resolve(SpeechRequest("four", recording.voice, seed=0, quirks=quirks)))
+    generation, _ = start(kalle.lm, kalle.resolve(SpeechRequest("four", recording.voice, seed=0, compatibility=compatibility)))
     next(iter(generation))
     ((ids, prompt),) = seen
     assert torch.equal(ids[0], sequence.text_ids)
-    frames = len(recording.posterior.mean) - quirks.drop_last_prompt_frame
+    frames = len(recording.posterior.mean) - compatibility.drop_last_prompt_frame
     assert prompt.shape[1] == frames == sequence.noise_shape[0]
-    alone = prompt_sequence(kalle, recording, None, quirks)
+    alone = prompt_sequence(kalle, recording, None, compatibility)
     assert len(alone.text_ids) < len(sequence.text_ids)
     assert torch.equal(alone.text_ids[-2:], sequence.text_ids[-2:])
 
@@ -225,7 +230,7 @@ def test_mistakes(kalle: Kalle) -> None:
         adapt(kalle, sweep(), TEXT, options=AdaptOptions(mode="full", steps=20, lr=1e30))
     short = sweep(0.01)
     with pytest.raises(UserError, match="nothing to learn from"):
-        prompt_sequence(kalle, read_recording(kalle, short, "a", 0), None, ReleaseQuirks(drop_last_prompt_frame=True))
+        prompt_sequence(kalle, read_recording(kalle, short, "a", 0), None, ReleaseCompatibility(drop_last_prompt_frame=True))
 
 
 def test_the_package_offers_it() -> None:

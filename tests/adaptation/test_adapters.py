@@ -18,13 +18,10 @@ from kalle.adaptation.adapt import Adaptation, adapt
 from kalle.adaptation.learning import AdaptOptions, learn
 from kalle.adaptation.sequences import prompt_sequence, read_recording
 from kalle.errors import UserError
-from kalle.synthesis.adapter import Adapter, base_hash
-from kalle.synthesis.adapter_codec import ROWS, decode_change, encode_changes
+from kalle.synthesis.adapter import ROWS, Adapter, base_hash, decode_change, encode_changes
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.request import SpeechRequest
-from kalle.synthesis.sampling import StopRule
-from kalle.synthesis.seeds import derived_seed
+from kalle.synthesis.options import SpeechRequest, StopRule, derived_seed
+from kalle.synthesis.release_compat import OURS, ReleaseCompatibility
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import Voice
 
@@ -156,9 +153,16 @@ def test_a_batch_of_several_adapters(kalle: Kalle, learnt: Adaptation) -> None:
     other = adapt(kalle, sweep(0.5, 400.0), "five", options=dataclasses.replace(OPTIONS["lora"], seed=1)).voice
     plain, before = dataclasses.replace(learnt.voice, adapter=None), weights(kalle)
     requests = [
-        SpeechRequest("six", voice, seed=index, max_seconds=0.1, stop=StopRule(0.0), retries=0, quirks=quirks)
-        for index, (voice, quirks) in enumerate(
-            [(learnt.voice, None), (plain, None), (other, None), (learnt.voice, None), (plain, None), (other, ReleaseQuirks(no_cache=True))]
+        SpeechRequest("six", voice, seed=index, max_seconds=0.1, stop=StopRule(0.0), retries=0, compatibility=compatibility)
+        for index, (voice, compatibility) in enumerate(
+            [
+                (learnt.voice, OURS),
+                (plain, OURS),
+                (other, OURS),
+                (learnt.voice, OURS),
+                (plain, OURS),
+                (other, ReleaseCompatibility(no_cache=True)),
+            ]
         )
     ]
     together = kalle.synthesize_batch(requests)
@@ -213,9 +217,9 @@ def test_the_base_is_known_in_half_precision(toy_weights: Path) -> None:
     assert adapt(half, sweep(), TEXT, options=OPTIONS["lora"]).kl.after > 0
 
 
-def test_release_quirks_keep_the_adapter(kalle: Kalle, learnt: Adaptation) -> None:
+def test_release_compatibility_keep_the_adapter(kalle: Kalle, learnt: Adaptation) -> None:
     plain = dataclasses.replace(learnt.voice, adapter=None)
-    given = {**SAY, "quirks": ReleaseQuirks(no_cache=True, config_dtype=True)}
+    given = {**SAY, "compatibility": ReleaseCompatibility(no_cache=True, config_dtype=True)}
     assert not equal(kalle.synthesize("four", learnt.voice, **given), kalle.synthesize("four", plain, **given))
     assert not kalle._converted
 

@@ -11,13 +11,13 @@ import pytest
 from kalle.audio import read_audio
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.main import main
-from kalle.cli.say import _usual_language
-from kalle.cli.say_one import free_output
+from kalle.cli.say import free_output
 from kalle.errors import UserError
 from kalle.synthesis import weights
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.request import SpeechRequest
-from kalle.synthesis.voice_store import voice_path
+from kalle.synthesis.options import GenerationOptions, SpeechRequest
+from kalle.synthesis.voice import voice_path
+from kalle.synthesis.weights import FolderConfig
 
 SHORT = ("--device", "cpu", "--max-seconds", "0.3", "--retries", "0")
 
@@ -70,10 +70,11 @@ def test_without_an_argument_the_library_takes_the_model_that_ships(shipped: Pat
 
 def test_the_language_of_the_folder_is_taken(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("kalle.cli.say.plan", lambda text, language, *_, **__: seen.append(language) or (text, None))
-    for words in ([], ["--language", "en"]):
-        assert main(["say", "Hello.", *SHORT, *words]) == 0
-    assert seen == ["de", "en"]
+    words = FolderConfig.words
+    monkeypatch.setattr(FolderConfig, "words", lambda self, *given: seen.append(self.language_of(*given)) or words(self, *given))
+    for flags in ([], ["--language", "en"]):
+        assert main(["say", "Hello.", *SHORT, *flags]) == 0
+    assert sorted(set(seen)) == ["de", "en"]
 
 
 def test_released_weights_come_first(shipped: Path, toy_weights: Path, capsys) -> None:
@@ -119,9 +120,9 @@ def test_no_stored_voice_is_called_random(tmp_path: Path) -> None:
         voice_path(tmp_path, "random")
 
 
-def test_the_weights_language_is_for_texts_in_its_script(toy_weights: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(toy_weights, tmp_path / "weights")
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"language": "it"})
-    assert _usual_language("Buongiorno.", folder) == "it"
-    assert _usual_language("Доброе утро.", folder) is None, "left to be guessed"
-    assert _usual_language("Good morning.", None) is None
+def test_the_weights_language_is_for_texts_in_its_script() -> None:
+    italian, asked = FolderConfig(language="it"), GenerationOptions(language="en")
+    assert italian.language_of("Buongiorno.", GenerationOptions()) == "it"
+    assert italian.language_of("Доброе утро.", GenerationOptions()) is None, "left to be guessed"
+    assert italian.language_of("Buongiorno.", asked) == "en"
+    assert FolderConfig().language_of("Good morning.", GenerationOptions()) is None

@@ -11,13 +11,13 @@ import torch
 
 from kalle.checkpoint import read_json, read_weights, write_json
 from kalle.cli.main import main
-from kalle.cli.say import plan
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
-from kalle.synthesis.folder import read_folder
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.longform import LongForm
+from kalle.synthesis.longform import LongForm, why_by_sentences
+from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.voice import Voice
+from kalle.synthesis.weights import read_folder
 
 
 @pytest.fixture
@@ -161,10 +161,10 @@ def test_what_weights_keep_up_is_stored_and_heeded(source: Path, tmp_path: Path)
     assert export(source, out, "--longest-seconds", "2.5") == 0
     assert read_folder(out).longest_seconds == Kalle.from_pretrained(out, "cpu").config.longest_seconds == 2.5
     assert [piece.text for piece in LongForm(Kalle.from_pretrained(out, "cpu"), text).sentences] == text.replace(". ", ".|").split("|")
-    assert plan(text, "en", False, 2.5, from_file=False, srt=False) == (text, "these weights keep up 2.5 s in one request")
+    assert why_by_sentences(text, GenerationOptions(), 2.5) == "these weights keep up 2.5 s in one request"
     for enough in (3.5, None):
-        assert plan(text, "en", False, enough, from_file=False, srt=False) == (text, None)
-    assert plan(text * 20, "en", False, 2.5, from_file=False, srt=False)[1] == "it is too long for one request"
+        assert why_by_sentences(text, GenerationOptions(), enough) is None
+    assert why_by_sentences(text * 20, GenerationOptions(), 2.5) == "it is too long for one request"
 
 
 @pytest.mark.parametrize("given", ["0", "nan", "-1", "inf"])

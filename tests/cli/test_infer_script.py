@@ -12,7 +12,7 @@ from kalle.audio import read_audio, write_audio
 from kalle.checkpoint import read_json
 from kalle.convert.release import find_tokenizer, release_folder
 from kalle.errors import UserError
-from kalle.synthesis import ReleaseQuirks
+from kalle.synthesis import ReleaseCompatibility
 from kalle.synthesis.kalle import Kalle
 from kalle.text.tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ def test_release_exact_has_every_habit(infer, ckpt: Path, prompt: Path, tmp_path
     assert infer.main([*flags, "--release-exact"]) == 0
     kalle = Kalle.from_pretrained(ckpt / "kalle-release", "cpu")
     voice = kalle.voice(prompt, "Tone.")
-    expected = kalle.synthesize("Hi.", voice, seed=1, max_seconds=0.8, quirks=ReleaseQuirks.release())
+    expected = kalle.synthesize("Hi.", voice, seed=1, max_seconds=0.8, compatibility=ReleaseCompatibility.release())
     exact = read_audio(out)
     np.testing.assert_allclose(exact, expected.pcm16() / 32768, atol=1e-6)
     assert infer.main(flags) == 0

@@ -173,7 +173,7 @@ def test_ctrl_c_is_one_line(model: Path, tmp_path: Path, capfd, monkeypatch) -> 
 
 def test_a_speech_that_never_began_is_an_error(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     import kalle.synthesis.kalle as module
-    from kalle.synthesis.sampling import StopRule
+    from kalle.synthesis.options import StopRule
 
     original = module.read_folder
     rule = StopRule(threshold=1e9, min_index=-1)

@@ -93,7 +93,7 @@ def test_a_book_becomes_a_file_with_subtitles(model: Path, book: Path, tmp_path:
 def test_an_interrupted_book_goes_on_to_the_same_file(model: Path, book: Path, tmp_path: Path, capfd, monkeypatch) -> None:
     whole, cut = tmp_path / "whole.flac", tmp_path / "cut.flac"
     assert say(model, "--text-file", book, "-o", whole, "--seed", 3) == 0
-    original, calls = Kalle.synthesize, []
+    original, calls = Kalle.speak, []
 
     def interrupted(*arguments: object, **named: object) -> object:
         calls.append(1)
@@ -101,7 +101,7 @@ def test_an_interrupted_book_goes_on_to_the_same_file(model: Path, book: Path, t
             raise KeyboardInterrupt
         return original(*arguments, **named)
 
-    monkeypatch.setattr(Kalle, "synthesize", interrupted)
+    monkeypatch.setattr(Kalle, "speak", interrupted)
     capfd.readouterr()
     assert say(model, "--text-file", book, "-o", cut, "--seed", 3) == 130
     assert capfd.readouterr().err.splitlines()[-1] == (
@@ -182,7 +182,7 @@ def test_standard_output_gets_the_file(model: Path, book: Path, tmp_path: Path, 
 
 def test_nothing_spoken_at_all_is_an_error(model: Path, book: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     import kalle.synthesis.kalle as module
-    from kalle.synthesis.sampling import StopRule
+    from kalle.synthesis.options import StopRule
 
     original = module.read_folder
     rule = StopRule(threshold=1e9, min_index=-1)
@@ -255,7 +255,7 @@ def test_a_normalised_text_is_spoken_and_shown(model: Path, tmp_path: Path, caps
 
 
 def test_options_of_one_request_reach_it(model: Path, tmp_path: Path, capsys) -> None:
-    from kalle.synthesis.quirks import ReleaseQuirks
+    from kalle.synthesis.release_compat import ReleaseCompatibility
 
     pytest.importorskip("matplotlib")
     arguments = ["--model", model, "--device", "cpu", "--max-seconds", 0.4, "--seed", 1]
@@ -267,7 +267,7 @@ def test_options_of_one_request_reach_it(model: Path, tmp_path: Path, capsys) ->
     assert "confidence: 0." in printed
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     kalle = Kalle.from_pretrained(model, "cpu", "float32")
-    expected = kalle.synthesize("Hi.", seed=1, max_seconds=0.4, quirks=ReleaseQuirks.release())
+    expected = kalle.synthesize("Hi.", seed=1, max_seconds=0.4, compatibility=ReleaseCompatibility.release())
     write_audio(tmp_path / "b.wav", expected.audio, expected.sample_rate)
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
     arguments[arguments.index(0.4)] = 4  # a cap shorter than the text's own is no bad ending

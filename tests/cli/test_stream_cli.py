@@ -15,8 +15,8 @@ import pytest
 import soundfile
 
 from kalle.checkpoint import read_json, write_json
+from kalle.cli.audio_output import GrowingWav, Pipe, Sinks, wav_header
 from kalle.cli.main import main
-from kalle.cli.sinks import GrowingWav, Pipe, Sinks, wav_header
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
 from kalle.synthesis.kalle import Kalle

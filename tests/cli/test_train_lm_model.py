@@ -18,7 +18,7 @@ from kalle.models.lora import LoRAConfig, add_lora
 from kalle.models.speaker import SpeakerEncoderConfig
 from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.sampling import StopRule
+from kalle.synthesis.options import StopRule
 from kalle.training import LMDataConfig, LMObjective, LMTrainingConfig
 from kalle.training.run_lm import Adapters, export_language_model
 

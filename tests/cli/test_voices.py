@@ -8,9 +8,9 @@ import pytest
 
 from kalle.audio import read_audio, write_audio
 from kalle.checkpoint import read_json, write_json
+from kalle.cli.audio_output import PLAYERS, PipedPlayer, play_file
 from kalle.cli.main import main
-from kalle.cli.players import PLAYERS, PipedPlayer, play_file
-from kalle.cli.voice_tables import similarity_lines
+from kalle.cli.voices import similarity_lines
 from kalle.errors import UserError
 from kalle.evaluation.metrics import MetricError
 from kalle.evaluation.similarity import CHECK_TEXTS, check_texts, prompt_audio, voice_similarity

@@ -25,9 +25,9 @@ from kalle.evaluation.calibration import (
 )
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
-from kalle.synthesis.folder import read_folder
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.row import StopRule
+from kalle.synthesis.options import StopRule
+from kalle.synthesis.weights import read_folder
 
 TEXTS = ("one", "two words", "three whole words", "four")
 FRAMES = (6, 9, 7, 12)

@@ -10,7 +10,7 @@ import pytest
 from kalle.errors import UserError
 from kalle.evaluation.figures import save_speech_figure, speech_figure
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.row import StopRule
+from kalle.synthesis.options import StopRule
 from kalle.synthesis.speech import Speech
 
 

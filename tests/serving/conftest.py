@@ -11,7 +11,7 @@ from kalle.audio import write_audio
 from kalle.serving.handlers import Handlers
 from kalle.serving.jobs import Backend
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.row import StopRule
+from kalle.synthesis.options import StopRule
 
 
 @pytest.fixture(scope="session")

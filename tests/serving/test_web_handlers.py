@@ -19,7 +19,7 @@ from kalle.serving.server import WebOptions, growing, is_loopback, launch, requi
 from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.longform import LongForm
-from kalle.synthesis.longform_part import LongFormOptions
+from kalle.synthesis.options import GenerationOptions
 
 
 def test_speech_comes_piece_by_piece_and_then_as_a_file(handlers: Handlers, kalle_toy: Kalle) -> None:
@@ -110,7 +110,7 @@ def test_a_longer_text_comes_sentence_by_sentence(handlers: Handlers, kalle_toy:
     _, views = ran(handlers, replace(LONG, voice=VoiceChoice(RANDOM, seed=2)))
     done = views[-1]
     assert "of 3 sentences" in views[1].message
-    form = LongForm(kalle_toy, LONG.text, kalle_toy.random_voice(2), seed=4, options=LongFormOptions(max_seconds=0.4))
+    form = LongForm(kalle_toy, LONG.text, kalle_toy.random_voice(2), GenerationOptions(seed=4, max_seconds=0.4))
     expected = np.concatenate([to_pcm16(part.with_pause) for part in form])
     np.testing.assert_array_equal(pcm(handlers), expected)
     np.testing.assert_allclose(read_audio(done.audio) * 32768, expected, atol=1)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speech_requests import request_of
 
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
-from kalle.synthesis import Frame, Generation, StopRule, generate
-from kalle.synthesis.batching import BatchedGenerator, Generated, RowError, generate_batch, iterate_batch
-from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.speak import Request
+from kalle.synthesis import Frame, Generation, StopRule
+from kalle.synthesis.batch import BatchedGenerator, Generated, RowError, generate_batch, iterate_batch
+from kalle.synthesis.generate import Request
+from kalle.synthesis.generate import run as generate_request
+from kalle.synthesis.release_compat import ReleaseCompatibility
 
 DIM, HIDDEN = 8, 64
 NEVER = StopRule(threshold=0.0)
@@ -21,7 +23,7 @@ AT_ONCE = StopRule(threshold=1e9, min_index=-1)
 
 def request(seed: int, length: int = 6, cap: int = 12, prompt: int = 0, speaker: bool = False, **options) -> Request:
     generator = torch.Generator().manual_seed(1000 + seed)
-    return Request(
+    return request_of(
         torch.randint(0, 320, (length,), generator=generator),
         cap,
         seed,
@@ -33,21 +35,7 @@ def request(seed: int, length: int = 6, cap: int = 12, prompt: int = 0, speaker:
 
 def alone(lm: KalleLM, asked: Request) -> tuple[Generation, list[Frame], torch.Generator]:
     generator = torch.Generator().manual_seed(asked.seed)
-    prompt = asked.prompt_latents
-    if prompt is not None and asked.quirks.drop_last_prompt_frame:
-        prompt = prompt[:-1]
-    generation = generate(
-        lm,
-        asked.text_ids,
-        None if prompt is None or not len(prompt) else prompt[None],
-        None if asked.speaker_latent is None else asked.speaker_latent[None],
-        noise=asked.noise,
-        generator=generator,
-        stop=asked.stop,
-        max_frames=asked.max_frames,
-        temperature=asked.temperature,
-        drop_last_frame_always=asked.quirks.drop_last_frame_always,
-    )
+    generation = generate_request(lm, asked, generator)
     return generation, list(generation), generator
 
 
@@ -80,7 +68,7 @@ any_request = st.builds(
     temperature=st.sampled_from([0.0, 0.5, 1.0]),
     # The tiny model's end divergences lie between 0.4 and 1.3.
     stop=st.builds(StopRule, threshold=st.sampled_from([0.0, 0.55, 0.6, 0.65, 0.75, 1e9]), min_index=st.integers(-1, 8)),
-    quirks=st.builds(ReleaseQuirks, drop_last_frame_always=st.booleans(), drop_last_prompt_frame=st.booleans()),
+    compatibility=st.builds(ReleaseCompatibility, drop_last_frame_always=st.booleans(), drop_last_prompt_frame=st.booleans()),
 )
 
 
@@ -111,12 +99,12 @@ def test_long_rows_of_every_kind_agree_to_their_last_frame(lm_tiny: KalleLM) -> 
 def test_a_batch_equals_the_release(lm_tiny: KalleLM, io: Callable) -> None:
     golden = io("lm_tiny")
     ids, noise, prompt = golden["input_ids"], golden["noise"].reshape(24, DIM), golden["prompt_latents"][0]
-    dropping = ReleaseQuirks(drop_last_frame_always=True)
+    dropping = ReleaseCompatibility(drop_last_frame_always=True)
     requests = [
-        Request(ids, 24, 0, stop=NEVER, noise=noise, quirks=dropping),
-        Request(ids, 24, 0, stop=StopRule(float(golden["stop_threshold_prompted"])), noise=noise, prompt_latents=prompt),
-        Request(ids, 24, 0, stop=NEVER, noise=noise, prompt_latents=prompt, quirks=dropping),
-        Request(ids, 24, 0, stop=StopRule(float(golden["guard_threshold_unprompted"])), noise=noise),
+        request_of(ids, 24, 0, stop=NEVER, noise=noise, compatibility=dropping),
+        request_of(ids, 24, 0, stop=StopRule(float(golden["stop_threshold_prompted"])), noise=noise, prompt_latents=prompt),
+        request_of(ids, 24, 0, stop=NEVER, noise=noise, prompt_latents=prompt, compatibility=dropping),
+        request_of(ids, 24, 0, stop=StopRule(float(golden["guard_threshold_unprompted"])), noise=noise),
     ]
     together = generate_batch(lm_tiny, requests)
     expected = [23, int(golden["stop_length_prompted"]), 23, int(golden["guard_length_unprompted"])]
@@ -203,7 +191,7 @@ def test_the_cache_stays_within_the_budget_and_is_used(lm_tiny: KalleLM, cache_s
         ({}, 6),
         ({"prompt": 5}, 11),
         ({"speaker": True}, 7),
-        ({"prompt": 5, "speaker": True, "quirks": ReleaseQuirks(drop_last_prompt_frame=True)}, 11),
+        ({"prompt": 5, "speaker": True, "compatibility": ReleaseCompatibility(drop_last_prompt_frame=True)}, 11),
     ],
 )
 def test_the_budget_counts_text_prompt_speaker_and_cap(lm_tiny: KalleLM, cache_sizes: list[tuple[int, int]], options, context: int) -> None:
@@ -341,8 +329,7 @@ def test_the_callers_gradient_mode_and_random_state_are_untouched(lm_tiny: Kalle
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "bad temperature: got -1.0"),
-        ({"cap": 0}, "bad length cap: got 0 frames"),
+        ({"cap": 0}, "bad max_frames: got 0 frames"),
         ({"noise": torch.zeros(3, 7)}, r"noise has shape \(3, 7\), expected \(12, 8\)"),
         ({"length": 0}, "bad text ids"),
     ],
@@ -357,7 +344,7 @@ def test_bad_values_are_refused_before_the_first_frame(lm_tiny: KalleLM, options
 @pytest.mark.parametrize("quirk", ["config_dtype", "no_cache"])
 def test_a_request_for_another_model_is_refused(lm_tiny: KalleLM, quirk: str) -> None:
     with pytest.raises(UserError, match="a batch runs one model"):
-        BatchedGenerator(lm_tiny).add(request(0, quirks=ReleaseQuirks(**{quirk: True})))
+        BatchedGenerator(lm_tiny).add(request(0, compatibility=ReleaseCompatibility(**{quirk: True})))
 
 
 def test_a_row_that_is_not_finite_is_named_and_those_before_it_are_the_callers(lm_tiny: KalleLM) -> None:

@@ -11,9 +11,11 @@ import torch
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
-from kalle.synthesis import Frame, StopRule, generate
-from kalle.synthesis.folder import read_folder
-from kalle.synthesis.uncached import UncachedLM
+from kalle.synthesis import Frame, GenerationOptions, ReleaseCompatibility, StopRule, generate
+from kalle.synthesis.release_compat import UncachedLM
+from kalle.synthesis.weights import read_folder
+
+DROPPING = GenerationOptions(compatibility=ReleaseCompatibility(drop_last_frame_always=True))
 
 
 def distributions(frames: list[Frame]) -> torch.Tensor:
@@ -32,7 +34,7 @@ def test_frames_equal_the_release(lm_tiny, io, prompted: bool) -> None:
             golden["prompt_latents"] if prompted else None,
             noise=golden["noise"].reshape(24, 8),
             stop=None,
-            drop_last_frame_always=True,
+            options=DROPPING,
         )
     )
     assert len(frames) == 23
@@ -144,12 +146,12 @@ def test_the_cap_is_told_and_drops_nothing_by_default(lm_tiny, io) -> None:
 def test_drop_last_frame_always_drops_it_at_the_cap_and_not_twice_at_the_end(lm_tiny, io) -> None:
     golden = io("lm_tiny")
     noise, ids = golden["noise"].reshape(24, 8), golden["input_ids"]
-    kept = list(generate(lm_tiny, ids, noise=noise, stop=None, max_frames=6, drop_last_frame_always=True))
+    kept = list(generate(lm_tiny, ids, noise=noise, stop=None, max_frames=6, options=DROPPING))
     whole = list(generate(lm_tiny, ids, noise=noise, stop=None, max_frames=6))
     assert len(kept) == 5
     assert all(torch.equal(a.z, b.z) for a, b in zip(kept, whole, strict=False))
     rule = StopRule(threshold=float(golden["stop_threshold_unprompted"]))
-    assert len(list(generate(lm_tiny, ids, noise=noise, stop=rule, drop_last_frame_always=True))) == int(golden["stop_length_unprompted"])
+    assert len(list(generate(lm_tiny, ids, noise=noise, stop=rule, options=DROPPING))) == int(golden["stop_length_unprompted"])
 
 
 @pytest.mark.parametrize(
@@ -157,8 +159,8 @@ def test_drop_last_frame_always_drops_it_at_the_cap_and_not_twice_at_the_end(lm_
     [
         ({"temperature": -1.0}, "bad temperature: got -1.0"),
         ({"temperature": float("nan")}, "bad temperature: got nan"),
-        ({"max_frames": 0}, "bad length cap: got 0 frames"),
-        ({"max_frames": 2.5}, "bad length cap: got 2.5 frames"),
+        ({"max_frames": 0}, "bad max_frames: got 0 frames"),
+        ({"max_frames": 2.5}, "bad max_frames: got 2.5 frames"),
         ({"noise": torch.zeros(3, 7)}, r"noise has shape \(3, 7\), expected \(3, 8\)"),
         ({"noise": torch.zeros(3, 8), "max_frames": 4}, r"expected \(4, 8\)"),
     ],

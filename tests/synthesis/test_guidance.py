@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from speech_requests import request_of
 
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
-from kalle.synthesis import Frame, ReleaseQuirks, SpeechRequest, StopRule, generate
-from kalle.synthesis.batching import generate_batch
-from kalle.synthesis.guidance import GuidedLM, guided
+from kalle.synthesis import Frame, GenerationOptions, ReleaseCompatibility, SpeechRequest, StopRule, generate
+from kalle.synthesis.batch import generate_batch
+from kalle.synthesis.generate import GuidedLM, guided
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.speak import Request
 from kalle.text.prompt import without_text
 
 NEVER = StopRule(0.0)
@@ -22,7 +22,7 @@ IDS = torch.arange(5, 17)
 
 def spoken(lm: KalleLM, prompt: torch.Tensor | None = None, **options) -> list[Frame]:
     generator = torch.Generator().manual_seed(2)
-    return list(generate(lm, IDS, prompt, generator=generator, stop=None, max_frames=12, **options))
+    return list(generate(lm, IDS, prompt, generator=generator, stop=None, max_frames=12, options=GenerationOptions(**options)))
 
 
 def latents(frames: list[Frame]) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_a_guidance_of_one_is_the_model_itself(lm_tiny: KalleLM, kalle_tiny: Kal
 def test_both_branches_alone_are_the_ends_of_the_line(lm_tiny: KalleLM) -> None:
     """The arithmetic at 1, which `guided` leaves out, and at 0, which must be the model that never saw the words."""
     options = {"generator": torch.Generator().manual_seed(2), "stop": None, "max_frames": 12}
-    one = list(generate(GuidedLM(lm_tiny, 1.0), IDS, **options))  # type: ignore[arg-type]
+    one = list(generate(GuidedLM(lm_tiny, 1.0), IDS, **options))
     torch.testing.assert_close(latents(one), latents(spoken(lm_tiny)), atol=1e-4, rtol=0)
     unheard = list(generate(lm_tiny, without_text(IDS), **options | {"generator": torch.Generator().manual_seed(2)}))
     torch.testing.assert_close(latents(spoken(lm_tiny, guidance=0.0)), latents(unheard), atol=1e-4, rtol=0)
@@ -78,15 +78,18 @@ def test_a_seed_means_the_same_alone_streamed_and_among_others(kalle_tiny: Kalle
 
 @pytest.mark.parametrize("guidance", [-1.0, float("nan"), float("inf")])
 def test_no_guidance_is_refused(lm_tiny: KalleLM, kalle_tiny: Kalle, guidance: float) -> None:
-    for speak in (lambda: generate(lm_tiny, IDS, guidance=guidance), lambda: kalle_tiny.synthesize("Hi.", guidance=guidance)):
+    for speak in (
+        lambda: generate(lm_tiny, IDS, options=GenerationOptions(guidance=guidance)),
+        lambda: kalle_tiny.synthesize("Hi.", guidance=guidance),
+    ):
         with pytest.raises(UserError, match=r"bad guidance: got .*, expected a finite number of at least 0"):
             speak()
     with pytest.raises(UserError, match="bad guidance: got 'much', expected a number"):
-        SpeechRequest("Hi.", guidance="much")  # type: ignore[arg-type]
+        SpeechRequest("Hi.", guidance="much")
 
 
 def test_what_cannot_be_guided_says_so(lm_tiny: KalleLM, kalle_tiny: Kalle) -> None:
     with pytest.raises(UserError, match=r"a batch is not guided: got a request with guidance 2\.0, expected 1"):
-        generate_batch(lm_tiny, [Request(IDS, 9, 1, guidance=2.0)])
-    with pytest.raises(UserError, match="guidance 2 with the quirk no_cache"):
-        kalle_tiny.synthesize("Hi.", guidance=2.0, quirks=ReleaseQuirks(no_cache=True))
+        generate_batch(lm_tiny, [request_of(IDS, 9, 1, guidance=2.0)])
+    with pytest.raises(UserError, match="guidance 2 with no_cache"):
+        kalle_tiny.synthesize("Hi.", guidance=2.0, compatibility=ReleaseCompatibility(no_cache=True))

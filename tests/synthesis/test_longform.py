@@ -15,11 +15,9 @@ from hypothesis import strategies as st
 from kalle.errors import UserError
 from kalle.models.backbone import BackboneConfig
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.longform import LongForm, sentence_seed, speak_long
-from kalle.synthesis.longform_part import LongFormOptions, Part
-from kalle.synthesis.longform_prompt import expected_seconds, rolling_voice
-from kalle.synthesis.longform_store import PartStore, settings_of, stored_seed
-from kalle.synthesis.loudness import even_gain_db, loudness_db
+from kalle.synthesis.longform import LongForm, Part, even_gain_db, loudness_db, rolling_voice, sentence_seed, speak_long
+from kalle.synthesis.longform_files import PartStore, settings_of, stored_seed
+from kalle.synthesis.options import GenerationOptions, SpeechRequest, usual_seconds
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import FLOWVAE_ENCODER, Voice
 
@@ -39,15 +37,17 @@ class Scripted:
     def random_voice(self, seed: int) -> Voice:
         return voice_of(self.kalle, 5)
 
-    def synthesize(self, text: str, voice: Voice, *, seed: int, **_: object) -> Speech:
-        said = {"seconds": max(expected_seconds(text), 0.08), "level": 0.1, "stop_reason": "end"} | self.script(len(self.calls), text, seed)
+    def speak(self, request: SpeechRequest) -> Speech:
+        text, voice, seed = request.text, request.voice, request.options.seed
+        said = {"seconds": max(usual_seconds(text), 0.08), "level": 0.1, "stop_reason": "end"} | self.script(len(self.calls), text, seed)
         self.calls.append((text, voice, seed))
         samples = round(float(said["seconds"]) * RATE)
         frames = samples // 1280 + (samples > 0)
         audio = float(said["level"]) * np.sin(np.arange(samples) / 5).astype(np.float32)
         zeros = np.zeros((frames, 8), dtype=np.float32)
         warnings = () if said["stop_reason"] == "end" else ("words may be missing",)
-        return Speech(audio, RATE, said["stop_reason"], seed, zeros, zeros, zeros[:, 0], 99, warnings=warnings)
+        arrays = dict.fromkeys(("latents", "log_std", "means"), zeros) | dict.fromkeys(("end_kl", "log_likelihood"), zeros[:, 0])
+        return Speech(audio, RATE, said["stop_reason"], seed, max_frames=99, warnings=warnings, text=text, **arrays)
 
 
 def voice_of(kalle: Kalle, frames: int) -> Voice:
@@ -67,12 +67,12 @@ def roomy(kalle_tiny: Kalle, monkeypatch) -> Kalle:
 
 
 def spoken(kalle: object, text: str, **options: object) -> list[Part]:
-    return list(speak_long(kalle, text, seed=1, options=LongFormOptions(**options)))
+    return list(speak_long(kalle, text, options=GenerationOptions(seed=1, **options)))
 
 
 def test_parts_follow_each_other_with_pauses_and_make_the_whole(roomy: Kalle) -> None:
     parts = spoken(Scripted(roomy), TEXT, pause_s=0.25, paragraph_pause_s=1.0)
-    assert [TEXT[p.sentence.start : p.sentence.end] for p in parts] == [p.spoken for p in parts]
+    assert [TEXT[p.sentence.start : p.sentence.end] for p in parts] == [p.speech.text for p in parts]
     assert [p.pause_samples for p in parts] == [4000, 16000, 4000, 0]
     whole = np.concatenate([p.with_pause for p in parts])
     for part in parts:
@@ -87,7 +87,7 @@ def test_each_sentence_has_a_seed_and_the_same_voice(roomy: Kalle) -> None:
     assert [seed for _, _, seed in model.calls] == [sentence_seed(1, index) for index in range(4)]
     assert len({id(voice) for _, voice, _ in model.calls}) == 1
     given_voice = voice_of(roomy, 9)
-    list(speak_long(model, TEXT, given_voice, seed=1))
+    list(speak_long(model, TEXT, given_voice, GenerationOptions(seed=1)))
     assert all(voice is given_voice for _, voice, _ in model.calls[4:])
 
 
@@ -96,8 +96,8 @@ def test_rolling_adds_the_sentence_before_within_the_paragraph(roomy: Kalle) -> 
     parts = spoken(model, TEXT, rolling=True)
     voices = [voice for _, voice, _ in model.calls]
     assert [part.rolled for part in parts] == [False, True, False, True]
-    assert voices[1].text == f"Some words before. {parts[0].spoken}"
-    assert len(voices[1].prompt_latents) == 5 + len(parts[0].latents)
+    assert voices[1].text == f"Some words before. {parts[0].speech.text}"
+    assert len(voices[1].prompt_latents) == 5 + len(parts[0].speech.latents)
     assert voices[1].prompt_latents[:5].equal(voices[0].prompt_latents)
     assert not any(part.rolled for part in spoken(Scripted(roomy), TEXT, rolling=True, max_prompt_s=1.0))
     bad = Scripted(roomy, lambda *_: {"stop_reason": "max_frames"})
@@ -108,12 +108,12 @@ def test_rolling_stays_within_the_positions(kalle_tiny: Kalle) -> None:
     anchor = voice_of(kalle_tiny, 5)
     long = np.zeros((20, 8), dtype=np.float32)
     limit = kalle_tiny.lm.backbone.config.max_position_embeddings
-    assert rolling_voice(kalle_tiny, anchor, long, "a" * limit, "Hi.", 60, None) is anchor
+    assert rolling_voice(kalle_tiny, anchor, long, "a" * limit, "Hi.", GenerationOptions(max_prompt_s=60)) is anchor
 
 
 def test_a_speaker_voice_rolls_with_the_frames_of_the_sentence_before(kalle_speaker: Kalle) -> None:
     anchor = kalle_speaker.random_voice(3)
-    rolled = rolling_voice(kalle_speaker, anchor, np.ones((4, 8), dtype=np.float32), "said", "x", 10, 0.4)
+    rolled = rolling_voice(kalle_speaker, anchor, np.ones((4, 8), dtype=np.float32), "said", "x", GenerationOptions(max_seconds=0.4))
     assert rolled.text == "said"
     assert rolled.speaker_latent is anchor.speaker_latent
     assert len(rolled.prompt_latents) == 4
@@ -132,15 +132,15 @@ def test_an_odd_pace_is_tried_once_more(roomy: Kalle) -> None:
     text = " ".join(f"This is the sentence with number {word} in it." for word in ("one", "two", "three", "four", "five"))
 
     def fast_then(factor: float) -> Callable[[int, str, int], dict[str, object]]:
-        return lambda call, words, _: {"seconds": expected_seconds(words) * {3: 0.25, 4: factor}.get(call, 1.0)}
+        return lambda call, words, _: {"seconds": usual_seconds(words) * {3: 0.25, 4: factor}.get(call, 1.0)}
 
     model = Scripted(roomy, fast_then(1.0))
     parts = spoken(model, text)
     assert [p.tries for p in parts] == [1, 1, 1, 2, 1]
-    assert parts[3].seed == sentence_seed(1, 3, 1)
+    assert parts[3].speech.seed == sentence_seed(1, 3, 1)
     assert "4.0 times as fast or slow as the others, tried again: now 1.0 times" in parts[3].warnings[0]
     parts = spoken(Scripted(roomy, fast_then(0.2)), text)
-    assert parts[3].seed == sentence_seed(1, 3)
+    assert parts[3].speech.seed == sentence_seed(1, 3)
     assert "still 4.0 times" in parts[3].warnings[0]
 
 
@@ -149,7 +149,7 @@ def test_a_bad_ending_is_told_and_the_rest_goes_on(roomy: Kalle) -> None:
         return {1: {"stop_reason": "max_frames"}, 2: {"seconds": 0}}.get(call, {})
 
     parts = spoken(Scripted(roomy, script), TEXT)
-    assert [p.stop_reason for p in parts] == ["end", "max_frames", "end", "end"]
+    assert [p.speech.stop_reason for p in parts] == ["end", "max_frames", "end", "end"]
     assert parts[1].warnings == ("words may be missing",)
     assert len(parts[2].audio) == 0
     assert parts[3].start_sample == parts[2].start_sample + parts[2].pause_samples
@@ -161,13 +161,13 @@ def test_a_sentence_that_is_too_long_is_cut_and_told(roomy: Kalle) -> None:
     assert all("too long for one request" in part.warnings[0] for part in parts[:-1])
     assert parts[-1].warnings == ()
     assert [part.pause_samples for part in parts] == [0] * len(parts)
-    assert " ".join(part.spoken for part in parts).split() == ["word"] * 300
+    assert " ".join(part.speech.text for part in parts).split() == ["word"] * 300
 
 
 def test_normalised_words_are_spoken_and_the_written_kept(roomy: Kalle) -> None:
     pytest.importorskip("inflect")
     (part,) = spoken(Scripted(roomy), "It costs 5 pounds in Привет.", normalise=True)
-    assert part.spoken == "It costs five pounds in Привет."
+    assert part.speech.text == "It costs five pounds in Привет."
     assert part.sentence.text == "It costs 5 pounds in Привет."
 
 
@@ -183,16 +183,14 @@ def test_normalised_words_are_spoken_and_the_written_kept(roomy: Kalle) -> None:
 )
 def test_what_cannot_be_spoken_is_refused(kalle_tiny: Kalle, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        LongForm(Scripted(kalle_tiny), text, seed=1)
+        LongForm(Scripted(kalle_tiny), text)
 
 
 def test_bad_values_are_refused(roomy: Kalle) -> None:
-    with pytest.raises(UserError, match="bad pause: got -1"):
-        LongFormOptions(pause_s=-1)
-    with pytest.raises(UserError, match="bad seed"):
-        LongForm(Scripted(roomy), "Hi there.", seed=-1)
+    with pytest.raises(UserError, match="bad pause_s: got -1"):
+        GenerationOptions(pause_s=-1)
     with pytest.raises(UserError, match="leaves no room"):
-        LongForm(Scripted(roomy), "Hi there.", replace(voice_of(roomy, 5), text="a" * 4090), seed=1)
+        LongForm(Scripted(roomy), "Hi there.", replace(voice_of(roomy, 5), text="a" * 4090))
 
 
 @given(st.text(st.sampled_from("ab .!?,\n中文。！😀שلپ1۲—*"), max_size=120))
@@ -206,22 +204,22 @@ def test_no_word_of_any_text_is_left_out(kalle_tiny: Kalle, text: str) -> None:
             return
         parts = spoken(Scripted(kalle_tiny), text)
     letters = [c for c in text if c.isalnum()]
-    assert [c for part in parts for c in part.spoken if c.isalnum()] == letters
+    assert [c for part in parts for c in part.speech.text if c.isalnum()] == letters
     assert all(a.start_sample + len(a.audio) <= b.start_sample for a, b in itertools.pairwise(parts))
 
 
 def test_a_hundred_thousand_characters(roomy: Kalle) -> None:
     text = "This is a sentence with six words. " * 2858
-    long = LongForm(Scripted(roomy, lambda *_: {"seconds": 0.1}), text, seed=1)
+    long = LongForm(Scripted(roomy, lambda *_: {"seconds": 0.1}), text)
     assert sum(1 for _ in long) == len(long) == 2858
 
 
 def test_the_real_chain_resumes_to_the_same_parts(kalle_tiny: Kalle, tmp_path: Path) -> None:
-    options = LongFormOptions(max_seconds=0.4, rolling=True)
+    options = GenerationOptions(seed=5, max_seconds=0.4, rolling=True)
     text = "One two three four. Five six seven eight. Nine ten eleven twelve."
 
     def long() -> LongForm:
-        return LongForm(kalle_tiny, text, voice_of(kalle_tiny, 3), seed=5, options=options)
+        return LongForm(kalle_tiny, text, voice_of(kalle_tiny, 3), options)
 
     whole = list(long())
     store = PartStore(tmp_path / "parts", settings_of(long()))
@@ -231,16 +229,16 @@ def test_the_real_chain_resumes_to_the_same_parts(kalle_tiny: Kalle, tmp_path: P
     assert [part.kept for part in again] == [True, True, False]
     for ours, theirs in zip(again, whole, strict=True):
         assert np.array_equal(ours.audio, theirs.audio)
-        assert np.array_equal(ours.latents, theirs.latents)
-        assert (ours.spoken, ours.seed, ours.start_sample, ours.gain_db, ours.rolled, ours.sentence) == (
-            theirs.spoken, theirs.seed, theirs.start_sample, theirs.gain_db, theirs.rolled, theirs.sentence,
+        assert np.array_equal(ours.speech.latents, theirs.speech.latents)
+        assert (ours.speech.text, ours.speech.seed, ours.start_sample, ours.gain_db, ours.rolled, ours.sentence) == (
+            theirs.speech.text, theirs.speech.seed, theirs.start_sample, theirs.gain_db, theirs.rolled, theirs.sentence,
         )  # fmt: skip
     assert stored_seed(tmp_path / "parts") == 5
 
 
 def test_a_part_whose_files_are_damaged_is_spoken_again(roomy: Kalle, tmp_path: Path) -> None:
     model = Scripted(roomy, lambda call, *_: {"seconds": 0} if call == 1 else {})
-    long = LongForm(model, TEXT, seed=1)
+    long = LongForm(model, TEXT)
     store = PartStore(tmp_path / "parts", settings_of(long))
     parts = list(long.parts(store))
     silent = store.read(1, long.sentences[1])
@@ -266,7 +264,7 @@ def test_other_settings_are_noticed(roomy: Kalle, tmp_path: Path, changed: dict[
     model = Scripted(roomy)
 
     def long(seed: int = 1, text: str = TEXT, voice: int = 5, **options: object) -> LongForm:
-        return LongForm(model, text, voice_of(roomy, voice), seed=seed, options=LongFormOptions(**options))
+        return LongForm(model, text, voice_of(roomy, voice), GenerationOptions(seed=seed, **options))
 
     list(long().parts(PartStore(tmp_path / "parts", settings_of(long()))))
     with pytest.raises(UserError, match=rf"{named}; .*--restart"):
@@ -275,8 +273,7 @@ def test_other_settings_are_noticed(roomy: Kalle, tmp_path: Path, changed: dict[
 
 def test_the_weights_own_temperature_is_a_setting(roomy: Kalle) -> None:
     def temperature(given: float | None) -> object:
-        options = LongFormOptions(temperature=given)
-        return settings_of(LongForm(Scripted(roomy), TEXT, voice_of(roomy, 5), seed=1, options=options))["temperature"]
+        return settings_of(LongForm(Scripted(roomy), TEXT, voice_of(roomy, 5), GenerationOptions(temperature=given)))["temperature"]
 
     assert temperature(None) == roomy.temperature, "or a text would go on at another one when the weights' own has changed"
     assert temperature(0.3) == 0.3

@@ -7,14 +7,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from speech_requests import request_of
 
 from kalle.errors import UserError
-from kalle.synthesis import retry
-from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.retry import allowed_retries, keep_best, needs_retry, next_seed, retry_request, speak_with_retries
-from kalle.synthesis.row import StopRule
-from kalle.synthesis.speak import Request, speak
-from kalle.synthesis.speech import Attempt, Speech
+from kalle.synthesis import speech as speech_module
+from kalle.synthesis.generate import Request
+from kalle.synthesis.options import GenerationOptions, StopRule
+from kalle.synthesis.release_compat import ReleaseCompatibility
+from kalle.synthesis.speech import (
+    Attempt,
+    Speech,
+    allowed_retries,
+    keep_best,
+    needs_retry,
+    next_seed,
+    retry_request,
+    speak,
+    speak_with_retries,
+)
 
 ENDINGS = ("end", "silence", "repetition", "max_frames")
 
@@ -37,7 +47,7 @@ def speech_of(ending: str, frames: int = 5, seed: int = 0) -> Speech:
 
 
 def request(**options) -> Request:
-    return Request(torch.arange(5, 20), 6, **{"seed": 3} | options)
+    return request_of(torch.arange(5, 20), 6, **{"seed": 3, "retries": 0} | options)
 
 
 def scripted(monkeypatch, *endings: str | tuple[str, int]) -> list[int]:
@@ -49,13 +59,13 @@ def scripted(monkeypatch, *endings: str | tuple[str, int]) -> list[int]:
         seeds.append(asked.seed)
         return speech_of(ending, seed=asked.seed) if isinstance(ending, str) else speech_of(*ending, seed=asked.seed)
 
-    monkeypatch.setattr(retry, "speak", spoken)
+    monkeypatch.setattr(speech_module, "speak", spoken)
     return seeds
 
 
 def test_a_good_ending_is_not_tried_again(monkeypatch) -> None:
     seeds = scripted(monkeypatch, "end", "end")
-    speech = speak_with_retries(None, None, request(), 5)  # type: ignore[arg-type]
+    speech = speak_with_retries(None, None, request(retries=5))  # type: ignore[arg-type]
     assert seeds == [3]
     assert speech.attempts == (Attempt(3, "end", 5, kept=True),)
     assert speech.warnings == ()
@@ -64,7 +74,7 @@ def test_a_good_ending_is_not_tried_again(monkeypatch) -> None:
 def test_a_bad_ending_is_tried_again_and_both_are_told(monkeypatch, caplog) -> None:
     seeds = scripted(monkeypatch, "max_frames", "end", "end")
     with caplog.at_level(logging.WARNING):
-        speech = speak_with_retries(None, None, request(), 2)  # type: ignore[arg-type]
+        speech = speak_with_retries(None, None, request(retries=2))  # type: ignore[arg-type]
     assert seeds == [3, next_seed(3, 1)]
     assert (speech.stop_reason, speech.seed) == ("end", 3)
     assert speech.attempts == (Attempt(3, "max_frames", 5, kept=False), Attempt(seeds[1], "end", 5, kept=True))
@@ -74,20 +84,20 @@ def test_a_bad_ending_is_tried_again_and_both_are_told(monkeypatch, caplog) -> N
 
 def test_an_end_without_a_frame_is_a_bad_ending(monkeypatch) -> None:
     scripted(monkeypatch, ("end", 0), "max_frames")
-    speech = speak_with_retries(None, None, request(), 1)  # type: ignore[arg-type]
+    speech = speak_with_retries(None, None, request(retries=1))  # type: ignore[arg-type]
     assert (speech.stop_reason, speech.frames) == ("max_frames", 5)
 
 
 def test_the_number_of_tries_is_bounded(monkeypatch) -> None:
     seeds = scripted(monkeypatch, *["max_frames"] * 9)
-    speech = speak_with_retries(None, None, request(), 3)  # type: ignore[arg-type]
+    speech = speak_with_retries(None, None, request(retries=3))  # type: ignore[arg-type]
     assert len(seeds) == len(set(seeds)) == 4
     assert speech.attempts[0].kept
     assert sum(attempt.kept for attempt in speech.attempts) == 1
 
 
 def test_no_retries_is_one_plain_try(lm_tiny, flowvae_tiny) -> None:
-    plain, once = speak(lm_tiny, flowvae_tiny, request()), speak_with_retries(lm_tiny, flowvae_tiny, request(), 0)
+    plain, once = speak(lm_tiny, flowvae_tiny, request()), speak_with_retries(lm_tiny, flowvae_tiny, request())
     assert plain.stop_reason == "max_frames"
     np.testing.assert_array_equal(plain.audio, once.audio)
     assert plain.attempts == once.attempts
@@ -95,8 +105,8 @@ def test_no_retries_is_one_plain_try(lm_tiny, flowvae_tiny) -> None:
 
 
 def test_a_retry_is_the_speech_of_its_own_seed(lm_tiny, flowvae_tiny) -> None:
-    asked = request(seed=0, stop=StopRule(0.62, -1))
-    speech = speak_with_retries(lm_tiny, flowvae_tiny, asked, 1)
+    asked = request(seed=0, retries=1, stop=StopRule(0.62, -1))
+    speech = speak_with_retries(lm_tiny, flowvae_tiny, asked)
     assert [attempt.stop_reason for attempt in speech.attempts] == ["max_frames", "end"]
     again = speak(lm_tiny, flowvae_tiny, retry_request(asked, 1))
     assert speech.frames == 5
@@ -105,18 +115,18 @@ def test_a_retry_is_the_speech_of_its_own_seed(lm_tiny, flowvae_tiny) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"quirks": ReleaseQuirks.release()}, {"noise": torch.zeros(6, 8)}, {"stop": StopRule(0.0)}, {"temperature": 0.0}],
-    ids=["quirks", "noise", "never", "no noise"],
+    [{"compatibility": ReleaseCompatibility.release()}, {"noise": torch.zeros(6, 8)}, {"stop": StopRule(0.0)}, {"temperature": 0.0}],
+    ids=["compatibility", "noise", "never", "no noise"],
 )
 def test_where_another_try_makes_no_sense_there_is_none(options: dict) -> None:
-    assert allowed_retries(request(**options), 3) == 0
-    assert allowed_retries(request(), 3) == 3
+    assert allowed_retries(request(retries=3, **options)) == 0
+    assert allowed_retries(request(retries=3)) == 3
 
 
 @pytest.mark.parametrize("retries", [-1, 1.5, "2", None])
 def test_bad_retries_are_refused(retries) -> None:
     with pytest.raises(UserError, match=f"bad retries: got {retries!r}, expected an integer of at least 0"):
-        allowed_retries(request(), retries)
+        GenerationOptions(retries=retries)
 
 
 def test_speeches_can_be_compared_and_collected() -> None:

@@ -4,16 +4,19 @@ import dataclasses
 
 import numpy as np
 import torch
+from speech_requests import request_of
 
 from kalle.audio import to_pcm16
-from kalle.synthesis import ReleaseQuirks, StopRule
-from kalle.synthesis.speak import Request, assemble, speak, truncate_to_int16
-from kalle.synthesis.speech import Attempt
+from kalle.models.flowvae import FlowVAEConfig
+from kalle.synthesis import ReleaseCompatibility, StopRule
+from kalle.synthesis.generate import Request
+from kalle.synthesis.release_compat import OURS
+from kalle.synthesis.speech import Attempt, assemble, speak, truncate_to_int16
 
 NEVER = StopRule(threshold=0.0)
 
 
-def chain_request(golden, flowvae, quirks: ReleaseQuirks) -> Request:
+def chain_request(golden, flowvae, compatibility: ReleaseCompatibility) -> Request:
     """The release's request: ids joined, prompt sampled with its noise; the frame the release drops is left to the quirk."""
     with torch.no_grad():
         posterior = flowvae.encode(golden["prompt_wav"][0])
@@ -21,19 +24,28 @@ def chain_request(golden, flowvae, quirks: ReleaseQuirks) -> Request:
     prompt = torch.cat([kept, posterior.mean[0, -1:]])
     ids = torch.cat([golden["prompt_ids"], golden["target_ids"][1:], golden["special_ids"]])
     noise = golden["step_noise"].reshape(-1, flowvae.config.latent_dim)
-    return Request(
-        ids, len(noise), seed=0, prompt_latents=prompt, stop=NEVER, quirks=quirks, noise=noise, decode_noise=golden["decode_noise"][0].T
+    return request_of(
+        ids,
+        len(noise),
+        seed=0,
+        prompt_latents=prompt,
+        stop=NEVER,
+        compatibility=compatibility,
+        noise=noise,
+        decode_noise=golden["decode_noise"][0].T,
     )
 
 
 def test_the_whole_chain_equals_the_release_to_the_int16(lm_tiny, flowvae_tiny, io) -> None:
     golden = io("chain_tiny")
-    speech = speak(lm_tiny, flowvae_tiny, chain_request(golden, flowvae_tiny, ReleaseQuirks.release()))
+    speech = speak(lm_tiny, flowvae_tiny, chain_request(golden, flowvae_tiny, ReleaseCompatibility.release()))
     assert speech.frames == 15
     assert speech.stop_reason == "max_frames"
     torch.testing.assert_close(torch.from_numpy(speech.log_std).T, golden["distributions"][0, 8:], rtol=1e-4, atol=1e-5)
     rounded = speak(
-        lm_tiny, flowvae_tiny, chain_request(golden, flowvae_tiny, dataclasses.replace(ReleaseQuirks.release(), truncate_int16=False))
+        lm_tiny,
+        flowvae_tiny,
+        chain_request(golden, flowvae_tiny, dataclasses.replace(ReleaseCompatibility.release(), truncate_int16=False)),
     )
     np.testing.assert_allclose(rounded.audio, golden["audio"][0, 0], rtol=1e-4, atol=2e-5)
     difference = np.abs(speech.pcm16().astype(int) - golden["audio_int16"].numpy().astype(int))
@@ -47,8 +59,8 @@ def test_truncation_equals_the_release_bit_for_bit(io) -> None:
     np.testing.assert_array_equal(to_pcm16(truncate_to_int16(golden["audio"][0, 0].numpy())), golden["audio_int16"].numpy())
 
 
-def request(quirks: ReleaseQuirks | None = None, seed: int = 3, **options) -> Request:
-    return Request(torch.arange(5, 20), 6, seed, quirks=quirks or ReleaseQuirks(), **{"stop": NEVER} | options)
+def request(compatibility: ReleaseCompatibility = OURS, seed: int = 3, **options) -> Request:
+    return request_of(torch.arange(5, 20), 6, seed, compatibility=compatibility, **{"stop": NEVER} | options)
 
 
 def test_by_default_the_frames_that_were_fed_back_are_heard(lm_tiny, flowvae_tiny) -> None:
@@ -60,14 +72,15 @@ def test_by_default_the_frames_that_were_fed_back_are_heard(lm_tiny, flowvae_tin
 
 def test_decode_choices_share_the_frames_and_differ_in_sound(lm_tiny, flowvae_tiny) -> None:
     sampled, resampled, mean = (
-        speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(decode=decode))) for decode in ("sampled", "resample", "mean")
+        speak(lm_tiny, flowvae_tiny, request(ReleaseCompatibility(decode=decode))) for decode in ("sampled", "resample", "mean")
     )
     np.testing.assert_array_equal(sampled.latents, resampled.latents)
     np.testing.assert_array_equal(sampled.latents, mean.latents)
     assert np.abs(sampled.audio - resampled.audio).max() > 1e-5
     assert np.abs(sampled.audio - mean.audio).max() > 1e-5
     cold = [
-        speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(decode=decode), temperature=0.0)) for decode in ("sampled", "resample", "mean")
+        speak(lm_tiny, flowvae_tiny, request(ReleaseCompatibility(decode=decode), temperature=0.0))
+        for decode in ("sampled", "resample", "mean")
     ]
     np.testing.assert_array_equal(cold[0].audio, cold[1].audio)
     np.testing.assert_array_equal(cold[0].audio, cold[2].audio)
@@ -77,28 +90,28 @@ def test_the_second_draw_goes_on_in_the_same_generator(lm_tiny, flowvae_tiny) ->
     generator = torch.Generator().manual_seed(3)
     noise = torch.stack([torch.randn(8, generator=generator) for _ in range(6)])
     again = torch.randn(6, 8, generator=generator)
-    quirks = ReleaseQuirks(decode="resample")
-    given = speak(lm_tiny, flowvae_tiny, request(quirks, noise=noise, decode_noise=again))
-    np.testing.assert_array_equal(speak(lm_tiny, flowvae_tiny, request(quirks)).audio, given.audio)
+    compatibility = ReleaseCompatibility(decode="resample")
+    given = speak(lm_tiny, flowvae_tiny, request(compatibility, noise=noise, decode_noise=again))
+    np.testing.assert_array_equal(speak(lm_tiny, flowvae_tiny, request(compatibility)).audio, given.audio)
 
 
 def test_drop_last_prompt_frame(lm_tiny, flowvae_tiny) -> None:
     prompt = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    dropped = speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(drop_last_prompt_frame=True), prompt_latents=prompt))
+    dropped = speak(lm_tiny, flowvae_tiny, request(ReleaseCompatibility(drop_last_prompt_frame=True), prompt_latents=prompt))
     np.testing.assert_array_equal(dropped.audio, speak(lm_tiny, flowvae_tiny, request(prompt_latents=prompt[:-1])).audio)
     assert np.abs(dropped.audio - speak(lm_tiny, flowvae_tiny, request(prompt_latents=prompt)).audio).max() > 1e-6
-    single = speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(drop_last_prompt_frame=True), prompt_latents=prompt[:1]))
+    single = speak(lm_tiny, flowvae_tiny, request(ReleaseCompatibility(drop_last_prompt_frame=True), prompt_latents=prompt[:1]))
     np.testing.assert_array_equal(single.audio, speak(lm_tiny, flowvae_tiny, request()).audio)
 
 
 def test_drop_last_frame_always(lm_tiny, flowvae_tiny) -> None:
-    assert speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(drop_last_frame_always=True))).frames == 5
+    assert speak(lm_tiny, flowvae_tiny, request(ReleaseCompatibility(drop_last_frame_always=True))).frames == 5
     assert speak(lm_tiny, flowvae_tiny, request()).frames == 6
 
 
 def test_truncation_and_rounding(lm_tiny, flowvae_tiny) -> None:
     rounded = speak(lm_tiny, flowvae_tiny, request())
-    truncated = speak(lm_tiny, flowvae_tiny, request(ReleaseQuirks(truncate_int16=True)))
+    truncated = speak(lm_tiny, flowvae_tiny, request(ReleaseCompatibility(truncate_int16=True)))
     np.testing.assert_array_equal(truncated.pcm16(), (rounded.audio * 32767).astype(np.int16))
     np.testing.assert_array_equal(rounded.pcm16(), np.rint(rounded.audio.astype(np.float64) * 32767).astype(np.int16))
     assert (truncated.pcm16() != rounded.pcm16()).mean() > 0.2
@@ -113,9 +126,9 @@ def test_an_end_before_the_first_frame_gives_empty_audio(lm_tiny, flowvae_tiny) 
 
 
 def test_release_turns_everything_on() -> None:
-    release = ReleaseQuirks.release()
+    release = ReleaseCompatibility.release()
     assert release.decode == "resample"
-    assert all(getattr(release, field.name) != field.default for field in dataclasses.fields(ReleaseQuirks))
+    assert all(getattr(release, field.name) != field.default for field in dataclasses.fields(ReleaseCompatibility))
 
 
 def test_the_result_holds_what_the_model_thought(lm_tiny, flowvae_tiny) -> None:
@@ -132,10 +145,10 @@ def test_the_result_holds_what_the_model_thought(lm_tiny, flowvae_tiny) -> None:
 
 def test_every_bad_ending_has_a_warning_and_a_good_one_none(lm_tiny) -> None:
     for ending in ("max_frames", "repetition", "silence", "interrupted"):
-        assert len(assemble([], np.ones(16000, np.float32), ending, request(), 16000, 8).warnings) == 1
-    assert assemble([], np.ones(16000, np.float32), "end", request(), 16000, 8).warnings == ()
-    assert assemble([], np.zeros(0, np.float32), "end", request(), 16000, 8).warnings == ("nothing was spoken",)
-    trimmed = assemble([], np.ones(16000, np.float32), "silence", request(), 16000, 8, trimmed_frames=50, frame_rate_hz=12.5)
+        assert len(assemble([], np.ones(16000, np.float32), ending, request(), FlowVAEConfig(latent_dim=8)).warnings) == 1
+    assert assemble([], np.ones(16000, np.float32), "end", request(), FlowVAEConfig(latent_dim=8)).warnings == ()
+    assert assemble([], np.zeros(0, np.float32), "end", request(), FlowVAEConfig(latent_dim=8)).warnings == ("nothing was spoken",)
+    trimmed = assemble([], np.ones(16000, np.float32), "silence", request(), FlowVAEConfig(latent_dim=8), trimmed_frames=50)
     assert trimmed.trimmed_seconds == 4.0
     assert trimmed.warnings == (
         "the speech fell silent after 1.0 s without an end; 4.0 s of it were cut from the end: words may be missing",

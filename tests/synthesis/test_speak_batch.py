@@ -6,15 +6,14 @@ import logging
 import numpy as np
 import pytest
 import torch
+from speech_requests import request_of
 
 from kalle.errors import UserError
-from kalle.synthesis import ReleaseQuirks, SpeechRequest, StopRule, quirks
+from kalle.synthesis import ReleaseCompatibility, SpeechRequest, StopRule, release_compat
+from kalle.synthesis.batch import speak_batch
+from kalle.synthesis.generate import Frame, Request
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.retry import next_seed, speak_with_retries
-from kalle.synthesis.row import Frame
-from kalle.synthesis.speak import Request, speak
-from kalle.synthesis.speak_batch import speak_batch
-from kalle.synthesis.speech import Speech
+from kalle.synthesis.speech import Speech, next_seed, speak, speak_with_retries
 from kalle.synthesis.voice import Voice
 
 NEVER = StopRule(threshold=0.0)
@@ -53,12 +52,12 @@ def test_a_batch_of_all_sorts_equals_one_by_one(kalle_tiny: Kalle, voice: Voice,
 
 def test_bad_endings_are_tried_again_as_they_would_be_alone(kalle_tiny: Kalle, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "kalle")
-    request = Request(torch.arange(5, 20), 10, seed=7, stop=StopRule(threshold=1e-6))
-    (speech,) = speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, [request], [2])
+    request = request_of(torch.arange(5, 20), 10, seed=7, stop=StopRule(threshold=1e-6), retries=2)
+    (speech,) = speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, [request])
     assert [attempt.seed for attempt in speech.attempts] == [7, next_seed(7, 1), next_seed(7, 2)]
     told = [record.getMessage() for record in caplog.records]
     caplog.clear()
-    assert_same(speech, speak_with_retries(kalle_tiny.lm, kalle_tiny.flowvae, request, 2))
+    assert_same(speech, speak_with_retries(kalle_tiny.lm, kalle_tiny.flowvae, request))
     assert told == [record.getMessage() for record in caplog.records]
     assert [line.rsplit("; ", 1)[1] for line in told] == [
         f"trying again with seed {next_seed(7, 1)} (1 of 2)",
@@ -79,16 +78,16 @@ def test_no_requests_give_no_speech(kalle_tiny: Kalle) -> None:
 
 def test_one_bad_request_is_refused_before_any_is_spoken(kalle_tiny: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(kalle_tiny.lm), "prefill", lambda *_: pytest.fail("something was spoken"))
-    for bad in (SpeechRequest(""), SpeechRequest("Hi.", seed=-1), SpeechRequest("Hi.", temperature=-1.0), SpeechRequest("Hi.", retries=-1)):
+    for bad in (SpeechRequest(""), SpeechRequest("Hi.", max_seconds=0.01), SpeechRequest("a" * 2000, by_sentences=False)):
         with pytest.raises(UserError):
             kalle_tiny.synthesize_batch([SpeechRequest("Hi."), bad])
 
 
-NO_CACHE, CONFIG_DTYPE = ReleaseQuirks(no_cache=True), ReleaseQuirks(config_dtype=True)
+NO_CACHE, CONFIG_DTYPE = ReleaseCompatibility(no_cache=True), ReleaseCompatibility(config_dtype=True)
 
 
 def ids(seed: int = 1, **options) -> Request:
-    return Request(torch.arange(5, 20), 12, **{"seed": seed, "stop": NEVER} | options)
+    return request_of(torch.arange(5, 20), 12, **{"seed": seed, "stop": NEVER, "retries": 0} | options)
 
 
 def half_configured(kalle: Kalle, loaded: torch.dtype = torch.float32) -> Kalle:
@@ -102,9 +101,8 @@ def half_configured(kalle: Kalle, loaded: torch.dtype = torch.float32) -> Kalle:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (ids(quirks=CONFIG_DTYPE), "request 1 .*load them in float32"),
-        (ids(quirks=NO_CACHE, temperature=-1.0), "request 1 .*bad temperature"),
-        (ids(quirks=NO_CACHE, prompt_latents=torch.zeros(3, 9)), "request 1 .*bad prompt latents"),
+        (ids(compatibility=CONFIG_DTYPE), "request 1 .*load them in float32"),
+        (ids(compatibility=NO_CACHE, prompt_latents=torch.zeros(3, 9)), "request 1 .*bad prompt latents"),
     ],
 )
 def test_what_is_spoken_alone_is_checked_before_anything_is_spoken(kalle_tiny: Kalle, monkeypatch, bad: Request, message: str) -> None:
@@ -112,21 +110,21 @@ def test_what_is_spoken_alone_is_checked_before_anything_is_spoken(kalle_tiny: K
     for name in ("prefill", "predict"):
         monkeypatch.setattr(type(kalle.lm), name, lambda *_: pytest.fail("something was spoken"))
     with pytest.raises(UserError, match=message):
-        speak_batch(kalle.lm, kalle.flowvae, [ids(), bad], [0, 0])
+        speak_batch(kalle.lm, kalle.flowvae, [ids(), bad])
 
 
 def test_a_model_in_another_precision_is_made_once(kalle_tiny: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
-    kalle, made, convert = half_configured(kalle_tiny), [], quirks._in_dtype
-    monkeypatch.setattr(quirks, "_in_dtype", lambda lm, dtype: made.append(dtype) or convert(lm, dtype))
-    requests = [ids(seed, quirks=CONFIG_DTYPE) for seed in range(3)]
-    converted: quirks.ConvertedModels = {}
-    together = speak_batch(kalle.lm, kalle.flowvae, requests, [0, 0, 0], converted=converted)
+    kalle, made, convert = half_configured(kalle_tiny), [], release_compat._in_dtype
+    monkeypatch.setattr(release_compat, "_in_dtype", lambda lm, dtype: made.append(dtype) or convert(lm, dtype))
+    requests = [ids(seed, compatibility=CONFIG_DTYPE) for seed in range(3)]
+    converted: release_compat.ConvertedModels = {}
+    together = speak_batch(kalle.lm, kalle.flowvae, requests, converted=converted)
     assert made == [torch.float16]
-    alone = speak_with_retries(kalle.lm, kalle.flowvae, requests[0], 0, converted)
+    alone = speak_with_retries(kalle.lm, kalle.flowvae, requests[0], converted)
     assert made == [torch.float16]
     np.testing.assert_array_equal(alone.latents, together[0].latents)
     other = half_configured(kalle_tiny)
-    speak_with_retries(other.lm, other.flowvae, requests[0], 0, converted)
+    speak_with_retries(other.lm, other.flowvae, requests[0], converted)
     assert len(made) == 2, "another model has its own"
 
 
@@ -144,9 +142,9 @@ class Stuck:
 
 
 def test_every_row_of_a_batch_has_its_own_watcher(kalle_tiny: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kalle.synthesis.speak_batch.watcher_of", lambda _, request: Stuck(request.seed))
-    requests = [ids(5), ids(1, quirks=NO_CACHE), ids(2), ids(4)]
-    spoken = speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, requests, [0] * 4)
+    monkeypatch.setattr("kalle.synthesis.batch.watcher_of", lambda _, request: Stuck(request.seed))
+    requests = [ids(5), ids(1, compatibility=NO_CACHE), ids(2), ids(4)]
+    spoken = speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, requests)
     assert [speech.frames for speech in spoken] == [5, 12, 2, 4]
     assert [speech.stop_reason for speech in spoken] == ["repetition", "max_frames", "repetition", "repetition"]
     assert [round(speech.trimmed_seconds * 12.5) for speech in spoken] == [4, 0, 4, 4]
@@ -155,16 +153,16 @@ def test_every_row_of_a_batch_has_its_own_watcher(kalle_tiny: Kalle, monkeypatch
 
 
 def test_the_second_draw_in_a_batch_goes_on_in_the_rows_own_generator(kalle_tiny: Kalle) -> None:
-    requests = [ids(seed, quirks=ReleaseQuirks(decode="resample")) for seed in (1, 2)]
-    for got, request in zip(speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, requests, [0, 0]), requests, strict=True):
+    requests = [ids(seed, compatibility=ReleaseCompatibility(decode="resample")) for seed in (1, 2)]
+    for got, request in zip(speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, requests), requests, strict=True):
         assert_same(got, speak(kalle_tiny.lm, kalle_tiny.flowvae, request))
 
 
 def test_a_row_that_is_not_finite_is_named(kalle_tiny: Kalle) -> None:
     noise = torch.zeros(12, 8)
     noise[4, 2] = float("inf")
-    requests = [ids(quirks=NO_CACHE), ids(), ids(noise=noise)]
+    requests = [ids(compatibility=NO_CACHE), ids(), ids(noise=noise)]
     with pytest.raises(UserError, match=r"^request 2 of the batch, counted from 0: frame 4 overflows: got temperature 1\.0"):
-        speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, requests, [0, 0, 0])
+        speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, requests)
     with pytest.raises(UserError, match=r"^request 0 of the batch, counted from 0: frame 4 overflows"):
-        speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, [ids(quirks=NO_CACHE, noise=noise), ids()], [0, 0])
+        speak_batch(kalle_tiny.lm, kalle_tiny.flowvae, [ids(compatibility=NO_CACHE, noise=noise), ids()])

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from speech_requests import request_of
 
 from kalle.checkpoint import write_json
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
 from kalle.synthesis import StopRule, generate
-from kalle.synthesis.batching import generate_batch
-from kalle.synthesis.folder import FolderConfig, StoredStop, read_folder, write_stop
+from kalle.synthesis.batch import generate_batch
+from kalle.synthesis.generate import Frame, RowSampler
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.request import SpeechRequest
-from kalle.synthesis.row import DEFAULT_STOP_PROBABILITY, Frame, RowSampler
-from kalle.synthesis.speak import Request
-from kalle.synthesis.uncached import UncachedLM
+from kalle.synthesis.options import DEFAULT_STOP_PROBABILITY, SpeechRequest
+from kalle.synthesis.release_compat import UncachedLM
+from kalle.synthesis.weights import FolderConfig, StoredStop, read_folder, write_stop
 
 CAP = 30
 
@@ -85,7 +85,7 @@ def test_every_path_stops_at_the_same_frame(headed: KalleLM, kalle_headed: Kalle
     assert [(len(frames), reason) for frames, reason in alone] == [(index, "end")] * 3
     # The very probability of a frame is no rule for another order of additions.
     near = [StopRule(rule.threshold, rule.min_index, probability=rule.probability - 1e-5) for rule in rules]
-    requests = [Request(torch.arange(5, 12 + seed), CAP, seed, stop=rule) for seed, rule in zip(seeds, near, strict=True)]
+    requests = [request_of(torch.arange(5, 12 + seed), CAP, seed, stop=rule) for seed, rule in zip(seeds, near, strict=True)]
     for (frames, reason), got in zip(alone, generate_batch(headed, requests), strict=True):
         assert (got.stop_reason, len(got.frames)) == (reason, len(frames))
         expected = [frame.stop_probability for frame in frames]
@@ -118,7 +118,7 @@ def test_a_rule_that_needs_a_head_is_refused_without_one(lm_tiny: KalleLM, kalle
     with pytest.raises(UserError, match=message):
         generate(UncachedLM(lm_tiny), torch.arange(5), stop=rule)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
-        generate_batch(lm_tiny, [Request(torch.arange(5), 9, 1, stop=rule)])
+        generate_batch(lm_tiny, [request_of(torch.arange(5), 9, 1, stop=rule)])
     for speak in (kalle_tiny.synthesize, kalle_tiny.stream):
         with pytest.raises(UserError, match=message):
             speak("Hello.", stop=rule)
@@ -145,7 +145,7 @@ def test_a_broken_head_is_an_error_at_its_frame(headed: KalleLM) -> None:
         lm.stop_head.bias.fill_(torch.nan)
     prediction, _ = lm.prefill(torch.arange(5)[None])
     with pytest.raises(UserError, match="not finite at frame 0"):
-        RowSampler(8, generator=torch.Generator()).advance(prediction[0])
+        RowSampler(request_of(torch.arange(5), 9), 8, torch.Generator()).advance(prediction[0])
 
 
 def with_head(folder: Path, headed: KalleLM) -> Path:

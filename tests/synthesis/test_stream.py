@@ -85,10 +85,10 @@ def test_a_stream_that_ends_at_once_is_empty(kalle_tiny: Kalle) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"chunk_frames": 0}, "bad chunk"),
-        ({"chunk_frames": 2.5}, "bad chunk: got 2.5 frames, expected an integer"),
+        ({"chunk_frames": 0}, "bad chunk_frames"),
+        ({"chunk_frames": 2.5}, "bad chunk_frames: got 2.5, expected an integer"),
         ({"latency_frames": -1}, "latency"),
-        ({"latency_frames": 9.5}, "bad latency: got 9.5"),
+        ({"latency_frames": 9.5}, "bad latency_frames: got 9.5"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_generated(kalle_tiny: Kalle, option: dict[str, float], message: str) -> None:

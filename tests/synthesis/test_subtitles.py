@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kalle.synthesis.subtitles import Cue, srt, timestamp, wrap
+from kalle.synthesis.longform_files import Cue, srt, timestamp, wrap
 
 
 def test_the_format() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kalle.synthesis import StopRule, generate
-from kalle.synthesis.uncached import UncachedLM
+from kalle.synthesis.release_compat import UncachedLM
 
 
 @pytest.mark.parametrize("speaker", [False, True])

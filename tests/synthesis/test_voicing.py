@@ -19,14 +19,12 @@ from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.synthesis import voicing
-from kalle.synthesis.folder import FolderConfig
+from kalle.synthesis.generate import Frame, Generation, generate
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.prompt_checks import letters, spectral_flatness
-from kalle.synthesis.sampling import Frame, Generation, StopRule, generate
-from kalle.synthesis.seeds import derived_seed
-from kalle.synthesis.voice import Voice
-from kalle.synthesis.voice_store import Binding, find_voice, stored_voices, voice_files, voice_path
-from kalle.synthesis.voicing import RANDOM_VOICE_SECONDS, RANDOM_VOICE_STOP, random_voice, spoken_voice
+from kalle.synthesis.options import StopRule, derived_seed
+from kalle.synthesis.voice import Binding, Voice, find_voice, stored_voices, voice_files, voice_path
+from kalle.synthesis.voicing import RANDOM_VOICE_SECONDS, RANDOM_VOICE_STOP, letters, random_voice, spectral_flatness, spoken_voice
+from kalle.synthesis.weights import FolderConfig
 
 RATE = 16000
 MAKE = """

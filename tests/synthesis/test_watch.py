@@ -7,14 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from speech_requests import request_of
 from torch import Tensor
 
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae.streaming import StreamingDecoder
-from kalle.synthesis.row import Frame, StopRule
-from kalle.synthesis.speak import Request, speak, watcher_of
-from kalle.synthesis.stream import SpeechStream
-from kalle.synthesis.watch import WatchConfig, Watcher
+from kalle.synthesis.generate import Frame, WatchConfig, Watcher
+from kalle.synthesis.options import StopRule
+from kalle.synthesis.speech import speak, watcher_of
+from kalle.synthesis.stream import RequestStream
 
 DIM, RATE_HZ, HOP = 16, 12.5, 80
 
@@ -170,7 +171,7 @@ def scripted(period: int) -> ScriptedLM:
 
 @pytest.mark.parametrize("period", [1, 4])
 def test_a_looping_model_is_stopped_and_told(flowvae_tiny, period: int) -> None:
-    request = Request(torch.arange(5), 90, seed=1)
+    request = request_of(torch.arange(5), 90, seed=1)
     speech = speak(scripted(period), flowvae_tiny, request)  # type: ignore[arg-type]
     assert speech.stop_reason in ("repetition", "silence")
     assert speech.frames == 30 + period
@@ -178,28 +179,28 @@ def test_a_looping_model_is_stopped_and_told(flowvae_tiny, period: int) -> None:
     assert speech.trimmed_seconds == pytest.approx(38 * 0.08, abs=0.25)
     assert (speech.attempts[0].frames, speech.stuck_seconds) == (speech.frames, 0.0)
     assert any(f"{speech.trimmed_seconds:.1f} s of it were cut" in warning for warning in speech.warnings)
-    unwatched = speak(scripted(period), flowvae_tiny, Request(torch.arange(5), 90, seed=1, watch=False))  # type: ignore[arg-type]
+    unwatched = speak(scripted(period), flowvae_tiny, request_of(torch.arange(5), 90, seed=1, watch=False))  # type: ignore[arg-type]
     assert (unwatched.stop_reason, unwatched.frames, unwatched.trimmed_seconds) == ("max_frames", 90, 0.0)
     np.testing.assert_array_equal(unwatched.latents[: speech.frames], speech.latents)
 
 
 def test_no_watcher_where_nothing_shall_stop_or_the_release_is_reproduced(flowvae_tiny) -> None:
-    from kalle.synthesis.quirks import ReleaseQuirks
+    from kalle.synthesis.release_compat import ReleaseCompatibility
 
     ids = torch.arange(5)
-    assert watcher_of(flowvae_tiny, Request(ids, 9, seed=0)) is not None
-    assert watcher_of(flowvae_tiny, Request(ids, 9, seed=0, stop=StopRule(0.0))) is None
-    assert watcher_of(flowvae_tiny, Request(ids, 9, seed=0, quirks=ReleaseQuirks.release())) is None
-    assert watcher_of(flowvae_tiny, Request(ids, 9, seed=0, watch=False)) is None
+    assert watcher_of(flowvae_tiny, request_of(ids, 9, seed=0)) is not None
+    assert watcher_of(flowvae_tiny, request_of(ids, 9, seed=0, stop=StopRule(0.0))) is None
+    assert watcher_of(flowvae_tiny, request_of(ids, 9, seed=0, compatibility=ReleaseCompatibility.release())) is None
+    assert watcher_of(flowvae_tiny, request_of(ids, 9, seed=0, watch=False)) is None
 
 
 @pytest.mark.parametrize("period", [1, 4])
 @pytest.mark.parametrize("chunk", [1, 8, 50, 200])
 def test_a_stream_tells_how_much_of_the_loop_was_heard(flowvae_tiny, period: int, chunk: int) -> None:
-    request, kept = Request(torch.arange(5), 90, seed=1), 30 + period
+    request, kept = request_of(torch.arange(5), 90, seed=1, chunk_frames=chunk), 30 + period
     whole = speak(scripted(period), flowvae_tiny, request)  # type: ignore[arg-type]
     generated = whole.frames + round(whole.trimmed_seconds * RATE_HZ)
-    stream = SpeechStream(scripted(period), flowvae_tiny, StreamingDecoder(flowvae_tiny), request, chunk)  # type: ignore[arg-type]
+    stream = RequestStream(scripted(period), flowvae_tiny, StreamingDecoder(flowvae_tiny), request)  # type: ignore[arg-type]
     pieces, speech = list(stream), stream.speech
     assert (speech.stop_reason, len(np.concatenate(pieces))) == (whole.stop_reason, len(speech.audio))
     # The first piece takes latency + 1 frames, and what is not yet due when the loop is noticed is left out.

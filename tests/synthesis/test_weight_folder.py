@@ -7,8 +7,8 @@ import pytest
 
 from kalle.checkpoint import read_json, write_json
 from kalle.errors import UserError
-from kalle.synthesis.folder import FolderConfig, StoredStop, read_folder, write_stop
-from kalle.synthesis.sampling import StopRule
+from kalle.synthesis.options import StopRule
+from kalle.synthesis.weights import FolderConfig, StoredStop, read_folder, write_stop
 
 
 def config(folder: Path, values: dict[str, Any]) -> FolderConfig:

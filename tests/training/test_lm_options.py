@@ -23,7 +23,7 @@ from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig
 from kalle.synthesis.adapter import Adapter
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.row import StopRule
+from kalle.synthesis.options import StopRule
 from kalle.training import TrainingResult
 
 

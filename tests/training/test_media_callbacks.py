@@ -15,7 +15,7 @@ from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.synthesis.sampling import StopRule
+from kalle.synthesis.options import StopRule
 from kalle.text.tokenizer import Tokenizer
 from kalle.training.callbacks import EMA, ReconstructionMedia, SpeechMedia, log_speech, mel_image, speech_sampler
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining

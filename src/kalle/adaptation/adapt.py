@@ -20,8 +20,8 @@ from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ, MetricError
 from kalle.evaluation.similarity import SpeakerEmbedder
 from kalle.synthesis.adapter import Adapter
-from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.seeds import derived_seed
+from kalle.synthesis.options import derived_seed
+from kalle.synthesis.release_compat import OURS, ReleaseCompatibility
 from kalle.synthesis.voice import Voice
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def adapt(
     validate: Sequence[tuple[Source, str]] = (),
     language: str | None = None,
     sample_rate_hz: int | None = None,
-    quirks: ReleaseQuirks | None = None,
+    compatibility: ReleaseCompatibility = OURS,
     embedder: SpeakerEmbedder | None = None,
     texts: Sequence[str] = (),
     report: Reporter | None = None,
@@ -86,8 +86,9 @@ def adapt(
     """Learn the voice of ``audio``, in which ``text`` is said; ``kalle`` and its weights stay as they are to the bit.
 
     Several recordings of one speaker, each with its transcript, take turns. The context is the transcript alone, so that the adapter serves
-    any text; with ``target_text`` it is the transcript and that text, as in the paper, which adapts anew for each sentence. ``quirks`` are
-    those that the voice will be spoken with. ``validate`` are other recordings of the speaker, with their transcripts, to measure on.
+    any text; with ``target_text`` it is the transcript and that text, as in the paper, which adapts anew for each sentence.
+    ``compatibility`` is that which the voice will be spoken with. ``validate`` are other recordings of the speaker, with their
+    transcripts, to measure on.
     With an ``embedder`` the ``texts`` are spoken before and after and compared with the speaker. UserError for what can't be learnt from.
     """
     options = options or AdaptOptions()
@@ -95,8 +96,8 @@ def adapt(
         raise UserError("the model has an adapter already: expected none; set kalle.adapter to None first")
     recordings = [read_recording(kalle, *pair, options.seed, language, sample_rate_hz) for pair in _pairs(audio, text)]
     others = [read_recording(kalle, *pair, options.seed, language, sample_rate_hz) for pair in validate]
-    sequences = [prompt_sequence(kalle, each, target_text, quirks) for each in recordings]
-    held_out = [prompt_sequence(kalle, each, None, quirks) for each in others]
+    sequences = [prompt_sequence(kalle, each, target_text, compatibility) for each in recordings]
+    held_out = [prompt_sequence(kalle, each, None, compatibility) for each in others]
     lr = options.lr or default_lr(options.mode, kalle.lm.hidden_size)
     learnt = learn(kalle.lm, kalle.lm_hash, sequences, options, lr, report)
     adapted = learnt.adapter.applied_to(kalle.lm)
@@ -107,7 +108,7 @@ def adapt(
     if embedder is not None and texts:
         similarity, held_out_similarity = _similarities(kalle, voice, learnt.adapter, recordings, others, texts, embedder)
     notes = {
-        **_notes(options, lr, recordings, target_text, quirks),
+        **_notes(options, lr, recordings, target_text, compatibility),
         "steps_made": len(learnt.losses),
         "seconds": round(learnt.seconds, 2),
         "rounding": learnt.rounding,
@@ -154,7 +155,7 @@ def _similarities(
 
 
 def _notes(
-    options: AdaptOptions, lr: float, recordings: Sequence[Recording], target_text: str | None, quirks: ReleaseQuirks | None
+    options: AdaptOptions, lr: float, recordings: Sequence[Recording], target_text: str | None, compatibility: ReleaseCompatibility
 ) -> dict[str, Any]:
     from kalle import __version__
 
@@ -165,7 +166,7 @@ def _notes(
         "texts": [each.voice.text for each in recordings],
         "seconds_of_speech": [round(each.voice.seconds or 0.0, 3) for each in recordings],
         "target_text": target_text,
-        "quirks": None if quirks is None else dataclasses.asdict(quirks),
+        "compatibility": None if compatibility == OURS else dataclasses.asdict(compatibility),
     }
 
 

@@ -20,7 +20,7 @@ from kalle.losses.latent import Direction
 from kalle.models.lm import KalleLM
 from kalle.models.lora import linear_layers, low_rank_layers, new_factors, with_low_rank, with_weights
 from kalle.synthesis.adapter import LORA_A, LORA_B, SPEAKER_PARTS, Adapter
-from kalle.synthesis.seeds import check_seed, derived_seed
+from kalle.synthesis.options import check_seed, derived_seed
 
 Mode = Literal["lora", "full"]
 DEFAULT_STEPS = 200

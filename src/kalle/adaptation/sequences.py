@@ -17,9 +17,9 @@ from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import Direction, directed_kl
 from kalle.models.lm import KalleLM
-from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.request import SpeechRequest
-from kalle.synthesis.speak import Request
+from kalle.synthesis.generate import Request
+from kalle.synthesis.options import GenerationOptions, SpeechRequest
+from kalle.synthesis.release_compat import OURS, ReleaseCompatibility
 from kalle.synthesis.voice import Voice
 from kalle.synthesis.voicing import prompt_posterior, prompt_samples, voice_of_samples
 from kalle.text.prompt import prompt_ids
@@ -81,22 +81,22 @@ def read_recording(
 
 
 def prompt_sequence(
-    kalle: Kalle, recording: Recording, target_text: str | None = None, quirks: ReleaseQuirks | None = None
+    kalle: Kalle, recording: Recording, target_text: str | None = None, compatibility: ReleaseCompatibility = OURS
 ) -> PromptSequence:
     """The sequence of a request in which ``recording`` prompts ``target_text``; without one, the transcript is all there is to read.
 
-    The ids, the speaker latent and which frames are heard come from the code that resolves requests, ``quirks`` (tokenise_separately,
-    drop_last_prompt_frame) included. UserError for what could not be spoken, or no frame to learn from.
+    The ids, the speaker latent and which frames are heard come from the code that resolves requests, ``compatibility``
+    (tokenise_separately, drop_last_prompt_frame) included. UserError for what could not be spoken, or no frame to learn from.
     """
-    quirks, voice = quirks or ReleaseQuirks(), recording.voice
+    voice, options = recording.voice, GenerationOptions(seed=0, by_sentences=False, compatibility=compatibility)
     if target_text is not None:
-        request = kalle.resolve(SpeechRequest(target_text, voice, seed=0, quirks=quirks))
+        request = kalle.resolve(SpeechRequest(target_text, voice, options))
     else:
         assert voice.text is not None
-        ids = prompt_ids(kalle.tokenizer, voice.text, tokenise_separately=quirks.tokenise_separately)
-        request = Request(ids, 1, 0, voice.prompt_latents, voice.speaker_latent, quirks=quirks)
-    heard = request.heard_prompt
-    frames = 0 if heard is None else len(heard)
+        ids = prompt_ids(kalle.tokenizer, voice.text, tokenise_separately=compatibility.tokenise_separately)
+        request = Request(ids, 1, options, voice.prompt_latents, voice.speaker_latent)
+    heard = request.context[1]
+    frames = 0 if heard is None else heard.shape[1]
     used, limit = len(request.text_ids) + frames + 1, int(kalle.lm.backbone.config.max_position_embeddings)
     if not frames:
         raise UserError("nothing to learn from: the recording has no frame besides the one that is left out; give a longer one")

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kalle.cli.interrupts import interruptible
-from kalle.cli.model_option import ModelOption, load_model
-from kalle.cli.renamed import renamed
-from kalle.cli.say_text import choose_language
+from kalle.cli.speaking import ModelOption, load_model, renamed
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +17,13 @@ if TYPE_CHECKING:
     from kalle.evaluation.similarity import SpeakerEmbedder
 
 SUFFIX = ".safetensors"
-FLAGS = {"learning rate:": "--lr:", "bad seconds:": "bad --seconds:", "bad rank:": "bad --lora:", "bad steps:": "bad --steps:"}
+FLAGS = {
+    "(text)": "(--text)",
+    "learning rate:": "--lr:",
+    "bad seconds:": "bad --seconds:",
+    "bad rank:": "bad --lora:",
+    "bad steps:": "bad --steps:",
+}
 """What messages of the library name, and what it is called here."""
 LINES = 10
 """Lines of progress where there is no terminal for a bar."""
@@ -60,7 +64,9 @@ def adapt(
     """
     with interruptible(), renamed(FLAGS):
         options = _options(lora, full, steps=steps, lr=lr, seconds=seconds, weight_decay=weight_decay, warmup_share=warmup, seed=seed)
-        language = choose_language(language)
+        from kalle.synthesis.options import check_language
+
+        language = check_language(language)
         held_out = _paired(validate or [], validate_text or [])
         _check_audio([*audio, *(path for path, _ in held_out)])
         adapter_path = None if voice is not None and output is None else output or Path(f"{audio[0].stem}.adapter{SUFFIX}")
@@ -68,14 +74,15 @@ def adapt(
         embedder = _embedder(sim_texts)
         from kalle.adaptation.adapt import adapt as learn
         from kalle.evaluation.similarity import CHECK_TEXTS
-        from kalle.synthesis.quirks import ReleaseQuirks
+        from kalle.synthesis.release_compat import OURS, ReleaseCompatibility
 
         kalle = load_model(model, device, dtype)
         spoken = CHECK_TEXTS.get(language or kalle.config.language or "en", CHECK_TEXTS["en"])[:sim_texts]
         with _Progress() as progress:
             result = learn(
                 kalle, list(audio), text, options=options, target_text=target_text, validate=held_out, language=language,
-                quirks=ReleaseQuirks.release() if release_exact else None, embedder=embedder, texts=spoken, report=progress.report,
+                compatibility=ReleaseCompatibility.release() if release_exact else OURS,
+                embedder=embedder, texts=spoken, report=progress.report,
             )  # fmt: skip
         typer.echo("\n".join([*summary(result, len(spoken)), *_write(result, adapter_path, voice, report)]))
 

@@ -34,7 +34,7 @@ def calibrate(
     from kalle.evaluation.calibration import held_out, save_histogram
     from kalle.evaluation.figures import check_image_path
     from kalle.models.lm import KalleLM
-    from kalle.synthesis.folder import read_folder, write_stop
+    from kalle.synthesis.weights import read_folder, write_stop
 
     with interruptible():
         if plot is not None:

@@ -141,7 +141,7 @@ def device_facts() -> Iterator[Fact]:
 
 def weight_facts(model: Path | None, ckpt: Path, quick: bool) -> Iterator[Fact]:
     """Each weight folder: whether it loads, is finite and speaks."""
-    from kalle.convert.once import holds_release, release_folder
+    from kalle.convert.release import holds_release, release_folder
     from kalle.synthesis.weights import SHIPPED, shipped_folder
 
     shipped = shipped_folder()
@@ -194,7 +194,7 @@ def audio_facts() -> Iterator[Fact]:
     """Formats of recordings that can be read, and players."""
     import soundfile
 
-    from kalle.cli.players import available_players
+    from kalle.cli.audio_output import available_players
 
     missing = [name for name in READ_FORMATS if name not in soundfile.available_formats()]
     if missing:

@@ -1,172 +1,142 @@
-"""`kalle say`: speak a text into a file."""
+"""`kalle say`: speak a text into a file, at once or sentence by sentence, going on where an earlier run was interrupted."""
 
 from __future__ import annotations
 
-import dataclasses
+import io
+import itertools
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalle.cli.interrupts import interruptible
-from kalle.cli.model_option import ModelOption, load_model, model_folder
-from kalle.cli.say_one import DEFAULT_STEM, DEFAULT_SUFFIX, check_output, free_output, report, speak_to_file
-from kalle.cli.say_options import (
+from kalle.cli.main import INTERRUPTED
+from kalle.cli.speaking import (
+    SAY_FLAGS,
     AdapterOption,
     DeviceOption,
     DtypeOption,
-    GuidanceOption,
-    KeepPartsOption,
-    LanguageOption,
-    MaxSecondsOption,
-    NormaliseOption,
-    OutputOption,
-    ParagraphPauseOption,
-    PauseOption,
-    PlotOption,
+    ModelOption,
     PromptAudioOption,
     PromptTextOption,
-    ReleaseExactOption,
-    RestartOption,
-    RetriesOption,
-    RollingOption,
-    SeedOption,
-    ShowTextOption,
-    SrtOption,
-    TemperatureOption,
-    TextArgument,
-    TextFileOption,
     VoiceOption,
+    check_request,
+    choose_voice,
+    load_model,
+    model_folder,
+    read_text,
+    speaks,
+    wordless,
 )
-from kalle.cli.say_text import STDIN, choose_language, read_text, show_text
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
-    from kalle.synthesis.longform_part import LongFormOptions
+    from kalle.synthesis.longform import LongForm, Part
+    from kalle.synthesis.longform_files import PartStore
+    from kalle.synthesis.options import GenerationOptions
+    from kalle.synthesis.speech import Speech
     from kalle.synthesis.voice import GivenVoice
+    from kalle.synthesis.weights import FolderConfig
 
-__all__ = ["check_request", "choose_voice", "read_text", "report", "say", "speak_to_file"]
-PAUSE_S, PARAGRAPH_PAUSE_S = 0.3, 0.8
+STDOUT = Path("-")
+DEFAULT_STEM, DEFAULT_SUFFIX = "speech", ".wav"
 
 
+@speaks(SAY_FLAGS)
 def say(
-    text: TextArgument = None,
-    output: OutputOption = None,
+    text: Annotated[str | None, typer.Argument(help="What to say; - reads it from standard input.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File to write, .wav or .flac; - is WAV on standard output.", show_default="a new speech.wav"),
+    ] = None,
     model: ModelOption = None,
     prompt_audio: PromptAudioOption = None,
     prompt_text: PromptTextOption = None,
     voice: VoiceOption = None,
-    seed: SeedOption = None,
-    temperature: TemperatureOption = None,
+    adapter: AdapterOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    max_seconds: MaxSecondsOption = None,
-    text_file: TextFileOption = None,
-    retries: RetriesOption = 1,
-    release_exact: ReleaseExactOption = False,
-    normalise: NormaliseOption = False,
-    language: LanguageOption = None,
-    show_text: ShowTextOption = False,
-    plot: PlotOption = None,
-    srt: SrtOption = False,
-    pause: PauseOption = PAUSE_S,
-    paragraph_pause: ParagraphPauseOption = PARAGRAPH_PAUSE_S,
-    rolling: RollingOption = False,
-    restart: RestartOption = False,
-    keep_parts: KeepPartsOption = False,
-    adapter: AdapterOption = None,
-    guidance: GuidanceOption = 1.0,
+    text_file: Annotated[
+        Path | None, typer.Option(help="File with what to say, - for standard input; sentence by sentence, resumable.")
+    ] = None,
+    release_exact: Annotated[
+        bool, typer.Option("--release-exact", help="Do everything as the release does, its oddities included; slower.")
+    ] = False,
+    show_text: Annotated[bool, typer.Option("--show-text", help="Show the text as it would be spoken, and speak nothing.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of waveform, mel, spread and end divergence to write; short texts only.")
+    ] = None,
+    srt: Annotated[bool, typer.Option("--srt", help="Write subtitles beside the output; speaks sentence by sentence.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin a long text again, and forget the sentences of the last run.")] = False,
+    keep_parts: Annotated[bool, typer.Option("--keep-parts", help="Keep the folder with the sentences of a long text.")] = False,
+    *,
+    options: GenerationOptions,
 ) -> None:
     """Speak a text into a file, in the model's own voice or one that it makes up, a recording's or a stored one.
 
     A text of over 25 s, or of more than the weights keep up, of --text-file or with --srt is spoken by sentences; interrupted, it goes on.
     """
-    with interruptible():
-        written, language = read_text(text, text_file), choose_language(language)
-        if show_text:
-            return _show(written, language, normalise, None if model is None else Path(model))
-        check_request(written, output or Path(DEFAULT_STEM + DEFAULT_SUFFIX), prompt_audio, prompt_text, voice)
-        folder = model_folder(model)
-        from kalle.cli.say_long import speak_long_to_file
-        from kalle.synthesis.longform_part import LongFormOptions
-        from kalle.synthesis.quirks import ReleaseQuirks
+    written = read_text(text, text_file)
+    if release_exact:
+        from kalle.synthesis.release_compat import ReleaseCompatibility
 
-        language = language or _usual_language(written, folder)
-        quirks = ReleaseQuirks.release() if release_exact else None
-        options = LongFormOptions(
-            language, normalise, pause, paragraph_pause, rolling=rolling,
-            temperature=temperature, max_seconds=max_seconds, quirks=quirks, retries=retries, guidance=guidance,
-        )  # fmt: skip
-        words, why = plan(written, language, normalise, _longest_seconds(folder), from_file=text_file is not None, srt=srt)
-        output = free_output(long=why is not None) if output is None else output
-        check_files(output, long=why is not None, plot=plot, srt=srt)
-        # The quirk of the precision rounds the weights itself, from fp32.
-        kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype)
-        chosen = adapted(kalle, choose_voice(kalle, prompt_audio, prompt_text, voice), adapter)
-        if why is None:
-            tell_without_effect(options, restart, keep_parts)
-            single = (seed, temperature, max_seconds, quirks, retries, guidance)
-            speak_to_file(kalle, words, output, chosen, *single, plot=plot, written=written)
-            return
-        speak_long_to_file(kalle, written, output, chosen, seed, options, why=why, srt=srt, restart=restart, keep_parts=keep_parts)
+        options = options.changed(compatibility=ReleaseCompatibility.release())
+    if show_text:
+        return typer.echo(shown_text(written, options, None if model is None else Path(model)))
+    check_output(output or Path(DEFAULT_STEM + DEFAULT_SUFFIX))
+    check_request(written, prompt_audio, prompt_text, voice)
+    folder = model_folder(model)
+    why = why_long(written, options, _config(folder), from_file=text_file is not None, srt=srt)
+    output = free_output(long=why is not None) if output is None else output
+    check_files(output, long=why is not None, plot=plot, srt=srt)
+    # The precision of the release is rounded to from fp32.
+    kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype)
+    chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
+    if why is None:
+        tell_without_effect(options, restart, keep_parts)
+        speak_to_file(kalle, written, output, chosen, options, plot=plot)
+    else:
+        speak_long_to_file(kalle, written, output, chosen, options, why=why, srt=srt, restart=restart, keep_parts=keep_parts)
+    return None
 
 
-def plan(
-    text: str, language: str | None, normalise: bool, longest_seconds: float | None, *, from_file: bool, srt: bool
-) -> tuple[str, str | None]:
-    """The words of a single request, and why the text is spoken sentence by sentence instead; None when it isn't.
+def why_long(text: str, options: GenerationOptions, config: FolderConfig, *, from_file: bool, srt: bool) -> str | None:
+    """Why ``text`` is spoken sentence by sentence; None when it is spoken at once."""
+    from kalle.synthesis.longform import why_by_sentences
 
-    ``longest_seconds`` of speech at the usual pace are what the weights keep up; None for any length that one request allows.
-    """
-    from kalle.synthesis.longform_prompt import fits_one_request
-
-    words = text
-    if normalise and not (from_file or srt):
-        from kalle.text.normalise import normalise as in_words
-
-        result = in_words(text, language)
-        words = result.text
-        for warning in result.warnings:
-            typer.echo(f"warning: {warning}", err=True)
-    why = None
     if from_file:
-        why = "it comes from a file"
-    elif srt:
-        why = "subtitles need the time of each"
-    elif not fits_one_request(words):
-        why = "it is too long for one request"
-    elif not fits_one_request(words, longest_seconds):
-        why = f"these weights keep up {longest_seconds:g} s in one request"
-    return words, why
+        return "it comes from a file"
+    if srt:
+        return "subtitles need the time of each"
+    return why_by_sentences(config.words(text, options)[0], options, config.longest_seconds)
 
 
-def tell_without_effect(options: LongFormOptions, restart: bool, keep_parts: bool) -> None:
+def tell_without_effect(options: GenerationOptions, restart: bool, keep_parts: bool) -> None:
     """Name on standard error what was given that only a text spoken sentence by sentence heeds."""
-    given = {
-        "--pause": options.pause_s != PAUSE_S,
-        "--paragraph-pause": options.paragraph_pause_s != PARAGRAPH_PAUSE_S,
-        "--rolling": options.rolling,
-        "--restart": restart,
-        "--keep-parts": keep_parts,
-    }
+    usual = type(options)()
+    fields = {"pause_s": "--pause", "paragraph_pause_s": "--paragraph-pause", "rolling": "--rolling"}
+    given = {flag: getattr(options, name) != getattr(usual, name) for name, flag in fields.items()}
+    given |= {"--restart": restart, "--keep-parts": keep_parts}
     idle = ", ".join(option for option, differs in given.items() if differs)
     if idle:
         typer.echo(f"warning: without effect on a text that is spoken in one request: {idle}", err=True)
 
 
-def check_request(text: str, output: Path, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
-    """Refuse what needs no model to be seen wrong, before one is loaded."""
-    from kalle.text.prompt import check_text
+def check_output(output: Path) -> None:
+    """A UserError unless ``output`` can be written, by its suffix; - is standard output."""
+    from kalle.audio import WRITABLE
 
-    check_text(text, "text")
-    check_output(output)
-    if voice is not None and (prompt_audio is not None or prompt_text is not None):
-        raise UserError(f"two voices: got --voice '{voice}' and a prompt, expected one of them; leave one out")
-    if prompt_text is not None and prompt_audio is None:
-        raise UserError("a transcript without its recording: got --prompt-text and no --prompt-audio, expected both; give the recording")
-    if prompt_audio is not None and not prompt_audio.is_file():
-        raise UserError(f"audio file not found: got '{prompt_audio}', expected a recording; check --prompt-audio")
+    kinds = " or ".join(WRITABLE)
+    if output != STDOUT and output.suffix.lower() not in WRITABLE:
+        raise UserError(f"cannot write '{output}': got the suffix '{output.suffix}', expected {kinds}; rename the output")
 
 
 def check_files(output: Path, long: bool, plot: Path | None, srt: bool) -> None:
@@ -178,47 +148,292 @@ def check_files(output: Path, long: bool, plot: Path | None, srt: bool) -> None:
 
         check_image_path(plot)
         new_figure(100, 100)  # says so now where matplotlib is missing, not after the speech
-    if srt and str(output) == STDIN:
+    if srt and output == STDOUT:
         raise UserError("--srt writes beside the output: got standard output, expected a file; give -o FILE.wav")
 
 
-def choose_voice(kalle: Kalle, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> GivenVoice:
-    """The voice asked for; None leaves it to the weight folder and the model, "random" to the seed."""
-    from kalle.synthesis.voice import RANDOM_VOICE
-
-    if voice == RANDOM_VOICE:
-        return RANDOM_VOICE
-    if voice is not None:
-        return kalle.load_voice(voice)
-    return None if prompt_audio is None else kalle.voice(prompt_audio, prompt_text)
+def parts_folder(output: Path) -> Path:
+    """Where the sentences of a long text for ``output`` are kept until all are there."""
+    return output.with_name(output.name + ".parts")
 
 
-def adapted(kalle: Kalle, voice: GivenVoice, adapter: Path | None) -> GivenVoice:
-    """``voice`` with the adapter in a file instead of its own; without a voice ``kalle`` takes it for whatever voice the model chooses."""
-    if adapter is None:
-        return voice
-    kalle.adapter = kalle.load_adapter(adapter)
-    return voice if voice is None or isinstance(voice, str) else dataclasses.replace(voice, adapter=kalle.adapter)
+def free_output(long: bool, folder: Path = Path()) -> Path:
+    """The file for speech that was given none: speech.wav in ``folder``, or speech-2.wav and so on, the first that is not there.
+
+    A ``long`` text takes one whose sentences are there, because a run was interrupted, so that the same command goes on; no other may.
+    """
+    names = (f"{DEFAULT_STEM}{'' if number == 1 else f'-{number}'}{DEFAULT_SUFFIX}" for number in itertools.count(1))
+    return next(path for path in map(folder.joinpath, names) if not path.exists() and (long or not parts_folder(path).exists()))
 
 
-def _longest_seconds(folder: Path | None) -> float | None:
-    """What the weights in ``folder`` say that they keep up in one request."""
-    from kalle.synthesis.folder import read_folder
+def speak_to_file(
+    kalle: Kalle, text: str, output: Path, voice: GivenVoice, options: GenerationOptions, *, plot: Path | None = None
+) -> Speech:
+    """Speak ``text`` at once into ``output`` and print what came of it; a UserError, and no file, when nothing was spoken.
 
-    return read_folder(folder).longest_seconds if folder is not None and folder.is_dir() else None
+    ``plot`` is a picture to draw beside.
+    """
+    started = time.perf_counter()
+    speech = kalle.synthesize(text, voice, options=options.changed(by_sentences=False))
+    elapsed = time.perf_counter() - started
+    if not speech.frames:
+        raise UserError(
+            f"the model ended the speech before its first frame: got 0 frames with seed {speech.seed}, expected some; try another --seed"
+        )
+    if output == STDOUT:
+        write_standard_output(wav_bytes(speech))
+    else:
+        speech.save(output)
+    lines = [report(speech, output, elapsed), *(f"warning: {warning}" for warning in wordless(text))]
+    if text != speech.text:
+        lines.append(f"spoken as: {speech.text}")
+    typer.echo("\n".join(lines), err=output == STDOUT)
+    if plot is not None:
+        from kalle.evaluation.figures import save_speech_figure
+
+        save_speech_figure(speech, plot)
+        typer.echo(f"plot: {plot}", err=output == STDOUT)
+    return speech
 
 
-def _usual_language(text: str, folder: Path | None) -> str | None:
-    """The language that the weights in ``folder`` name as theirs, unless ``text`` has another's script; None leaves it to be guessed."""
-    from kalle.synthesis.folder import read_folder
-    from kalle.text.languages import language_in_its_script
+def report(speech: Speech, output: Path, elapsed_seconds: float) -> str:
+    """What `kalle say` prints, one fact a line; ``elapsed_seconds`` covers synthesis without loading and writing."""
+    endings = {
+        "end": "end (the model ended the speech)",
+        "max_frames": f"max_frames (cut at the length cap of {speech.max_frames} frames; allow more seconds or try another --seed)",
+    }
+    tries = ", ".join(f"seed {attempt.seed}: {attempt.stop_reason}" + (" (kept)" if attempt.kept else "") for attempt in speech.attempts)
+    return "\n".join(
+        [
+            f"wrote {'to standard output' if output == STDOUT else output}",
+            f"audio: {speech.seconds:.2f} s at {speech.sample_rate} Hz ({speech.frames} frames)",
+            f"RTF = synthesis / audio = {elapsed_seconds:.2f} s / {speech.seconds:.2f} s = {elapsed_seconds / speech.seconds:.3f}",
+            f"stop reason: {endings.get(speech.stop_reason, f'{speech.stop_reason} (try another --seed)')}",
+            f"seed: {speech.seed}",
+            f"confidence: {speech.confidence:.3f}",
+            *([f"attempts: {len(speech.attempts)} ({tries})"] if len(speech.attempts) > 1 else []),
+            *(f"warning: {warning}" for warning in speech.warnings),
+        ]
+    )
 
-    usual = read_folder(folder).language if folder is not None and folder.is_dir() else None
-    return None if usual is None else language_in_its_script(text, usual)
+
+def wav_bytes(speech: Speech) -> bytes:
+    """A 16-bit WAV file of ``speech``."""
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, speech.pcm16(), speech.sample_rate, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
 
 
-def _show(text: str, language: str | None, normalise: bool, folder: Path | None) -> None:
+def write_standard_output(content: bytes) -> None:
+    """Write ``content`` to standard output; a UserError on a terminal, which it would garble."""
+    _refuse_terminal()
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
+
+
+def _refuse_terminal() -> None:
+    if sys.stdout.isatty():
+        raise UserError("audio on a terminal: got -o -, expected a pipe or a file; redirect the output")
+
+
+@dataclass
+class Spoken:
+    """What a run of a long text came to; its parts hold neither audio nor frames, so that a book fits in memory."""
+
+    parts: list[Part] = field(default_factory=list)
+    samples: int = 0
+    elapsed_s: float = 0.0
+    """Time that synthesis took in this run."""
+    fresh_s: float = 0.0
+    """Seconds of audio that were spoken in this run, pauses not included."""
+
+
+def speak_long_to_file(
+    kalle: Kalle,
+    text: str,
+    output: Path,
+    voice: GivenVoice,
+    options: GenerationOptions,
+    *,
+    why: str,
+    srt: bool = False,
+    restart: bool = False,
+    keep_parts: bool = False,
+) -> Spoken:
+    """Speak ``text`` into ``output`` and print what came of it; ``why`` says why sentence by sentence.
+
+    The sentences go to a folder beside the output first, and from there on if a run was interrupted with the same text, voice, weights,
+    seed and options; a UserError when they differ. Without a seed that run's is taken. Ctrl-C leaves with exit code 130.
+    """
+    from kalle.files import output_folder, write_atomic
+    from kalle.synthesis.longform import LongForm
+    from kalle.synthesis.longform_files import PartStore, settings_of, stored_seed
+
+    if output == STDOUT:
+        return _long_to_standard_output(LongForm(kalle, text, voice, options), why)
+    with output_folder(output.parent):
+        folder = parts_folder(output)
+        _check_folder(folder, restart)
+        seed = stored_seed(folder) if options.seed is None else options.seed
+        long = LongForm(kalle, text, voice, options.changed(seed=seed))
+        store = PartStore(folder, settings_of(long))
+        try:
+            with store.locked():
+                spoken = _write(long, output, store, why)
+                if srt:
+                    write_atomic(output.with_suffix(".srt"), subtitles(spoken.parts))
+                if not keep_parts:
+                    store.remove()
+        except KeyboardInterrupt:
+            kept = f"{store.count()} of {len(long)} sentences are kept in '{folder}'"
+            typer.echo(f"error: interrupted; {kept}; run the same command again to go on", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+    lines = [f"wrote {output}", *([f"subtitles: {output.with_suffix('.srt')}"] if srt else [])]
+    typer.echo("\n".join([*lines, *long_report(long, spoken)]))
+    return spoken
+
+
+def subtitles(parts: list[Part]) -> str:
+    """SubRip text of what was spoken, as written and when; a sentence of which nothing was spoken has no time and no subtitle."""
+    from kalle.synthesis.longform_files import Cue, srt
+
+    return srt(Cue(part.sentence.spoken, part.start_s, part.end_s) for part in _audible(parts))
+
+
+def long_report(long: LongForm, spoken: Spoken) -> Iterator[str]:
+    """What is printed of a long text, one fact a line."""
+    from kalle.synthesis.longform import shortened
+
+    parts, rate_hz = spoken.parts, long.kalle.sample_rate
+    kept = sum(part.kept for part in parts)
+    paragraphs = sum(part.sentence.ends_paragraph for part in parts)
+    earlier = f", {kept} of them by an earlier run" if kept else ""
+    yield f"audio: {spoken.samples / rate_hz:.2f} s at {rate_hz} Hz ({len(parts)} sentences, {paragraphs} paragraphs{earlier})"
+    if spoken.fresh_s:
+        ratio = spoken.elapsed_s / spoken.fresh_s
+        of = f"({len(parts) - kept} sentences, no pauses)"
+        yield f"RTF = synthesis / audio = {spoken.elapsed_s:.2f} s / {spoken.fresh_s:.2f} s = {ratio:.3f} {of}"
+    reasons = Counter(part.speech.stop_reason for part in parts)
+    yield "stop reasons: " + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    yield f"seed: {long.seed}"
+    yield f"confidence: {statistics.mean(part.speech.confidence if part.speech.frames else 0.0 for part in parts):.3f}"
+    if long.options.rolling:
+        yield f"prompted by the sentence before, too: {sum(part.rolled for part in parts)} of {len(parts)} sentences"
+    again = sum(part.tries > 1 for part in parts)
+    yield f"spoken more than once: {again} of {len(parts)} sentences"
+    audible = _audible(parts)
+    if audible:
+        before, after = [part.loudness_db for part in audible], [part.loudness_db + part.gain_db for part in audible]
+        spread = [statistics.pstdev(levels) for levels in (before, after)]
+        yield f"loudness: {statistics.median(after):.1f} dBFS, standard deviation {spread[0]:.2f} dB evened to {spread[1]:.2f} dB"
+    for part in parts:
+        for warning in part.warnings:
+            yield f"warning: sentence {part.index + 1} at {part.start_s:.1f} s ({part.short}): {warning}"
+    for place, gap in long.unspoken:
+        yield f"not spoken: {shortened(gap)} at character {place + 1}, without a letter or number"
+
+
+def _write(long: LongForm, output: Path, store: PartStore | None, why: str) -> Spoken:
+    from kalle.audio import audio_writer
+    from kalle.progress import progress_bar
+
+    spoken = Spoken()
+    typer.echo(f"speaking {len(long)} sentences one by one, as {why}", err=True)
+    with audio_writer(output, long.kalle.sample_rate) as append, progress_bar() as bar:
+        task = bar.add_task("sentences", total=len(long))
+        parts = long.parts(store)
+        while True:
+            started = time.perf_counter()
+            part = next(parts, None)
+            if part is None:
+                break
+            if not part.kept:
+                spoken.elapsed_s += time.perf_counter() - started
+                spoken.fresh_s += part.speech.seconds
+            append(part.with_pause)
+            spoken.samples += len(part.audio) + part.pause_samples
+            spoken.parts.append(_light(part))
+            bar.advance(task)
+        if not _audible(spoken.parts):
+            raise UserError(
+                f"nothing was spoken: got 0 frames for each sentence with seed {long.seed}, expected speech; try another --seed"
+            )
+    return spoken
+
+
+def _light(part: Part) -> Part:
+    """``part`` with views of one number for its audio and means, which keep only their shape."""
+    import numpy as np
+
+    speech, zero = part.speech, np.float32(0)
+    small = replace(speech, audio=np.broadcast_to(zero, speech.audio.shape), means=np.broadcast_to(zero, speech.means.shape))
+    return replace(part, speech=small)
+
+
+def _audible(parts: list[Part]) -> list[Part]:
+    import math
+
+    return [part for part in parts if len(part.audio) and math.isfinite(part.loudness_db)]
+
+
+def _long_to_standard_output(long: LongForm, why: str) -> Spoken:
+    """All of it into a temporary file first: a WAV begins with its length."""
+    _refuse_terminal()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "speech.wav"
+        spoken = _write(long, path, None, why)
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+    typer.echo("\n".join(["wrote to standard output", *long_report(long, spoken)]), err=True)
+    return spoken
+
+
+def _check_folder(folder: Path, restart: bool) -> None:
+    """Refuse a folder of somebody else's; empty it for ``restart``."""
+    from kalle.synthesis.longform_files import SETTINGS_NAME
+
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / SETTINGS_NAME).is_file()):
+        raise UserError(
+            f"'{folder}' is in the way: expected no such path, or the sentences of an earlier run; remove it or choose another output"
+        )
+    if restart:
+        shutil.rmtree(folder)
+
+
+def _config(folder: Path | None) -> FolderConfig:
+    """What the weights in ``folder`` say of speaking; the usual where there is no folder."""
+    from kalle.synthesis.weights import FolderConfig, read_folder
+
+    return FolderConfig() if folder is None else read_folder(folder)
+
+
+def shown_text(text: str, options: GenerationOptions, folder: Path | None) -> str:
+    """``text`` as written, its sentences with their places, and each in words where ``normalise`` changes it; needs no model."""
+    from kalle.synthesis.options import fits_one_request
+    from kalle.text.languages import detect_language
     from kalle.text.prompt import check_text
+    from kalle.text.sentences import split_sentences, unspoken
 
     check_text(text, "text")
-    typer.echo(show_text(text, language or _usual_language(text, folder), normalise, _longest_seconds(folder)))
+    config = _config(folder if folder is not None and folder.is_dir() else None)
+    language = config.language_of(text, options)
+    options = options.changed(language=language)
+    sentences = split_sentences(text, language, lambda piece: fits_one_request(config.words(piece, options)[0], config.longest_seconds))
+    lines = ["original:", text.strip("\n"), ""]
+    lines += [f"language: {language or detect_language(text) + ' (guessed)'}"]
+    lines += [f"normalisation: {'on' if options.normalise else 'off (--normalise)'}", f"sentences: {len(sentences)}"]
+    for number, sentence in enumerate(sentences, start=1):
+        lines.append(f"{number:4} [{sentence.start}:{sentence.end}] {sentence.spoken}")
+        words, warnings = config.words(sentence.text, options)
+        words = " ".join(words.split())
+        lines += [f"     -> {words}"] if words != sentence.spoken else []
+        lines += [f"     warning: {warning}" for warning in warnings]
+        lines += ["     warning: too long for one request, cut after these words"] if sentence.cut else []
+        lines += ["     (paragraph)"] if sentence.ends_paragraph and number < len(sentences) else []
+    lines += [f"not spoken: {gap!r} at character {place + 1}" for place, gap in unspoken(text, sentences)]
+    return "\n".join(lines)

@@ -13,25 +13,33 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from kalle.cli.interrupts import interruptible
+from kalle.cli.audio_output import GrowingWav, Pipe, PipedPlayer, Sink, Sinks
 from kalle.cli.main import INTERRUPTED
-from kalle.cli.model_option import ModelOption, load_model
-from kalle.cli.renamed import renamed
-from kalle.cli.say import adapted, check_request, choose_voice, read_text
-from kalle.cli.say_options import VOICE_DEFAULT, VOICE_HELP, TemperatureOption
-from kalle.cli.say_text import wordless
-from kalle.cli.sinks import GrowingWav, Pipe, Sink, Sinks
+from kalle.cli.speaking import (
+    STREAM_FLAGS,
+    AdapterOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    PromptAudioOption,
+    PromptTextOption,
+    VoiceOption,
+    check_request,
+    choose_voice,
+    load_model,
+    read_text,
+    speaks,
+    wordless,
+)
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from kalle.cli.players import PipedPlayer
+    from kalle.synthesis.options import GenerationOptions
     from kalle.synthesis.speech import Speech
     from kalle.synthesis.stream import SpeechStream
 
 STDOUT = "-"
 SUFFIX = ".wav"
-FLAGS = {"chunk_frames": "--chunk", "latency_frames": "--latency", "max_seconds": "--max-seconds"}
-"""What messages of the library name, and what it is called here."""
 
 
 class Container(StrEnum):
@@ -41,50 +49,35 @@ class Container(StrEnum):
     raw = "raw"
 
 
+@speaks(STREAM_FLAGS)
 def stream(
     text: Annotated[str, typer.Argument(help="What to say; - reads it from standard input.")],
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="WAV file; - is standard output.")] = None,
     model: ModelOption = None,
-    prompt_audio: Annotated[Path | None, typer.Option(help="Recording whose voice to speak in.")] = None,
-    prompt_text: Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")] = None,
-    voice: Annotated[str | None, typer.Option(help=VOICE_HELP, show_default=VOICE_DEFAULT)] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same speech; without one it is drawn and printed.")] = None,
-    temperature: TemperatureOption = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
-    max_seconds: Annotated[float | None, typer.Option(help="Length cap; by default what slow speech of the text does not reach.")] = None,
-    latency: Annotated[int | None, typer.Option(metavar="FRAMES", help="Frames to wait before one is final; default: near exact.")] = None,
-    chunk: Annotated[int | None, typer.Option(metavar="FRAMES", help="Frames in a piece of audio.")] = None,
+    prompt_audio: PromptAudioOption = None,
+    prompt_text: PromptTextOption = None,
+    voice: VoiceOption = None,
+    adapter: AdapterOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     play: Annotated[bool, typer.Option("--play", help="Play it as it comes.")] = False,
     container: Annotated[Container, typer.Option("--format", help="Of standard output: a WAV, or raw 16-bit.")] = Container.wav,
+    *,
+    options: GenerationOptions,
 ) -> None:
     """Speak a text into a file, a pipe or the loudspeaker while it is being generated. Reports on standard error.
 
-    Ctrl-C keeps the audio that is finished, as a valid file, and leaves with 130.
+    A text that is long for the weights is spoken sentence by sentence, as `kalle say` does. Ctrl-C keeps the audio that is finished,
+    as a valid file, and leaves with 130.
     """
-    with interruptible(), renamed(FLAGS):
-        spoken = read_text(text)
-        check_output(output, play)
-        stand_in = Path(f"stdout{SUFFIX}") if output in (None, STDOUT) else Path(str(output))
-        check_request(spoken, stand_in, prompt_audio, prompt_text, voice)
-        from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES
-
-        kalle = load_model(model, device, dtype)
-        chosen = adapted(kalle, choose_voice(kalle, prompt_audio, prompt_text, voice), adapter)
-        started = time.perf_counter()
-        speaking = kalle.stream(
-            spoken,
-            chosen,
-            seed=seed,
-            temperature=temperature,
-            max_seconds=max_seconds,
-            latency_frames=latency,
-            chunk_frames=DEFAULT_CHUNK_FRAMES if chunk is None else chunk,
-        )
-        code = Delivery(speaking, spoken, output, play, container is Container.raw, started).run()
+    written = read_text(text)
+    check_output(output, play)
+    check_request(written, prompt_audio, prompt_text, voice)
+    kalle = load_model(model, device, dtype)
+    chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
+    started = time.perf_counter()
+    speaking = kalle.stream(written, chosen, options=options)
+    code = Delivery(speaking, written, output, play, container is Container.raw, started).run()
     if code:
         raise typer.Exit(code)
 
@@ -138,7 +131,8 @@ class Delivery:
         self.samples = next((sink.samples for sink in sinks if isinstance(sink, GrowingWav)), self.samples)
         speech = self.stream.speech
         if failure is not None:
-            raise type(failure)(f"{failure}; kept {self._kept()}, seed: {speech.seed}")
+            failure.args = (f"{failure}; kept {self._kept()}, seed: {speech.seed}", *failure.args[1:])
+            raise failure
         if not self.samples and not interrupted:
             raise UserError(f"the model ended the speech before its first frame: got 0 frames with seed {speech.seed}, try another --seed")
         typer.echo(self.report(speech, interrupted, player), err=True)
@@ -154,8 +148,6 @@ class Delivery:
         return f"{self.samples / self.stream.sample_rate:.2f} s {where}"
 
     def _open(self) -> tuple[PipedPlayer | None, list[Sink]]:
-        from kalle.cli.players import PipedPlayer
-
         rate_hz, sinks = self.stream.sample_rate, list[Sink]()
         player = PipedPlayer(rate_hz) if self.play else None
         if self.output == STDOUT:

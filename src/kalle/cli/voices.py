@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kalle.cli.interrupts import interruptible
-from kalle.cli.model_option import FolderOption, load_model, model_folder
-from kalle.cli.renamed import renamed
-from kalle.cli.say_options import TemperatureOption
-from kalle.cli.say_text import choose_language
+from kalle.cli.speaking import DeviceOption, FolderOption, TemperatureOption, load_model, model_folder, renamed
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from kalle.synthesis.voice import Voice
-    from kalle.synthesis.voice_store import Binding
+    from kalle.evaluation.similarity import VoiceSimilarity
+    from kalle.synthesis.adapter import Adapter
+    from kalle.synthesis.voice import Binding, StoredVoice, Voice
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Voice file to write; by default voices/NAME of the model.")]
 Name = Annotated[str | None, typer.Option(help="What to call it; `kalle say --voice NAME` finds it in the weight folder.")]
 Description = Annotated[str | None, typer.Option(help="A line for people.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a voice that is there already.")]
 Given = Annotated[str, typer.Argument(metavar="VOICE", help="Voice file, or the name of one in the weight folder.")]
 PLAY_TEXTS = {"en": "Hello. This is what I sound like.", "zh": "你好，这是我的声音。"}
+UNKNOWN = "-"
+PIPE_WIDTH = 200
+"""Columns of a table that no terminal will show."""
 CHECK_OTHERS = 2
 """Random voices that `kalle voices check` compares with."""
 
@@ -47,12 +50,14 @@ def create(
     description: Description = None,
     seed: Annotated[int, typer.Option(help="Of the one draw of the prompt latents.")] = 0,
     force: Force = False,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Make a voice from a recording."""
-    with interruptible(), renamed({"--prompt-text": "--text"}):
+    with interruptible(), renamed({"(text)": "(--text)"}):
         named = chosen_name(name, out, audio.stem)
-        language = choose_language(language)
+        from kalle.synthesis.options import check_language
+
+        language = check_language(language)
         folder = model_folder(model)
         path = target(folder, out, named, force)
         if not audio.is_file():
@@ -70,7 +75,7 @@ def random(
     name: Name = None,
     description: Description = None,
     force: Force = False,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Make up a voice and keep it."""
     with interruptible():
@@ -86,8 +91,7 @@ def list_voices(
     model: FolderOption = None,
 ) -> None:
     """Show every voice of a weight folder, damaged ones included."""
-    from kalle.cli.voice_tables import print_table
-    from kalle.synthesis.voice_store import stored_voices, voice_files
+    from kalle.synthesis.voice import stored_voices, voice_files
 
     with interruptible():
         folder = model_folder(model)
@@ -106,9 +110,7 @@ def list_voices(
 @app.command()
 def show(voice: Given, model: FolderOption = None) -> None:
     """Print everything a voice file says, and whether it fits the weights."""
-    from kalle.cli.voice_tables import description_lines
-    from kalle.synthesis.voice import Voice
-    from kalle.synthesis.voice_store import find_voice
+    from kalle.synthesis.voice import Voice, find_voice
 
     with interruptible():
         folder = model_folder(model)
@@ -125,18 +127,20 @@ def play(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the audio here, .wav or .flac.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same speech.")] = 0,
     silent: Annotated[bool, typer.Option("--no-play", help="Only write the file.")] = False,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Speak a short text in a voice and play it."""
-    from kalle.cli.players import play_file
-    from kalle.cli.say import check_request
-    from kalle.synthesis.voice_store import find_voice
+    from kalle.cli.audio_output import play_file
+    from kalle.cli.say import check_output
+    from kalle.synthesis.voice import find_voice
+    from kalle.text.prompt import check_text
 
     with interruptible():
         folder = model_folder(model)
         path = find_voice(folder, voice)
+        check_text("-" if text is None else text, "text")
         if output is not None:
-            check_request(text or "-", output, None, None, None)
+            check_output(output)
         kalle = load_model(folder, device)
         chosen = kalle.load_voice(path)
         spoken = text if text is not None else PLAY_TEXTS.get(chosen.language or "en", PLAY_TEXTS["en"])
@@ -158,12 +162,11 @@ def check(
     seed: Annotated[int, typer.Option(help="Of the first text; the next ones count up from it.")] = 0,
     temperature: TemperatureOption = None,
     others: Annotated[int, typer.Option(help="Random voices to compare with.")] = CHECK_OTHERS,
-    device: Device = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Measure whether a voice stays the same across texts."""
-    from kalle.cli.voice_tables import similarity_lines
     from kalle.evaluation.similarity import check_texts, speaker_embedder, voice_similarity
-    from kalle.synthesis.voice_store import find_voice
+    from kalle.synthesis.voice import find_voice
 
     with interruptible():
         folder = model_folder(model)
@@ -179,7 +182,7 @@ def check(
 
 def target(model: Path, out: Path | None, name: str, force: bool) -> Path:
     """The file to write; a UserError for a bad name, or when it exists and may not be overwritten."""
-    from kalle.synthesis.voice_store import SUFFIX, voice_path
+    from kalle.synthesis.voice import SUFFIX, voice_path
 
     path = voice_path(model, name) if out is None else out
     if path.suffix != SUFFIX:
@@ -230,7 +233,7 @@ def _save_new(voice: Voice, path: Path) -> None:
 
 def binding_of(model: Path) -> tuple[Binding | None, str | None]:
     """What voices must fit in ``model``, or None and the reason why that is not known."""
-    from kalle.synthesis.voice_store import Binding
+    from kalle.synthesis.voice import Binding
 
     try:
         return Binding.of_folder(model), None
@@ -240,9 +243,99 @@ def binding_of(model: Path) -> tuple[Binding | None, str | None]:
 
 def default_voice(model: Path) -> str | None:
     """The name of the folder's default voice; None also where the folder can't be read."""
-    from kalle.synthesis.folder import read_folder
+    from kalle.synthesis.weights import read_folder
 
     try:
         return read_folder(model).voice
     except UserError:
         return None
+
+
+def print_table(voices: Iterable[StoredVoice], default: str | None, compared: bool = True) -> None:
+    """The list of voices on standard output; ``compared`` says whether there was a model to compare them with."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("name", "language", "kind", "source", "seconds", "fits", "licence"):
+        table.add_column(heading, overflow="fold")
+    for stored in voices:
+        table.add_row(*_row(stored, stored.name == default, compared))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, markup=False, highlight=False).print(table)
+
+
+def _row(stored: StoredVoice, default: bool, compared: bool) -> tuple[str, ...]:
+    name = f"{stored.name} (default)" if default else stored.name
+    voice = stored.voice
+    if voice is None:
+        return (name, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, f"damaged: {stored.problem}", UNKNOWN)
+    seconds = UNKNOWN if voice.seconds is None else f"{voice.seconds:.1f}"
+    fits = ("yes" if compared else "not known") if stored.problem is None else f"no: {stored.problem}"
+    return (name, voice.language or UNKNOWN, voice.kind, _source(voice), seconds, fits, voice.licence or UNKNOWN)
+
+
+def _source(voice: Voice) -> str:
+    if voice.source == "random":
+        return f"random {voice.seed}"
+    return voice.source or UNKNOWN
+
+
+def description_lines(voice: Voice, path: Path, model: Path, binding: Binding | None, problem: str | None) -> list[str]:
+    """Everything ``voice`` says, a fact a line; ``problem`` is why ``binding`` is missing."""
+    lines = [f"file: {path}", f"kind: {voice.kind}"]
+    for name in ("name", "description", "source", "seed", "language", "text", "licence", "consent"):
+        value = getattr(voice, name)
+        lines.append(f"{name}: {UNKNOWN if value is None else value}")
+    lines.append(f"seconds: {UNKNOWN if voice.seconds is None else f'{voice.seconds:.2f}'}")
+    if voice.prompt_latents is not None:
+        lines.append(f"prompt latents: {voice.prompt_latents.shape[0]} frames of {voice.prompt_latents.shape[1]} dimensions")
+    if voice.speaker_latent is not None:
+        lines.append(f"speaker latent: {voice.speaker_latent.shape[0]} dimensions")
+    if voice.adapter is not None:
+        lines += [f"adapter: {voice.adapter.description}", *adapter_lines(voice.adapter)]
+    lines += [f"bound to {name}: {value}" for name, value in voice.bound_to.items()]
+    if binding is None:
+        return [*lines, f"fits: not known ({problem})"]
+    reason = binding.problem(voice)
+    return [*lines, f"fits {model}: {'yes' if reason is None else f'no: {reason}'}"]
+
+
+def adapter_lines(adapter: Adapter) -> list[str]:
+    """How an adapter was made and what that did, as its file says."""
+    notes, lines = adapter.notes, []
+    if "lr" in notes:
+        lines.append(
+            f"adapter made with: learning rate {notes['lr']:g}, seed {notes.get('seed')}, on {len(notes.get('texts', []))} recording(s)"
+        )
+    if notes.get("target_text"):
+        lines.append(f"adapter made for the text: {notes['target_text']}")
+    named = {
+        "kl": "KL of the recording",
+        "held_out_kl": "KL of another recording",
+        "similarity": "similarity to the recording",
+        "held_out_similarity": "similarity to another recording",
+    }
+    for name, words in named.items():
+        if notes.get(name) is not None:
+            before, after = (UNKNOWN if value is None else f"{value:.3f}" for value in (notes[name][end] for end in ("before", "after")))
+            lines.append(f"{words}: {before} before, {after} with the adapter")
+    return lines
+
+
+def similarity_lines(name: str, result: VoiceSimilarity) -> list[str]:
+    """What `kalle voices check` prints; every number is a cosine between speaker embeddings."""
+    embedder = " ".join(str(value) for value in result.embedder.values())
+    endings = ", ".join(f"{reason} {count}" for reason, count in sorted(result.stop_reasons.items()))
+    lines = [
+        f"voice: {name}",
+        f"texts: {result.texts} spoken ({endings}), {result.failed} without usable audio",
+        f"similarity among them: {result.among:.3f} (mean cosine of all pairs; lowest {result.among_lowest:.3f}; {embedder})",
+    ]
+    if result.to_prompt is not None:
+        lines.append(f"similarity to the voice's prompt: {_cosine(result.to_prompt)}")
+    lines += [f"contrast, similarity to {other}: {_cosine(cosine)}" for other, cosine in result.to_others.items()]
+    return lines
+
+
+def _cosine(value: float) -> str:
+    return "it gave no usable audio" if math.isnan(value) else f"{value:.3f}"

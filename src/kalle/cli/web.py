@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kalle.cli.interrupts import interruptible
-from kalle.cli.model_option import FolderOption, load_model
+from kalle.cli.speaking import FolderOption, load_model
 from kalle.errors import UserError
 
 LONGEST_PORT = 65535

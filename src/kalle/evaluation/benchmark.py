@@ -19,13 +19,11 @@ from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowVAE, FlowVAEC
 from kalle.models.flowvae.bigvgan import BigVGANDecoder
 from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.models.lm import KalleLM
-from kalle.synthesis.batching import generate_batch
-from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES
-from kalle.synthesis.row import Frame, StopRule
-from kalle.synthesis.sampling import generate
-from kalle.synthesis.speak import Request
-from kalle.synthesis.stream import SpeechStream
-from kalle.synthesis.uncached import UncachedLM
+from kalle.synthesis.batch import generate_batch
+from kalle.synthesis.generate import Frame, FrameModel, Request, generate
+from kalle.synthesis.options import NEVER, GenerationOptions
+from kalle.synthesis.release_compat import UncachedLM
+from kalle.synthesis.stream import RequestStream
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
@@ -69,9 +67,6 @@ def _peak_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-NEVER = StopRule(threshold=0.0)
 
 
 @dataclass(frozen=True)
@@ -142,12 +137,12 @@ def _request(lm: KalleLM, flowvae: FlowVAE, plan: BenchPlan, seconds: float) -> 
     generator = torch.Generator().manual_seed(plan.seed)
     ids = torch.randint(lm.vocab_size, (plan.text_length,), generator=generator)
     noise = torch.randn(frames, lm.config.latent_dim, generator=generator)
-    return Request(ids, frames, plan.seed, stop=NEVER, noise=noise)
+    return Request(ids, frames, GenerationOptions(seed=plan.seed, stop=NEVER), noise=noise)
 
 
 def _warm_up(lm: KalleLM, flowvae: FlowVAE, plan: BenchPlan) -> None:
     request = _request(lm, flowvae, plan, 8 / flowvae.config.frame_rate_hz)
-    for _ in SpeechStream(lm, flowvae, StreamingDecoder(flowvae), request, DEFAULT_CHUNK_FRAMES):
+    for _ in RequestStream(lm, flowvae, StreamingDecoder(flowvae), request):
         pass
     weight = next(flowvae.parameters())
     flowvae.decode(torch.zeros(1, request.max_frames, flowvae.config.latent_dim).to(weight))
@@ -183,20 +178,20 @@ def _bench_audio(lm: KalleLM, flowvae: FlowVAE, request: Request, latents: Tenso
 
 
 def _bench_batch(lm: KalleLM, flowvae: FlowVAE, request: Request, size: int, keep: Callable[[Timing], None]) -> None:
-    requests = [replace(request, seed=index) for index in range(size)]
+    requests = [replace(request, options=request.options.changed(seed=index)) for index in range(size)]
     budget = size * (len(request.text_ids) + request.max_frames)
     results, wall, peak = _timed(lm.device, lambda: generate_batch(lm, requests, frame_budget=budget))
     seconds = len(results) * request.max_frames / flowvae.config.frame_rate_hz
     keep(_timing(f"frames, batch of {size}", seconds, wall, peak))
 
 
-def _frames(lm: Any, request: Request) -> list[Frame]:
+def _frames(lm: FrameModel, request: Request) -> list[Frame]:
     return list(generate(lm, request.text_ids, noise=request.noise, stop=request.stop, max_frames=request.max_frames))
 
 
 def _streamed(lm: KalleLM, flowvae: FlowVAE, decoder: StreamingDecoder, request: Request) -> tuple[Tensor, float]:
     started = time.perf_counter()
-    stream = SpeechStream(lm, flowvae, decoder, request, DEFAULT_CHUNK_FRAMES)
+    stream = RequestStream(lm, flowvae, decoder, request)
     pieces = [torch.from_numpy(next(stream))]
     first = time.perf_counter() - started
     pieces += [torch.from_numpy(piece) for piece in stream]

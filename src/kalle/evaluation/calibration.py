@@ -22,8 +22,8 @@ from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
-from kalle.synthesis.folder import StoredStop, load_tokenizer
-from kalle.synthesis.row import StopRule
+from kalle.synthesis.options import StopRule
+from kalle.synthesis.weights import StoredStop, load_tokenizer
 
 if TYPE_CHECKING:
     from kalle.data.loading.datasets import LatentDataset

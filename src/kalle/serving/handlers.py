@@ -31,6 +31,8 @@ ENDINGS = {
     "interrupted": "stopped by you",
 }
 _FIELDS = {
+    "max_seconds": "the longest length",
+    "(text)": "(the transcript)",
     "--prompt-text": "the transcript",
     "--prompt-audio": "the recording",
     "--max-seconds": "the longest length",
@@ -38,7 +40,7 @@ _FIELDS = {
     "--seed": "seed",
     "--temperature": "temperature",
 }
-"""Flags that messages name, and the fields of the page that they are."""
+"""Parameters and flags that messages name, and the fields of the page that they are."""
 
 
 def error_html(message: str) -> str:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from kalle.audio import Audio, to_pcm16, write_audio
 from kalle.errors import UserError
 from kalle.serving.voices import VoiceChoice, VoiceStore, check_voice
+from kalle.synthesis.generate import Request
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.request import SpeechRequest
-from kalle.synthesis.row import StopRule
-from kalle.synthesis.speak import Request
+from kalle.synthesis.options import GenerationOptions, SpeechRequest, StopRule
 from kalle.synthesis.speech import FloatArray, Speech
 from kalle.synthesis.voice import Voice
 from kalle.text.prompt import check_text
@@ -165,9 +164,9 @@ class StoppableKalle(Kalle):
 
     def resolve(self, request: SpeechRequest) -> Request:
         """As ``Kalle.resolve``, with a rule that looks at the job."""
-        rule = request.stop or self.config.stop
+        rule = request.options.stop or self.config.stop
         stoppable = StoppableRule(rule.threshold, rule.min_index, self._job, probability=rule.probability)
-        return super().resolve(replace(request, stop=stoppable))
+        return super().resolve(replace(request, options=request.options.changed(stop=stoppable)))
 
     def speak(self, request: SpeechRequest) -> Speech:
         """As ``Kalle.speak``."""
@@ -316,7 +315,7 @@ class Backend:
 def _say_one(running: _RunningJob, voice: Voice | None) -> Iterator[JobProgress]:
     request = running.job.request
     stream = running.kalle.stream(request.text, voice, seed=request.seed, temperature=request.temperature, max_seconds=request.max_seconds)
-    running.seed = stream.request.seed
+    running.seed = stream.seed
     try:
         for piece in stream:
             yield running.publish(piece)
@@ -327,13 +326,12 @@ def _say_one(running: _RunningJob, voice: Voice | None) -> Iterator[JobProgress]
 
 def _say_all(running: _RunningJob, voice: Voice | None) -> Iterator[JobProgress]:
     from kalle.synthesis.longform import LongForm
-    from kalle.synthesis.longform_part import LongFormOptions
 
     request = running.job.request
-    options = LongFormOptions(running.kalle.config.language, temperature=request.temperature, max_seconds=request.max_seconds)
-    form = LongForm(running.kalle, request.text, voice, seed=request.seed, options=options)
+    options = GenerationOptions(seed=request.seed, temperature=request.temperature, max_seconds=request.max_seconds)
+    form = LongForm(running.kalle, request.text, voice, options)
     running.seed, running.unspoken = form.seed, tuple(gap for _, gap in form.unspoken)
     yield JobProgress(0.0, running.elapsed, len(form))
     for part in form:
-        running.lines.append(SpokenSentence(part.spoken, running.kalle.of_latents(part.latents), part.warnings))
+        running.lines.append(SpokenSentence(part.speech.text, running.kalle.of_latents(part.speech.latents), part.warnings))
         yield running.publish(part.with_pause, len(form))

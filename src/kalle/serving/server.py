@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 from kalle.errors import UserError
 from kalle.extras import require
 from kalle.serving.jobs import DEFAULT_MAX_TEXT, Backend, Job, Jobs
-from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.voice import VOICES_FOLDER
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -18,12 +18,10 @@ import torch
 from kalle.audio import load_channels, resample, write_audio
 from kalle.errors import UserError
 from kalle.files import unwritable
-from kalle.synthesis.folder import VOICES_FOLDER
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.prompt_checks import LONGEST_PROMPT_SECONDS, prompt_warnings
 from kalle.synthesis.speech import FloatArray
-from kalle.synthesis.voice import Voice
-from kalle.synthesis.voice_store import SUFFIX, Binding, stored_voices, voice_path
+from kalle.synthesis.voice import SUFFIX, VOICES_FOLDER, Binding, Voice, stored_voices, voice_path
+from kalle.synthesis.voicing import LONGEST_PROMPT_SECONDS, prompt_warnings
 
 LOGGER = logging.getLogger(__name__)
 SAMPLE_SECONDS = 6.0

@@ -1,10 +1,10 @@
-"""From text ids to speech: the sampling loop, the stop rule, voices and results. The whole chain is ``kalle.Kalle``."""
+"""From text to speech: options of a request, the loop, batches, streams, long texts, voices, results. The whole is ``kalle.Kalle``."""
 
 from kalle.synthesis.adapter import Adapter
-from kalle.synthesis.longform import LongForm, LongFormOptions, speak_long
-from kalle.synthesis.quirks import ReleaseQuirks
-from kalle.synthesis.request import SpeechRequest
-from kalle.synthesis.sampling import Frame, Generation, StopRule, generate
+from kalle.synthesis.generate import Frame, FrameModel, Generation, generate
+from kalle.synthesis.longform import LongForm, Part, speak_long
+from kalle.synthesis.options import GenerationOptions, SpeechRequest, StopRule
+from kalle.synthesis.release_compat import ReleaseCompatibility
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.voice import Voice
@@ -12,10 +12,12 @@ from kalle.synthesis.voice import Voice
 __all__ = [
     "Adapter",
     "Frame",
+    "FrameModel",
     "Generation",
+    "GenerationOptions",
     "LongForm",
-    "LongFormOptions",
-    "ReleaseQuirks",
+    "Part",
+    "ReleaseCompatibility",
     "Speech",
     "SpeechRequest",
     "SpeechStream",

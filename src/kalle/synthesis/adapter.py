@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import weakref
 from collections.abc import Mapping
@@ -21,13 +22,17 @@ from kalle.errors import UserError
 from kalle.files import write_atomic
 from kalle.models.lm import KalleLM
 from kalle.models.lora import FACTORS, linear_layers, with_low_rank, with_weights
-from kalle.synthesis.adapter_codec import ROWS, decode_change, encode_changes
 
 FORMAT = "kalle-adapter-1"
 ADAPTER_FILE = "adapter.safetensors"
 """Its name in the folder that a training run writes."""
 LORA_A, LORA_B = FACTORS
 WHOLE = ".whole"
+ROWS = ":rows"
+"""Ending of the name of a tensor that lists the rows another one holds."""
+_LARGEST_EXPONENT = 14
+"""A change is scaled by a power of two so that its largest value lies just below 2 ** 14, which fp16 holds: 2 ** 28 below it is still
+a number."""
 SPEAKER_PARTS = ("speaker_encoder.", "speaker_projection")
 """What test-time training leaves alone (the paper freezes the speaker encoder)."""
 AGAIN = "make the adapter again with `kalle adapt` or `kalle train lm lora=default`"
@@ -60,7 +65,7 @@ class Adapter:
     """``base_hash`` of the language model it was made for."""
     tensors: Mapping[str, Tensor]
     """"lora": LAYER.lora_a (r, in) and LAYER.lora_b (out, r), fp32; WEIGHT.whole takes the place of a weight that was trained beside them.
-    "full": see ``kalle.synthesis.adapter_codec``."""
+    "full": see ``encode_changes``."""
     scale: float = 1.0
     """What the product of the factors is multiplied by."""
     exponents: Mapping[str, int] = field(default_factory=dict)
@@ -250,3 +255,36 @@ def _check_shape(name: str, got: tuple[int, ...], wanted: tuple[int, ...] | None
     if got != wanted:
         expected = "this model has no such layer" if wanted is None else f"expected {wanted}"
         raise UserError(f"the adapter does not fit: {name} is of shape {got}, {expected}; {AGAIN}")
+
+
+def encode_changes(changes: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """``changes`` (fp32) as fp16 tensors, and by their names the binary exponents that scale them back.
+
+    A tensor without a change is left out; of one in which most rows have none (a text embedding), the others are kept, with their numbers
+    (int32) under the name + ``ROWS``. The error of a value is at most 2 ** -11 of it.
+    """
+    stored: dict[str, Tensor] = {}
+    exponents: dict[str, int] = {}
+    for name, change in changes.items():
+        largest = float(change.abs().max()) if change.numel() else 0.0
+        if largest == 0:
+            continue
+        exponents[name] = math.frexp(largest)[1] - _LARGEST_EXPONENT
+        kept = change
+        if change.ndim == 2:
+            rows = change.any(dim=1).nonzero()[:, 0]
+            if 2 * len(rows) < len(change):
+                kept, stored[name + ROWS] = change[rows], rows.to(torch.int32)
+        stored[name] = torch.ldexp(kept, torch.tensor(-exponents[name])).to(torch.float16)
+    return stored, exponents
+
+
+def decode_change(stored: Mapping[str, Tensor], name: str, exponent: int, like: Tensor) -> Tensor:
+    """The change ``name`` in fp32, of the shape and on the device of ``like``."""
+    values = torch.ldexp(stored[name].to(like.device, torch.float32), torch.tensor(exponent, device=like.device))
+    rows = stored.get(name + ROWS)
+    if rows is None:
+        return values
+    change = torch.zeros(like.shape, device=like.device)
+    change[rows.to(like.device, torch.int64)] = values
+    return change

@@ -26,9 +26,8 @@ from kalle.errors import UserError
 from kalle.files import atomic_folder
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.synthesis.folder import TOKENIZER_FOLDER, VOICES_FOLDER, read_folder
-from kalle.synthesis.voice import Voice
-from kalle.synthesis.voice_store import Binding, stored_voices, voice_files, voice_path
+from kalle.synthesis.voice import VOICES_FOLDER, Binding, Voice, stored_voices, voice_files, voice_path
+from kalle.synthesis.weights import TOKENIZER_FOLDER, read_folder
 
 PARTS = ("flowvae", "lm")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections.abc import Iterable
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,29 +21,27 @@ from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.models.lm import KalleLM
 from kalle.synthesis.adapter import Adapter, base_hash
-from kalle.synthesis.batching import DEFAULT_FRAME_BUDGET
-from kalle.synthesis.folder import FolderConfig, load_tokenizer, read_folder
-from kalle.synthesis.guidance import NO_GUIDANCE
-from kalle.synthesis.length import cap_frames, cap_seconds, check_length
-from kalle.synthesis.quirks import RELEASED_STEPS, ConvertedModels, ReleaseQuirks
-from kalle.synthesis.request import DEFAULT_CHUNK_FRAMES, DEFAULT_RETRIES, SpeechRequest
-from kalle.synthesis.retry import speak_with_retries
-from kalle.synthesis.row import StopRule, check_stop, default_stop
-from kalle.synthesis.seeds import check_seed
-from kalle.synthesis.speak import Request
-from kalle.synthesis.speak_batch import speak_batch
+from kalle.synthesis.batch import DEFAULT_FRAME_BUDGET, speak_batch
+from kalle.synthesis.generate import Request
+from kalle.synthesis.longform import LongForm, why_by_sentences
+from kalle.synthesis.options import (
+    LONGEST_SECONDS,
+    GenerationOptions,
+    SpeechRequest,
+    cap_frames,
+    check_seed,
+    default_stop,
+    usual_seconds,
+)
+from kalle.synthesis.release_compat import RELEASED_STEPS, ConvertedModels
+from kalle.synthesis.speech import Speech, speak_with_retries
 from kalle.synthesis.stream import SpeechStream
-from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, Voice
-from kalle.synthesis.voice_store import find_voice
+from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, Voice, find_voice
 from kalle.synthesis.voicing import check_voice, random_voice, voice_from_audio
-from kalle.synthesis.weights import SHIPPED, resolve_weights
+from kalle.synthesis.weights import SHIPPED, FolderConfig, load_tokenizer, read_folder, resolve_weights
 from kalle.text.prompt import check_text, prompt_ids
 from kalle.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from kalle.synthesis.speech import Speech
-
-Setting = TypeVar("Setting")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -178,67 +177,53 @@ class Kalle:
         """What requests that name none are spoken with: the weight folder's, or else 1."""
         return 1.0 if self.config.temperature is None else self.config.temperature
 
-    def synthesize(
-        self,
-        text: str,
-        voice: GivenVoice = None,
-        *,
-        seed: int | None = None,
-        temperature: float | None = None,
-        max_seconds: float | None = None,
-        stop: StopRule | None = None,
-        quirks: ReleaseQuirks | None = None,
-        retries: int = DEFAULT_RETRIES,
-        guidance: float = NO_GUIDANCE,
-    ) -> Speech:
-        """Speak ``text``; ``SpeechRequest`` explains the arguments.
+    def synthesize(self, text: str, voice: GivenVoice = None, *, options: GenerationOptions | None = None, **fields: Any) -> Speech:
+        """Speak ``text`` with ``options``, any of which may be given by its name: ``synthesize(text, seed=7, temperature=0.8)``.
 
-        Without ``voice`` the folder's default voice speaks, or without one the model makes up a voice; "random" asks for the
-        ``random_voice`` of the seed whatever the folder says. The length is capped
-        by default at what slow speech of the text does not reach; ``Speech.stop_reason`` tells whether it did.
-        UserError for empty text, one too long for a request (``speak_long`` speaks it), a voice that doesn't fit and bad values.
+        `GenerationOptions` explains them. Without ``voice`` the folder's default voice speaks, or without one the model makes up a voice;
+        "random" asks for the ``random_voice`` of the seed whatever the folder says. The length is capped
+        by default at what slow speech of the text does not reach; ``Speech.stop_reason`` tells whether it did. A text that is longer
+        than one request of these weights may be is spoken sentence by sentence (`LongForm`), and ``Speech.parts`` holds each.
+        UserError for empty text, a voice that doesn't fit and bad values.
         """
-        return self.speak(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, quirks, retries, guidance))
+        return self.speak(SpeechRequest(text, voice, options, **fields))
 
     def speak(self, request: SpeechRequest) -> Speech:
         """``synthesize`` for a whole request."""
-        return speak_with_retries(self.lm, self.flowvae, self.resolve(request), _retries(request), self._converted)
+        if self.why_by_sentences(request) is not None:
+            return LongForm(self, request.text, request.voice, request.options).speech()
+        return speak_with_retries(self.lm, self.flowvae, self.resolve(request), self._converted)
 
     def synthesize_batch(self, requests: Iterable[SpeechRequest | str], *, frame_budget: int = DEFAULT_FRAME_BUDGET) -> list[Speech]:
         """Speak all ``requests`` together, each as ``speak`` would alone (a plain text takes the defaults), in their order.
 
         Finished ones make room for those that wait. ``frame_budget`` bounds the memory: positions of text, prompt and
         speech that the language model holds at once, counted as rows times the longest. Bad endings are tried again
-        together, after the others. UserError before anything is spoken for a request that cannot be.
+        together, after the others; texts that are spoken by sentences come last, one after the other. UserError before anything is
+        spoken for a request that cannot be.
         """
         if isinstance(requests, str | bytes | SpeechRequest):
             raise UserError(f"not a batch: got one {type(requests).__name__}, expected a list of requests or texts; put it into a list")
         given = [each if isinstance(each, SpeechRequest) else SpeechRequest(each) for each in requests]
-        resolved = [self.resolve(request) for request in given]
-        return speak_batch(self.lm, self.flowvae, resolved, [_retries(request) for request in given], frame_budget, self._converted)
+        long = {
+            index: LongForm(self, request.text, request.voice, request.options)
+            for index, request in enumerate(given)
+            if self.why_by_sentences(request) is not None
+        }
+        resolved = [self.resolve(request) for index, request in enumerate(given) if index not in long]
+        spoken = iter(speak_batch(self.lm, self.flowvae, resolved, frame_budget, self._converted))
+        return [long[index].speech() if index in long else next(spoken) for index in range(len(given))]
 
-    def stream(
-        self,
-        text: str,
-        voice: GivenVoice = None,
-        *,
-        seed: int | None = None,
-        temperature: float | None = None,
-        max_seconds: float | None = None,
-        stop: StopRule | None = None,
-        latency_frames: int | None = None,
-        chunk_frames: int = DEFAULT_CHUNK_FRAMES,
-        guidance: float = NO_GUIDANCE,
-    ) -> SpeechStream:
-        """Speak ``text`` and yield audio, float32 (n,), while the frames are being generated.
+    def stream(self, text: str, voice: GivenVoice = None, *, options: GenerationOptions | None = None, **fields: Any) -> SpeechStream:
+        """Speak ``text`` as ``synthesize`` does and yield audio, float32 (n,), while the frames are being generated.
 
         The pieces put together equal ``synthesize`` with the same seed and ``retries=0``, within the decoder's tolerance at
-        ``latency_frames`` (None: the smallest that keeps 1e-4). A piece holds ``chunk_frames`` frames; the first comes once
+        ``latency_frames``, but for the level of the sentences of a long text, which a stream leaves as it is. A piece holds
+        ``chunk_frames`` frames; the first comes once
         ``latency_frames`` + 1 are there. What was heard can't be taken back: a bad ending is not tried again, and
         speech that turns out to be stuck is cut only as far as it has not been yielded (``Speech.stuck_seconds`` says how much was).
         """
-        request = self.resolve(SpeechRequest(text, voice, seed, temperature, max_seconds, stop, retries=0, guidance=guidance))
-        return SpeechStream(self.lm, self.flowvae, self.streaming_decoder(latency_frames), request, chunk_frames)
+        return SpeechStream(self, SpeechRequest(text, voice, options, **fields))
 
     def streaming_decoder(self, latency_frames: int | None = None) -> StreamingDecoder:
         """The decoder for streams of this latency, kept for the next stream: it has its own copy of the effective weights."""
@@ -247,12 +232,36 @@ class Kalle:
                 self._decoder = (latency_frames, StreamingDecoder(self.flowvae, latency_frames))
             return self._decoder[1]
 
+    def why_by_sentences(self, request: SpeechRequest) -> str | None:
+        """Why ``request`` is spoken sentence by sentence; None when it is spoken at once."""
+        return why_by_sentences(self.config.words(request.text, request.options)[0], request.options, self.config.longest_seconds)
+
+    def filled_in(self, options: GenerationOptions) -> GenerationOptions:
+        """``options`` with what the weights say where the user says nothing; a seed is drawn where there is none."""
+        return options.changed(
+            seed=secrets.randbelow(2**31) if options.seed is None else options.seed,
+            temperature=self.temperature if options.temperature is None else options.temperature,
+            stop=options.stop_rule(self.config.stop),
+        )
+
     def resolve(self, request: SpeechRequest) -> Request:
-        """Ids, tensors and numbers of ``request`` for these weights; a UserError for what they cannot speak."""
-        seed = secrets.randbelow(2**31) if request.seed is None else check_seed(request.seed)
+        """Ids, tensors and numbers of ``request``, spoken at once, for these weights; a UserError for what they cannot speak."""
         check_text(request.text, "text")
-        check_length(request.text, request.max_seconds)
-        return self._request(request, self._chosen(request.voice, seed), seed)
+        options = self.filled_in(request.options)
+        assert options.seed is not None
+        text, warnings = self.config.words(request.text, options)
+        _check_length(text, options.max_seconds)
+        voice = self._chosen(request.voice, options.seed)
+        prompt = None if voice is None else voice.prompt_latents
+        prompt_text = None if voice is None or prompt is None else voice.text
+        ids = prompt_ids(self.tokenizer, text, prompt_text, options.compatibility.tokenise_separately)
+        speaker = None if voice is None else voice.speaker_latent
+        cap = cap_frames(text, self.flowvae.config.frame_rate_hz, options.max_seconds)
+        if options.compatibility.thousand_steps and options.max_seconds is None:
+            cap = RELEASED_STEPS
+        used = len(ids) + (0 if prompt is None else len(prompt)) + (0 if speaker is None else 1)
+        cap = min(cap, self._free_positions(used))
+        return Request(ids, cap, options, prompt, speaker, adapter=self._adapter(voice), text=text, warnings=warnings)
 
     def _chosen(self, voice: GivenVoice, seed: int) -> Voice | None:
         """The voice to speak in; None where the model makes one up while it speaks."""
@@ -263,21 +272,6 @@ class Kalle:
             check_voice(self, voice)
             return voice
         return self.random_voice(seed) if self.has_speaker_encoder else None
-
-    def _request(self, request: SpeechRequest, voice: Voice | None, seed: int) -> Request:
-        quirks = request.quirks or ReleaseQuirks()
-        prompt = None if voice is None else voice.prompt_latents
-        prompt_text = None if voice is None or prompt is None else voice.text
-        ids = prompt_ids(self.tokenizer, request.text, prompt_text, quirks.tokenise_separately)
-        speaker = None if voice is None else voice.speaker_latent
-        released_cap = RELEASED_STEPS if quirks.thousand_steps and request.max_seconds is None else None
-        cap = released_cap or cap_frames(request.text, self.flowvae.config.frame_rate_hz, request.max_seconds)
-        used = len(ids) + (0 if prompt is None else len(prompt)) + (0 if speaker is None else 1)
-        cap = min(cap, self._free_positions(used))
-        stop = quirks.stop_rule(request.stop, self.config.stop)
-        temperature = self.temperature if request.temperature is None else request.temperature
-        adapter = self._adapter(voice)
-        return Request(ids, cap, seed, prompt, speaker, temperature, stop, quirks, adapter=adapter, guidance=request.guidance)
 
     def _adapter(self, voice: Voice | None) -> Adapter | None:
         if voice is not None and voice.adapter is not None:
@@ -303,18 +297,22 @@ class Kalle:
                 f"the tokenizer doesn't fit: it has {self.tokenizer.vocab_size} ids, the language model {self.lm.vocab_size}; "
                 "use the tokenizer of these weights"
             )
-        check_stop(self.config.stop, self.lm.config.stop_head)
+        self.config.stop.check(self.lm.config.stop_head)
         if self.config.sample_rate not in (None, self.sample_rate):
             raise UserError(
                 f"the weight folder contradicts itself: config.json says {self.config.sample_rate} Hz, the Flow-VAE "
-                f"{self.sample_rate} Hz; mend sample_rate in config.json"
+                f"{self.sample_rate} Hz; correct sample_rate in config.json"
             )
 
 
-def _retries(request: SpeechRequest) -> int:
-    """The retries of ``request``; none where its own cap is shorter than the text's, for then a cut is what was asked for."""
-    cut_is_wanted = request.max_seconds is not None and request.max_seconds < cap_seconds(request.text)
-    return min(request.retries, 0) if cut_is_wanted else request.retries
+def _check_length(text: str, max_seconds: float | None) -> None:
+    """A UserError for a text that takes longer at the usual pace than one request may: ``LONGEST_SECONDS``, or ``max_seconds`` if more."""
+    needed, allowed = usual_seconds(text), max(LONGEST_SECONDS, max_seconds or 0.0)
+    if needed > allowed + 1e-6:
+        raise UserError(
+            f"the text is too long for one request: got about {needed:.0f} s of speech, expected at most {allowed:g} s; leave out "
+            f"by_sentences, so that it is spoken sentence by sentence, or allow it with max_seconds={math.ceil(needed)}"
+        )
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

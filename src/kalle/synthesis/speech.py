@@ -1,19 +1,37 @@
-"""What a synthesis returns: the audio, why it ended, and what the model thought at every frame."""
+"""From a request to its speech: tries, which one is kept, the audio, and what the model thought at every frame."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kalle.audio import to_pcm16, write_audio
-from kalle.synthesis.row import StopRule
+from kalle.gaussian import DiagGaussian
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.lm import KalleLM
+from kalle.synthesis.generate import FloatArray, Frame, FrameWatcher, Generation, Request, Watcher, model_for, run
+from kalle.synthesis.options import StopRule, cap_seconds, derived_seed
+from kalle.synthesis.release_compat import OURS, ConvertedModels
 
-FloatArray = NDArray[np.float32]
+if TYPE_CHECKING:
+    from kalle.synthesis.longform import Part
+
+LOGGER = logging.getLogger(__name__)
+FRAME_ARRAYS = ("latents", "log_std", "end_kl", "means", "log_likelihood", "stop_probability")
+"""Fields of ``Speech`` with a row for each frame."""
+PCM16_MAX = 32767
 SpeechEnding = Literal["end", "max_frames", "repetition", "silence", "interrupted"]
+_BEST_FIRST = ("end", "silence", "repetition", "max_frames", "interrupted")
+"""Silence usually follows the last word, a repetition its first round; at the cap there is no telling what was said."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,10 @@ class Speech:
     """What a listener should know: a sentence each."""
     stop_probability: FloatArray = field(default_factory=_unknown)
     """(T,): what the stop head said of each frame's being the end; (0,) without a head."""
+    text: str = ""
+    """The words that the model got, numbers in words where that was wanted; of a text spoken by sentences, the text as it was given."""
+    parts: tuple[Part, ...] = ()
+    """Of a text spoken by sentences, each of them; frames and attempts are theirs in order, and only the audio has the pauses."""
 
     @property
     def frames(self) -> int:
@@ -106,3 +128,225 @@ class Speech:
     def save(self, path: str | Path) -> None:
         """Write a 16-bit WAV or FLAC file by suffix; a UserError, and no partial file, when that fails."""
         write_audio(path, self.audio, self.sample_rate)
+
+
+def speak_with_retries(lm: KalleLM, flowvae: FlowVAE, request: Request, converted: ConvertedModels | None = None) -> Speech:
+    """``speak``, and up to ``retries`` times again with another seed while the ending is bad: ``keep_best`` of all tries.
+
+    See ``allowed_retries`` for when there are none. ``converted`` is that of ``ReleaseCompatibility.language_model``.
+    """
+    allowed = allowed_retries(request)
+    tries = [speak(lm, flowvae, request, converted)]
+    while needs_retry(tries[-1]) and len(tries) <= allowed:
+        again = retry_request(request, len(tries))
+        log_retry(tries[-1], again, len(tries), allowed)
+        tries.append(speak(lm, flowvae, again, converted))
+    return keep_best(tries)
+
+
+@torch.no_grad()
+def speak(lm: KalleLM, flowvae: FlowVAE, request: Request, converted: ConvertedModels | None = None) -> Speech:
+    """Generate the frames of ``request`` once and decode them. UserError for a value the loop cannot use, or frames that are not finite.
+
+    All noise comes from one CPU generator: D values for each frame in order, then, where frames are drawn a second
+    time, D values for each of those. ``converted`` is that of ``ReleaseCompatibility.language_model``.
+    """
+    watcher = watcher_of(flowvae, request)
+    generation, generator = start(lm, request, watcher, converted)
+    frames = list(generation)
+    assert generation.stop_reason is not None
+    return finish(flowvae, frames, generation.stop_reason, request, generator, watcher)
+
+
+def start(
+    lm: KalleLM, request: Request, watcher: FrameWatcher | None = None, converted: ConvertedModels | None = None
+) -> tuple[Generation, torch.Generator]:
+    """The frames of ``request``, none made yet, and the generator of their noise, which a second draw goes on with."""
+    generator = torch.Generator().manual_seed(request.seed)
+    return run(model_for(lm, request, converted), request, generator, watcher), generator
+
+
+def watcher_of(flowvae: FlowVAE, request: Request) -> Watcher | None:
+    """What ends ``request`` when it is stuck; None where the release is to be reproduced or the caller wants no stop at all."""
+    if not request.options.watch or request.options.compatibility != OURS or request.stop.never:
+        return None
+    return Watcher(lambda latents: decode_latents(flowvae, latents), flowvae.config.frame_rate_hz)
+
+
+def allowed_retries(request: Request) -> int:
+    """The retries of ``request``, or 0 where another try makes no sense.
+
+    That is where the release is reproduced, noise is given or there is none (temperature 0), nothing stops but the cap, or the cap was
+    given and is shorter than the text's own, so that a cut is what was asked for.
+    """
+    options = request.options
+    reproduces = options.compatibility != OURS or request.noise is not None or request.temperature == 0 or request.stop.never
+    cut_is_wanted = options.max_seconds is not None and options.max_seconds < cap_seconds(request.text)
+    return 0 if reproduces or cut_is_wanted else options.retries
+
+
+def log_retry(speech: Speech, again: Request, number: int, allowed: int) -> None:
+    """Say that ``speech`` ended badly and that ``again`` is retry ``number`` of ``allowed``."""
+    LOGGER.warning("%s; trying again with seed %d (%d of %d)", "; ".join(speech.warnings), again.seed, number, allowed)
+
+
+def needs_retry(speech: Speech) -> bool:
+    """Whether the ending is bad: not by the model itself, or before the first frame."""
+    return speech.stop_reason not in ("end", "interrupted") or not speech.frames
+
+
+def next_seed(seed: int, attempt: int) -> int:
+    """The seed of try number ``attempt``, which is ``seed`` itself for 0 and else a number below 2**31 that both decide."""
+    return seed if attempt == 0 else derived_seed(f"kalle retry {seed} {attempt}")
+
+
+def retry_request(request: Request, attempt: int) -> Request:
+    """``request`` as try number ``attempt``, counted from 0, speaks it."""
+    return dataclasses.replace(request, options=request.options.changed(seed=next_seed(request.seed, attempt)))
+
+
+def keep_best(tries: Sequence[Speech]) -> Speech:
+    """The best of all ``tries`` of one request, in order: its ``attempts`` list every one, its ``seed`` is the request's.
+
+    One that ended by itself wins, then silence, repetition, the length cap; speech wins over no speech at all, and otherwise the
+    earlier try over the later one.
+    """
+    best = min(range(len(tries)), key=lambda i: (not tries[i].frames, _BEST_FIRST.index(tries[i].stop_reason)))
+    attempts = tuple(dataclasses.replace(tries[i].attempts[0], kept=i == best) for i in range(len(tries)))
+    warnings = tries[best].warnings
+    if len(tries) > 1:
+        warnings += (f"{len(tries)} attempts were made and number {best + 1} was kept",)
+    return dataclasses.replace(tries[best], seed=tries[0].seed, attempts=attempts, warnings=warnings)
+
+
+@torch.no_grad()
+def finish(
+    flowvae: FlowVAE,
+    frames: Sequence[Frame],
+    stop_reason: SpeechEnding,
+    request: Request,
+    generator: torch.Generator | None = None,
+    watcher: Watcher | None = None,
+) -> Speech:
+    """Decode ``frames``, all that ``request`` gave, into a result; what ``watcher`` found to be stuck is cut from their tail.
+
+    ``generator`` is the one of the frames' noise, needed for a second draw.
+    """
+    kept = len(frames) if watcher is None or watcher.kept_frames is None else watcher.kept_frames
+    audio = decode_latents(flowvae, _decoder_input(frames[:kept], request, generator, flowvae.config.latent_dim))
+    if request.options.compatibility.truncate_int16:
+        audio = truncate_to_int16(audio)
+    return assemble(frames[:kept], audio, stop_reason, request, flowvae.config, len(frames) - kept)
+
+
+def assemble(
+    frames: Sequence[Frame],
+    audio: FloatArray,
+    stop_reason: SpeechEnding,
+    request: Request,
+    config: FlowVAEConfig,
+    trimmed_frames: int = 0,
+    stuck_frames: int = 0,
+) -> Speech:
+    """The result of one attempt: ``audio`` (S,) of ``frames``, after which ``trimmed_frames`` were left out.
+
+    The last ``stuck_frames`` of ``frames`` should have been left out too, and were heard already.
+    """
+    z, distribution = _stack([frame.z for frame in frames], config.latent_dim), _gaussian(frames, config.latent_dim)
+    trimmed_seconds, stuck_seconds = trimmed_frames / config.frame_rate_hz, stuck_frames / config.frame_rate_hz
+    told = _ending_warnings(stop_reason, len(audio) / config.sample_rate, trimmed_seconds, stuck_seconds)
+    return Speech(
+        audio=audio,
+        sample_rate=config.sample_rate,
+        stop_reason=stop_reason,
+        seed=request.seed,
+        latents=z.cpu().numpy(),
+        log_std=distribution.log_std.cpu().numpy(),
+        end_kl=np.array([frame.end_kl for frame in frames], dtype=np.float32),
+        stop_probability=np.array([f.stop_probability for f in frames if f.stop_probability is not None], dtype=np.float32),
+        max_frames=request.max_frames,
+        means=distribution.mean.cpu().numpy(),
+        log_likelihood=distribution.log_prob(z).mean(dim=-1).cpu().numpy(),
+        stop=request.stop,
+        attempts=(Attempt(request.seed, stop_reason, len(frames) - stuck_frames),),
+        trimmed_seconds=trimmed_seconds,
+        stuck_seconds=stuck_seconds,
+        warnings=(*request.warnings, *told),
+        text=request.text,
+    )
+
+
+def _ending_warnings(stop_reason: SpeechEnding, seconds: float, trimmed_seconds: float, stuck_seconds: float) -> tuple[str, ...]:
+    heard = f"; {stuck_seconds:.1f} s of it were heard" if stuck_seconds else ""
+    cut = heard + (f"; {trimmed_seconds:.1f} s of it were cut from the end" if trimmed_seconds else "")
+    good = seconds - stuck_seconds
+    texts = {
+        "max_frames": f"the speech did not end by itself and was cut at {seconds:.1f} s: words may be missing",
+        "repetition": f"the speech got stuck in a repetition after {good:.1f} s{cut}: words may be missing",
+        "silence": f"the speech fell silent after {good:.1f} s without an end{cut}: words may be missing",
+        "interrupted": f"the speech was interrupted after {seconds:.1f} s: words are missing",
+    }
+    nothing = () if seconds else ("nothing was spoken",)
+    return (*nothing, *([texts[stop_reason]] if stop_reason in texts else []))
+
+
+def joined(parts: Sequence[Part], seed: int, text: str, unspoken: Sequence[tuple[int, str]] = (), interrupted: bool = False) -> Speech:
+    """One result of all ``parts``, in order, of ``text``: their pauses are in the audio, and their frames follow one another.
+
+    It ended as badly as the worst of them. ``unspoken`` is what of the text is no word, with its place.
+    """
+    speeches = [part.speech for part in parts]
+    worst = max(speeches, key=lambda speech: _BEST_FIRST.index(speech.stop_reason))
+    named = [f"sentence {part.index + 1} ({part.short}): {warning}" for part in parts for warning in part.warnings]
+    left = [f"not spoken: {gap!r} at character {place + 1}, without a letter or number" for place, gap in unspoken]
+
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(speech, name) for speech in speeches]) for name in FRAME_ARRAYS}
+    return Speech(
+        audio=np.concatenate([part.with_pause for part in parts]),
+        sample_rate=worst.sample_rate,
+        stop_reason="interrupted" if interrupted else worst.stop_reason,
+        seed=seed,
+        max_frames=sum(speech.max_frames for speech in speeches),
+        stop=worst.stop,
+        attempts=tuple(attempt for speech in speeches for attempt in speech.attempts),
+        trimmed_seconds=sum(speech.trimmed_seconds for speech in speeches),
+        stuck_seconds=sum(speech.stuck_seconds for speech in speeches),
+        warnings=(*named, *left),
+        text=text,
+        parts=tuple(parts),
+        **arrays,
+    )
+
+
+def _stack(rows: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.stack(list(rows)) if rows else torch.zeros(0, dim)
+
+
+def _gaussian(frames: Sequence[Frame], dim: int) -> DiagGaussian:
+    """The distributions (T, D) of ``frames``."""
+    distributions = [frame.distribution for frame in frames]
+    return DiagGaussian(_stack([d.mean for d in distributions], dim), _stack([d.log_std for d in distributions], dim))
+
+
+def _decoder_input(frames: Sequence[Frame], request: Request, generator: torch.Generator | None, dim: int) -> Tensor:
+    """The latents (T, D) that go to the decoder."""
+    decode = request.options.compatibility.decode
+    if not frames or decode == "sampled":
+        return _stack([frame.z for frame in frames], dim)
+    if decode == "mean":
+        return _gaussian(frames, dim).mean
+    return _gaussian(frames, dim).sample(request.decode_noise, request.temperature, generator)
+
+
+@torch.no_grad()
+def decode_latents(flowvae: FlowVAE, latents: Tensor) -> FloatArray:
+    """Audio (S,) of ``latents`` (T, D); nothing for no frames."""
+    if not len(latents):
+        return np.zeros(0, dtype=np.float32)
+    weight = next(flowvae.parameters())
+    return flowvae.decode(latents[None].to(weight.device, weight.dtype))[0].float().cpu().numpy()
+
+
+def truncate_to_int16(audio: FloatArray) -> FloatArray:
+    """Samples (S,) cut towards zero to the 16-bit grid, so that the writer's rounding keeps them; the release cuts so."""
+    return np.trunc(audio * np.float32(PCM16_MAX)) / np.float32(PCM16_MAX)

@@ -21,8 +21,8 @@ from torch import Tensor
 from kalle.losses.spectral import LogMel, MelConfig
 from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE
-from kalle.synthesis.row import StopRule, default_stop
-from kalle.synthesis.sampling import generate
+from kalle.synthesis.generate import generate
+from kalle.synthesis.options import StopRule, default_stop
 from kalle.text.prompt import prompt_ids
 from kalle.text.tokenizer import Tokenizer
 from kalle.training.distributed import sum_over_ranks

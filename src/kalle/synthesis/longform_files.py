@@ -1,4 +1,4 @@
-"""The sentences of a long text in a folder, so that a run that was killed goes on where it was."""
+"""What a long text leaves on the disk: its sentences, so that a run that was killed goes on where it was, and subtitles."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,8 @@ import torch
 from kalle.audio import from_pcm16, write_audio
 from kalle.checkpoint import read_json, read_tensors, weights_hash, write_json, write_tensors
 from kalle.errors import UserError
-from kalle.synthesis.longform_part import Part
+from kalle.synthesis.longform import Part
+from kalle.synthesis.speech import FRAME_ARRAYS, Speech
 from kalle.text.sentences import Sentence
 
 if TYPE_CHECKING:
@@ -29,21 +32,11 @@ if TYPE_CHECKING:
 
 SETTINGS_NAME = "settings.json"
 LOCK_NAME = "lock"
-_STORED = (
-    "index",
-    "spoken",
-    "stop_reason",
-    "seed",
-    "tries",
-    "confidence",
-    "loudness_db",
-    "gain_db",
-    "pace",
-    "rolled",
-    "pause_samples",
-    "warnings",
-)
-_SPOKEN_KEYS = {
+LINE_COLUMNS = 42
+"""Columns of a subtitle line; an ideograph takes two."""
+_OF_PART = ("index", "loudness_db", "gain_db", "pace", "rolled", "pause_samples", "tries", "warnings")
+_OF_SPEECH = ("sample_rate", "stop_reason", "seed", "max_frames", "trimmed_seconds", "warnings", "text")
+_NAMES = {
     "text": "text",
     "voice": "voice",
     "model": "model",
@@ -65,32 +58,34 @@ class PartStore:
 
     def read(self, index: int, sentence: Sentence) -> Part | None:
         """The part ``index``; None when it isn't there, or its files are not what was written."""
-        wav, latents, note = self._paths(index)
-        if not note.is_file() or not wav.is_file() or not latents.is_file():
+        wav, frames, note = self._paths(index)
+        if not note.is_file() or not wav.is_file() or not frames.is_file():
             return None
-        stored = read_json(note)
-        samples, rate_hz = soundfile.read(wav, dtype="int16") if stored["samples"] else (np.zeros(0, dtype=np.int16), stored["sample_rate"])
-        if (stored["text"], stored["samples"]) != (sentence.text, len(samples)):
+        stored, arrays = read_json(note), read_tensors(frames)
+        samples, rate_hz = soundfile.read(wav, dtype="int16") if stored["samples"] else (np.zeros(0, dtype=np.int16), None)
+        if (stored["text"], stored["samples"]) != (sentence.text, len(samples)) or rate_hz not in (None, stored["speech"]["sample_rate"]):
             return None
-        values = {name: stored[name] for name in _STORED} | {"warnings": tuple(stored["warnings"])}
+        spoken: dict[str, Any] = stored["speech"] | {"warnings": tuple(stored["speech"]["warnings"])}
+        spoken |= {name: arrays[name].numpy() for name in FRAME_ARRAYS}
+        speech = Speech(from_pcm16(samples), **spoken)
+        values = stored["part"] | {"warnings": tuple(stored["part"]["warnings"])}
         values["loudness_db"] = float("-inf") if values["loudness_db"] is None else values["loudness_db"]
-        frames = read_tensors(latents)["latents"].numpy()
-        return Part(sentence=sentence, audio=from_pcm16(samples), sample_rate=rate_hz, latents=frames, kept=True, **values)
+        return Part(sentence=sentence, speech=speech, kept=True, **values)
 
     def write(self, part: Part) -> None:
         """Write the part, and the settings before the first; a DiskError when the disk refuses."""
         if not (self.folder / SETTINGS_NAME).is_file():
             write_json(self.folder / SETTINGS_NAME, self.settings)
-        wav, latents, note = self._paths(part.index)
+        wav, frames, note = self._paths(part.index)
         if len(part.audio):
-            write_audio(wav, part.audio, part.sample_rate)
+            write_audio(wav, part.audio, part.speech.sample_rate)
         else:
             wav.touch()
-        write_tensors(latents, {"latents": torch.from_numpy(np.ascontiguousarray(part.latents))})
-        stored = {name: getattr(part, name) for name in _STORED} | {"text": part.sentence.text}
-        stored |= {"warnings": list(part.warnings), "samples": len(part.audio), "sample_rate": part.sample_rate}
-        stored["loudness_db"] = part.loudness_db if np.isfinite(part.loudness_db) else None
-        write_json(note, stored)
+        write_tensors(frames, {name: torch.from_numpy(np.ascontiguousarray(getattr(part.speech, name))) for name in FRAME_ARRAYS})
+        values = {name: getattr(part, name) for name in _OF_PART}
+        values["loudness_db"] = part.loudness_db if np.isfinite(part.loudness_db) else None
+        spoken = {name: getattr(part.speech, name) for name in _OF_SPEECH}
+        write_json(note, {"text": part.sentence.text, "samples": len(part.audio), "part": values, "speech": spoken})
 
     def count(self) -> int:
         """How many parts there are."""
@@ -136,13 +131,10 @@ def settings_of(long: LongForm) -> dict[str, Any]:
         "words": hashlib.sha256("\n".join(long.words(sentence.text)[0] for sentence in long.sentences).encode()).hexdigest(),
         "voice": _voice_hash(long.voice, long.voice.adapter or kalle.adapter),
         "model": hashlib.sha256((weights_hash(kalle.lm) + weights_hash(kalle.flowvae)).encode()).hexdigest(),
-        "stop": kalle.config.stop.to_dict(),
         "device": kalle.device.type,
         "dtype": str(next(kalle.lm.backbone.parameters()).dtype),
-        "seed": long.seed,
         "sentences": len(long),
-        **json.loads(json.dumps(dataclasses.asdict(long.options))),
-        "temperature": kalle.temperature if long.options.temperature is None else long.options.temperature,
+        **json.loads(json.dumps(dataclasses.asdict(kalle.filled_in(long.options)))),
     }
 
 
@@ -161,7 +153,7 @@ def _check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, An
     if "text" in different or "normalise" in different:
         different = [name for name in different if name not in ("sentences", "words")]
     if different:
-        named = ", ".join(_SPOKEN_KEYS.get(name, name.replace("_", " ")) for name in different)
+        named = ", ".join(_NAMES.get(name, name.replace("_", " ")) for name in different)
         raise UserError(
             f"the sentences in '{folder}' were spoken otherwise: another {named}; "
             "give what you gave then to go on, --restart to begin again, or another output"
@@ -177,3 +169,72 @@ def _lock(descriptor: int, folder: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is speaking into '{folder}'; wait for it, or choose another output") from None
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A text and when it is spoken, in seconds from the start of the audio."""
+
+    text: str
+    start_s: float
+    end_s: float
+
+
+def srt(cues: Iterable[Cue], columns: int = LINE_COLUMNS) -> str:
+    """The cues as one SubRip text: numbered from 1, times with milliseconds after a comma, long lines wrapped, a blank line between."""
+    blocks = []
+    for number, cue in enumerate(cues, start=1):
+        assert 0 <= cue.start_s <= cue.end_s, cue
+        lines = wrap(cue.text, columns)
+        blocks.append("\n".join([str(number), f"{timestamp(cue.start_s)} --> {timestamp(cue.end_s)}", *lines]) + "\n")
+    return "\n".join(blocks)
+
+
+def timestamp(seconds: float) -> str:
+    """``seconds`` as HH:MM:SS,mmm, to the nearest millisecond."""
+    milliseconds = round(seconds * 1000)
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{milliseconds // 1000:02d},{milliseconds % 1000:03d}"
+
+
+def wrap(text: str, columns: int) -> list[str]:
+    """``text`` in lines of at most ``columns``, broken at spaces, beside a wide character, or else inside a word."""
+    lines, line = [], ""
+    for unit in _units(" ".join(text.split())):
+        if line.strip() and _columns((line + unit).rstrip()) > columns:
+            lines.append(line.strip())
+            line = ""
+        line += unit
+        while _columns(line.rstrip()) > columns:
+            head = _head(line, columns)
+            lines.append(line[:head])
+            line = line[head:]
+    return [*lines, line.strip()] if line.strip() else lines
+
+
+def _units(text: str) -> list[str]:
+    """``text`` cut where a line may break; put together they are ``text``."""
+    units: list[str] = []
+    for character in text:
+        glued = bool(units) and (unicodedata.category(character)[0] in "PM" or not (_wide(character) or _wide(units[-1][-1])))
+        if glued and not units[-1].endswith(" "):
+            units[-1] += character
+        else:
+            units.append(character)
+    return units
+
+
+def _wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
+
+
+def _columns(text: str) -> int:
+    return sum(2 if _wide(character) else 1 for character in text)
+
+
+def _head(line: str, columns: int) -> int:
+    """How many characters of ``line`` take at most ``columns``, at least one."""
+    count = 1
+    while count < len(line) and _columns(line[: count + 1]) <= columns:
+        count += 1
+    return count

@@ -1,35 +1,37 @@
-"""What the public release does differently, each thing under a name of its own."""
+"""Release compatibility: what the public KALL-E release does differently, each habit an option of its own."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
+from torch import Tensor
 
 from kalle.errors import UserError
-from kalle.synthesis.row import DEFAULT_MAX_FRAMES, StopRule
 
 if TYPE_CHECKING:
-    from kalle.models.lm import KalleLM
+    from kalle.models.lm import KalleLM, KalleLMConfig, NextFrame
 
 Decode = Literal["sampled", "resample", "mean"]
 ConvertedModels: TypeAlias = "dict[tuple[KalleLM, torch.dtype], KalleLM]"
 """Models in another precision, by the one they were made from, which it keeps in memory; weights changed later are not noticed."""
-RELEASED_STOP = StopRule(threshold=0.5, min_index=3)
-RELEASED_STEPS = DEFAULT_MAX_FRAMES
+RELEASED_STEPS = 1000
+"""The release's length cap in frames."""
+RELEASED_THRESHOLD, RELEASED_MIN_INDEX = 0.5, 3
+"""The release's stop rule."""
 
 
 @dataclass(frozen=True)
-class ReleaseQuirks:
+class ReleaseCompatibility:
     """Habits of the KALL-E release that change its output; all off by default, ``release()`` turns all on.
 
     The release also puts fp16 autocast around exp(log_std). That needs no option: autocast leaves exp in fp32, on the CPU and on CUDA.
     """
 
     decode: Decode = "sampled"
-    """What the decoder hears: "sampled", the very frames that were fed back; "resample", a second draw from each
+    """What the decoder gets: "sampled", the very frames that were fed back; "resample", a second draw from each
     frame's distribution (the release); "mean", the means."""
     drop_last_frame_always: bool = False
     """Drop the last frame at the length cap too, where it is speech; the end frame is dropped in any case."""
@@ -54,7 +56,7 @@ class ReleaseQuirks:
             raise UserError(f"bad decode: got {self.decode!r}, expected one of {', '.join(get_args(Decode))}; correct it")
 
     @classmethod
-    def release(cls) -> ReleaseQuirks:
+    def release(cls) -> ReleaseCompatibility:
         """Every habit of the release at once."""
         switches = {field.name: True for field in fields(cls) if field.name != "decode"}
         return cls(decode="resample", **switches)
@@ -64,23 +66,54 @@ class ReleaseQuirks:
         """Whether ``language_model`` returns another model, which no other request can share a batch with."""
         return self.config_dtype or self.no_cache
 
-    def stop_rule(self, asked: StopRule | None, calibrated: StopRule) -> StopRule:
-        """The rule that holds: the one ``asked`` for, else the release's or the ``calibrated`` one."""
-        return asked or (RELEASED_STOP if self.hard_coded_stop else calibrated)
-
-    def language_model(self, lm: KalleLM, converted: ConvertedModels | None = None) -> KalleLM:
-        """``lm`` as the release would run it, for ``generate``; weights that stay as they are are shared.
+    def language_model(self, lm: KalleLM, converted: ConvertedModels | None = None) -> KalleLM | UncachedLM:
+        """``lm`` as the release would run it; weights that stay as they are are shared.
 
         A backbone in another precision is looked up in ``converted`` and kept there for the next request.
         UserError when ``lm`` was loaded in a dtype from which the release's cannot be had.
         """
         if self.config_dtype:
             lm = _kept(lm, configured_dtype(lm), {} if converted is None else converted)
-        if self.no_cache:
-            from kalle.synthesis.uncached import UncachedLM
+        return UncachedLM(lm) if self.no_cache else lm
 
-            return cast("KalleLM", UncachedLM(lm))
-        return lm
+
+OURS = ReleaseCompatibility()
+"""None of the release's habits."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Everything said so far: what ``UncachedLM.step`` needs of the past. Shapes as in ``KalleLM.prefill``."""
+
+    text_ids: Tensor
+    latents: Tensor | None
+    speaker_latent: Tensor | None
+
+
+class UncachedLM:
+    """A `FrameModel` that keeps no keys and values, the release's algorithm: T frames cost O(T²) positions instead of O(T).
+
+    The cache is tested against it.
+    """
+
+    def __init__(self, lm: KalleLM) -> None:
+        self._lm = lm
+        self.config: KalleLMConfig = lm.config
+        self.device, self.hidden_size, self.vocab_size = lm.device, lm.hidden_size, lm.vocab_size
+
+    def prefill(
+        self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None
+    ) -> tuple[NextFrame, Prefix]:
+        """Predict the first new frame, as ``KalleLM.prefill`` does."""
+        return self._predict(Prefix(text_ids, prompt_latents, speaker_latent))
+
+    def step(self, z: Tensor, state: Prefix) -> tuple[NextFrame, Prefix]:
+        """Append the frame ``z`` (B, D) and predict the next: the distribution (B, D) and the new state; ``state`` is unchanged."""
+        latents = z[:, None] if state.latents is None else torch.cat([state.latents.to(z), z[:, None]], dim=1)
+        return self._predict(Prefix(state.text_ids, latents, state.speaker_latent))
+
+    def _predict(self, prefix: Prefix) -> tuple[NextFrame, Prefix]:
+        return self._lm.predict(prefix.text_ids, prefix.latents, prefix.speaker_latent), prefix
 
 
 def configured_dtype(lm: KalleLM) -> torch.dtype:
@@ -89,7 +122,7 @@ def configured_dtype(lm: KalleLM) -> torch.dtype:
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise UserError(f"bad dtype in the configuration of the backbone: got {name!r}, expected float32, float16 or bfloat16; mend it")
+        raise UserError(f"bad dtype in the configuration of the backbone: got {name!r}, expected float32, float16 or bfloat16; correct it")
     return dtype
 
 

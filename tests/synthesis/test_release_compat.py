@@ -8,23 +8,28 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from speech_requests import request_of
 
 from kalle.convert.release_format import RELEASED_BACKBONE
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.synthesis import ReleaseQuirks, StopRule, Voice
-from kalle.synthesis.folder import FolderConfig
+from kalle.synthesis import ReleaseCompatibility, StopRule, Voice
+from kalle.synthesis.generate import Request
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.length import cap_frames
-from kalle.synthesis.quirks import configured_dtype
-from kalle.synthesis.request import SpeechRequest
-from kalle.synthesis.speak import Request, speak, start
+from kalle.synthesis.options import SpeechRequest, cap_frames
+from kalle.synthesis.release_compat import configured_dtype
+from kalle.synthesis.speech import speak, start
 from kalle.synthesis.voice import FLOWVAE_ENCODER
+from kalle.synthesis.weights import FolderConfig
 from kalle.text.prompt import BEFORE_SPEECH
 from kalle.text.tokenizer import Tokenizer
 
 NEVER = StopRule(threshold=0.0)
 PROMPT, TARGET = "prompt", "target"
+
+
+def with_compatibility(request: Request, compatibility: ReleaseCompatibility) -> Request:
+    return dataclasses.replace(request, options=request.options.changed(compatibility=compatibility))
 
 
 class GoldenTokenizer:
@@ -44,15 +49,15 @@ class GoldenTokenizer:
         return self._special[name]
 
 
-def golden_request(golden, kalle: Kalle, quirks: ReleaseQuirks) -> Request:
+def golden_request(golden, kalle: Kalle, compatibility: ReleaseCompatibility) -> Request:
     """The golden data's text, voice and noise as ``Kalle`` resolves them."""
     with torch.no_grad():
         posterior = kalle.flowvae.encode(golden["prompt_wav"][0])
     kept = posterior[:, :-1].sample(golden["prompt_noise"])[0]
     voice = Voice({FLOWVAE_ENCODER: kalle.hashes[FLOWVAE_ENCODER]}, torch.cat([kept, posterior.mean[0, -1:]]), text=PROMPT)
-    resolved = kalle.resolve(SpeechRequest(TARGET, voice, seed=0, max_seconds=16 * 0.08, stop=NEVER, quirks=quirks))
+    resolved = kalle.resolve(SpeechRequest(TARGET, voice, seed=0, max_seconds=16 * 0.08, stop=NEVER, compatibility=compatibility))
     noise, again = golden["step_noise"].reshape(-1, 8), golden["decode_noise"][0].T
-    frames = len(noise) - quirks.drop_last_frame_always
+    frames = len(noise) - compatibility.drop_last_frame_always
     return dataclasses.replace(resolved, noise=noise, decode_noise=torch.cat([again, again[:1]])[:frames])
 
 
@@ -63,7 +68,7 @@ def golden_kalle(lm_tiny, flowvae_tiny, io) -> Kalle:
 
 def test_kalle_in_release_mode_equals_the_release(golden_kalle: Kalle, io) -> None:
     golden = io("chain_tiny")
-    request = golden_request(golden, golden_kalle, ReleaseQuirks.release())
+    request = golden_request(golden, golden_kalle, ReleaseCompatibility.release())
     ids = torch.cat([golden["prompt_ids"], golden["target_ids"][1:], golden["special_ids"]])
     assert torch.equal(request.text_ids, ids)
     speech = speak(golden_kalle.lm, golden_kalle.flowvae, request)
@@ -74,7 +79,7 @@ def test_kalle_in_release_mode_equals_the_release(golden_kalle: Kalle, io) -> No
     # The decoder's fp32 rounding, about a third of a 16-bit step, moves samples that lie near the edge of one.
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.1
-    rounded = dataclasses.replace(request, quirks=dataclasses.replace(request.quirks, truncate_int16=False))
+    rounded = with_compatibility(request, dataclasses.replace(request.options.compatibility, truncate_int16=False))
     audio = speak(golden_kalle.lm, golden_kalle.flowvae, rounded).audio
     np.testing.assert_allclose(audio, golden["audio"][0, 0], rtol=1e-4, atol=2e-5)
 
@@ -82,7 +87,7 @@ def test_kalle_in_release_mode_equals_the_release(golden_kalle: Kalle, io) -> No
 @pytest.mark.parametrize("name", ["decode", "drop_last_frame_always", "drop_last_prompt_frame", "tokenise_separately", "truncate_int16"])
 def test_each_habit_is_needed_to_equal_the_release(golden_kalle: Kalle, io, name: str) -> None:
     golden = io("chain_tiny")
-    ours = dataclasses.replace(ReleaseQuirks.release(), **{name: getattr(ReleaseQuirks(), name)})
+    ours = dataclasses.replace(ReleaseCompatibility.release(), **{name: getattr(ReleaseCompatibility(), name)})
     pcm16 = speak(golden_kalle.lm, golden_kalle.flowvae, golden_request(golden, golden_kalle, ours)).pcm16()
     reference = golden["audio_int16"].numpy()
     assert len(pcm16) != len(reference) or (pcm16 != reference).mean() > 0.4
@@ -92,14 +97,14 @@ def test_each_habit_is_needed_to_equal_the_release(golden_kalle: Kalle, io, name
 @pytest.mark.parametrize("rule", ["stop", "guard"])
 def test_the_stop_index_equals_the_release(lm_tiny, flowvae_tiny, io, kind: str, rule: str) -> None:
     golden = io("lm_tiny")
-    quirks = dataclasses.replace(ReleaseQuirks.release(), drop_last_prompt_frame=False, decode="mean")
-    request = Request(
+    compatibility = dataclasses.replace(ReleaseCompatibility.release(), drop_last_prompt_frame=False, decode="mean")
+    request = request_of(
         golden["input_ids"].reshape(-1),
         24,
         seed=0,
         prompt_latents=golden["prompt_latents"][0] if kind == "prompted" else None,
         stop=StopRule(float(golden[f"{rule}_threshold_{kind}"]), 3),
-        quirks=quirks,
+        compatibility=compatibility,
         noise=golden["noise"].reshape(24, -1),
     )
     speech = speak(lm_tiny, flowvae_tiny, request)
@@ -108,38 +113,38 @@ def test_the_stop_index_equals_the_release(lm_tiny, flowvae_tiny, io, kind: str,
 
 
 def test_release_is_every_habit_and_the_default_none() -> None:
-    release = ReleaseQuirks.release()
+    release = ReleaseCompatibility.release()
     assert release.decode == "resample"
-    assert all(getattr(release, field.name) != field.default for field in dataclasses.fields(ReleaseQuirks))
-    assert not ReleaseQuirks().changes_model
+    assert all(getattr(release, field.name) != field.default for field in dataclasses.fields(ReleaseCompatibility))
+    assert not ReleaseCompatibility().changes_model
 
 
 def test_hard_coded_stop_sets_the_calibrated_rule_aside_and_yields_to_the_caller(lm_tiny, flowvae_tiny) -> None:
     kalle = Kalle(flowvae_tiny, lm_tiny, Tokenizer.bytes(), FolderConfig(stop=StopRule(9.0, 1)))
-    quirk = ReleaseQuirks(hard_coded_stop=True)
+    quirk = ReleaseCompatibility(hard_coded_stop=True)
     assert kalle.resolve(SpeechRequest("Hi.")).stop == StopRule(9.0, 1)
-    assert kalle.resolve(SpeechRequest("Hi.", quirks=quirk)).stop == StopRule(0.5, 3)
-    assert kalle.resolve(SpeechRequest("Hi.", quirks=quirk, stop=NEVER)).stop == NEVER
+    assert kalle.resolve(SpeechRequest("Hi.", compatibility=quirk)).stop == StopRule(0.5, 3)
+    assert kalle.resolve(SpeechRequest("Hi.", compatibility=quirk, stop=NEVER)).stop == NEVER
 
 
 def test_thousand_steps_keep_999_frames_of_any_text_and_yield_to_the_caller(kalle_tiny: Kalle) -> None:
-    quirks = ReleaseQuirks(thousand_steps=True, drop_last_frame_always=True)
+    compatibility = ReleaseCompatibility(thousand_steps=True, drop_last_frame_always=True)
     assert kalle_tiny.resolve(SpeechRequest("Hi.")).max_frames == cap_frames("Hi.", 12.5) < 100
-    assert kalle_tiny.resolve(SpeechRequest("Hi.", quirks=quirks, max_seconds=0.8)).max_frames == 10
-    request = kalle_tiny.resolve(SpeechRequest("Hi.", quirks=quirks, stop=NEVER, seed=1))
+    assert kalle_tiny.resolve(SpeechRequest("Hi.", compatibility=compatibility, max_seconds=0.8)).max_frames == 10
+    request = kalle_tiny.resolve(SpeechRequest("Hi.", compatibility=compatibility, stop=NEVER, seed=1))
     assert request.max_frames == 1000
     generation, _ = start(kalle_tiny.lm, request)
     assert (sum(1 for _ in generation), generation.stop_reason) == (999, "max_frames")
 
 
 def test_no_cache_computes_every_position_again_and_says_the_same(lm_tiny, flowvae_tiny) -> None:
-    request = Request(torch.arange(5, 20), 6, 3, stop=NEVER)
+    request = request_of(torch.arange(5, 20), 6, 3, stop=NEVER)
     positions: list[int] = []
     hook = lm_tiny.backbone.layers[0].register_forward_hook(lambda _, args, output: positions.append(args[0].shape[1]))
     cached = speak(lm_tiny, flowvae_tiny, request)
     assert positions == [15, 1, 1, 1, 1, 1]
     positions.clear()
-    uncached = speak(lm_tiny, flowvae_tiny, dataclasses.replace(request, quirks=ReleaseQuirks(no_cache=True)))
+    uncached = speak(lm_tiny, flowvae_tiny, with_compatibility(request, ReleaseCompatibility(no_cache=True)))
     hook.remove()
     assert positions == [15, 16, 17, 18, 19, 20]
     np.testing.assert_allclose(uncached.latents, cached.latents, rtol=1e-4, atol=1e-5)
@@ -154,30 +159,30 @@ def half_configured(lm: KalleLM) -> KalleLM:
 
 
 def test_config_dtype_runs_the_backbone_alone_in_half_precision(lm_tiny, flowvae_tiny) -> None:
-    lm, quirk = half_configured(lm_tiny), ReleaseQuirks(config_dtype=True)
+    lm, quirk = half_configured(lm_tiny), ReleaseCompatibility(config_dtype=True)
     half = quirk.language_model(lm)
     assert {parameter.dtype for parameter in half.backbone.parameters()} == {torch.float16}
     assert half.backbone.rotary_emb.inv_freq.dtype == torch.float32
     for name in ("audio_linear", "distribution_linear"):
         assert getattr(half, name) is getattr(lm, name), "shared, and so in fp32"
     assert {parameter.dtype for parameter in lm.parameters()} == {torch.float32}, "the given model stays as it was"
-    request = Request(torch.arange(5, 20), 6, 3, stop=NEVER)
+    request = request_of(torch.arange(5, 20), 6, 3, stop=NEVER)
     single = speak(lm, flowvae_tiny, request)
-    halved = speak(lm, flowvae_tiny, dataclasses.replace(request, quirks=quirk))
+    halved = speak(lm, flowvae_tiny, with_compatibility(request, quirk))
     difference = np.abs(single.means - halved.means).max()
     assert 1e-5 < difference < 2e-2
     assert quirk.language_model(half) is half
 
 
 def test_config_dtype_without_one_in_the_configuration_is_fp32(lm_tiny) -> None:
-    assert ReleaseQuirks(config_dtype=True).language_model(lm_tiny) is lm_tiny
+    assert ReleaseCompatibility(config_dtype=True).language_model(lm_tiny) is lm_tiny
 
 
 def test_config_dtype_refuses_weights_that_were_rounded_to_another(lm_tiny) -> None:
     rounded = half_configured(lm_tiny)
     rounded.backbone.bfloat16()
     with pytest.raises(UserError, match="loaded in bfloat16; load them in float32"):
-        ReleaseQuirks(config_dtype=True).language_model(rounded)
+        ReleaseCompatibility(config_dtype=True).language_model(rounded)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +208,10 @@ def test_the_autocast_around_exp_changes_nothing(device: str) -> None:
 
 
 def test_a_request_with_another_model_may_be_in_a_batch(kalle_tiny: Kalle) -> None:
-    quirks = ReleaseQuirks(no_cache=True)
+    compatibility = ReleaseCompatibility(no_cache=True)
     requests = [
         SpeechRequest("One.", seed=1, max_seconds=0.4, stop=NEVER),
-        SpeechRequest("Two.", seed=2, max_seconds=0.4, stop=NEVER, quirks=quirks),
+        SpeechRequest("Two.", seed=2, max_seconds=0.4, stop=NEVER, compatibility=compatibility),
     ]
     positions: list[int] = []
     hook = kalle_tiny.lm.backbone.layers[0].register_forward_hook(lambda _, args, output: positions.append(args[0].shape[1]))
@@ -221,4 +226,4 @@ def test_a_request_with_another_model_may_be_in_a_batch(kalle_tiny: Kalle) -> No
 
 def test_an_unknown_decode_is_refused() -> None:
     with pytest.raises(UserError, match="bad decode: got 'bogus', expected one of sampled, resample, mean"):
-        ReleaseQuirks(decode="bogus")
+        ReleaseCompatibility(decode="bogus")

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM, NextFrame
 from kalle.models.lm_state import LMState
-from kalle.synthesis.guidance import NO_GUIDANCE
-from kalle.synthesis.row import Ending, Frame, FrameWatcher, RowSampler, RowStep, StopReason, check_stop, draw_frames
-from kalle.synthesis.sampling import check_context
-from kalle.synthesis.speak import Request
+from kalle.synthesis.generate import Ending, Frame, FrameModel, FrameWatcher, Request, RowSampler, StopReason, check_request, draw_frames
+from kalle.synthesis.options import NO_GUIDANCE
+from kalle.synthesis.release_compat import ConvertedModels
+from kalle.synthesis.speech import (
+    Speech,
+    allowed_retries,
+    finish,
+    keep_best,
+    log_retry,
+    needs_retry,
+    retry_request,
+    speak,
+    start,
+    watcher_of,
+)
 
 DEFAULT_FRAME_BUDGET = 8192
 """Positions of the cache: eight utterances at the longest cap, or some sixty of ten seconds."""
@@ -59,6 +73,20 @@ class _Row:
     context: tuple[Tensor, Tensor | None, Tensor | None]
     z: Tensor | None = None
 
+    @property
+    def last(self) -> Tensor:
+        """The frame that is fed back."""
+        assert self.z is not None
+        return self.z
+
+    def see(self, frame: Frame) -> BatchEvent:
+        """Take ``frame``; a ``RowError`` where it is not finite."""
+        self.z = frame.z
+        try:
+            return BatchEvent(self.handle, *self.sampler.see(frame))
+        except UserError as error:
+            raise RowError(self.handle, str(error)) from None
+
 
 class BatchedGenerator:
     """A running batch: requests join when there is room, in the order they came, and leave when they end.
@@ -69,7 +97,7 @@ class BatchedGenerator:
     others, because its context is read alone, its noise is its own, and its padding is masked.
     """
 
-    def __init__(self, lm: KalleLM, frame_budget: int = DEFAULT_FRAME_BUDGET) -> None:
+    def __init__(self, lm: FrameModel, frame_budget: int = DEFAULT_FRAME_BUDGET) -> None:
         self._lm = lm
         self._budget = check_budget(frame_budget)
         self._waiting: deque[_Row] = deque()
@@ -93,32 +121,21 @@ class BatchedGenerator:
         return len(self._rows) * max((row.positions for row in self._rows), default=0)
 
     def add(self, request: Request, watcher: FrameWatcher | None = None, generator: torch.Generator | None = None) -> int:
-        """Queue ``request`` and return its handle. UserError for a value the loop cannot use, or quirks that need another model.
+        """Queue ``request`` and return its handle. UserError for a value the loop cannot use, or compatibility that needs another model.
 
         The noise comes from ``request.noise``, or else from ``generator``, by default one seeded with ``request.seed``.
         """
-        if request.quirks.changes_model:
-            raise UserError("a batch runs one model: got a request with quirks config_dtype or no_cache, expected neither; speak it alone")
-        if request.guidance != NO_GUIDANCE:
-            raise UserError(f"a batch is not guided: got a request with guidance {request.guidance!r}, expected 1; speak it alone")
+        if request.options.compatibility.changes_model:
+            raise UserError("a batch runs one model: got a request with config_dtype or no_cache, expected neither; speak it alone")
+        if request.options.guidance != NO_GUIDANCE:
+            raise UserError(f"a batch is not guided: got a request with guidance {request.options.guidance!r}, expected 1; speak it alone")
         if request.adapter is not None:
             raise UserError("a batch runs one model: got a request with an adapter, expected none; `Kalle.synthesize_batch` sorts them")
-        check_stop(request.stop, self._lm.config.stop_head)
-        sampler = RowSampler(
-            self._lm.config.latent_dim,
-            noise=request.noise,
-            generator=generator or torch.Generator().manual_seed(request.seed),
-            stop=request.stop,
-            max_frames=request.max_frames,
-            temperature=request.temperature,
-            drop_last_frame_always=request.quirks.drop_last_frame_always,
-            watcher=watcher,
-        )
-        context = _context(request)
-        check_context(self._lm, *context)
-        positions = _positions(context) + sampler.max_frames
+        check_request(self._lm, request)
+        generator = generator or torch.Generator().manual_seed(request.seed)
+        sampler = RowSampler(request, self._lm.config.latent_dim, generator, watcher)
         handle, self._added = self._added, self._added + 1
-        self._waiting.append(_Row(handle, sampler, positions, context))
+        self._waiting.append(_Row(handle, sampler, request.positions, request.context))
         return handle
 
     def cancel(self, handle: int) -> bool:
@@ -137,17 +154,14 @@ class BatchedGenerator:
         """
         predictions = []
         if self._state is not None:
-            prediction, self._state = self._lm.step(torch.stack([_fed_back(row) for row in self._rows]), self._state)
+            prediction, self._state = self._lm.step(torch.stack([row.last for row in self._rows]), self._state)
             predictions.append(prediction)
         predictions += self._admit()
         if not predictions:
             return []
         frames = draw_frames(NextFrame.cat(predictions), [row.sampler for row in self._rows])
-        steps = [_seen(row, frame) for row, frame in zip(self._rows, frames, strict=True)]
-        events = [BatchEvent(row.handle, step.frame, step.ending) for row, step in zip(self._rows, steps, strict=True)]
-        for row, frame in zip(self._rows, frames, strict=True):
-            row.z = frame.z
-        self._keep([step.ending is None for step in steps])
+        events = [row.see(frame) for row, frame in zip(self._rows, frames, strict=True)]
+        self._keep([event.ending is None for event in events])
         return events
 
     def _admit(self) -> list[NextFrame]:
@@ -177,7 +191,7 @@ class BatchedGenerator:
 
 
 def iterate_batch(
-    lm: KalleLM,
+    lm: FrameModel,
     requests: Iterable[Request],
     *,
     frame_budget: int = DEFAULT_FRAME_BUDGET,
@@ -208,7 +222,7 @@ def _until_done(engine: BatchedGenerator, generators: Sequence[torch.Generator])
 
 
 def generate_batch(
-    lm: KalleLM,
+    lm: FrameModel,
     requests: Iterable[Request],
     *,
     frame_budget: int = DEFAULT_FRAME_BUDGET,
@@ -226,24 +240,75 @@ def check_budget(frame_budget: int) -> int:
     return frame_budget
 
 
-def _context(request: Request) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Text ids (1, L), prompt latents (1, P, D) and speaker latent (1, H), the last two where there are any."""
-    prompt, speaker = request.heard_prompt, request.speaker_latent
-    return request.text_ids[None], None if prompt is None else prompt[None], None if speaker is None else speaker[None]
+def speak_batch(
+    lm: KalleLM,
+    flowvae: FlowVAE,
+    requests: Sequence[Request],
+    frame_budget: int = DEFAULT_FRAME_BUDGET,
+    converted: ConvertedModels | None = None,
+) -> list[Speech]:
+    """What ``speak_with_retries`` gives for each of ``requests``, in their order.
+
+    A round speaks every request that still needs a try; the next round tries the bad endings again, together.
+    ``converted`` is that of ``ReleaseCompatibility.language_model``. UserError before anything is spoken for a value the loop cannot
+    use. Where a frame is not finite while they are spoken, the UserError names the request, and all results are lost.
+    """
+    allowed = [allowed_retries(request) for request in requests]
+    converted = {} if converted is None else converted
+    check_budget(frame_budget)
+    for index, request in enumerate(requests):
+        with _named(index):
+            start(lm, request, converted=converted)
+    tries: list[list[Speech]] = [[] for _ in requests]
+    waiting = list(enumerate(requests))
+    while waiting:
+        for index, speech in _round(lm, flowvae, waiting, frame_budget, converted):
+            tries[index].append(speech)
+        again = [index for index, _ in waiting if needs_retry(tries[index][-1]) and len(tries[index]) <= allowed[index]]
+        waiting = [(index, retry_request(requests[index], len(tries[index]))) for index in again]
+        for index, request in waiting:
+            log_retry(tries[index][-1], request, len(tries[index]), allowed[index])
+    return [keep_best(each) for each in tries]
 
 
-def _positions(context: tuple[Tensor, Tensor | None, Tensor | None]) -> int:
-    text_ids, prompt, speaker = context
-    return text_ids.shape[1] + (0 if prompt is None else prompt.shape[1]) + (0 if speaker is None else 1)
+def _round(
+    lm: KalleLM, flowvae: FlowVAE, waiting: Sequence[tuple[int, Request]], frame_budget: int, converted: ConvertedModels
+) -> Iterator[tuple[int, Speech]]:
+    """One try of each of ``waiting``, (index, request); every row is decoded as it ends, so that its frames need not wait in memory.
+
+    Those of one adapter are spoken together, one adapter after the other; one that is guided, or of another model, comes last, alone.
+    """
+    groups: dict[int, list[tuple[int, Request]]] = {}
+    for index, request in waiting:
+        if not request.alone:
+            groups.setdefault(id(request.adapter), []).append((index, request))
+    for group in groups.values():
+        yield from _together(lm, flowvae, group, frame_budget)
+    for index, request in waiting:
+        if request.alone:
+            with _named(index):
+                yield index, speak(lm, flowvae, request, converted)
 
 
-def _seen(row: _Row, frame: Frame) -> RowStep:
+def _together(lm: KalleLM, flowvae: FlowVAE, group: Sequence[tuple[int, Request]], frame_budget: int) -> Iterator[tuple[int, Speech]]:
+    """One try of each of ``group``, (index, request) of one adapter or none, in one running batch."""
+    adapter = group[0][1].adapter
+    plain = [dataclasses.replace(request, adapter=None) for _, request in group]
+    watchers = [watcher_of(flowvae, request) for request in plain]
+    waiting = iter(watchers)
+    adapted = lm if adapter is None else adapter.applied_to(lm)
     try:
-        return row.sampler.see(frame)
+        for row, result in iterate_batch(adapted, plain, frame_budget=frame_budget, watcher=lambda _: next(waiting)):
+            yield group[row][0], finish(flowvae, result.frames, result.stop_reason, plain[row], result.generator, watchers[row])
+    except RowError as error:
+        with _named(group[error.handle][0]):
+            raise UserError(error.reason) from None
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Say in a UserError of the block which request it is about."""
+    try:
+        yield
     except UserError as error:
-        raise RowError(row.handle, str(error)) from None
-
-
-def _fed_back(row: _Row) -> Tensor:
-    assert row.z is not None
-    return row.z
+        raise UserError(f"request {index} of the batch, counted from 0: {error}") from None
