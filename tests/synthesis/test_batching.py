@@ -341,10 +341,10 @@ def test_bad_values_are_refused_before_the_first_frame(lm_tiny: KalleLM, options
         BatchedGenerator(lm_tiny, 0)
 
 
-@pytest.mark.parametrize("quirk", ["config_dtype", "no_cache"])
-def test_a_request_for_another_model_is_refused(lm_tiny: KalleLM, quirk: str) -> None:
+@pytest.mark.parametrize("habit", ["config_dtype", "no_cache"])
+def test_a_request_for_another_model_is_refused(lm_tiny: KalleLM, habit: str) -> None:
     with pytest.raises(UserError, match="a batch runs one model"):
-        BatchedGenerator(lm_tiny).add(request(0, compatibility=ReleaseCompatibility(**{quirk: True})))
+        BatchedGenerator(lm_tiny).add(request(0, compatibility=ReleaseCompatibility(**{habit: True})))
 
 
 def test_a_row_that_is_not_finite_is_named_and_those_before_it_are_the_callers(lm_tiny: KalleLM) -> None:

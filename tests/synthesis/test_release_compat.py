@@ -121,10 +121,10 @@ def test_release_is_every_habit_and_the_default_none() -> None:
 
 def test_hard_coded_stop_sets_the_calibrated_rule_aside_and_yields_to_the_caller(lm_tiny, flowvae_tiny) -> None:
     kalle = Kalle(flowvae_tiny, lm_tiny, Tokenizer.bytes(), FolderConfig(stop=StopRule(9.0, 1)))
-    quirk = ReleaseCompatibility(hard_coded_stop=True)
+    habit = ReleaseCompatibility(hard_coded_stop=True)
     assert kalle.resolve(SpeechRequest("Hi.")).stop == StopRule(9.0, 1)
-    assert kalle.resolve(SpeechRequest("Hi.", compatibility=quirk)).stop == StopRule(0.5, 3)
-    assert kalle.resolve(SpeechRequest("Hi.", compatibility=quirk, stop=NEVER)).stop == NEVER
+    assert kalle.resolve(SpeechRequest("Hi.", compatibility=habit)).stop == StopRule(0.5, 3)
+    assert kalle.resolve(SpeechRequest("Hi.", compatibility=habit, stop=NEVER)).stop == NEVER
 
 
 def test_thousand_steps_keep_999_frames_of_any_text_and_yield_to_the_caller(kalle_tiny: Kalle) -> None:
@@ -159,8 +159,8 @@ def half_configured(lm: KalleLM) -> KalleLM:
 
 
 def test_config_dtype_runs_the_backbone_alone_in_half_precision(lm_tiny, flowvae_tiny) -> None:
-    lm, quirk = half_configured(lm_tiny), ReleaseCompatibility(config_dtype=True)
-    half = quirk.language_model(lm)
+    lm, habit = half_configured(lm_tiny), ReleaseCompatibility(config_dtype=True)
+    half = habit.language_model(lm)
     assert {parameter.dtype for parameter in half.backbone.parameters()} == {torch.float16}
     assert half.backbone.rotary_emb.inv_freq.dtype == torch.float32
     for name in ("audio_linear", "distribution_linear"):
@@ -168,10 +168,10 @@ def test_config_dtype_runs_the_backbone_alone_in_half_precision(lm_tiny, flowvae
     assert {parameter.dtype for parameter in lm.parameters()} == {torch.float32}, "the given model stays as it was"
     request = request_of(torch.arange(5, 20), 6, 3, stop=NEVER)
     single = speak(lm, flowvae_tiny, request)
-    halved = speak(lm, flowvae_tiny, with_compatibility(request, quirk))
+    halved = speak(lm, flowvae_tiny, with_compatibility(request, habit))
     difference = np.abs(single.means - halved.means).max()
     assert 1e-5 < difference < 2e-2
-    assert quirk.language_model(half) is half
+    assert habit.language_model(half) is half
 
 
 def test_config_dtype_without_one_in_the_configuration_is_fp32(lm_tiny) -> None:

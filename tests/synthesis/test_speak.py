@@ -17,7 +17,7 @@ NEVER = StopRule(threshold=0.0)
 
 
 def chain_request(golden, flowvae, compatibility: ReleaseCompatibility) -> Request:
-    """The release's request: ids joined, prompt sampled with its noise; the frame the release drops is left to the quirk."""
+    """The release's request: ids joined, prompt sampled with its noise; the frame the release drops is left to the habit."""
     with torch.no_grad():
         posterior = flowvae.encode(golden["prompt_wav"][0])
     kept = posterior[:, :-1].sample(golden["prompt_noise"])[0]
