@@ -106,7 +106,7 @@ def test_prompt_and_voice_file_speak_alike(model: Path, tmp_path: Path, recordin
         (["Hi", "--temperature", "-1"], "bad temperature: got -1.0"),
         (["Hi", "--temperature", "nan"], "bad temperature: got nan"),
         (["Hi", "--seed", "-1"], "bad seed: got -1"),
-        (["Hi", "--max-seconds", "0"], "bad length cap: got 0.0 s"),
+        (["Hi", "--max-seconds", "0"], "bad --max-seconds: got 0.0"),
         (["Hi", "--device", "abacus"], "unknown device: got 'abacus'"),
         (["Hi", "--dtype", "int3"], "unknown dtype: got 'int3'"),
         (["Hi", "--model", "EMPTY"], "not a weight folder: no Flow-VAE (flowvae/) in 'empty'"),

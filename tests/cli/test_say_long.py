@@ -206,7 +206,7 @@ def test_nothing_spoken_at_all_is_an_error(model: Path, book: Path, tmp_path: Pa
         (["Hi", "--srt", "-o", "-"], "--srt writes beside the output"),
         (["--text-file", "book.txt", "--plot", "x.png"], "--plot draws a single request"),
         (["Hi", "--plot", "x.wav"], "unknown image format: got 'x.wav'"),
-        (["--text-file", "book.txt", "--pause", "-1"], "bad pause: got -1.0"),
+        (["--text-file", "book.txt", "--pause", "-1"], "bad --pause: got -1.0"),
         (["--text-file", "book.txt", "--temperature", "-1"], "bad temperature"),
         (["--text-file", "book.txt", "--seed", "-1"], "bad seed: got -1"),
         (["Hi", "--language", "English!"], "unknown language: got 'English!'"),
@@ -251,7 +251,7 @@ def test_a_normalised_text_is_spoken_and_shown(model: Path, tmp_path: Path, caps
     assert say(model, "I have five.", "-o", tmp_path / "b.wav", "--seed", 1) == 0
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
     assert say(model, "У меня 5.", "-o", tmp_path / "c.wav", "--seed", 1, "--normalise") == 0
-    assert "warning: not normalised: no rules for language 'ru'" in capsys.readouterr().err
+    assert "warning: not normalised: no rules for language 'ru'" in capsys.readouterr().out
 
 
 def test_options_of_one_request_reach_it(model: Path, tmp_path: Path, capsys) -> None:

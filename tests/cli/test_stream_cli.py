@@ -107,7 +107,7 @@ def test_standard_output(model: Path, offline: np.ndarray, capfdbinary, kind: st
     [
         ([], "nowhere to speak to"),
         (["-o", "a.flac"], "cannot stream into 'a.flac': expected a .wav file or -"),
-        (["-o", "a.wav", "--chunk", "0"], "raise --chunk"),
+        (["-o", "a.wav", "--chunk", "0"], "bad --chunk: got 0"),
         (["-o", "a.wav", "--latency", "-1"], "latency"),
         (["-o", "a.wav", "--voice", "nobody"], "voice file not found"),
         (["-o", "a.wav", "--prompt-text", "x"], "a transcript without its recording"),
@@ -214,11 +214,14 @@ def test_a_text_without_words_is_spoken_with_a_warning(model: Path, tmp_path: Pa
     assert "letter or number" not in capsys.readouterr().err
 
 
-def test_a_text_too_long_for_a_stream_names_what_speaks_it(model: Path, tmp_path: Path, capsys) -> None:
-    assert main(["stream", "word " * 20000, "-o", str(tmp_path / "a.wav"), "--model", str(model), "--seed", "4"]) == 2
-    said = capsys.readouterr().err
-    assert "`kalle say --text-file FILE`" in said
-    assert "max_seconds" not in said
+def test_a_long_text_is_streamed_sentence_by_sentence(model: Path, tmp_path: Path, capsys) -> None:
+    text = "The first sentence is here. The second one follows it. Here is the third."
+    assert main(["stream", text, "--by-sentences", "--pause", "0.1", "-o", str(tmp_path / "a.wav"), "--model", str(model), *COMMON]) == 0
+    samples, _ = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    frames = round(0.4 * RATE)
+    assert len(samples) == 3 * frames + 2 * 1600
+    assert not samples[frames : frames + 1600].any()
+    assert capsys.readouterr().err.count("warning: sentence ") == 3, "none of them ends with these weights"
 
 
 def popen(model: Path, output: object) -> subprocess.Popen[bytes]:

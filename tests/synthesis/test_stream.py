@@ -141,3 +141,40 @@ def test_a_stream_closed_while_its_next_is_at_work_ends_after_it(kalle_tiny: Kal
     assert [len(piece) for piece in stream] == [HOP]
     assert remembered() == before
     assert stream.speech.stop_reason == "interrupted"
+
+
+LONG = "The first sentence is here. The second one follows it.\n\nHere is a new paragraph."
+SENTENCES = {"seed": 3, "max_seconds": 1.6, "stop": NEVER, "by_sentences": True, "chunk_frames": 4}
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+def test_a_long_text_is_streamed_as_it_is_synthesized_but_for_the_level(kalle_tiny: Kalle, rolling: bool) -> None:
+    whole = kalle_tiny.synthesize(LONG, rolling=rolling, **SENTENCES)
+    stream = kalle_tiny.stream(LONG, rolling=rolling, **SENTENCES)
+    heard, speech = joined(list(stream)), stream.speech
+    np.testing.assert_array_equal(speech.audio, heard)
+    assert len(heard) == len(whole.audio)
+    assert (speech.stop_reason, speech.seed, speech.text) == (whole.stop_reason, 3, LONG)
+    assert [part.rolled for part in speech.parts] == [part.rolled for part in whole.parts]
+    for got, wanted in zip(speech.parts, whole.parts, strict=True):
+        np.testing.assert_array_equal(got.speech.latents, wanted.speech.latents)
+        np.testing.assert_allclose(got.audio * 10 ** (wanted.gain_db / 20), wanted.audio, atol=2e-4)
+        assert (got.start_sample, got.pause_samples) == (wanted.start_sample, wanted.pause_samples)
+
+
+def test_a_long_stream_that_is_closed_keeps_what_was_heard(kalle_tiny: Kalle) -> None:
+    stream = kalle_tiny.stream(LONG, **SENTENCES)
+    assert len(stream.speech.audio) == 0
+    heard = list(itertools.islice(stream, 9))
+    stream.close()
+    assert list(stream) == []
+    assert stream.speech.stop_reason == "interrupted"
+    assert 1 <= len(stream.speech.parts) <= 3
+    np.testing.assert_array_equal(stream.speech.audio, joined(heard))
+
+
+def test_one_sentence_is_the_same_at_once_and_by_sentences(kalle_tiny: Kalle) -> None:
+    voice = kalle_tiny.random_voice(1)
+    options = {"seed": 3, "max_seconds": 0.8, "stop": NEVER}
+    once, alone = (kalle_tiny.synthesize("Hello there.", voice, by_sentences=choice, **options) for choice in (None, True))
+    np.testing.assert_array_equal(once.latents, alone.latents)
