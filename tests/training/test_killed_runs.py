@@ -131,6 +131,8 @@ def flat(value: Any, where: str = "") -> dict[str, Any]:
 
 def assert_same_end(one: Path, other: Path, stage: str) -> None:
     assert log(one) == log(other)
+    tables = [out / "csv" / "version_0" / "metrics.csv" for out in (one, other)]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
     states = [torch.load(out / "checkpoints" / LAST, weights_only=True) for out in (one, other)]
     for key in ("global_step", "state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "callbacks"):
         a, b = flat(states[0][key]), flat(states[1][key])

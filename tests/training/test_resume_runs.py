@@ -130,6 +130,8 @@ def test_resume_from_any_step_equals_uninterrupted(
     assert resumed.trainer.global_step == STEPS
     assert_same_end(whole(stage), out, stage)
     tables = [folder / "csv" / "version_0" / "metrics.csv" for folder in (whole(stage), out)]
+    lines = [table.read_text().splitlines() for table in tables]
+    assert lines[0] == lines[1]
     assert tables[0].read_bytes() == tables[1].read_bytes()
 
 

@@ -113,7 +113,8 @@ class FlowVAETraining(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """One optimizer and schedule for the generator, one more pair for the discriminators when there are any."""
         optimizers = [self.optimizer_factory(network.parameters()) for network in self.networks()]
-        return optimizers, [self.scheduler_factory(optimizer) for optimizer in optimizers]
+        schedules = [{"scheduler": self.scheduler_factory(optimizer), "interval": "step"} for optimizer in optimizers]
+        return [{"optimizer": one, "lr_scheduler": other} for one, other in zip(optimizers, schedules, strict=True)]
 
     @property
     def adversarial(self) -> bool:
