@@ -53,6 +53,12 @@ def test_bucketing_saves_padding() -> None:
     assert padding(budget_plan(pairs, 1000, buckets=10)) < 0.15 < 0.3 < padding(budget_plan(pairs, 1000, buckets=1))
 
 
+@pytest.mark.parametrize("items", [3, 20, 40])
+def test_few_items_that_fit_into_one_batch_are_one(items: int) -> None:
+    """Thirty buckets would make each of them a batch."""
+    assert len(budget_plan([(20, 40 + 5 * number) for number in range(items)], 24000, buckets=30)(0)) == 1
+
+
 def test_a_long_tail_does_not_become_batches_of_one() -> None:
     lengths = np.random.default_rng(0).integers(10, 60, 4000).tolist() + np.random.default_rng(1).integers(100, 900, 20).tolist()
     batches = budget_plan([(1, int(n)) for n in lengths], 1000, buckets=16)(0)

@@ -265,11 +265,11 @@ class BudgetBatchSampler(_GroupedBatchSampler):
     """Batches of similar length under a budget of padded positions.
 
     A batch of B items costs B * (longest text + longest audio) positions, padding included, and never more than ``max_positions``.
-    Items are put into ``buckets`` groups by length once, the group of the longest into more where it has a long tail and there is no
-    mix; an epoch shuffles each group, cuts it into batches of nearly equal size and shuffles the batches. The batch size of a group
-    follows from its longest items, so every epoch has the same number of batches (the trainer asks only once) and samples every item
-    exactly once, or as often as ``mix`` says. With ``windows`` the groups are shuffled within windows of shards and cut through all
-    windows in turn, which changes the order and no number.
+    Items are put into ``buckets`` groups by length once, into fewer where there are few items, the group of the longest into more where
+    it has a long tail and there is no mix; an epoch shuffles each group, cuts it into batches of nearly equal size and shuffles the
+    batches. The batch size of a group follows from its longest items, so every epoch has the same number of batches (the trainer asks
+    only once) and samples every item exactly once, or as often as ``mix`` says. With ``windows`` the groups are shuffled within windows
+    of shards and cut through all windows in turn, which changes the order and no number.
 
     ``text_lengths`` and ``audio_lengths`` are (N,) int64, in positions; the sum of no item may exceed ``max_positions``.
     """
@@ -295,7 +295,9 @@ class BudgetBatchSampler(_GroupedBatchSampler):
             size = max(1, max_positions // int(text_lengths[members].max() + audio_lengths[members].max()))
             return size if max_items is None else min(size, max_items)
 
-        *ordinary, longest = equal_buckets(total, buckets)
+        # A bucket of less than a batch would make batches of few items where all of them fit into one.
+        fitting = max(1, len(total) // size_of(np.arange(len(total)))) if mix is None else buckets
+        *ordinary, longest = equal_buckets(total, min(buckets, fitting))
         # A mix draws a fixed number from each group, which should not be of a few items: always the same would be left out.
         tail = _tight(longest, total, size_of) if ordinary and mix is None else [longest]
         groups = [(members, size_of(members)) for members in (*ordinary, *tail)]
