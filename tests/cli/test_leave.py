@@ -10,7 +10,7 @@ import pytest
 CODE = """
 import atexit, sys, threading, time
 import torch
-from kalle.cli.leave import leave
+from kalle.cli.process import leave
 class Teardown:
     def __del__(self):
         print("taken apart", flush=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kalle.cli.threads import SPINS, share_the_cores
+from kalle.cli.process import SPINS, share_the_cores
 
 
 def test_waiting_is_short_unless_the_user_says_how() -> None:

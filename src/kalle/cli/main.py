@@ -157,8 +157,7 @@ def _fail_usage(error: Exception) -> int:
 
 def run() -> None:
     """The console script: `main`, and the end of the process."""
-    from kalle.cli.leave import leave
-    from kalle.cli.threads import share_the_cores
+    from kalle.cli.process import leave, share_the_cores
 
     share_the_cores(os.environ)
     leave(main(), sys.argv[1] if len(sys.argv) > 1 else None)
