@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
@@ -152,6 +153,23 @@ def test_a_complete_run_exports_the_same_again(stage: str, train: Train, whole: 
     out = cut(whole(stage), tmp_path / "run", STEPS)
     train(stage, out)
     assert_equal(*(load_file(folder / "weights" / stage / "model.safetensors") for folder in (whole(stage), out)))
+
+
+def test_a_run_of_an_earlier_version_goes_on(train: Train, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its checkpoints held one row in place of all rows of a step; its config.yaml other keys, and what builds each part."""
+    out = cut(whole("lm"), tmp_path / "old", 3)
+    path = step_path(out / "checkpoints", 3)
+    state = torch.load(path, weights_only=True)
+    pending = state["callbacks"]["LastCheckpoint"]
+    pending["row"] = {name: value for row in pending.pop("rows") for name, value in row.items()}
+    torch.save(state, path)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config["objective"]["_target_"] = config["data"]["_target_"] = "somewhere.else"
+    config["data"] |= {"seed": 3, "packing": False}
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    train("lm", out)
+    assert_same_end(whole("lm"), out, "lm")
+    assert log_rows(whole("lm")) == log_rows(out)
 
 
 def test_never_starts_anew_and_a_path_is_taken(train: Train, whole: Callable[[str], Path], tmp_path: Path) -> None:

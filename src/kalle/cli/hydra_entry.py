@@ -215,8 +215,8 @@ def _readable(error: Exception, config_name: str, overrides: list[str]) -> Excep
         last = causes[-1]
         if not isinstance(last, ValueError | TypeError) and "Misconfiguration" not in type(last).__name__:
             return error
-        target = re.search(r"target '([^']+)'", str(error))
-        return UserError(f"configuration {config_name}: {target[1] if target else 'a part'} refuses its values: {last}; correct them")
+        part = re.search(r"full_key: (\S+)", str(error)) or re.search(r"target '([^']+)'", str(error))
+        return UserError(f"configuration {config_name}: {part[1] if part else 'a part'} refuses its values: {last}; correct them")
     return UserError(f"configuration {config_name}: {' '.join(str(error).split())}; see `--cfg job` for the whole configuration")
 
 

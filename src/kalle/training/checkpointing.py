@@ -172,7 +172,7 @@ class LastCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self._best_value = state_dict.get("best_value")
-        rows = state_dict.get("rows", [state_dict["row"]] if state_dict.get("row") else [])  # "row": of a checkpoint up to version 0.3
+        rows = state_dict.get("rows", [state_dict["row"]] if state_dict.get("row") else [])  # "row" is what older checkpoints have
         self._state = {**{name: state_dict[name] for name in ("validation_due", "row_step")}, "rows": rows}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:

@@ -309,6 +309,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "freeze", tuple(self.freeze))
         check_fields(self, "")
+        for name in ("lm", "flowvae", "discriminators"):
+            _check_parts(getattr(self, name, None), name)
 
     @property
     def loggers(self) -> tuple[str, ...]:
@@ -409,6 +411,14 @@ class LMTrainingConfig(TrainingConfig):
         """How the rows of a batch are packed, None for padded ones."""
         # The kernel of flash attention knows packed documents in a single row only.
         return Packing(None if self.attention == "flash" else self.row_positions) if self.packing else None
+
+
+def _check_parts(config: Any, key: str) -> None:
+    """`check_fields` of a model's configuration and of the dataclasses in it."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        check_fields(config, key)
+        for part in dataclasses.fields(config):
+            _check_parts(getattr(config, part.name), f"{key}.{part.name}")
 
 
 def precision_of(config: TrainingConfig) -> str:
