@@ -27,11 +27,11 @@ def test_a_bug_inside_a_part_is_not_taken_for_a_mistake() -> None:
 
     error = InstantiationException("Error in call to target 'a.B'")
     error.__cause__ = ZeroDivisionError("x")
-    assert hydra_entry._readable(error, "train_lm", []) is error
+    assert hydra_entry.readable(error, "train_lm", []) is error
     error.__cause__ = ValueError("size: got 0")
-    assert str(hydra_entry._readable(error, "train_lm", [])) == "configuration train_lm: a.B refuses its values: size: got 0; correct them"
+    assert str(hydra_entry.readable(error, "train_lm", [])) == "configuration train_lm: a.B refuses its values: size: got 0; correct them"
     error.__cause__ = UserError("hop: got 1, expected 2; change it")
-    assert hydra_entry._readable(error, "train_lm", []) is error.__cause__
+    assert hydra_entry.readable(error, "train_lm", []) is error.__cause__
 
 
 def test_interpolations_reach_their_values() -> None:

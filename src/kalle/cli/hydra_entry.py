@@ -94,11 +94,11 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
         if job.error is not None:
             raise job.error
     except (HydraException, OmegaConfBaseException) as error:
-        raise _readable(error, config_name, overrides) from None
+        raise readable(error, config_name, overrides) from None
     except ValueError as error:
         if many or isinstance(error, UserError) or error is job.error:
             raise
-        raise _readable(error, config_name, overrides) from None  # Hydra's own, for logger=null and its kind
+        raise readable(error, config_name, overrides) from None  # Hydra's own, for logger=null and its kind
     except SystemExit as end:  # --help and its kind
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
@@ -194,10 +194,10 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
         try:
             return hydra_compose(config_name, overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            raise _readable(error, config_name, overrides) from None
+            raise readable(error, config_name, overrides) from None
 
 
-def _readable(error: Exception, config_name: str, overrides: list[str]) -> Exception:
+def readable(error: Exception, config_name: str, overrides: list[str]) -> Exception:
     """What the user should see of an error of Hydra's: a UserError, or ``error`` itself where it wraps a bug of ours."""
     causes = _causes(error)
     for cause in causes:

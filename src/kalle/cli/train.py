@@ -86,13 +86,19 @@ def dry_run(config: DictConfig) -> Plan:
 
 def training_config(config: DictConfig) -> FlowVAETrainingConfig | LMTrainingConfig:
     """The dataclass that a composed ``config`` describes; a UserError for a missing value or one of the wrong type."""
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+
+    from kalle.cli.hydra_entry import readable
 
     missing = sorted(OmegaConf.missing_keys(config), key=lambda name: (name.count("."), name))
     if missing:
         raise UserError(f"no value for {', '.join(missing)}: expected a folder; add {missing[0]}=DIR to the command")
-    built: FlowVAETrainingConfig | LMTrainingConfig = instantiate(config, _convert_="all")
+    try:
+        built: FlowVAETrainingConfig | LMTrainingConfig = instantiate(config, _convert_="all")
+    except InstantiationException as error:
+        raise readable(error, "of the training", []) from None
     return built
 
 

@@ -265,7 +265,11 @@ def describe(weights: Path, sample_rate: int | None) -> None:
     write_json(weights / CONFIG_NAME, values if sample_rate is None else {**values, "sample_rate": sample_rate})
     use = f"`kalle encode flowvae={weights} corpus=DIR out=DIR` makes latents with them"
     if "lm" in parts:
-        use = f"hear them with `kalle say --model {weights} TEXT`" if "flowvae" in parts else "they speak with flowvae=DIR in the training"
+        use = (
+            f"hear them with `kalle say --model {weights} TEXT`"
+            if "flowvae" in parts
+            else "add flowvae=DIR to the training for a folder that speaks"
+        )
     logger.info("the weights are in '%s'; %s", weights, use)
 
 
