@@ -139,4 +139,4 @@ def test_testset_takes_a_name_or_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (configs_dir() / "testset").glob("*.yaml")))
 def test_every_testset_composes(name: str) -> None:
-    assert set(compose("evaluate", [f"testset={name}"]).testset) == {"path", "min_words", "limit"}
+    assert set(compose("evaluate", [f"testset={name}"]).testset) == {"path", "min_words", "limit", "language"}

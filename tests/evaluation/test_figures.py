@@ -78,5 +78,5 @@ def test_an_unknown_suffix_is_refused(spoken: Speech, tmp_path: Path) -> None:
 
 def test_without_matplotlib_it_says_what_to_install(spoken: Speech, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"needs matplotlib, which is not installed: pip install 'kalle-tts\[serve\]'"):
+    with pytest.raises(UserError, match=r"needs matplotlib, which is not installed: run pip install .*\[serve\]"):
         save_speech_figure(spoken, tmp_path / "picture.png")

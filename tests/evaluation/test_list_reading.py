@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 
 from kalle.audio import read_audio, write_audio
 from kalle.errors import UserError
-from kalle.evaluation.test_list import count_words, language_code, read_test_list
+from kalle.evaluation.test_list import TestListConfig, count_words, language_code, read_test_list
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
@@ -39,10 +40,104 @@ def test_seed_tts_lines_of_two_to_five_fields(tmp_path: Path) -> None:
     assert {item.language for item in (two, three, four, five)} == {"en"}
 
 
-def test_seed_tts_in_zh_is_chinese_and_a_sixth_field_an_error(tmp_path: Path) -> None:
-    assert read_test_list(write_lines(tmp_path / "zh" / "meta.lst", "a|你好世界"), min_words=4).items[0].language == "zh"
+def test_a_sixth_field_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 2 .* got 6 fields"):
         read_test_list(write_lines(tmp_path / "bad.lst", "a|b", "a|b|c|d|e|f"))
+
+
+@pytest.mark.parametrize("folder", ["zh", "chinese", "en"])
+def test_the_language_is_stated_and_never_guessed_from_a_folder(tmp_path: Path, folder: str) -> None:
+    path = write_lines(tmp_path / folder / "meta.lst", "a|今天天气很好我们去公园吧")
+    with pytest.raises(UserError, match=r"language not stated: 1 texts .* set testset.language=zh"):
+        read_test_list(path)
+    (item,) = read_test_list(TestListConfig(path, language="Chinese")).items
+    assert item.language == "zh"
+    stated = write_lines(tmp_path / folder / "list.jsonl", json.dumps({"text": "今天天气很好", "language": "zh"}))
+    assert read_test_list(TestListConfig(stated, language="en")).items[0].language == "zh"
+    latin = write_lines(tmp_path / folder / "latin.lst", "a|Café au lait, s'il vous plaît")
+    assert [read_test_list(TestListConfig(latin, language=given)).items[0].language for given in (None, "fr")] == ["en", "fr"]
+
+
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    text = "Please check\u2028the number\x85and dial\x0bagain."
+    path = tmp_path / "list.jsonl"
+    path.write_bytes(json.dumps({"id": "a", "text": text}, ensure_ascii=False).encode() + b"\r\n\n")
+    assert [item.text for item in read_test_list(path).items] == [text]
+    path = tmp_path / "list.lst"
+    path.write_bytes(f"a|{text}\r\nb|one two three four\n".encode())
+    assert [(item.id, item.text) for item in read_test_list(path).items] == [("a", text), ("b", "one two three four")]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"text": 5}', "expected an object with a text"),
+        ('{"text": "a b c d", "audio": 5}', "audio: got 5, expected a string"),
+        ('{"text": "a b c d", "speaker": ["x"]}', "speaker: got"),
+        ('{"text": "a b c d", "prompt_text": {}}', "prompt_text: got"),
+        ('{"text": "a b c d", "id": true}', "id: got True"),
+        ('{"text": "a b c d", "id": "x\\u0000y"}', "with a NUL"),
+        ('{"text": "a b \\ud800 c d"}', "half of a character"),
+        ('{"text": "a b c d", "audio": "x\\u0000.wav"}', "audio: got .* with a NUL"),
+        ('{"text": "a b c d", "duration": NaN}', "duration: got nan, expected seconds"),
+        ('{"text": "a b c d", "duration": 1e999}', "duration: got inf"),
+        ('{"text": "a b c d", "duration": "long"}', "duration: got 'long'"),
+        ('{"text": "a b c d", "duration": ' + "9" * 5000 + "}", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"text": "a b c d", "id": "' + "x" * 300 + '"}', "at most 200 for a file name"),
+    ],
+)
+def test_a_field_of_another_kind_is_one_line_that_names_it(tmp_path: Path, row: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as raised:
+        read_test_list(write_lines(tmp_path / "list.jsonl", '{"text": "one two three four"}', row))
+    assert "line 2 of" in str(raised.value)
+    assert len(str(raised.value)) < 600
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["command", "url", "memory"])
+def test_a_recording_that_is_no_file_is_never_opened(tmp_path: Path, kind: str) -> None:
+    write_audio(tmp_path / "a.wav", noise(1.0), 16000)
+    recording = Recording.from_file(tmp_path / "a.wav", recording_id="r")
+    recording.sources[0].type = kind
+    recording.sources[0].source = f"touch {tmp_path / 'ran'}"
+    words = SupervisionSegment("a", "r", 0, 0.5, text="one two three four")
+    CutSet.from_cuts([MonoCut("a", 0.2, 0.5, 0, recording=recording, supervisions=[words])]).to_file(tmp_path / "cuts_test.jsonl.gz")
+    with pytest.raises(UserError, match=f"a recording of type {kind}, expected one file"):
+        read_test_list(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    content=strategies.one_of(
+        strategies.binary(max_size=200),
+        strategies.recursive(
+            strategies.none() | strategies.booleans() | strategies.floats() | strategies.integers() | strategies.text(max_size=20),
+            lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=9), inner, max_size=3),
+            max_leaves=6,
+        ).map(lambda value: json.dumps(value).encode()),
+        strategies.dictionaries(
+            strategies.sampled_from(["id", "text", "audio", "duration", "language", "speaker", "prompt_text", "prompt_audio", "split"]),
+            strategies.none() | strategies.text(max_size=30) | strategies.floats() | strategies.integers() | strategies.just({}),
+        ).map(lambda value: json.dumps({"text": "one two three four", **value}).encode()),
+        strategies.lists(strategies.text(max_size=12), max_size=7).map(lambda fields: "|".join(fields).encode(errors="surrogatepass")),
+    ),
+    suffix=strategies.sampled_from([".jsonl", ".lst"]),
+)
+def test_no_content_of_a_list_is_more_than_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
+    path = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
+    path.write_bytes(content)
+    items, message = [], ""
+    try:
+        items = read_test_list(TestListConfig(path, min_words=0)).items
+    except UserError as error:
+        message = str(error)
+    assert "\n" not in message
+    for item in items:
+        json.dumps([item.id, item.text, item.duration_s], allow_nan=False).encode()
+        assert item.audio_path is None or not item.audio_path.is_file()
 
 
 def test_missing_wavs_stay_in_the_list_and_fail_when_read(tmp_path: Path) -> None:
@@ -116,4 +211,4 @@ def test_words_and_languages() -> None:
     assert count_words("Don't stop -- it's 5 o’clock!") == 5
     assert count_words("你好 OK 世界。") == 5
     assert count_words("...") == 0
-    assert [language_code(name) for name in (None, "English", "en-US", "zh", "Chinese", "pt_BR")] == ["en", "en", "en", "zh", "zh", "pt"]
+    assert [language_code(name) for name in ("English", "en-US", "zh", "Mandarin", "pt_BR")] == ["en", "en", "zh", "zh", "pt"]

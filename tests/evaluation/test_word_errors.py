@@ -5,7 +5,7 @@ import pytest
 
 from kalle.errors import UserError
 from kalle.evaluation.metrics import MetricError, ScoreItem
-from kalle.evaluation.scoring import summarise
+from kalle.evaluation.scoring import Scores, summarise
 from kalle.evaluation.word_errors import WER, corpus_style, normaliser, seed_tts, whisper_english, word_errors
 
 
@@ -68,8 +68,26 @@ def test_an_utterance_can_exceed_one_and_silence_is_all_deletions() -> None:
 
 
 def test_text_of_punctuation_cannot_be_scored() -> None:
-    with pytest.raises(MetricError, match="empty after normalisation"):
+    with pytest.raises(MetricError, match="empty after normalisation: seed_tts, whisper"):
         WER(Says("anything"))(item("..."))
+
+
+def test_a_text_that_one_normaliser_empties_keeps_the_columns_of_the_other() -> None:
+    scores = Scores([WER(Says("uh um", "one"))])
+    scores.add("s", item("Uh, um, hmm, mm, mhm."))
+    scores.add("s", item("one"))
+    first, second = scores.rows
+    assert (first["wer"], first["metric_errors"]) == (0.6, {"wer": "the text is empty after normalisation: whisper"})
+    assert "wer_whisper" not in first
+    summary = summarise(scores.rows, scores.metrics[0].aggregates, 20, 0)["s"]
+    assert (summary["wer_utt_mean"].count, summary["wer_utt_mean_whisper"].count) == (2, 1)
+    assert second["wer_whisper"] == 0
+
+
+def test_what_chinese_needs_is_looked_for_before_anything_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install zhconv"):
+        WER(Says(), languages=["en", "zh"])
 
 
 def test_unknown_normaliser_lists_the_known() -> None:

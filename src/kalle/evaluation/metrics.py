@@ -29,6 +29,11 @@ Value = float | str
 class MetricError(ValueError):
     """One item cannot be scored by one metric (silence for PESQ, say): the row says so and the report counts it."""
 
+    def __init__(self, message: str, columns: Mapping[str, Value] | None = None) -> None:
+        """``columns`` are those that could be measured all the same."""
+        super().__init__(message)
+        self.columns = dict(columns or {})
+
 
 @dataclass(frozen=True)
 class ScoreItem:

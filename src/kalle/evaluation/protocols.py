@@ -349,6 +349,9 @@ def evaluate_wavs(
     missing or no item could be scored. Writes what ``finish`` writes. ``journal`` as in ``score_items``.
     """
     root, settings, scores = wav_folder(folder), settings or Settings(), Scores(metrics)
+    if items and not any(_wav_path(root, item) for item in items):
+        wanted = f"{items[0].file_stem}.wav"
+        raise UserError(f"no wav to score: got none of {len(items)} in '{folder}', expected files such as {wanted}; check the folder")
     others = other_recordings(items)
 
     def score(index: int, item: TestItem) -> None:
@@ -358,9 +361,6 @@ def evaluate_wavs(
             scores.add(WAVS_SYSTEM, references.score_item(item, audio, aligned), {"wav": str(path)})
 
     score_items(items, scores, journal, score, WAVS_SYSTEM, settings.progress)
-    if items and not any(row["system"] == WAVS_SYSTEM and "error" not in row for row in scores.rows):
-        wanted = f"{items[0].file_stem}.wav"
-        raise UserError(f"no wav to score: got none of {len(items)} in '{folder}', expected files such as {wanted}; check the folder")
     # Paths of the wavs are as the user gave them, relative to the working directory and not to the results.
     shown = figure_rows(items, scores.rows, Path(), settings.figure_items)
     return finish("wavs", scores, {"folder": str(folder), "aligned": aligned}, settings, out_dir, shown)
@@ -373,9 +373,12 @@ def wav_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
+def _wav_path(folder: Path, item: TestItem) -> Path | None:
+    return next((path for suffix in WAV_SUFFIXES if (path := folder / f"{item.file_stem}{suffix}").is_file()), None)
+
+
 def _read_wav(folder: Path, item: TestItem) -> tuple[Audio, Path]:
-    for suffix in WAV_SUFFIXES:
-        path = folder / f"{item.file_stem}{suffix}"
-        if path.is_file():
-            return read_audio(path, RATE_HZ), path
-    raise UserError(f"wav not found: expected '{folder / item.file_stem}.wav'; synthesise it or remove the line from the list")
+    path = _wav_path(folder, item)
+    if path is None:
+        raise UserError(f"wav not found: expected '{folder / item.file_stem}.wav'; synthesise it or remove the line from the list")
+    return read_audio(path, RATE_HZ), path

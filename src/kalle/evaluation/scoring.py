@@ -91,7 +91,7 @@ class Scores:
                 columns = dict(metric(item))
             except MetricError as error:
                 problems[metric.name] = str(error)
-                continue
+                columns = error.columns
             broken = [name for name, value in columns.items() if isinstance(value, float) and not math.isfinite(value)]
             if broken:
                 problems[metric.name] = f"not finite: {', '.join(broken)}"

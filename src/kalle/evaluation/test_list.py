@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,9 @@ from kalle.errors import UserError
 LANGUAGE_NAMES: Mapping[str, str] = {
     "english": "en",
     "chinese": "zh",
+    "mandarin": "zh",
+    "japanese": "ja",
+    "korean": "ko",
     "french": "fr",
     "italian": "it",
     "spanish": "es",
@@ -27,6 +33,11 @@ LANGUAGE_NAMES: Mapping[str, str] = {
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff"
 WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+(?:['’][^\W{CJK}]+)*")
 AudioLoader = Callable[[int], Audio]
+MAX_NAME_BYTES = 200
+"""Room for a suffix in the 255 bytes that file systems give a name."""
+MAX_SECONDS = 1e6
+_DAMAGED = (ValueError, RecursionError)
+_UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class TestItem:
     """The recording of ``text``; None when the list has none."""
     speaker: str | None = None
     language: str = "en"
-    """Two-letter code."""
+    """Two-letter code; "" where the list states none, until ``read_test_list`` fills it."""
     duration_s: float | None = None
     """Length of the recording in seconds, where the list states it."""
     prompt_text: str | None = None
@@ -93,6 +104,8 @@ class TestListConfig:
     """Shorter texts are left out and counted, for one word says little about a WER; a CJK character is a word."""
     limit: int | None = None
     """Items scored at most."""
+    language: str | None = None
+    """Of the texts for which the list states none: a two-letter code or an English name. None is English, and refuses other letters."""
 
 
 def read_test_list(config: TestListConfig | str | Path, min_words: int = 4, limit: int | None = None) -> TestList:
@@ -102,7 +115,8 @@ def read_test_list(config: TestListConfig | str | Path, min_words: int = 4, limi
     ``utt|prompt_text|prompt_wav|text[|recording]``; wavs relative to the list's folder. ``*.jsonl``: objects with ``text`` and optionally
     ``id, audio, speaker, language, duration, prompt_text, prompt_audio, split``; the same paths; other keys are not read. Items of a split
     other than "test", of fewer than ``min_words`` words (a CJK character is one) and beyond the first ``limit`` are left out and counted.
-    UserError for a missing, malformed or empty list and for ids (or the file names made from them) that repeat.
+    UserError for a missing, malformed or empty list, for ids (or the file names made from them) that repeat, and for texts in letters that
+    are not Latin whose language neither the list nor the configuration states: scored as English they would count as one word.
     """
     if not isinstance(config, TestListConfig):
         config = TestListConfig(config, min_words, limit)
@@ -112,7 +126,7 @@ def read_test_list(config: TestListConfig | str | Path, min_words: int = 4, limi
         raise UserError(f"test list not found: got '{config.path}', expected a .jsonl.gz, .lst or .jsonl file; run `kalle prepare`")
     if config.limit is not None and config.limit < 1:
         raise UserError(f"limit: got {config.limit}, expected at least 1 or none; correct it")
-    items = list(_reader(source)(source))
+    items = _with_language(source, list(_reader(source)(source)), config.language)
     tests = [item for item in items if item.split in (None, "test")]
     long_enough = [item for item in tests if count_words(item.text) >= config.min_words]
     kept = long_enough[: config.limit]
@@ -133,10 +147,29 @@ def count_words(text: str) -> int:
     return len(WORDS.findall(text))
 
 
-def language_code(language: str | None) -> str:
-    """Two-letter code of a language name or tag ("English", "en-US"); English when the list names none."""
-    name = (language or "en").strip().lower()
+def language_code(language: str) -> str:
+    """Two-letter code of a language name or tag ("English", "en-US")."""
+    name = language.strip().lower()
     return LANGUAGE_NAMES.get(name, re.split(r"[-_]", name)[0])
+
+
+def _with_language(source: Path, items: list[TestItem], language: str | None) -> list[TestItem]:
+    """``items``, those whose language the list does not state in ``language``."""
+    unstated = [item for item in items if not item.language]
+    foreign = [item for item in unstated if language is None and _has_other_letters(item.text)]
+    if foreign:
+        chinese = any(re.search(rf"[{CJK}]", item.text) for item in foreign)
+        needs = ", and a WER of Chinese needs the package zhconv (pip install zhconv)" if chinese and not find_spec("zhconv") else ""
+        raise UserError(
+            f"language not stated: {len(foreign)} texts of '{source}' are not in Latin letters, the first is '{foreign[0].id}'; "
+            f"set testset.language={'zh' if chinese else 'CODE'}{needs}"
+        )
+    code = language_code(language or "en")
+    return [item if item.language else replace(item, language=code) for item in items]
+
+
+def _has_other_letters(text: str) -> bool:
+    return any(character.isalpha() and not unicodedata.name(character, "LATIN").startswith("LATIN") for character in text)
 
 
 def _reader(source: Path) -> Callable[[Path], Iterator[TestItem]]:
@@ -158,20 +191,27 @@ def _read_cuts(source: Path) -> Iterator[TestItem]:
     try:
         for cut in CutSet.from_jsonl_lazy(source).with_recording_path_prefix(source.parent):
             yield _from_cut(cut, source)
-    except (OSError, EOFError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"not a readable file of lhotse cuts: '{source}' ({error}); prepare the corpus again") from None
+    except UserError:
+        raise
+    except (*_DAMAGED, OSError, EOFError, KeyError, IndexError, AttributeError, TypeError, AssertionError, zlib.error) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise UserError(f"not a readable file of lhotse cuts: '{source}' ({reason}); prepare the corpus again") from None
 
 
 def _from_cut(cut: Any, source: Path) -> TestItem:
     if len(cut.supervisions) != 1:
         raise UserError(f"cut '{cut.id}' in '{source}': got {len(cut.supervisions)} supervisions, expected one; prepare the corpus again")
+    if [place.type for place in cut.recording.sources] != ["file"]:
+        # A source can also be a command that lhotse would run, or an address that it would fetch.
+        kinds = ", ".join(str(place.type) for place in cut.recording.sources)
+        raise UserError(f"cut '{cut.id}' in '{source}': got a recording of type {kinds or 'none'}, expected one file; prepare it again")
     supervision = cut.supervisions[0]
     return TestItem(
         id=cut.id,
         text=supervision.text or "",
         audio_path=Path(cut.recording.sources[0].source),
         speaker=supervision.speaker,
-        language=language_code(supervision.language),
+        language=language_code(supervision.language or ""),
         duration_s=cut.duration,
         loader=lambda rate_hz: _cut_audio(cut, rate_hz),
     )
@@ -188,42 +228,64 @@ def _cut_audio(cut: Any, sample_rate_hz: int) -> Audio:
 
 
 def _read_seed_tts(source: Path) -> Iterator[TestItem]:
-    language = "zh" if source.parent.name == "zh" else "en"
     for number, line in _lines(source):
         fields = [value.strip() for value in line.split("|")]
         if len(fields) not in (2, 3, 4, 5):
-            raise UserError(f"line {number} of '{source}': got {len(fields)} fields, expected 2 to 5 separated by '|'; correct the line")
-        prompt_text, prompt_wav, recording = None, None, None
-        if len(fields) <= 3:
-            identifier, text = fields[:2]
-            prompt_wav = fields[2] if len(fields) == 3 else None
-        else:
-            identifier, prompt_text, prompt_wav, text = fields[:4]
-            recording = fields[4] if len(fields) == 5 else None
-        prompt_path = _beside(source, prompt_wav)
-        yield TestItem(identifier, text, _beside(source, recording), language=language, prompt_text=prompt_text, prompt_path=prompt_path)
+            raise _bad_line(source, number, f"got {len(fields)} fields, expected 2 to 5 separated by '|'")
+        names = {2: ("id", "text"), 3: ("id", "text", "prompt_audio")}.get(
+            len(fields), ("id", "prompt_text", "prompt_audio", "text", "audio")
+        )
+        yield _item(source, number, dict(zip(names, fields, strict=False)))
 
 
 def _read_jsonl(source: Path) -> Iterator[TestItem]:
     for number, line in _lines(source):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of '{source}' is not JSON ({error}); correct the line") from None
+        except _DAMAGED as error:  # also numbers of thousands of digits and deep nesting
+            raise _bad_line(source, number, f"is not JSON ({' '.join(str(error).split())[:120]})") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f"line {number} of '{source}': got {line[:80]!r}, expected an object with a text; correct the line")
-        identifier = str(row.get("id") or (Path(row["audio"]).stem if row.get("audio") else number))
-        yield TestItem(
-            id=identifier,
-            text=row["text"],
-            audio_path=_beside(source, row.get("audio")),
-            speaker=row.get("speaker"),
-            language=language_code(row.get("language")),
-            duration_s=row.get("duration"),
-            prompt_text=row.get("prompt_text"),
-            prompt_path=_beside(source, row.get("prompt_audio")),
-            split=row.get("split"),
-        )
+            raise _bad_line(source, number, f"got {line[:80]!r}, expected an object with a text")
+        yield _item(source, number, row)
+
+
+def _item(source: Path, number: int, row: Mapping[str, Any]) -> TestItem:
+    """The item of one line; a UserError names the field that is of another type, or that no file or report can hold."""
+    strings: dict[str, str | None] = {}
+    for name in ("text", "audio", "speaker", "language", "prompt_text", "prompt_audio", "split"):
+        value = row.get(name)
+        if not isinstance(value, str | None):
+            raise _bad_line(source, number, f"{name}: got {value!r:.60}, expected a string or nothing")
+        strings[name] = value
+    identifier = row.get("id")
+    if identifier in (None, ""):
+        identifier = Path(strings["audio"]).stem if strings["audio"] else number
+    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
+        raise _bad_line(source, number, f"id: got {identifier!r:.60}, expected a string or a whole number")
+    for name, value in {**strings, "id": str(identifier)}.items():
+        if value is not None and _UNPRINTABLE.search(value):
+            raise _bad_line(source, number, f"{name}: got {value!r:.60} with a NUL or half of a character, expected text")
+    duration = row.get("duration")
+    if duration is not None and not (type(duration) in (int, float) and 0 <= duration < MAX_SECONDS):
+        raise _bad_line(source, number, f"duration: got {duration!r:.60}, expected seconds, at least 0")
+    item = TestItem(
+        id=str(identifier),
+        text=strings["text"] or "",
+        audio_path=_beside(source, strings["audio"]),
+        speaker=strings["speaker"],
+        language=language_code(strings["language"] or ""),
+        duration_s=duration,
+        prompt_text=strings["prompt_text"],
+        prompt_path=_beside(source, strings["prompt_audio"]),
+        split=strings["split"],
+    )
+    if len(item.file_stem.encode()) > MAX_NAME_BYTES:
+        raise _bad_line(source, number, f"id: got {len(item.file_stem.encode())} bytes, expected at most {MAX_NAME_BYTES} for a file name")
+    return item
+
+
+def _bad_line(source: Path, number: int, problem: str) -> UserError:
+    return UserError(f"line {number} of '{source}': {problem}; correct the line")
 
 
 def _beside(source: Path, name: str | None) -> Path | None:
@@ -231,11 +293,12 @@ def _beside(source: Path, name: str | None) -> Path | None:
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers. Only "\\n" ends one: JSON may hold U+2028 and its like."""
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = source.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8: '{source}' ({error}); save the list as UTF-8") from None
-    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    yield from ((number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip())
 
 
 USUAL_SECONDS = 5.0

@@ -83,11 +83,16 @@ def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> WordErro
 
 def simplified(text: str) -> str:
     """Chinese in simplified characters, which the protocol asks of a transcript."""
-    if importlib.util.find_spec("zhconv") is None:
-        raise UserError("WER of Chinese needs the package zhconv; pip install zhconv (GPL: no extra brings it)")
+    require_zhconv()
     import zhconv
 
     return zhconv.convert(text, "zh-cn")
+
+
+def require_zhconv() -> None:
+    """A UserError where zhconv is missing."""
+    if importlib.util.find_spec("zhconv") is None:
+        raise UserError("WER of Chinese needs the package zhconv, which is not installed: run pip install zhconv (GPL: no extra brings it)")
 
 
 class WER:
@@ -100,11 +105,21 @@ class WER:
     name = "wer"
     needs = frozenset({TEXT})
 
-    def __init__(self, transcriber: Transcriber | None = None, normalisers: Iterable[str] = ("seed_tts", "whisper"), **asr: object) -> None:
+    def __init__(
+        self,
+        transcriber: Transcriber | None = None,
+        normalisers: Iterable[str] = ("seed_tts", "whisper"),
+        languages: Iterable[str] = ("en",),
+        **asr: object,
+    ) -> None:
+        """``languages`` are those of the list, for the recogniser to speak; what a language needs is looked for here."""
         self.normalisers = {name: normaliser(name) for name in normalisers}
         if not self.normalisers:
             raise UserError("wer: got no normaliser, expected at least one; set normalisers: [seed_tts]")
-        self.transcriber = transcriber if transcriber is not None else FasterWhisper(**asr)  # type: ignore[arg-type]
+        languages = tuple(languages)
+        if "zh" in languages:
+            require_zhconv()
+        self.transcriber = transcriber if transcriber is not None else FasterWhisper(languages=languages, **asr)  # type: ignore[arg-type]
         rules = []
         for suffix in self._suffixes():
             rules.append(Aggregate(f"wer_utt_mean{suffix}", f"wer{suffix}", lower_is_better=True))
@@ -115,14 +130,24 @@ class WER:
         return ["" if index == 0 else f"_{name}" for index, name in enumerate(self.normalisers)]
 
     def __call__(self, item: ScoreItem) -> dict[str, Value]:
-        """Transcript, and rate, errors and words under every normaliser."""
+        """Transcript, and rate, errors and words under every normaliser.
+
+        MetricError where a normaliser leaves nothing of the text; it keeps the columns of the others.
+        """
         transcript = self.transcriber(item.audio, item.language)
         if item.language == "zh":
             transcript = simplified(transcript)
         columns: dict[str, Value] = {"transcript": transcript}
-        for suffix, tokens in zip(self._suffixes(), self.normalisers.values(), strict=True):
-            counts = word_errors(tokens(item.text, item.language), tokens(transcript, item.language))
+        empty = []
+        for suffix, (name, tokens) in zip(self._suffixes(), self.normalisers.items(), strict=True):
+            reference = tokens(item.text, item.language)
+            if not any(character.isalnum() for token in reference for character in token):
+                empty.append(name)
+                continue
+            counts = word_errors(reference, tokens(transcript, item.language))
             columns |= {f"wer{suffix}": counts.rate, f"wer_errors{suffix}": counts.errors, f"wer_words{suffix}": counts.words}
+        if empty:
+            raise MetricError(f"the text is empty after normalisation: {', '.join(empty)}", columns)
         return columns
 
     def describe(self) -> Mapping[str, object]:
