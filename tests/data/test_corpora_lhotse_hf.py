@@ -117,8 +117,8 @@ def test_hugging_face_datasets_are_read_without_decoding(tmp_path: Path, monkeyp
     [cut] = load_cuts(tmp_path / "out", "valid")
     expected, _ = soundfile.read(tmp_path / "files" / "clip0.flac")
     assert np.corrcoef(np.interp(np.arange(8000) * 1.5, np.arange(12000), expected), cut.load_audio()[0])[0, 1] > 0.7
-    with pytest.raises(UserError, match=r"--text-column: got 'words', expected one of audio, sentence"):
-        read_hugging_face(str(tmp_path / "in"), columns={"text": "words"})
+    with pytest.raises(UserError, match=r"text_column: got 'words', expected one of audio, sentence"):
+        read_hugging_face(str(tmp_path / "in"), text_column="words")
 
 
 def test_a_dataset_that_is_none(tmp_path: Path) -> None:

@@ -59,6 +59,41 @@ def test_jsonl_takes_every_documented_key(tmp_path: Path) -> None:
     assert source.notes == {"keys not used (mood)": 1}
 
 
+NEMO_AND_OTHERS = [
+    {"audio_filepath": "a.wav", "text": "one"},
+    {"wav": "a.wav", "transcript": "one"},
+    {"path": "a.wav", "sentence": "one"},
+    {"audio": {"path": "a.wav"}, "transcription": "one"},
+    {"file_name": "a.wav", "raw_text": "not this", "text": "one"},
+]
+
+
+@pytest.mark.parametrize("row", NEMO_AND_OTHERS)
+def test_the_usual_keys_of_other_tools_are_known(tmp_path: Path, row: dict) -> None:
+    touch(tmp_path / "a.wav")
+    (tmp_path / "list.jsonl").write_text(json.dumps({**row, "speaker_id": 7, "lang": "fr", "subset": "dev"}) + "\n")
+    [item] = read_jsonl_corpus(tmp_path / "list.jsonl").items
+    assert (item.id, item.audio, item.text, item.speaker, item.language, item.split) == (
+        *("a", tmp_path / "a.wav", "one"),
+        *("7", "fr", "valid"),
+    )
+
+
+def test_parts_of_one_recording_are_different_items(tmp_path: Path) -> None:
+    rows = [{"audio_filepath": "a.wav", "text": f"{n}", "offset": n * 0.5, "duration": 0.5} for n in range(3)]
+    rows.append({"audio": "a.wav", "text": "to an end", "start": 2, "end": 2.75})
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_jsonl_corpus(tmp_path / "list.jsonl").items
+    assert [(item.start_s, item.duration_s) for item in found] == [(0.0, 0.5), (0.5, 0.5), (1.0, 0.5), (2.0, 0.75)]
+    assert len({item.id for item in found}) == 4
+
+
+def test_an_unknown_key_of_the_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text('{"tape": "a.wav", "text": "x"}\n')
+    with pytest.raises(UserError, match=r"the keys are tape.*rename the key of the path to audio"):
+        read_jsonl_corpus(tmp_path / "list.jsonl")
+
+
 def test_jsonl_keeps_what_peers_write_and_takes_parts(tmp_path: Path) -> None:
     rows = [
         {"audio": "a.wav", "text": "one", "ref_audio": "b.wav", "duration": 3.5, "dataset_id": 2},
@@ -69,9 +104,34 @@ def test_jsonl_keeps_what_peers_write_and_takes_parts(tmp_path: Path) -> None:
     found = [(item.start_s, item.duration_s, item.custom) for item in source.items]
     assert found == [(0.0, None, {"ref_audio": "b.wav", "dataset_id": 2}), (1.5, 2.0, None)]
     assert source.notes == {"keys not used (fid)": 1}
-    (tmp_path / "list.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "x", "start": "soon"}))
-    with pytest.raises(UserError, match="entry 1: got 'soon'"):
-        read_jsonl_corpus(tmp_path / "list.jsonl")
+
+
+HOSTILE_LINES = [
+    '{"audio": "a.wav", "text": "x", "start": "soon"}',
+    '{"audio": "a.wav", "text": "x", "start": Infinity, "duration": 1}',
+    '{"audio": "a.wav", "text": "x", "start": 0, "duration": NaN}',
+    '{"audio": "a.wav", "text": "x", "start": 0, "duration": -1}',
+    '{"audio": "a.wav", "text": "x", "start": 1' + "0" * 400 + "}",
+    '{"audio": "a.wav", "text": "x", "start": 1' + "0" * 5000 + "}",
+    '{"audio": "a.wav", "text": "x", "deep": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    '{"audio": "a.wav", "text": ["x"]}',
+    '{"audio": "a.wav", "text": "\\ud83d"}',
+    '{"audio": "\\udce9.wav", "text": "x"}',
+    '{"audio": ',
+    '["audio"]',
+]
+
+
+@pytest.mark.parametrize("line", HOSTILE_LINES, ids=range(len(HOSTILE_LINES)))
+def test_a_bad_line_is_one_rejected_item(tmp_path: Path, line: str) -> None:
+    (tmp_path / "list.jsonl").write_text(f'{line}\n{{"audio": "b.wav", "text": "good"}}\n')
+    source = read_jsonl_corpus(tmp_path / "list.jsonl")
+    assert [item.id for item in source.items] == ["b"]
+    [rejection] = source.rejected
+    assert rejection.reason in ("bad entry", "unreadable")
+    assert len(rejection.detail) < 300
+    assert "\n" not in rejection.detail
+    json.dumps([rejection.id, rejection.audio, rejection.detail], ensure_ascii=False).encode()
 
 
 def test_jsonl_may_hold_line_separators_and_windows_line_ends(tmp_path: Path) -> None:
@@ -84,9 +144,9 @@ def test_jsonl_may_hold_line_separators_and_windows_line_ends(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"audio": "a.wav"}\n{"audio": ', r"line 2"),
-        ('["audio"]', r"line 1 holds a list"),
-        ('{"audio": "a.wav", "text": "x", "split": "dev"}', r"got 'dev', expected one of train, valid, test"),
+        ('{"audio": ', r"line 1: not JSON"),
+        ('["audio"]', r"line 1: it holds a list"),
+        ('{"audio": "a.wav", "text": "x", "split": "mine"}', r"got 'mine', expected one of train, valid, test"),
     ],
 )
 def test_a_broken_list_names_the_line(tmp_path: Path, content: str, message: str) -> None:
@@ -99,7 +159,7 @@ def test_a_broken_list_names_the_line(tmp_path: Path, content: str, message: str
 
 def test_csv_without_header(tmp_path: Path) -> None:
     touch(tmp_path / "a.wav", tmp_path / "wavs" / "LJ001-0001.wav")
-    (tmp_path / "metadata.csv").write_text("a.wav|Hello, you.\nLJ001-0001|Chapter 1|Chapter one\n\ngone|x\n|lost\na.wav\n")
+    (tmp_path / "metadata.csv").write_text("a.wav|Hello, you.\nLJ001-0001|Chapter 1\n\ngone|x\n|lost\na.wav\n")
     source = read_csv_corpus(tmp_path / "metadata.csv", speaker="linda", language="en")
     assert source.items == [
         SourceItem("a", tmp_path / "a.wav", "Hello, you.", "linda", "en"),
@@ -107,7 +167,64 @@ def test_csv_without_header(tmp_path: Path) -> None:
         SourceItem("gone", tmp_path / "gone", "x", "linda", "en"),
     ]
     assert reasons(source) == {"line-5": "missing", "a": "duplicate id"}
-    assert source.notes == {"lines with further columns, not used": 1}
+    assert source.notes == {"columns": "audio, text"}
+
+
+def test_the_three_columns_of_ljspeech_are_known(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text('a|"Chapter 1," he said.|"Chapter one," he said.\nb|Of "5 things|Of "five things\n')
+    items = read_csv_corpus(tmp_path / "metadata.csv").items
+    assert [(item.id, item.text) for item in items] == [("a", '"Chapter 1," he said.'), ("b", 'Of "5 things')]
+
+
+RFC4180 = 'audio,text\n0.wav,"Hello, there."\n1.wav,Plain text.\n2.wav,"Two\nlines"\n3.wav,"He said ""hi""."\n'
+
+
+@pytest.mark.parametrize("delimiter", ["", ","])
+def test_quoted_cells_are_parsed(tmp_path: Path, delimiter: str) -> None:
+    (tmp_path / "list.csv").write_text(RFC4180)
+    items = read_csv_corpus(tmp_path / "list.csv", delimiter).items
+    assert [item.text for item in items] == ["Hello, there.", "Plain text.", "Two\nlines", 'He said "hi".']
+    (tmp_path / "list.tsv").write_text('sentence\tpath\nSay "ah\ta.wav\nsay ah" now\tb.wav\n')
+    assert [(item.id, item.text) for item in read_csv_corpus(tmp_path / "list.tsv").items] == [("a", 'Say "ah'), ("b", 'say ah" now')]
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("audio_file|text|speaker_name|lang", "a.wav|Hello|anna|fr"),
+        ("Language,Speaker ID,Transcript,Audio-Filepath", "fr,anna,Hello,a.wav"),
+        ("client_id\tpath\tsentence\tlocale\tup_votes", "anna\ta.wav\tHello\tfr\t2"),
+    ],
+)
+def test_columns_are_found_by_name_in_any_order(tmp_path: Path, header: str, row: str) -> None:
+    (tmp_path / "list.csv").write_text(f"{header}\n{row}\n")
+    [item] = read_csv_corpus(tmp_path / "list.csv").items
+    assert (item.id, item.text, item.speaker, item.language) == ("a", "Hello", "anna", "fr")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "0.wav|anna|Speaker in the middle column.\n1.wav|bert|Another one here.\n2.wav|bert|A third one here.\n",
+        "0.wav|anna|en|Text in the fourth column.\n1.wav|bert|en|Another text here.\n",
+        "0.wav|Left | right.\n1.wav|Plain.\n",
+    ],
+)
+def test_a_table_in_doubt_is_refused_and_shown(tmp_path: Path, content: str) -> None:
+    touch(tmp_path / "0.wav")
+    (tmp_path / "list.csv").write_text(content)
+    with pytest.raises(UserError, match=r"line 1: 1='0.wav', 2='.*--columns") as caught:
+        read_csv_corpus(tmp_path / "list.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("0.wav|anna|en|Text in the fourth.\n1.wav|bert|en|Another | text.\n")
+    source = read_csv_corpus(tmp_path / "list.csv", columns=["audio", "speaker", "-", "text"])
+    assert [(item.text, item.speaker, item.language) for item in source.items] == [("Text in the fourth.", "anna", "")]
+    assert reasons(source) == {"line-2": "bad entry"}
+    with pytest.raises(UserError, match="expected each of audio, text"):
+        read_csv_corpus(tmp_path / "list.csv", columns=["audio", "audio"])
 
 
 def test_csv_with_header_finds_columns_by_name(tmp_path: Path) -> None:
@@ -122,7 +239,7 @@ def test_the_header_of_f5_is_known(tmp_path: Path) -> None:
     assert (item.audio, item.text) == (tmp_path / "a.wav", "Hello")
 
 
-@pytest.mark.parametrize(("content", "message"), [("\n \n", "no lines"), ("audio|words\na.wav|x\n", "no text column")])
+@pytest.mark.parametrize(("content", "message"), [("\n \n", "no lines"), ("audio|mood\na.wav|x\n", "no text column")])
 def test_a_useless_csv_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "list.csv").write_text(content)
     with pytest.raises(UserError, match=message):
@@ -158,6 +275,38 @@ def test_missing_inputs_name_the_path(tmp_path: Path) -> None:
 )
 def test_remarks_outside_are_taken_off_and_remarks_inside_are_doubted(text: str, spoken: str | None) -> None:
     assert spoken_text(text) == spoken
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["\u0915\u093e", "\u0915\u093f", "\u0915\u0940", "\u0915\u0941"],
+        ["pe\u0300che", "pe\u0301che\u0301", "pe\u0302che", "p\u00eache", "peche"],
+        ["a b", "a_b", "a.b", "a/b", "a!", "a?", "a", "A"],
+        ["1.5", "15", "1-5", "\u2467", "\U0001f600", "\U0001f601", "..."],
+        ["x" * 200 + "1", "x" * 200 + "2"],
+    ],
+)
+def test_different_names_are_different_items(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        touch(tmp_path / f"{name}.wav")
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    source = read_folder(tmp_path)
+    assert not source.rejected
+    assert sorted(item.text for item in source.items) == sorted(f"text of {name}" for name in names)
+    ids = [item.id for item in source.items]
+    assert len({name.casefold() for name in ids}) == len(names)
+    assert all(len(f"{name}.flac".encode()) < 255 and "/" not in name for name in ids)
+    assert [item.id for item in read_folder(tmp_path).items] == ids
+
+
+def test_a_name_that_is_not_utf8_is_a_rejected_item(tmp_path: Path) -> None:
+    touch(tmp_path / "good.wav", tmp_path / "caf\udce9.wav")
+    for name in ("good", "caf\udce9"):
+        (tmp_path / f"{name}.txt").write_text("a text")
+    source = read_folder(tmp_path)
+    assert [item.id for item in source.items] == ["good"]
+    assert [(one.reason, "caf\\udce9.wav" in one.detail) for one in source.rejected] == [("unreadable", True)]
 
 
 def test_safe_id_keeps_letters_of_any_script() -> None:

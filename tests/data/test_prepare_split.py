@@ -68,3 +68,24 @@ def test_impossible_shares_are_refused(valid: float, test: float) -> None:
 
 def test_word_count() -> None:
     assert word_count("Don't hang-up, please!") == 4
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 10, 20, 40])
+def test_every_part_of_a_small_corpus_has_an_item(count: int) -> None:
+    policy = SplitPolicy()
+    texts = [f"sentence number {n}" for n in range(count)]
+    splits = policy.completed(texts, [policy.assign(text) for text in texts])
+    assert set(splits) == set(SPLITS)
+    assert splits.count("train") >= count - 4
+    assert splits == policy.completed(texts, [policy.assign(text) for text in texts])
+
+
+def test_completing_keeps_copies_of_a_text_together_and_asks_for_no_more_than_a_share() -> None:
+    texts = ["One.", "one", "ONE!", "two"]
+    splits = SplitPolicy().completed(texts, ["train"] * 4)
+    assert len(set(splits[:3])) == 1
+    assert set(splits) == {"train", "valid"}
+    assert SplitPolicy(0.0, 0.0).completed(texts, ["train"] * 4) == ["train"] * 4
+    assert SplitPolicy().completed(["only"], ["train"]) == ["train"]
+    assert SplitPolicy().completed(texts, ["train"] * 4, {"valid", "test"}) == ["train"] * 4
+    assert "train" in SplitPolicy(0.5, 0.4).completed(["a b", "c d"], ["test", "test"])

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalle.cli import prepare_corpora
-from kalle.cli.prepare_run import (
-    HeadersOnly,
-    Jobs,
-    Language,
-    MaxSeconds,
-    MinSeconds,
-    Out,
-    Seed,
-    Speaker,
-    TestShare,
-    ValidShare,
-    run_prepare,
-)
+from kalle.data.corpus.readers import READERS, Option, Reader
+
+if TYPE_CHECKING:
+    from kalle.data.corpus.items import Source
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
 # The longest prompt of the five languages; more than a user's corpus should hold in one item.
 PROMPT_MAX_SECONDS = 120.0
-prepare_corpora.register(app)
+Out = Annotated[Path, typer.Option("--out", help="the corpus folder to write")]
+MinSeconds = Annotated[float, typer.Option(help="shorter recordings are rejected")]
+MaxSeconds = Annotated[float, typer.Option(help="longer recordings are rejected")]
+ValidShare = Annotated[float, typer.Option(help="share of distinct texts held out for validation, at least one; 0 for none")]
+TestShare = Annotated[float, typer.Option(help="share of distinct texts held out for tests, at least one; 0 for none")]
+Seed = Annotated[int, typer.Option(help="another seed holds out other texts")]
+Jobs = Annotated[int, typer.Option(help="processes that check the recordings", min=1)]
+HeadersOnly = Annotated[bool, typer.Option("--headers-only", help="believe the headers: quick, but damage, silence and clipping pass")]
 
 
 @app.command()
@@ -39,77 +38,103 @@ def embedded(
     """The English prompts inside the repository, with their fixed split."""
     from kalle.data.corpus.lists import embedded_folder, read_embedded
 
-    run_prepare(read_embedded(corpus if corpus is not None else embedded_folder()), out, min_seconds, max_seconds)
+    source = read_embedded(corpus if corpus is not None else embedded_folder())
+    run_prepare(source, out, min_seconds, max_seconds, valid_share=0.0, test_share=0.0)
 
 
-@app.command()
-def folder(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="x.wav (or flac, mp3, opus, m4a …) beside x.txt or x.lab, at any depth")],
-    out: Out,
-    speaker: Annotated[str, typer.Option(help="speaker of every item; `folders` takes the name of its folder")] = "unknown",
-    language: Language = "",
-    valid_share: ValidShare = 0.02,
-    test_share: TestShare = 0.02,
-    seed: Seed = 0,
-    min_seconds: MinSeconds = 0.3,
-    max_seconds: MaxSeconds = 30.0,
-    jobs: Jobs = 1,
-    headers_only: HeadersOnly = False,
+def _command(reader: Reader) -> Callable[..., None]:
+    """The command of a reader: its source and its own options, then those of all."""
+
+    def command(
+        source: Any,
+        out: Out,
+        valid_share: ValidShare = 0.02,
+        test_share: TestShare = 0.02,
+        seed: Seed = 0,
+        min_seconds: MinSeconds = 0.3,
+        max_seconds: MaxSeconds = 30.0,
+        jobs: Jobs = 1,
+        headers_only: HeadersOnly = False,
+        **own: Any,
+    ) -> None:
+        if "columns" in own:
+            own["columns"] = tuple(own["columns"].split(",")) if own["columns"] else ()
+        run_prepare(reader.read(source, **own), out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only)
+
+    # Evaluated here: typer takes a signature that it is given as it is.
+    shared = dict(inspect.signature(command, eval_str=True).parameters)
+    shared.pop("own")
+    kind: Any = str if reader.source == "DATASET" else Path
+    source = Annotated[kind, typer.Argument(metavar=reader.source, help=reader.source_help)]
+    shared["source"] = shared["source"].replace(annotation=source)
+    if not reader.headers:
+        shared.pop("headers_only")
+    first, second, *others = shared.values()
+    command.__signature__ = inspect.Signature([first, second, *map(_parameter, reader.options), *others])  # type: ignore[attr-defined]
+    command.__annotations__ = {}
+    return command
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    kind: Any = str if option.default is not None else str | None
+    annotation = Annotated[kind, typer.Option(help=option.help)]
+    return inspect.Parameter(option.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=option.default, annotation=annotation)
+
+
+for _name, _reader in READERS.items():
+    app.command(_name, help=_reader.help)(_command(_reader))
+
+
+def run_prepare(
+    source: Source,
+    out: Path,
+    min_seconds: float,
+    max_seconds: float,
+    valid_share: float,
+    test_share: float,
+    seed: int = 0,
+    jobs: int = 1,
+    headers_only: bool = False,
 ) -> None:
-    """A folder of audio files, each with a text file beside it."""
-    from kalle.data.corpus.lists import read_folder
+    """Check ``source`` into the corpus folder ``out`` and print its report. A part that a corpus holds out itself gets no share."""
+    from kalle.cli.interrupts import interruptible
+    from kalle.data.corpus.check import PrepareOptions
+    from kalle.data.corpus.prepare import prepare_corpus
+    from kalle.data.corpus.splits import SplitPolicy
+    from kalle.progress import progress_bar
 
-    run_prepare(read_folder(source, speaker, language), out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only)
+    own = {item.split for item in source.items}
+    policy = SplitPolicy(0.0 if "valid" in own else valid_share, 0.0 if "test" in own else test_share, seed)
+    options = PrepareOptions(min_seconds=min_seconds, max_seconds=max_seconds, headers_only=headers_only, split=policy)
+    again = f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped"
+    with interruptible(again), progress_bar() as bar:
+        prepared = prepare_corpus(source, out, options, lambda items: bar.track(items, description="check"), jobs)
+    _show(prepared.report, out, prepared.unchanged, prepared.resumed_items)
 
 
-@app.command()
-def jsonl(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help='{"audio", "text", "id"?, "speaker"?, "language"?, "split"?} a line')],
-    out: Out,
-    speaker: Speaker = "unknown",
-    language: Language = "",
-    valid_share: ValidShare = 0.02,
-    test_share: TestShare = 0.02,
-    seed: Seed = 0,
-    min_seconds: MinSeconds = 0.3,
-    max_seconds: MaxSeconds = 30.0,
-    jobs: Jobs = 1,
-    headers_only: HeadersOnly = False,
-) -> None:
-    """A JSONL list; audio paths are relative to it. A line's own split wins over the shares."""
-    from kalle.data.corpus.lists import read_jsonl_corpus
+def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
 
-    run_prepare(
-        read_jsonl_corpus(source, speaker, language), out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only
+    from kalle.data.corpus.report import tables
+
+    console = Console(highlight=False)
+    if unchanged:
+        console.print(f"unchanged: '{out}' was made from the same audio, texts and options; nothing to do", markup=False, soft_wrap=True)
+    if resumed_items:
+        console.print(f"continued: {resumed_items} items were checked by an earlier, interrupted run", markup=False)
+    for title, headers, rows in tables(report):
+        table = Table(*headers, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(
+        f"{report['kept']} of {report['items']} items kept, {report['hours'] * 60:.1f} minutes; "
+        f"every rejected item is listed in {out / 'report.json'}",
+        markup=False,
+        soft_wrap=True,
     )
-
-
-@app.command()
-def csv(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="audio|text a line, with or without a header line")],
-    out: Out,
-    delimiter: Annotated[str, typer.Option(help="what separates the columns")] = "|",
-    speaker: Speaker = "unknown",
-    language: Language = "",
-    valid_share: ValidShare = 0.02,
-    test_share: TestShare = 0.02,
-    seed: Seed = 0,
-    min_seconds: MinSeconds = 0.3,
-    max_seconds: MaxSeconds = 30.0,
-    jobs: Jobs = 1,
-    headers_only: HeadersOnly = False,
-) -> None:
-    """An `audio|text` list; audio paths are relative to it."""
-    from kalle.data.corpus.lists import read_csv_corpus
-
-    run_prepare(
-        read_csv_corpus(source, delimiter, speaker, language),
-        out,
-        min_seconds,
-        max_seconds,
-        valid_share,
-        test_share,
-        seed,
-        jobs,
-        headers_only,
-    )
+    empty = [split for split, row in report["splits"].items() if not row["items"]]
+    if empty:
+        remedy = " and ".join(f"--{split}-share" for split in empty if split != "train")
+        console.print(f"note: no items in {' and '.join(empty)}; raise {remedy}, or give a split in the list", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def read_lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text: '{path}' at byte {error.start}; expected UTF-8; convert it with iconv") from None
+
+
+def read_text_line(path: Path) -> str:
+    """The whole of a UTF-8 text file on one line; a UserError for another encoding."""
+    return " ".join(" ".join(read_lines(path)).split())
+
+
+def fingerprint(facts: Any) -> str:
+    """SHA-256 (hex) of ``facts``, all that decides a result: what another fingerprint has left is of other work."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Journal:
@@ -84,7 +95,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict):
             break

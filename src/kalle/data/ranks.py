@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 _ENVIRONMENTS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("SLURM_PROCID", "SLURM_NTASKS"))
 """What torchrun and SLURM's srun tell a process; the step's own number of tasks goes before the job's."""
-
-
 _LOCAL = ("LOCAL_RANK", "SLURM_LOCALID")
 
 

@@ -18,8 +18,6 @@ from kalle.errors import UserError
 
 ROUNDING_S = 0.1
 """How far a segment may reach beyond its recording, for lists that give times rounded; what is beyond does not exist."""
-
-
 SEEKABLE = frozenset(("WAV", "WAVEX", "FLAC", "AIFF", "AU", "NIST", "RF64", "W64"))
 """Formats of which a part is read quickly and to the sample."""
 

@@ -21,8 +21,6 @@ from kalle.data.journal import write_jsonl
 from kalle.files import output_folder, write_atomic
 
 REPORT_JSON, REPORT_MD, ITEMS_NAME = "report.json", "report.md", "items.jsonl"
-
-
 EXAMPLES = 5
 """Flagged items a check shows in report.md; items.jsonl has all."""
 
@@ -96,8 +94,6 @@ def _row(cells: list[str]) -> str:
 
 
 MADE_BY = "kalle data doctor"
-
-
 FILTERED_BY = f"{MADE_BY} --filter"
 
 

@@ -19,14 +19,8 @@ if TYPE_CHECKING:
 
 Flagged = Mapping[str, frozenset[tuple[str, str]]]
 """Check -> keys of the items it flags."""
-
-
 Draw = Callable[[Any, Sequence[MeasuredItem], Flagged, Limits], None]
-
-
 FINE, FAULT, LIMIT = "#4c72b0", "#c0392b", "#888888"
-
-
 _MOST_BARS = 12
 
 
@@ -209,14 +203,8 @@ FIGURES: Mapping[str, Draw] = {
     "script": _scripts,
 }
 """File name without .png -> what is drawn."""
-
-
 OVERVIEW_NAME, FIGURES_FOLDER = "overview.png", "pictures"
-
-
 _FIGURE_COLUMNS, _SIZE_IN, _DPI = 4, (4.0, 2.9), 80
-
-
 _COLOURS = {GOOD: "#2e8b57", LOOK: "#e0a100", BAD: "#c0392b"}
 
 

@@ -7,45 +7,52 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kalle.data.corpus.items import ArrowCell, Rejection, Source, SourceItem, collected, language_code, plain_fields, safe_id, split_of_part
+from kalle.data.corpus.items import (
+    UNKNOWN_SPEAKER,
+    ArrowCell,
+    Rejection,
+    Source,
+    SourceItem,
+    collected,
+    language_code,
+    plain_fields,
+    split_of_part,
+)
+from kalle.data.corpus.lists import COLUMNS
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMNS = {
-    "audio": ("audio", "wav", "speech", "file"),
-    "text": ("text_normalized", "normalized_text", "text", "sentence", "transcription", "transcript", "raw_text"),
-    "speaker": ("speaker_id", "speaker", "client_id"),
-    "language": ("language", "locale", "lang"),
-    "id": ("id", "utterance_id", "segment_id", "key"),
-}
-"""Names that a column is known by, the first there wins; all but audio and text may be absent."""
-
-
+KINDS = ("audio", "text", "speaker", "language", "id")
+"""The columns that are read, by the names of `COLUMNS`; all but audio and text may be absent."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 """NAME or OWNER/NAME; anything else can only be a path."""
-
-
 _KEPT = ("gender", "accent", "emotion", "style", "dnsmos")
-
-
 _EXPECTED = "expected a folder of `save_to_disk`, parquet files, or a dataset's name on the hub"
 
 
 def read_hugging_face(
-    source: str, config: str | None = None, columns: dict[str, str] | None = None, speaker: str = "unknown", language: str = ""
+    source: str,
+    config: str | None = None,
+    audio_column: str | None = None,
+    text_column: str | None = None,
+    speaker_column: str | None = None,
+    language_column: str | None = None,
+    speaker: str = UNKNOWN_SPEAKER,
+    language: str = "",
 ) -> Source:
     """Every row of every split; splits named dev…, valid… and test… are valid and test. The audio stays encoded until it is checked.
 
-    ``columns`` names the column for some of `COLUMNS`. Raises UserError when there is no such dataset or column.
+    The columns are found by the names of `COLUMNS` unless they are given. Raises UserError when there is no such dataset or column.
     """
+    given = {"audio": audio_column, "text": text_column, "speaker": speaker_column, "language": language_column}
     splits = _open(source, config)
     rejected: list[Rejection] = []
     items: list[SourceItem] = []
     notes: dict[str, object] = {}
     for name, dataset in splits.items():
-        found = {kind: _column(dataset, kind, (columns or {}).get(kind)) for kind in COLUMNS}
+        found = {kind: _column(dataset, kind, given.get(kind)) for kind in KINDS}
         notes[f"columns ({name})"] = ", ".join(f"{kind}: {column}" for kind, column in found.items() if column)
         items += _rows(dataset, found, name, len(splits) > 1, speaker, language, rejected)
     return collected(Path(source).name or source, items, rejected, notes)
@@ -85,13 +92,13 @@ def _parquet(path: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _column(dataset: Dataset, kind: str, asked: str | None) -> str | None:
+def _column(dataset: Dataset, kind: str, wanted: str | None) -> str | None:
     have = dataset.column_names
-    if asked is not None and asked not in have:
-        raise UserError(f"--{kind}-column: got '{asked}', expected one of {', '.join(have)}; correct it")
-    found = asked or next((name for name in COLUMNS[kind] if name in have), None)
+    if wanted is not None and wanted not in have:
+        raise UserError(f"{kind}_column: got '{wanted}', expected one of {', '.join(have)}; correct it")
+    found = wanted or next((name for name in COLUMNS[kind] if name in have), None)
     if found is None and kind in ("audio", "text"):
-        raise UserError(f"no {kind} column: got {', '.join(have)}; expected {', '.join(COLUMNS[kind])}; name it with --{kind}-column")
+        raise UserError(f"no {kind} column: got {', '.join(have)}; expected {', '.join(COLUMNS[kind])}; name it with {kind}_column")
     return found
 
 
@@ -105,7 +112,7 @@ def _rows(
     for number, (row, (name, embedded), (file, at)) in enumerate(cells):
         given = row.get(columns["id"]) if columns["id"] else None
         key = str(given) if given not in (None, "") else Path(name or f"row-{number}").stem
-        item_id = safe_id(f"{split}-{key}" if prefixed else key)
+        item_id = f"{split}-{key}" if prefixed else key
         values = {kind: row.get(column) if column else None for kind, column in columns.items()}
         who = values["speaker"]
         yield SourceItem(
@@ -117,6 +124,7 @@ def _rows(
             split_of_part(split),
             inside=ArrowCell(name or f"row-{number}", audio, at) if embedded else None,
             custom=plain_fields({kept: row.get(kept) for kept in _KEPT}),
+            origin=str(number) if given in (None, "") else "",
         )
 
 
@@ -125,7 +133,7 @@ def _cells(dataset: Dataset, audio: str) -> Iterator[tuple[str | None, bool]]:
     for chunk in dataset.data.column(audio).chunks:
         storage = getattr(chunk, "storage", chunk)
         if not {"bytes", "path"} <= {field.name for field in storage.type}:
-            raise UserError(f"no audio in the column '{audio}': got {storage.type}, expected bytes and path; name it with --audio-column")
+            raise UserError(f"no audio in the column '{audio}': got {storage.type}, expected bytes and path; name it with audio_column")
         yield from zip(storage.field("path").to_pylist(), storage.field("bytes").is_valid().to_pylist(), strict=True)
 
 

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from kalle.errors import UserError
 
+REASONS = (
+    "missing",
+    "bad entry",
+    "unreadable",
+    "empty",
+    "not finite",
+    "outside the recording",
+    "too short",
+    "too long",
+    "clipped",
+    "silent",
+    "no text",
+    "not speech",
+    "duplicate id",
+)
+UNKNOWN_SPEAKER = "unknown"
+# A remark about the sound rather than words that are spoken: [@], (simple tone plays), <beep>.
+ANNOTATION = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>")
+OUTER = re.compile(rf"^(\s*({ANNOTATION.pattern}))+|(({ANNOTATION.pattern})\s*)+$")
+# The whole text is a tag such as [noise] or <beep>; parentheses may well be spoken.
+TAG = re.compile(r"\s*(\[[^\]]*\]|<[^>]*>)\s*")
+AUDIO_SUFFIXES = frozenset(
+    (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".webm", ".aif", ".aiff", ".au", ".g722", ".mp4")
+)
+LANGUAGE_CODES = {"english": "en", "chinese": "zh", "mandarin": "zh", "zh-hk": "yue"}
+_LONGEST_ID_BYTES = 120
+"""Of a name that becomes an id: file names may have 255, and get a suffix."""
+_MARK_DIGITS = 8
+_LARGEST_NUMBER = 2**63
+
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A member of an uncompressed tar: its name, and where its bytes lie."""
+    """A recording in an uncompressed tar: its name, and where its bytes lie."""
 
     name: str
     offset: int
@@ -55,55 +89,20 @@ def _arrow_column(path: Path, column: str) -> Any:
     return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()[column]
 
 
-def safe_id(name: str) -> str:
-    """``name`` with everything but letters, digits, ``_`` and ``-`` turned into ``_``: usable as a file and archive member name."""
-    return re.sub(r"[^\w-]+", "_", name).strip("_") or "_"
-
-
-REASONS = (
-    "missing",
-    "unreadable",
-    "empty",
-    "not finite",
-    "outside the recording",
-    "too short",
-    "too long",
-    "clipped",
-    "silent",
-    "no text",
-    "not speech",
-    "duplicate id",
-)
-
-
-# A remark about the sound rather than words that are spoken: [@], (simple tone plays), <beep>.
-ANNOTATION = re.compile(r"\[[^\]]*\]|\([^)]*\)|<[^>]*>")
-
-
-OUTER = re.compile(rf"^(\s*({ANNOTATION.pattern}))+|(({ANNOTATION.pattern})\s*)+$")
-
-
-# The whole text is a tag such as [noise] or <beep>; parentheses may well be spoken.
-TAG = re.compile(r"\s*(\[[^\]]*\]|<[^>]*>)\s*")
-
-
-AUDIO_SUFFIXES = frozenset(
-    (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".webm", ".aif", ".aiff", ".au", ".g722", ".mp4")
-)
-
-
 @dataclass(frozen=True, slots=True)
 class SourceItem:
     """One recording and its text, before anything is known of its sound.
 
-    ``start_s`` and ``duration_s`` (None: to the end) make it a part of a longer recording, ``channel`` one channel of several (None:
-    their mean). ``inside`` says where in the file ``audio`` the recording lies when that file holds many. ``custom`` goes into the cut.
+    A reader gives ``id`` as the corpus names the item, and ``origin`` where that name may stand for several; `collected` makes ids of
+    both. ``start_s`` and ``duration_s`` (None: to the end) make it a part of a longer recording, ``channel`` one channel of several
+    (None: their mean). ``inside`` says where in the file ``audio`` the recording lies when that file holds many. ``custom`` goes into
+    the cut.
     """
 
     id: str
     audio: Path
     text: str
-    speaker: str = "unknown"
+    speaker: str = UNKNOWN_SPEAKER
     language: str = ""
     split: str | None = None
     start_s: float = 0.0
@@ -111,6 +110,7 @@ class SourceItem:
     channel: int | None = None
     inside: TarMember | ArrowCell | None = None
     custom: dict[str, Any] | None = None
+    origin: str = ""
 
     @property
     def is_segment(self) -> bool:
@@ -146,30 +146,72 @@ class Source:
     notes: dict[str, object] = field(default_factory=dict)
 
 
-def spoken_text(text: str) -> str | None:
-    """``text`` without remarks in brackets before and after it, and without superfluous spaces; empty when there is nothing else.
+def collected(
+    corpus: str, items: Iterable[SourceItem], rejected: list[Rejection], notes: dict[str, object] | None = None, name: str | None = None
+) -> Source:
+    """A Source named ``name`` (else ``corpus``) with ids that are distinct and usable as file names; a UserError when nothing is in it.
 
-    None when a remark stands inside: whether it is spoken cannot be told.
+    A second item with the same id and origin is rejected as "duplicate id". Different ones whose file names would be the same get a
+    mark of their whole name. An item whose name or text is not Unicode is rejected: neither could be written down.
     """
-    rest = OUTER.sub(" ", text)
-    return None if ANNOTATION.search(rest) else " ".join(rest.split())
-
-
-def audio_id(name: str) -> str:
-    """The id of an item that has none: its audio name without an audio suffix, made safe."""
-    path = Path(name)
-    return safe_id((path.with_suffix("") if path.suffix.lower() in AUDIO_SUFFIXES else path).as_posix())
-
-
-def unique(items: list[SourceItem], rejected: list[Rejection]) -> list[SourceItem]:
-    """The items with the first of every id; each further one is appended to ``rejected``."""
-    seen: dict[str, SourceItem] = {}
+    kept: dict[tuple[str, str], SourceItem] = {}
     for item in items:
-        if item.id in seen:
-            rejected.append(Rejection(item.id, str(item.audio), "duplicate id", f"the id of '{seen[item.id].audio}'"))
-        else:
-            seen[item.id] = item
-    return list(seen.values())
+        strange = next((value for value in (item.place, item.id, item.text, item.speaker) if not _is_unicode(value)), None)
+        if strange is not None:
+            reason = "unreadable" if strange == item.place else "bad entry"
+            rejected.append(Rejection(item.id, item.place, reason, f"got '{strange}', which is not UTF-8; rename or convert it"))
+        elif (first := kept.setdefault((item.id, item.origin), item)) is not item:
+            rejected.append(Rejection(item.id, str(item.audio), "duplicate id", f"the id of '{first.audio}'"))
+    if not kept and not rejected:
+        raise UserError(f"nothing found of {corpus}: got 0 recordings, expected some; is it unpacked completely?")
+    names = {key: safe_id(item.id) for key, item in kept.items()}
+    same = Counter(_file_name(made) for made in names.values())
+    ids = {key: made if same[_file_name(made)] == 1 else _marked(made, "\0".join(key)) for key, made in names.items()}
+    left_out = [Rejection(safe_id(one.id), *map(printable, (one.audio, one.reason, one.detail))) for one in rejected]
+    return Source(name or corpus, [replace(item, id=ids[key], origin="") for key, item in kept.items()], left_out, notes or {})
+
+
+def safe_id(name: str) -> str:
+    """``name`` with all but letters with their marks, digits, ``_`` and ``-`` turned into ``_``: usable as a file and archive member name.
+
+    A very long one is cut, and ends in a mark of the whole.
+    """
+    kept = "".join(char if char in "_-" or char.isalnum() or unicodedata.category(char)[0] == "M" else "\0" for char in name)
+    made = re.sub("\0+", "_", kept).strip("_") or "_"
+    return made if len(made.encode()) <= _LONGEST_ID_BYTES else _marked(made, name)
+
+
+def _marked(made: str, name: str) -> str:
+    mark = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_MARK_DIGITS // 2).hexdigest()
+    return f"{made.encode()[:_LONGEST_ID_BYTES].decode(errors='ignore')}-{mark}"
+
+
+def _file_name(name: str) -> str:
+    """What a file system that ignores case and the encoding of accents makes of ``name``."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8: names of files that cannot, and halves of characters in JSON, come as surrogates."""
+    return text.isascii() or printable(text) == text
+
+
+def printable(text: str) -> str:
+    """``text`` with what is no Unicode spelled out, such as ``\\udce9``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def parse_json(content: str | bytes) -> dict[str, Any]:
+    """The JSON object in ``content``; a ValueError says on one line why there is none: numbers of thousands of digits, deep nesting."""
+    try:
+        row = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({getattr(error, 'msg', '') or str(error).split(';')[0]})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"it holds a {type(row).__name__}")
+    return row
 
 
 def find_root(folder: Path, patterns: tuple[str, ...], corpus: str, layout: str) -> Path:
@@ -186,21 +228,25 @@ def find_root(folder: Path, patterns: tuple[str, ...], corpus: str, layout: str)
     raise UserError(f"not the layout of {corpus}: got '{folder}', expected {layout}; name the folder that holds these")
 
 
-def collected(corpus: str, items: Iterable[SourceItem], rejected: list[Rejection], notes: dict[str, object] | None = None) -> Source:
-    """A Source in which every id is there once; a UserError when a corpus has nothing in it."""
-    kept = unique(list(items), rejected)
-    if not kept and not rejected:
-        raise UserError(f"nothing found of {corpus}: got 0 recordings, expected some; is it unpacked completely?")
-    return Source(corpus, kept, rejected, notes or {})
+def spoken_text(text: str) -> str | None:
+    """``text`` without remarks in brackets before and after it, and without superfluous spaces; empty when there is nothing else.
+
+    None when a remark stands inside: whether it is spoken cannot be told.
+    """
+    rest = OUTER.sub(" ", text)
+    return None if ANNOTATION.search(rest) else " ".join(rest.split())
 
 
-LANGUAGE_CODES = {"english": "en", "chinese": "zh", "mandarin": "zh", "zh-hk": "yue"}
+def audio_name(name: str) -> str:
+    """The name of an item that has none: its audio's, without an audio suffix."""
+    path = Path(name)
+    return (path.with_suffix("") if path.suffix.lower() in AUDIO_SUFFIXES else path).as_posix()
 
 
 def split_of_part(part: str) -> str | None:
     """Valid or test for a part that is named so (dev-clean, test_other …), None for the rest, which trains unless shares hold some out."""
     name = part.lower()
-    if name.startswith(("dev", "valid", "eval")):
+    if name.startswith(("dev", "val", "eval")):
         return "valid"
     return "test" if name.startswith("test") else None
 
@@ -212,5 +258,12 @@ def language_code(name: str | None) -> str:
 
 
 def plain_fields(fields: dict[str, Any]) -> dict[str, Any] | None:
-    """Those fields that are text or numbers, None when there are none."""
-    return {key: value for key, value in fields.items() if isinstance(value, str | int | float) and value != ""} or None
+    """Those fields that are text or numbers of a usual size, None when there are none."""
+    return {key: value for key, value in fields.items() if value != "" and is_plain(value)} or None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` is text that can be written, or a number that others can read."""
+    if isinstance(value, str):
+        return _is_unicode(value)
+    return isinstance(value, int | float) and abs(value) < _LARGEST_NUMBER

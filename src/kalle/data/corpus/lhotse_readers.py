@@ -15,6 +15,7 @@ from lhotse import CutSet, MonoCut, Recording, RecordingSet, SupervisionSegment,
 from lhotse.audio.backend import AudioBackend, LibsndfileCompatibleAudioInfo, get_current_audio_backend, set_current_audio_backend
 
 from kalle.data.corpus.items import (
+    UNKNOWN_SPEAKER,
     Rejection,
     Source,
     SourceItem,
@@ -22,16 +23,12 @@ from kalle.data.corpus.items import (
     find_root,
     language_code,
     plain_fields,
-    safe_id,
     split_of_part,
-    unique,
 )
-from kalle.data.journal import read_lines
+from kalle.data.journal import read_lines, read_text_line
 from kalle.errors import UserError
 
 _WHOLE_S = 1e-3
-
-
 _MANIFESTS = "expected cuts*.jsonl.gz, or *recordings*.jsonl.gz beside *supervisions*.jsonl.gz of the same name (lhotse manifests)"
 
 
@@ -43,7 +40,7 @@ def from_manifests(
     for supervision in supervisions:
         recording = by_id.get(supervision.recording_id)
         if recording is None:
-            rejected.append(Rejection(safe_id(supervision.id), "", "missing", f"no recording '{supervision.recording_id}' in the manifest"))
+            rejected.append(Rejection(supervision.id, "", "missing", f"no recording '{supervision.recording_id}' in the manifest"))
             continue
         yield from _supervision_item(recording, supervision, supervision.start, split, rejected, language)
 
@@ -52,10 +49,10 @@ def from_cuts(cuts: CutSet, split: str | None, rejected: list[Rejection], langua
     """An item for each supervision of each cut; cuts that are mixed, padded or without a recording go to ``rejected``."""
     for cut in cuts:
         if not isinstance(cut, MonoCut) or cut.recording is None:
-            rejected.append(Rejection(safe_id(cut.id), "", "unreadable", f"got a {type(cut).__name__}, expected a MonoCut of a recording"))
+            rejected.append(Rejection(cut.id, "", "unreadable", f"got a {type(cut).__name__}, expected a MonoCut of a recording"))
             continue
         if not cut.supervisions:
-            rejected.append(Rejection(safe_id(cut.id), "", "no text", "a cut without a supervision"))
+            rejected.append(Rejection(cut.id, "", "no text", "a cut without a supervision"))
         for supervision in cut.supervisions:
             yield from _supervision_item(cut.recording, supervision, cut.start + supervision.start, split, rejected, language)
 
@@ -63,7 +60,7 @@ def from_cuts(cuts: CutSet, split: str | None, rejected: list[Rejection], langua
 def _supervision_item(
     recording: Recording, supervision: SupervisionSegment, start: float, split: str | None, rejected: list[Rejection], language: str
 ) -> Iterator[SourceItem]:
-    item_id = safe_id(supervision.id)
+    item_id = supervision.id
     if len(recording.sources) != 1 or recording.sources[0].type != "file":
         kinds = ", ".join(source.type for source in recording.sources)
         rejected.append(Rejection(item_id, "", "unreadable", f"got audio from {kinds}, expected one file; write it to a file first"))
@@ -73,7 +70,7 @@ def _supervision_item(
         item_id,
         Path(recording.sources[0].source).resolve(),
         supervision.text or "",
-        supervision.speaker or "unknown",
+        supervision.speaker or UNKNOWN_SPEAKER,
         language_code(supervision.language) or language,
         split,
         start_s=0.0 if whole else start,
@@ -83,7 +80,7 @@ def _supervision_item(
     )
 
 
-def read_lhotse(path: Path, speaker: str = "unknown", language: str = "") -> Source:
+def read_lhotse(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") -> Source:
     """A cuts file, or a folder of such files or of recordings and supervisions, as lhotse's own recipes write them.
 
     Parts named dev or test are valid and test. Relative audio paths count from the working directory, as in lhotse. Raises UserError
@@ -103,13 +100,13 @@ def read_lhotse(path: Path, speaker: str = "unknown", language: str = "") -> Sou
         else:
             items += from_manifests(manifests[0], manifests[1], split, rejected, language)
     named = [_with_speaker(item, speaker) for item in items]
-    return Source(path.resolve().name.split(".")[0], unique(named, rejected), rejected, {"lhotse manifests": len(pairs)})
+    return collected("lhotse manifests", named, rejected, {"lhotse manifests": len(pairs)}, path.resolve().name.split(".")[0])
 
 
 def _with_speaker(item: SourceItem, speaker: str) -> SourceItem:
     from dataclasses import replace
 
-    return item if item.speaker != "unknown" else replace(item, speaker=speaker)
+    return item if item.speaker != UNKNOWN_SPEAKER else replace(item, speaker=speaker)
 
 
 def _manifest_files(path: Path) -> list[tuple[Path, Path | None]]:
@@ -166,8 +163,6 @@ def _first_cells(separator: str | None) -> Callable[[Path], Iterable[str]]:
 
 
 _LIBRI_LAYOUT = "train-clean-100/SPEAKER/CHAPTER/{} (or another of its parts)"
-
-
 LJSPEECH = Recipe(
     corpus="LJSpeech",
     function="prepare_ljspeech",
@@ -177,8 +172,6 @@ LJSPEECH = Recipe(
     transcripts="metadata.csv",
     ids=_first_cells("|"),
 )
-
-
 LIBRISPEECH = Recipe(
     corpus="LibriSpeech",
     function="prepare_librispeech",
@@ -188,8 +181,6 @@ LIBRISPEECH = Recipe(
     transcripts="**/*.trans.txt",
     ids=_first_cells(None),
 )
-
-
 LIBRITTS = Recipe(
     corpus="LibriTTS",
     function="prepare_libritts",
@@ -199,8 +190,6 @@ LIBRITTS = Recipe(
     transcripts="**/*.trans.tsv",
     ids=_first_cells("\t"),
 )
-
-
 AISHELL3 = Recipe(
     corpus="AISHELL-3",
     function="prepare_aishell3",
@@ -318,14 +307,12 @@ def _account(recipe: Recipe, part: Path, items: list[SourceItem], rejected: list
         if path.name.startswith("._"):
             continue
         for name in recipe.ids(path):
-            if safe_id(name) not in known:
-                known.add(safe_id(name))
-                rejected.append(
-                    Rejection(safe_id(name), "", "missing", f"named in '{path.name}', but lhotse's recipe found no audio for it")
-                )
+            if name not in known:
+                known.add(name)
+                rejected.append(Rejection(name, "", "missing", f"named in '{path.name}', but lhotse's recipe found no audio for it"))
     for path in sorted(part.glob(recipe.audio)):
-        if safe_id(path.stem) not in known:
-            rejected.append(Rejection(safe_id(path.stem), str(path), "no text", "audio that no transcript names"))
+        if path.stem not in known and not path.name.startswith("._"):
+            rejected.append(Rejection(path.stem, str(path), "no text", "audio that no transcript names"))
 
 
 def _beside(part: Path, rejected: list[Rejection]) -> Iterator[SourceItem]:
@@ -333,8 +320,10 @@ def _beside(part: Path, rejected: list[Rejection]) -> Iterator[SourceItem]:
         if path.name.startswith("._"):
             continue
         text = path.with_name(f"{path.stem}.normalized.txt")
-        if text.is_file():
-            spoken = " ".join(" ".join(read_lines(text)).split())
-            yield SourceItem(safe_id(path.stem), path.resolve(), spoken, path.stem.split("_")[0], "en", split_of_part(part.name))
-        else:
-            rejected.append(Rejection(safe_id(path.stem), str(path), "no text", f"no {text.name} beside it"))
+        try:
+            spoken = read_text_line(text)
+        except (UserError, OSError) as error:
+            detail = str(error) if isinstance(error, UserError) else f"no {text.name} beside it"
+            rejected.append(Rejection(path.stem, str(path), "no text", detail))
+            continue
+        yield SourceItem(path.stem, path.resolve(), spoken, path.stem.split("_")[0], "en", split_of_part(part.name))

@@ -1,22 +1,74 @@
-"""Readers of what users write themselves: a folder of audio with text files, JSONL, CSV."""
+"""Readers of what users write themselves: a folder of audio with text files, JSONL, CSV and TSV."""
 
 from __future__ import annotations
 
+import csv
+import difflib
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalle.data.corpus.items import AUDIO_SUFFIXES, Rejection, Source, SourceItem, audio_id, safe_id, unique
-from kalle.data.corpus.splits import SPLITS
-from kalle.data.journal import read_jsonl, read_lines
+from kalle.data.corpus.items import (
+    AUDIO_SUFFIXES,
+    UNKNOWN_SPEAKER,
+    Rejection,
+    Source,
+    SourceItem,
+    audio_name,
+    collected,
+    is_plain,
+    parse_json,
+    split_of_part,
+)
+from kalle.data.corpus.splits import SPLITS, normalised
+from kalle.data.journal import read_jsonl, read_lines, read_text_line
 from kalle.errors import UserError
 
 TRANSCRIPTS_NAME = "transcripts.jsonl"
-
-
 REJECTED_NAME = "rejected.jsonl"
-
-
 TEXT_SUFFIXES = (".txt", ".lab")
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "audio": (
+        *(
+            "audio",
+            "audio_filepath",
+            "audio_file",
+            "audio_path",
+            "wav",
+            "wav_path",
+            "wav_filename",
+            "path",
+            "file",
+            "file_name",
+            "filename",
+        ),
+        *("filepath", "file_path", "clip", "speech", "recording"),
+    ),
+    "text": (
+        *("text_normalized", "normalized_text", "text", "sentence", "transcript", "transcription", "transcripts", "caption", "raw_text"),
+        *("utterance", "words"),
+    ),
+    "speaker": ("speaker", "speaker_id", "speaker_name", "spk", "spk_id", "client_id"),
+    "language": ("language", "lang", "locale"),
+    "id": ("id", "utterance_id", "utt_id", "utt", "segment_id", "key"),
+    "split": ("split", "subset"),
+    "start": ("start", "offset", "start_time", "begin"),
+    "duration": ("duration",),
+    "end": ("end", "end_time"),
+}
+"""Names by which a key of JSONL, a column of a table or of a Hugging Face dataset is known; the first that is there counts."""
+KEPT_KEYS = ("ref_audio", "dataset_id", "emotion", "style", "dnsmos", "source_text")
+"""Of a JSONL line, what goes into the cut's custom fields as it is."""
+DELIMITERS = ("|", "\t", ",", ";")
+_LOOKED_AT = 100
+"""Rows of a table by which its columns are judged."""
+_SHOWN_ROWS = 3
+_ALIKE = 0.5
+_MOST_UNEVEN = 0.05
+"""Share of rows of another width than the others' above which a table is doubtful."""
 
 
 def read_embedded(folder: Path) -> Source:
@@ -26,11 +78,19 @@ def read_embedded(folder: Path) -> Source:
     source = read_jsonl_corpus(folder / TRANSCRIPTS_NAME)
     listed = read_jsonl(folder / REJECTED_NAME) if (folder / REJECTED_NAME).is_file() else []
     rejected = [Rejection(**row) for row in listed]
-    cleaned = sum("source_text" in row for row in read_jsonl(folder / TRANSCRIPTS_NAME))
+    cleaned = sum("source_text" in (item.custom or {}) for item in source.items)
     return Source(folder.resolve().name, source.items, rejected + source.rejected, {"texts with a remark in brackets taken out": cleaned})
 
 
-def read_folder(folder: Path, speaker: str = "unknown", language: str = "") -> Source:
+def embedded_folder() -> Path:
+    """The English prompts that come with a checkout; a UserError where kalle is installed without one."""
+    folder = Path(__file__).resolve().parents[4] / "recipes" / "quickstart" / "corpus"
+    if not (folder / TRANSCRIPTS_NAME).is_file():
+        raise UserError(f"no embedded corpus: '{folder}' is in a checkout only; name the folder with --corpus")
+    return folder
+
+
+def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") -> Source:
     """Every audio file below ``folder`` with the text of x.txt, or x.lab, beside it.
 
     ``speaker`` "folders" names the speaker of an item after the folder it lies in. An audio file without a text
@@ -45,137 +105,256 @@ def read_folder(folder: Path, speaker: str = "unknown", language: str = "") -> S
     items: list[SourceItem] = []
     rejected: list[Rejection] = []
     for path in audio:
-        item_id = safe_id(path.relative_to(folder).with_suffix("").as_posix())
+        name = path.relative_to(folder).with_suffix("").as_posix()
         try:
-            text = _text_beside(path)
+            text = next((read_text_line(path.with_suffix(suffix)) for suffix in TEXT_SUFFIXES if path.with_suffix(suffix).is_file()), None)
         except UserError as error:
-            rejected.append(Rejection(item_id, str(path), "no text", str(error)))
+            rejected.append(Rejection(name, str(path), "no text", str(error)))
             continue
         if text is None:
-            rejected.append(Rejection(item_id, str(path), "no text", f"no {path.stem}.txt or {path.stem}.lab beside it"))
+            rejected.append(Rejection(name, str(path), "no text", f"no {path.stem}.txt or {path.stem}.lab beside it"))
         else:
             who = path.resolve().parent.name if speaker == "folders" else speaker
-            items.append(SourceItem(item_id, path.resolve(), text, who, language))
+            items.append(SourceItem(name, path.resolve(), text, who, language))
     stems = {path.with_suffix("") for path in audio}
     for path in paths:
         if path.suffix.lower() in TEXT_SUFFIXES and path.with_suffix("") not in stems:
-            item_id = safe_id(path.relative_to(folder).with_suffix("").as_posix())
-            rejected.append(Rejection(item_id, str(path), "missing", "a text without an audio file of the same name"))
-    return Source(folder.resolve().name, unique(items, rejected), rejected)
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            rejected.append(Rejection(name, str(path), "missing", "a text without an audio file of the same name"))
+    return collected("the folder", items, rejected, name=folder.resolve().name)
 
 
-def _text_beside(audio: Path) -> str | None:
-    for suffix in TEXT_SUFFIXES:
-        path = audio.with_suffix(suffix)
-        if path.is_file():
-            return " ".join(" ".join(read_lines(path)).split())
-    return None
+def read_jsonl_corpus(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") -> Source:
+    """An object a line, with the keys of `COLUMNS`: audio and text, and id, speaker, language, split, start, duration or end if given.
 
-
-def embedded_folder() -> Path:
-    """The English prompts that come with a checkout; a UserError where kalle is installed without one."""
-    folder = Path(__file__).resolve().parents[4] / "recipes" / "quickstart" / "corpus"
-    if not (folder / TRANSCRIPTS_NAME).is_file():
-        raise UserError(f"no embedded corpus: '{folder}' is in a checkout only; name the folder with --corpus")
-    return folder
-
-
-JSONL_KEYS = ("audio", "text", "id", "speaker", "duration", "language", "split", "source_text", "start")
-
-
-KEPT_KEYS = ("ref_audio", "dataset_id", "emotion", "style", "dnsmos")
-"""Of a JSONL line, what goes into the cut's custom fields as it is."""
-
-
-HEADER_WORDS = frozenset(("audio", "path", "file", "wav", "audio_file", "filename"))
-
-
-def read_jsonl_corpus(path: Path, speaker: str = "unknown", language: str = "") -> Source:
-    """``{"audio", "text", "id"?, "speaker"?, "language"?, "split"?}`` a line; audio paths are relative to the file.
-
-    ``speaker`` and ``language`` stand in where a line has none. With ``start`` (seconds) an item is the part of its
-    recording from there, ``duration`` seconds long or to the end; ``duration`` alone says nothing that the file doesn't.
-    A line without text is rejected as "no text", one without audio as "missing". `KEPT_KEYS` are kept, and any further
-    key is counted in the notes. Raises UserError for a line that is not an object, for bad times and an unknown split.
-    """
-    rows = read_jsonl(path)
-    items: list[SourceItem] = []
-    rejected: list[Rejection] = []
-    ignored: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
-        for key in set(row) - set(JSONL_KEYS) - set(KEPT_KEYS):
-            ignored[key] = ignored.get(key, 0) + 1
-        audio, text = str(row.get("audio") or ""), str(row.get("text") or "")
-        if not audio:
-            rejected.append(Rejection(str(row.get("id", f"line-{number}")), "", "missing", f"entry {number} has no audio"))
-            continue
-        item_id = safe_id(str(row["id"])) if row.get("id") else audio_id(audio)
-        who, spoken = str(row.get("speaker") or speaker), str(row.get("language") or language)
-        custom = {key: row[key] for key in KEPT_KEYS if isinstance(row.get(key), str | int | float)}
-        start, seconds = _part_of(row, path, number)
-        split = _split_of(row, path, number)
-        items.append(SourceItem(item_id, _located(path, audio), text, who, spoken, split, start, seconds, custom=custom or None))
-    notes: dict[str, object] = {f"keys not used ({key})": count for key, count in sorted(ignored.items())}
-    return Source(path.stem, unique(items, rejected), rejected, notes)
-
-
-def read_csv_corpus(path: Path, delimiter: str = "|", speaker: str = "unknown", language: str = "") -> Source:
-    """``audio|text`` a line, with or without a header line; further columns without a header are not used, and counted in the notes.
-
-    A first line whose first cell is a word such as "audio" or "path" is the header; with a header the columns
-    audio (or path, file, wav), text, speaker and language are found by name. An audio cell without a suffix means
-    that name with .wav, there or in wavs/ (LJSpeech). Raises UserError for an empty file.
+    Audio paths are relative to the file. ``speaker`` and ``language`` stand in where a line has none. With a start (seconds) an item is
+    the part of its recording from there, ``duration`` long or to ``end``, else to the recording's; a duration alone says nothing that the
+    file doesn't. A line that is no JSON object or has impossible times is rejected as "bad entry", one without text as "no text", one
+    without audio as "missing". `KEPT_KEYS` are kept, and any further key is counted in the notes. Raises UserError when no line has
+    audio, and for an unknown split.
     """
     if not path.is_file():
-        raise UserError(f"file not found: got '{path}', expected a CSV file; check the path")
-    lines = [(number, line.split(delimiter)) for number, line in enumerate(read_lines(path), start=1) if line.strip()]
-    if not lines:
-        raise UserError(f"no lines in '{path}': expected audio{delimiter}text; fill it")
-    columns = {"audio": 0, "text": 1}
-    first = [cell.strip().lower() for cell in lines[0][1]]
-    if first[0] in HEADER_WORDS:
-        columns = {"audio" if name in HEADER_WORDS else name: at for at, name in reversed(list(enumerate(first)))}
-        lines = lines[1:]
-        if "text" not in columns:
-            raise UserError(f"no text column in '{path}': got the header {delimiter.join(first)}; expected a column named text")
+        raise UserError(f"file not found: got '{path}', expected a JSONL file; check the path")
     items: list[SourceItem] = []
     rejected: list[Rejection] = []
-    for number, cells in lines:
-        row = {name: cells[at].strip() for name, at in columns.items() if at < len(cells)}
-        if not row.get("audio"):
-            rejected.append(Rejection(f"line-{number}", "", "missing", f"line {number} has no audio"))
+    ignored: Counter[str] = Counter()
+    keys: dict[str, None] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
             continue
-        item_id = audio_id(row["audio"])
-        who, spoken = row.get("speaker") or speaker, row.get("language") or language
-        items.append(SourceItem(item_id, _located(path, row["audio"]), row.get("text", ""), who, spoken))
-    wide = 0 if first[0] in HEADER_WORDS else sum(len(cells) > len(columns) for _, cells in lines)
-    notes: dict[str, object] = {"lines with further columns, not used": wide} if wide else {}
-    return Source(path.stem, unique(items, rejected), rejected, notes)
+        try:
+            row = parse_json(line)
+            keys |= dict.fromkeys(row)
+            items.append(_item(path, row, f"line-{number}", speaker, language))
+        except _BadEntry as error:
+            rejected.append(Rejection(f"line-{number}", "", error.reason, f"line {number}: {error}"))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            rejected.append(Rejection(f"line-{number}", "", "bad entry", f"line {number}: {error}; expected one JSON object"))
+        else:
+            known = {_named(row, kind) for kind in COLUMNS}
+            ignored.update(key for key, value in row.items() if key not in known and key not in KEPT_KEYS and value not in (None, ""))
+    if rejected and not items:
+        got = f"; the keys are {', '.join(list(keys)[:12])}" if keys else ""
+        expected = f"expected objects with {', '.join(COLUMNS['audio'][:6])} … for the recording and {', '.join(COLUMNS['text'][2:6])} …"
+        raise UserError(f"no line with a recording in '{path}': {rejected[0].detail}{got}; {expected}; rename the key of the path to audio")
+    notes: dict[str, object] = {f"keys not used ({key})": count for key, count in sorted(ignored.items())}
+    return collected("the list", items, rejected, notes, path.stem)
+
+
+class _BadEntry(ValueError):
+    """An entry of a list that gives no item."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def _named(row: Mapping[str, Any], kind: str) -> str | None:
+    """The key of ``row`` that holds ``kind``."""
+    return next((name for name in COLUMNS[kind] if row.get(name) not in (None, "")), None)
+
+
+def _item(path: Path, row: Mapping[str, Any], number: str, speaker: str, language: str) -> SourceItem:
+    """The item of one row with the keys of `COLUMNS`; _BadEntry when there is none."""
+    values = {kind: row.get(_named(row, kind) or "") for kind in COLUMNS}
+    found = values["audio"].get("path") if isinstance(values["audio"], dict) else values["audio"]
+    if not isinstance(found, str) or not found:
+        raise _BadEntry("missing", "it has no audio")
+    text = values["text"]
+    if not isinstance(text, str | int | float | None):
+        raise _BadEntry("bad entry", f"its text is a {type(text).__name__}, expected a string")
+    start, seconds = _part_of(values)
+    own = values["id"]
+    # Parts of one recording are different items.
+    part = "" if own is not None or (start == 0 and seconds is None) else f"@{start:.3f}"
+    custom = {key: row[key] for key in KEPT_KEYS if is_plain(row.get(key))}
+    return SourceItem(
+        (audio_name(found) if own is None else str(own)) + part,
+        _located(path, found),
+        "" if text is None else str(text),
+        str(values["speaker"] or speaker),
+        str(values["language"] or language),
+        _split_of(values["split"], path, number),
+        start,
+        seconds,
+        custom=custom or None,
+    )
+
+
+def _part_of(values: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Start and duration in seconds of an entry that names a part; 0 and None for a whole recording."""
+    if values["start"] is None:
+        return 0.0, None
+    times = {kind: values[kind] for kind in ("start", "duration", "end") if values[kind] is not None}
+    try:
+        numbers = {kind: float(value) for kind, value in times.items()}
+    except (TypeError, ValueError, OverflowError):
+        numbers = {}
+    if "end" in numbers and "duration" not in numbers:
+        numbers["duration"] = numbers["end"] - numbers["start"]
+    if not numbers or not all(math.isfinite(number) for number in numbers.values()) or numbers.get("duration", 1) <= 0:
+        raise _BadEntry("bad entry", f"got {str(times)[:100]}, expected start and duration in seconds")
+    return numbers["start"], numbers.get("duration")
+
+
+def _split_of(split: Any, path: Path, number: str) -> str | None:
+    if split is None:
+        return None
+    named = split if split in SPLITS else split_of_part(str(split)) or ("train" if str(split).lower().startswith("train") else None)
+    if named is None:
+        raise UserError(f"unknown split in '{path}' {number}: got '{str(split)[:40]}', expected one of {', '.join(SPLITS)}; change it")
+    return str(named)
 
 
 def _located(table: Path, audio: str) -> Path:
     """Where an audio cell points: relative to the table; a bare name also means NAME.wav there or in wavs/."""
     here = table.resolve().parent
     given = here / audio
-    candidates = [given, given.with_name(given.name + ".wav"), here / "wavs" / f"{audio}.wav", here / "wavs" / audio]
-    return next((candidate for candidate in candidates if candidate.is_file()), given)
+    candidates = [given, given.with_name(given.name + ".wav"), here / "wavs" / f"{audio}.wav", here / "wavs" / audio] if given.name else []
+    return next((candidate for candidate in candidates if _is_file(candidate)), given)
 
 
-def _part_of(row: dict[str, Any], path: Path, number: int) -> tuple[float, float | None]:
-    """Start and duration in seconds of a line that names a part; 0 and None for a whole recording."""
-    if row.get("start") is None:
-        return 0.0, None
+def _is_file(path: Path) -> bool:
     try:
-        start, seconds = float(row["start"]), None if row.get("duration") is None else float(row["duration"])
-    except (TypeError, ValueError):
-        raise UserError(f"bad times in '{path}' entry {number}: got {row['start']!r}, expected start and duration in seconds") from None
-    return start, seconds
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
 
 
-def _split_of(row: dict[str, Any], path: Path, number: int) -> str | None:
-    split = row.get("split")
-    if split is None:
-        return None
-    if split not in SPLITS:
-        raise UserError(f"unknown split in '{path}' entry {number}: got '{split}', expected one of {', '.join(SPLITS)}; change it")
-    return str(split)
+def read_csv_corpus(
+    path: Path, delimiter: str = "", speaker: str = UNKNOWN_SPEAKER, language: str = "", columns: Sequence[str] = ()
+) -> Source:
+    """A table with a header line whose columns are named as in `COLUMNS`, in any order; or ``audio|text`` rows without a header.
+
+    ``delimiter`` is one of `DELIMITERS`, found by itself when empty. Quoted cells are read as RFC 4180 has them; where the quotes don't
+    fit, they are part of the text. ``columns`` names the columns of a table without a header, "-" for those that are not used. LJSpeech's
+    three columns are known, with the second as the text. An audio cell without a suffix means that name with .wav, there or in wavs/.
+    A row of another width than the others is rejected. Raises UserError for an empty file, for a header without audio or text, and for a
+    table whose columns are in doubt.
+    """
+    if not path.is_file():
+        raise UserError(f"file not found: got '{path}', expected a CSV file; check the path")
+    content = "\n".join(read_lines(path))
+    if not content.strip():
+        raise UserError(f"no lines in '{path}': expected audio|text; fill it")
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter) or _delimiter(path, content)
+    if len(delimiter) != 1:
+        raise UserError(f"delimiter: got '{delimiter}', expected one character, such as , or tab; correct it")
+    rows = _rows(content, delimiter)
+    if columns:
+        names: Sequence[str] = _given(columns)
+    else:
+        header = _header(rows[0][1])
+        names = header or _columns(path, rows)
+        rows = rows[1:] if header else rows
+    for kind in ("audio", "text"):
+        if kind not in names:
+            got = delimiter.join(rows[0][1] if columns else names or rows[0][1])
+            raise UserError(f"no {kind} column in '{path}': got the columns {got}; name one of them {kind}, or give --columns")
+    items: list[SourceItem] = []
+    rejected: list[Rejection] = []
+    for number, cells in rows:
+        # A missing cell at the end is an empty one; one too many tears the text.
+        row = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
+        try:
+            if len(cells) > len(names):
+                raise _BadEntry("bad entry", f"got {len(cells)} cells, expected {len(names)}; quote the cells with '{delimiter}' in them")
+            items.append(_item(path, row, f"line-{number}", speaker, language))
+        except _BadEntry as error:
+            rejected.append(Rejection(f"line-{number}", row.get("audio", ""), error.reason, f"line {number}: {error}"))
+    return collected("the table", items, rejected, {"columns": ", ".join(names)}, path.stem)
+
+
+def _rows(content: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """Number of the last line and cells of each row that is not empty."""
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+        reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            return [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+        except csv.Error as error:
+            problem = error
+    raise UserError(f"not a table: line {reader.line_num} ({problem}); expected rows of cells with '{delimiter}' between; correct it")
+
+
+def _delimiter(path: Path, content: str) -> str:
+    """The delimiter by which the first rows have a header, else by which they name recordings, else the first that they hold."""
+    start = "\n".join(content.split("\n")[: 2 * _LOOKED_AT])
+    tables = {delimiter: _rows(start, delimiter)[:_LOOKED_AT] for delimiter in DELIMITERS if delimiter in start}
+    for delimiter, rows in tables.items():
+        if {"audio", "text"} <= set(_header(rows[0][1]) or ()):
+            return delimiter
+    for delimiter, rows in tables.items():
+        if any(len(cells) > 1 and any(_is_file(_located(path, cell.strip())) for cell in cells if cell.strip()) for _, cells in rows):
+            return delimiter
+    if not tables:
+        raise UserError(f"one column in '{path}': got '{start[:60]}', expected audio|text a row; name the delimiter with --delimiter")
+    return next(iter(tables))
+
+
+def _header(cells: Sequence[str]) -> list[str] | None:
+    """The kind of each column, its own name where that is none of `COLUMNS`; None when the row is no header."""
+    names = ["_".join(cell.strip().lower().replace("-", " ").split()) for cell in cells]
+    kinds = [next((kind for kind, known in COLUMNS.items() if name in known), name) for name in names]
+    # Of two columns for one thing the better name counts.
+    for kind in COLUMNS.keys() & {kind for kind in kinds if kinds.count(kind) > 1}:
+        best = min((at for at, other in enumerate(kinds) if other == kind), key=lambda at: COLUMNS[kind].index(names[at]))
+        kinds = [names[at] + " (not used)" if other == kind and at != best else other for at, other in enumerate(kinds)]
+    if "id" in kinds and "audio" not in kinds and "text" in kinds:
+        kinds[kinds.index("id")] = "audio"
+    return kinds if "audio" in kinds else None
+
+
+def _given(columns: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in columns]
+    unknown = [name for name in names if name not in (*COLUMNS, "-")]
+    if unknown or len(set(names) - {"-"}) < len([name for name in names if name != "-"]):
+        raise UserError(f"columns: got {','.join(names)}, expected each of {', '.join(COLUMNS)} at most once and - for others; correct it")
+    return names
+
+
+def _columns(path: Path, rows: Sequence[tuple[int, list[str]]]) -> list[str]:
+    """The columns of a table without a header: audio and text, or LJSpeech's three. UserError when they are in doubt."""
+    widths = Counter(len(cells) for _, cells in rows)
+    width = widths.most_common(1)[0][0]
+    uneven = sum(count for other, count in widths.items() if other > width) / len(rows)
+    if width == 2 and uneven <= _MOST_UNEVEN:
+        return ["audio", "text"]
+    looked_at = [cells for _, cells in rows[:_LOOKED_AT] if len(cells) == width]
+    if width == 3 and uneven <= _MOST_UNEVEN and sum(map(_alike, looked_at)) > len(looked_at) / 2:
+        return ["audio", "text", "text_normalized (not used)"]
+    shown = "; ".join(
+        f"line {number}: " + ", ".join(f"{at}='{cell.strip()[:40]}'" for at, cell in enumerate(cells, 1))
+        for number, cells in rows[:_SHOWN_ROWS]
+    )
+    raise UserError(
+        f"columns in doubt in '{path}': got {' or '.join(str(count) for count in sorted(widths))} of them without a header ({shown}), "
+        "expected audio and text; name them with --columns, such as --columns audio,speaker,text, or write a header line"
+    )
+
+
+def _alike(cells: Sequence[str]) -> bool:
+    """Whether the second and the third cell are one text, written twice."""
+    first, second = normalised(cells[1]), normalised(cells[2])
+    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio() > _ALIKE

@@ -27,24 +27,12 @@ from kalle.errors import UserError
 from kalle.text.languages import LANGUAGE_OF_SCRIPT, script_of
 
 FRAME_S = 0.01
-
-
 BLOCK_S = 0.4
 """One gating block of BS.1770."""
-
-
 _LOUD_PERCENTILE, _FLOOR_PERCENTILE = 95, 5
-
-
 _BELOW_LOUD_DB, _ABOVE_FLOOR_DB, _LEAST_BELOW_LOUD_DB = 40.0, 8.0, 20.0
-
-
 _SOUND_FRAMES = 4
-
-
 _LOWEST_DB = -120.0
-
-
 _QUIETEST_PEAK = 0.1
 
 
@@ -118,22 +106,12 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 BANDS = 32
 """Of the stored spectrum, from 0 to half the sample rate."""
-
-
 PRESENT_DB = 70.0
 """Below the strongest part of the spectrum nothing is counted as present: consonants reach higher, a resampler's leftovers don't."""
-
-
 _WINDOW_S = 0.032
-
-
 _PERCENTILE = 98
 """Of a bin over time: a few hisses show the bandwidth, a single click does not."""
-
-
 _SMOOTH_HZ = 250.0
-
-
 _FLOOR_MARGIN_DB = 10.0
 
 
@@ -174,14 +152,8 @@ def _high_percentile_power(audio: Audio, window: NDArray[np.float64]) -> NDArray
 
 SIGN_SCRIPTS = frozenset({"CJK", "HIRAGANA", "KATAKANA", "HANGUL"})
 """Scripts whose characters are about a syllable each and are counted one by one."""
-
-
 _KANA_AND_HAN = frozenset({"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "CJK"})
-
-
 _LATIN = "ca cs cy da de en es et eu fi fr ga hr hu id is it lt lv ms mt nl no nb nn pl pt ro sk sl sq sv sw tl tr vi"
-
-
 SCRIPTS_OF_LANGUAGE: Mapping[str, frozenset[str]] = {
     **{language: frozenset({script}) for script, language in LANGUAGE_OF_SCRIPT.items()},
     **dict.fromkeys(_LATIN.split(), frozenset({"LATIN"})),
@@ -194,21 +166,11 @@ SCRIPTS_OF_LANGUAGE: Mapping[str, frozenset[str]] = {
     "ko": frozenset({"HANGUL", "CJK"}),
 }
 """ISO 639 code -> the scripts it is written in."""
-
-
 MARKUP = re.compile(r"<[^<>\s][^<>]*>|&(?:#\d+|#x[0-9a-f]+|[a-z]+);|https?://|\[[^\]]*\]|\{[^}]*\}", re.IGNORECASE)
-
-
 MOJIBAKE = re.compile("[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac|\u00ef\u00bb\u00bf")
 """UTF-8 read as Latin-1 or Windows-1252."""
-
-
 _UNSPEAKABLE = {"Cc": "control character", "Cn": "unassigned character", "Co": "private character", "Cs": "half a character"}
-
-
 _INVISIBLE = frozenset("\u200b\u2060\ufeff\u00ad\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
 _APOSTROPHES = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 
 
@@ -353,11 +315,7 @@ def audio_stamp(cut: Cut) -> str:
 
 
 MEASUREMENTS_NAME = "measurements.jsonl"
-
-
 _CUTS_A_TASK = 16
-
-
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 """Passes an iterable of so many things through, showing how far it is."""
 

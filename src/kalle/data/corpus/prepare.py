@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from kalle.errors import UserError
 from kalle.files import output_folder, write_atomic
 
 CHUNK_ITEMS = 8
-
-
 CHUNKS_AHEAD = 4
 """For each process; more would only wait in memory, and be lost at an interrupt."""
 
@@ -74,11 +72,7 @@ def _ignore_interrupts() -> None:
 
 
 JOURNAL_NAME = "journal.jsonl"
-
-
 FORMAT_VERSION = 2
-
-
 Progress = Callable[[list[SourceItem]], Iterable[SourceItem]]
 
 
@@ -165,9 +159,18 @@ def _listen(
             journal.add(result.to_dict() if isinstance(result, Kept) else asdict(result))
             results[item.id] = result
     ordered = [results[item.id] for item in source.items]
-    kept = [result for result in ordered if isinstance(result, Kept)]
+    kept = _in_every_split([result for result in ordered if isinstance(result, Kept)], source, options)
     rejected = source.rejected + [result for result in ordered if isinstance(result, Rejection)]
     return resumed, kept, rejected
+
+
+def _in_every_split(kept: list[Kept], source: Source, options: PrepareOptions) -> list[Kept]:
+    """The items with the splits that `SplitPolicy.completed` gives those that have none of their own."""
+    own = {item.id: item.split for item in source.items if item.split is not None}
+    free = [item for item in kept if item.id not in own]
+    splits = options.split.completed([item.text for item in free], [item.split for item in free], set(own.values()))
+    changed = {item.id: split for item, split in zip(free, splits, strict=True)}
+    return [replace(item, split=changed.get(item.id, item.split)) for item in kept]
 
 
 def _one_by_one(items: list[SourceItem], options: PrepareOptions, out: Path) -> Generator[Kept | Rejection, None, None]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kalle.data.corpus.items import (
     AUDIO_SUFFIXES,
+    UNKNOWN_SPEAKER,
     Rejection,
     Source,
     SourceItem,
@@ -19,37 +19,35 @@ from kalle.data.corpus.items import (
     collected,
     find_root,
     language_code,
+    parse_json,
     plain_fields,
-    safe_id,
     split_of_part,
 )
 from kalle.data.corpus.lhotse_readers import from_cuts
-from kalle.data.journal import read_lines
+from kalle.data.journal import read_lines, read_text_line
 from kalle.errors import UserError
 from kalle.text.languages import detect_language
 
 MICROPHONES = ("mic1", "mic2")
-
-
 _VCTK_LAYOUT = "txt/SPEAKER/*.txt, and wav48_silence_trimmed/SPEAKER/*_mic1.flac (0.92) or wav48/SPEAKER/*.wav (0.80)"
 
 
-def read_vctk(folder: Path, microphone: str = "mic1") -> Source:
+def read_vctk(folder: Path, mic: str = "mic1") -> Source:
     """One microphone's recordings with the texts of txt/; accent, age and gender as in speaker-info.txt, where there is one.
 
     A recording without a text (all of p315) is rejected as "no text", a text without a recording (p280 at mic2) as "missing". Raises
     UserError for another layout or microphone.
     """
-    if microphone not in MICROPHONES:
-        raise UserError(f"--mic: got '{microphone}', expected {' or '.join(MICROPHONES)}; correct it")
+    if mic not in MICROPHONES:
+        raise UserError(f"mic: got '{mic}', expected {' or '.join(MICROPHONES)}; correct it")
     root = find_root(folder, ("txt", "wav48*"), "VCTK", _VCTK_LAYOUT)
     new = (root / "wav48_silence_trimmed").is_dir()
-    ending = f"_{microphone}" if new else ""
+    ending = f"_{mic}" if new else ""
     pattern = f"wav48_silence_trimmed/*/*{ending}.flac" if new else "wav48/*/*.wav"
     audio = {path.stem.removesuffix(ending): path for path in sorted(root.glob(pattern))}
     rejected: list[Rejection] = []
     items = list(_vctk_items(root, audio, ending, rejected))
-    return collected("VCTK", items, rejected, {"microphone": microphone if new else "the only one"})
+    return collected("VCTK", items, rejected, {"microphone": mic if new else "the only one"})
 
 
 def _vctk_items(root: Path, audio: dict[str, Path], ending: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
@@ -57,12 +55,17 @@ def _vctk_items(root: Path, audio: dict[str, Path], ending: str, rejected: list[
     texts = {path.stem: path for path in sorted(root.glob("txt/*/*.txt"))}
     for name, path in audio.items():
         if name not in texts:
-            rejected.append(Rejection(safe_id(name + ending), str(path), "no text", f"no {name}.txt in txt"))
+            rejected.append(Rejection(name + ending, str(path), "no text", f"no {name}.txt in txt"))
             continue
-        speaker, text = path.parent.name, " ".join(" ".join(read_lines(texts[name])).split())
-        yield SourceItem(safe_id(name + ending), path.resolve(), text, speaker, "en", custom=speakers.get(speaker))
+        speaker = path.parent.name
+        try:
+            text = read_text_line(texts[name])
+        except UserError as error:
+            rejected.append(Rejection(name + ending, str(path), "no text", str(error)))
+            continue
+        yield SourceItem(name + ending, path.resolve(), text, speaker, "en", custom=speakers.get(speaker))
     for name in sorted(texts.keys() - audio.keys()):
-        rejected.append(Rejection(safe_id(name + ending), "", "missing", f"no recording of '{texts[name].relative_to(root)}'"))
+        rejected.append(Rejection(name + ending, "", "missing", f"no recording of '{texts[name].relative_to(root)}'"))
 
 
 def _vctk_speakers(path: Path) -> dict[str, dict[str, str]]:
@@ -77,11 +80,7 @@ def _vctk_speakers(path: Path) -> dict[str, dict[str, str]]:
 
 
 COMMON_VOICE_TABLES = ("train.tsv", "dev.tsv", "test.tsv")
-
-
 _COMMON_VOICE_LAYOUT = "expected LANGUAGE/train.tsv, dev.tsv, test.tsv and LANGUAGE/clips/*.mp3, there or in a folder cv-corpus-…"
-
-
 _COMMON_VOICE_KEPT = ("age", "gender", "accents", "accent", "variant")
 
 
@@ -117,24 +116,20 @@ def _common_voice_rows(locale: Path, table: Path, rejected: list[Rejection]) -> 
     for row in rows:
         name = row["path"] or ""
         audio = clips / (name if Path(name).suffix else f"{name}.mp3")
-        item_id = safe_id(Path(name).with_suffix("").name)
+        item_id = Path(name).with_suffix("").name
         if not name or not audio.is_file():
             rejected.append(Rejection(item_id, str(audio), "missing", f"named in {table.name}, but not in clips"))
             continue
         language = language_code(row.get("locale") or locale.resolve().name)
         custom = plain_fields({key: row.get(key) or "" for key in _COMMON_VOICE_KEPT})
-        yield SourceItem(item_id, audio, row["sentence"] or "", row["client_id"] or "unknown", language, split, custom=custom)
+        yield SourceItem(item_id, audio, row["sentence"] or "", row["client_id"] or UNKNOWN_SPEAKER, language, split, custom=custom)
 
 
 EMOTIONS = {
     **{"angry": "angry", "happy": "happy", "neutral": "neutral", "sad": "sad", "surprise": "surprise"},
     **{"生气": "angry", "愤怒": "angry", "快乐": "happy", "开心": "happy", "中立": "neutral", "伤心": "sad", "惊喜": "surprise"},
 }
-
-
 ESD_SPLITS = {"train": "train", "evaluation": "valid", "test": "test"}
-
-
 _ESD_LAYOUT = "0001/0001.txt (id, text, emotion) and 0001/Angry/*.wav or 0001/Angry/{train,evaluation,test}/*.wav, and so on to 0020"
 
 
@@ -159,14 +154,14 @@ def _esd_speaker(folder: Path, rejected: list[Rejection]) -> Iterator[SourceItem
     for name, (text, label) in rows.items():
         path = audio.pop(name, None)
         if path is None:
-            rejected.append(Rejection(safe_id(name), "", "missing", f"named in {table.name}, but there is no such wav"))
+            rejected.append(Rejection(name, "", "missing", f"named in {table.name}, but there is no such wav"))
             continue
         places = [part.lower() for part in path.relative_to(folder.resolve()).parts[:-1]]
         emotion = next((EMOTIONS[word] for word in [*places, label.lower()] if word in EMOTIONS), label)
         split = next((ESD_SPLITS[place] for place in places if place in ESD_SPLITS), None)
-        yield SourceItem(safe_id(name), path, text, folder.name, language, split, custom={"emotion": emotion})
+        yield SourceItem(name, path, text, folder.name, language, split, custom={"emotion": emotion})
     for name, path in audio.items():
-        rejected.append(Rejection(safe_id(name), str(path), "no text", f"no line for it in {table.name}"))
+        rejected.append(Rejection(name, str(path), "no text", f"no line for it in {table.name}"))
 
 
 def _esd_table(path: Path) -> dict[str, tuple[str, str]]:
@@ -193,7 +188,7 @@ def _decoded(path: Path) -> str:
 _KALDI_LAYOUT = "expected wav.scp (recording path) and text (utterance words), there or in train/, dev/ and test/"
 
 
-def read_kaldi(folder: Path, speaker: str = "unknown", language: str = "") -> Source:
+def read_kaldi(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") -> Source:
     """A Kaldi data folder, or a folder of several, of which those named dev… and test… are valid and test.
 
     Relative paths count from the folder, or from the working directory where the file is only there. A wav.scp entry that is a command
@@ -207,7 +202,7 @@ def read_kaldi(folder: Path, speaker: str = "unknown", language: str = "") -> So
         raise UserError(f"not a Kaldi data folder: got '{folder}', {_KALDI_LAYOUT}; name the folder that holds these")
     rejected: list[Rejection] = []
     items = [item for part in parts for item in _kaldi_part(part, speaker, language, rejected)]
-    return replace(collected("Kaldi", items, rejected), name=folder.resolve().name)
+    return collected("Kaldi", items, rejected, name=folder.resolve().name)
 
 
 def _kaldi_part(folder: Path, speaker: str, language: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
@@ -219,16 +214,16 @@ def _kaldi_part(folder: Path, speaker: str, language: str, rejected: list[Reject
     for name, (recording, start, seconds) in segments.items():
         place = recordings.get(recording)
         if place is None:
-            rejected.append(Rejection(safe_id(name), "", "missing", f"no recording '{recording}' in wav.scp"))
+            rejected.append(Rejection(name, "", "missing", f"no recording '{recording}' in wav.scp"))
         elif place.endswith("|"):
-            rejected.append(Rejection(safe_id(name), place, "unreadable", "wav.scp has a command; run it and name the file it makes"))
+            rejected.append(Rejection(name, place, "unreadable", "wav.scp has a command; run it and name the file it makes"))
         elif name not in texts:
-            rejected.append(Rejection(safe_id(name), place, "no text", "no line for it in text"))
+            rejected.append(Rejection(name, place, "no text", "no line for it in text"))
         else:
             who, spoken = speakers.get(name) or speaker, languages.get(name) or language
-            yield SourceItem(safe_id(name), _kaldi_audio(folder, place), texts[name], who, spoken, split, start, seconds)
+            yield SourceItem(name, _kaldi_audio(folder, place), texts[name], who, spoken, split, start, seconds)
     for name in sorted(texts.keys() - segments.keys()):
-        rejected.append(Rejection(safe_id(name), "", "missing", f"in text, but not in {table.name}"))
+        rejected.append(Rejection(name, "", "missing", f"in text, but not in {table.name}"))
 
 
 def _kaldi_table(path: Path) -> dict[str, str]:
@@ -260,11 +255,7 @@ def _kaldi_audio(folder: Path, place: str) -> Path:
 
 
 _EMILIA_LAYOUT = "expected x.json beside x.mp3 at any depth, or *.tar with such pairs, or raw/EN/*.jsonl (Emilia)"
-
-
 _EMILIA_TEXT_KEYS = ("text", "transcript", "caption")
-
-
 _EMILIA_KEPT = ("dnsmos", "emotion", "phone_count")
 
 
@@ -290,33 +281,32 @@ def read_emilia(folder: Path, language: str = "") -> Source:
     return collected("Emilia", items, rejected, {"tars": len(tars)} if tars else None)
 
 
-def _emilia_item(key: str, audio: Path, content: bytes, language: str, inside: TarMember | None) -> SourceItem:
+def _emilia_item(key: str, origin: str, audio: Path, content: bytes, language: str, inside: TarMember | None) -> SourceItem:
     """Raises ValueError for what is no JSON object."""
-    row = json.loads(content)
-    if not isinstance(row, dict):
-        raise ValueError(f"holds a {type(row).__name__}")
+    row = parse_json(content)
     text = next((str(row[name]) for name in _EMILIA_TEXT_KEYS if row.get(name)), "")
     spoken = language_code(str(row.get("language") or "")) or language
     custom = plain_fields({name: row.get(name) for name in _EMILIA_KEPT})
-    return SourceItem(safe_id(key), audio, text, str(row.get("speaker") or "unknown"), spoken, inside=inside, custom=custom)
+    speaker = str(row.get("speaker") or UNKNOWN_SPEAKER)
+    return SourceItem(key, audio, text, speaker, spoken, inside=inside, custom=custom, origin=origin)
 
 
 def _emilia_folder(folder: Path, language: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
     paths: dict[Path, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in AUDIO_SUFFIXES and paths.setdefault(path.with_suffix(""), path.resolve()) != path.resolve():
-            rejected.append(Rejection(safe_id(path.stem), str(path), "duplicate id", f"the name of '{paths[path.with_suffix('')]}'"))
+            rejected.append(Rejection(path.stem, str(path), "duplicate id", f"the name of '{paths[path.with_suffix('')]}'"))
     for path in sorted(folder.rglob("*.json")):
         audio = paths.pop(path.with_suffix(""), None)
         if audio is None:
-            rejected.append(Rejection(safe_id(path.stem), "", "missing", f"no audio beside '{path}'"))
+            rejected.append(Rejection(path.stem, "", "missing", f"no audio beside '{path}'"))
             continue
         try:
-            yield _emilia_item(path.stem, audio, path.read_bytes(), language, None)
+            yield _emilia_item(path.stem, str(path.parent), audio, path.read_bytes(), language, None)
         except ValueError as error:
-            rejected.append(Rejection(safe_id(path.stem), str(audio), "no text", f"'{path}' is not a JSON object ({error})"))
+            rejected.append(Rejection(path.stem, str(audio), "no text", f"'{path}' is no JSON object: {error}"))
     for stem, audio in paths.items():
-        rejected.append(Rejection(safe_id(stem.name), str(audio), "no text", f"no {stem.name}.json beside it"))
+        rejected.append(Rejection(stem.name, str(audio), "no text", f"no {stem.name}.json beside it"))
 
 
 def _emilia_lists(folder: Path, rejected: list[Rejection]) -> Iterator[SourceItem]:
@@ -335,7 +325,7 @@ def _emilia_lists(folder: Path, rejected: list[Rejection]) -> Iterator[SourceIte
             for row in load_jsonl(table):
                 name = Path(str(row.get("wav"))).stem
                 if name not in found:
-                    rejected.append(Rejection(safe_id(name), "", "missing", f"named in '{table}', but there is no such clip"))
+                    rejected.append(Rejection(name, "", "missing", f"named in '{table}', but there is no such clip"))
 
 
 @dataclass
@@ -374,14 +364,14 @@ def _content(archive: tarfile.TarFile, member: Any) -> bytes:
 def _emilia_pair(path: Path, key: str, pair: _EmiliaPair, language: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
     name = Path(key).name
     if not pair.audio:
-        rejected.append(Rejection(safe_id(name), f"{path}:{key}", "missing", "JSON without audio of the same name"))
+        rejected.append(Rejection(name, f"{path}:{key}", "missing", "JSON without audio of the same name"))
         return
     if pair.content is None:
-        rejected.append(Rejection(safe_id(name), f"{path}:{pair.audio[0].name}", "no text", "audio without JSON of the same name"))
+        rejected.append(Rejection(name, f"{path}:{pair.audio[0].name}", "no text", "audio without JSON of the same name"))
         return
     for extra in pair.audio[1:]:
-        rejected.append(Rejection(safe_id(name), f"{path}:{extra.name}", "duplicate id", f"the id of {pair.audio[0].name}"))
+        rejected.append(Rejection(name, f"{path}:{extra.name}", "duplicate id", f"the id of {pair.audio[0].name}"))
     try:
-        yield _emilia_item(name, path, pair.content, language, pair.audio[0])
+        yield _emilia_item(name, f"{path}:{key}", path, pair.content, language, pair.audio[0])
     except ValueError as error:
-        rejected.append(Rejection(safe_id(name), f"{path}:{pair.audio[0].name}", "no text", f"its JSON is not an object ({error})"))
+        rejected.append(Rejection(name, f"{path}:{pair.audio[0].name}", "no text", f"its JSON is no object: {error}"))

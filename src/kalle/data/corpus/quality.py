@@ -88,8 +88,6 @@ def limits_from(settings: list[str]) -> Limits:
 
 
 GOOD, LOOK, BAD = "good", "look", "bad"
-
-
 VERDICTS = (GOOD, LOOK, BAD)
 """From best to worst."""
 
@@ -264,14 +262,8 @@ def heard(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
 
 
 _MAD_TO_SIGMA = 1.4826
-
-
 _LEAST_SIGMA = 0.05
-
-
 _ITEMS_PER_BIN = 50
-
-
 _MOST_BINS = 12
 
 
@@ -353,8 +345,6 @@ def _spoken(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
 
 RARE_CHARACTERS = 40
 """At most so many of the rarest characters are listed."""
-
-
 _RARE_COUNT = 3
 
 
@@ -534,11 +524,7 @@ CHECKS: Mapping[str, Check] = {
     "speakers": speakers,
 }
 """Name -> check, in the order of the report; a flag carries the name of its check."""
-
-
 REMOVABLE = tuple(name for name in CHECKS if name != "speakers")
-
-
 REMOVED_BY_DEFAULT = (
     "unreadable",
     "silence",

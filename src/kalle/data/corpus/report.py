@@ -12,11 +12,7 @@ from kalle.data.corpus.splits import SPLITS, word_count
 
 # Upper edges in seconds; the last bin is open.
 DURATION_EDGES_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0)
-
-
 SCORED_WORDS = 4
-
-
 NAMES_SHOWN = 20
 
 

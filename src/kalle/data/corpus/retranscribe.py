@@ -24,18 +24,10 @@ from kalle.files import output_folder
 from kalle.text.languages import has_words
 
 MADE_BY = "kalle data retranscribe"
-
-
 TRANSCRIPTS_NAME, ITEMS_NAME = "transcripts.jsonl", "items.jsonl"
-
-
 KEEP, ASR, FILL = "keep", "asr", "fill"
-
-
 TEXTS = (KEEP, ASR, FILL)
 """Which text an item gets: its own; the recogniser's; its own, or the recogniser's where it has none."""
-
-
 PER_CHARACTER = frozenset({"zh", "yue", "ja", "th", "lo", "km", "my"})
 """Languages written without spaces: errors are counted by character."""
 

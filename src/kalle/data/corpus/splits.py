@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from kalle.errors import UserError
@@ -51,8 +53,27 @@ class SplitPolicy:
         """The split of ``text``: a function of its normalised form and the seed alone, not of the rest of the corpus."""
         key = normalised(text)
         scale = 1.0 if self.min_words <= len(key.split()) <= self.max_words else self.outside_scale
-        digest = hashlib.sha256(f"{self.seed}\n{key}".encode()).digest()
-        position = int.from_bytes(digest[:8], "big") / 2**64
+        position = self._position(key)
         if position < self.test_share * scale:
             return "test"
         return "valid" if position < (self.test_share + self.valid_share) * scale else "train"
+
+    def _position(self, key: str) -> float:
+        digest = hashlib.sha256(f"{self.seed}\n{key}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    def completed(self, texts: Sequence[str], splits: Sequence[str], fixed: Collection[str] = ()) -> list[str]:
+        """``splits`` of ``texts`` with at least one text in training and in each part that has a share, if there are texts enough.
+
+        A small corpus has parts that no hash falls into. Such a part gets the text of the lowest hash out of the largest other one, all
+        items of it. ``fixed`` are the parts that hold items of their own besides.
+        """
+        keys = [normalised(text) for text in texts]
+        found = dict(zip(keys, splits, strict=True))
+        wanted = {"train": True, "valid": self.valid_share > 0, "test": self.test_share > 0}
+        for part in (part for part, share in wanted.items() if share and part not in fixed):
+            counts = Counter(found.values())
+            if not counts[part] and counts and max(counts.values()) > 1:
+                largest = max(SPLITS, key=lambda name: counts[name])
+                found[min((key for key, split in found.items() if split == largest), key=self._position)] = part
+        return [found[key] for key in keys]

@@ -41,11 +41,7 @@ from kalle.losses.latent import constant_gaussian_baseline
 from kalle.models.flowvae import FlowVAE
 
 Input = TypeVar("Input")
-
-
 Output = TypeVar("Output")
-
-
 AHEAD_PER_THREAD = 4
 """Results that wait for their taker, so that memory stays bounded."""
 
@@ -186,14 +182,8 @@ def _one_pass(cuts: list[Cut], config: JoinConfig, number: int, speaker: str, sa
 
 
 logger = logging.getLogger(__name__)
-
-
 TRAIN = "train"
-
-
 DIRECTIONS = ("prediction_posterior", "posterior_prediction")
-
-
 Progress = Callable[[int, int], None]
 """Called with the numbers of utterances done and of all utterances."""
 

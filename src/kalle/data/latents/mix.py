@@ -20,15 +20,9 @@ import numpy as np
 from kalle.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-
 EQUAL = "equal"
-
-
 Draw = Callable[[np.random.Generator], np.ndarray]
 """The samples of one group in one epoch."""
-
-
 SHARE_TOLERANCE = 1e-6
 
 
@@ -156,8 +150,6 @@ def apportioned(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 COMMON = ("encoder_hash", "latent_dim", "sample_rate_hz", "hop_length", "frame_rate_hz")
-
-
 TRAIN = "train"
 
 

@@ -40,14 +40,8 @@ from kalle.files import write_atomic
 from kalle.gaussian import DiagGaussian
 
 LATENTS = "latents"
-
-
 SPEAKER_MELS = "speaker_mels"
-
-
 INFO_NAME = "info.json"
-
-
 COMPLETED_NAME = ".completed"
 
 
@@ -231,11 +225,7 @@ def iter_posteriors(folder: Path, split: str) -> Iterator[DiagGaussian]:
 
 
 logger = logging.getLogger(__name__)
-
-
 INDEX_VERSION = 1
-
-
 Frames = Callable[[dict[str, Any]], int]
 """From a cut, as lhotse writes it, to its length."""
 

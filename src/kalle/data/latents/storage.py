@@ -20,8 +20,6 @@ from kalle.files import atomic_file
 
 OPEN_FILES = 64
 """Shards that a process keeps open at most."""
-
-
 CHUNK_BYTES = 8 * 2**20
 
 

@@ -106,8 +106,6 @@ def starts_of(lengths: np.ndarray) -> np.ndarray:
 
 
 _MAGIC = b"\x93NUMPY\x01\x00"
-
-
 _HEADER_AT = 10
 
 

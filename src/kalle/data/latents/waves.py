@@ -30,20 +30,10 @@ from kalle.errors import UserError
 from kalle.files import output_folder
 
 logger = logging.getLogger(__name__)
-
-
 RECORDING = "recording"
-
-
 KIND = "waves"
-
-
 BYTES_A_SAMPLE = 2
-
-
 MEGABYTE = 10**6
-
-
 Progress = Callable[[int, int], None]
 """Called with the numbers of cuts done and of all cuts."""
 

@@ -95,14 +95,8 @@ class ResumableLoader(DataLoader):
 
 
 logger = logging.getLogger(__name__)
-
-
 TRAIN, VALID, TEST = "train", "valid", "test"
-
-
 _WELL_FILLED = 0.75
-
-
 Sources = str | Path | Sequence[str | Path | Mapping[str, Any]]
 """A folder or URL, or several, each alone or as ``{path, weight}`` or ``{path, share}`` (`kalle.data.latents.mix`)."""
 

@@ -17,8 +17,6 @@ from kalle.data.seeds import numpy_generator
 from kalle.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-
 BatchSampler = Callable[[int], Sequence[list[int]]]
 """From an epoch to its batches of item indices; the numbers of batches and of their items must not depend on the epoch.
 

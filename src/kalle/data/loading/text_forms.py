@@ -17,7 +17,6 @@ from kalle.text.phonemes import PhonemeTokenizer, WordForms
 from kalle.text.prompt import BEFORE_SPEECH, prompt_forms
 
 logger = logging.getLogger(__name__)
-
 _MOST_NAMED = 10
 
 
