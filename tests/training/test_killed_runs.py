@@ -248,7 +248,7 @@ def guarded_on_rank(folder: str) -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     from kalle.training.update_guard import GuardConfig, UpdateGuard
-    from training.test_guard import Line, batches
+    from training.test_update_guard import Line, batches
 
     rank = torch.distributed.get_rank()
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -20,7 +20,7 @@ from kalle.training.callbacks import StepSeeds
 from kalle.training.checkpoint_files import BEST, LAST, step_paths
 from kalle.training.checkpointing import CheckpointConfig, LastCheckpoint
 from kalle.training.plan import Footprint, Plan, SplitCount
-from training.test_guard import Line, batches
+from training.test_update_guard import Line, batches
 
 
 def test_a_run_leaves_its_record_and_says_what_it_does(lm_overrides: list[str], tmp_path: Path, capfd, monkeypatch) -> None:

@@ -88,7 +88,7 @@ def adapt(
 
 
 def _write(result: Adaptation, adapter: Path | None, voice: Path | None, report: Path | None) -> list[str]:
-    """Write what was asked for, and a line for each file."""
+    """Write the requested files; returns a line for each."""
     from kalle.checkpoint import write_json
 
     written = []

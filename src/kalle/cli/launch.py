@@ -89,7 +89,7 @@ def _watch() -> None:
         return
     code = codes[0] if codes[0] > 0 else _SIGNALLED - codes[0]
     if code > _SIGNALLED:
-        time.sleep(PEER_SECONDS)  # asked to stop, as we probably were: time to end in order
+        time.sleep(PEER_SECONDS)  # stopped by a signal, as this process probably was: time to end in order
     _kill_children()
     os._exit(code)
 
@@ -120,7 +120,7 @@ def error_prefix() -> str:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` says no more than that another rank is gone.
+    """Whether ``error`` only reports that another rank has ended.
 
     Then it first waits to be ended by the launcher, since that rank's message is the one to read.
     """

@@ -53,7 +53,7 @@ def run(overrides: list[str]) -> int:
 
 
 def train(config: DictConfig) -> TrainingResult:
-    """Train as ``config`` (configs/train_flowvae.yaml or train_lm.yaml) says, in as many processes as it asks for."""
+    """Train as ``config`` (configs/train_flowvae.yaml or train_lm.yaml) says, in as many processes as ``trainer.devices`` requests."""
     from kalle.cli.launch import lost_peer, start_ranks
     from kalle.training import FlowVAETrainingConfig, train_flowvae, train_lm
     from kalle.training.checkpointing import Preempted

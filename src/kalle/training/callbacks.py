@@ -1,4 +1,4 @@
-"""Callbacks of a training: seeds, averaged weights, progress, and what a validation shows, plays and measures."""
+"""Callbacks of a training: seeds, averaged weights, progress, and samples and metrics of a validation."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class StepSeeds(Callback):
 def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     """An update of all averaged tensors at once for ``AveragedModel``, with decay ``min(decay, (1 + n) / (10 + n))`` after n updates.
 
-    So a young average forgets its start. Counters are copied. n is read once: asked of a GPU for each tensor, it would be a wait for
-    everything before it, hundreds of times a step.
+    With the small decay of the first updates the average does not depend on the initial weights. Counters are copied. n is read from the
+    GPU once, because every read waits for all work before it.
     """
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class RunProgress(Callback):
         self._first_step = self._steps = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the bar, at the step where a resumed run stands."""
+        """Open the bar, at the step of a resumed run."""
         self._started = self._logged = time.monotonic()
         self._first_step = trainer.global_step
         self._steps = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
@@ -130,7 +130,7 @@ class RunProgress(Callback):
             logger.info("step %d/%d, loss %s, %s left", trainer.global_step, self._steps, self._loss(trainer), self._left(trainer))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Say what validation found."""
+        """Log the metrics of the validation."""
         if trainer.is_global_zero and not trainer.sanity_checking:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             logger.info("step %d: %s", trainer.global_step, ", ".join(f"{name[4:]} {value:.3f}" for name, value in metrics.items()))
@@ -265,7 +265,7 @@ class ReconstructionMetrics(Callback):
         self._sums = torch.zeros(0)
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forget the last validation."""
+        """Reset the sums."""
         self._sums = torch.zeros(len(self.metrics), 3, dtype=torch.float64)  # sum, scored, failed
 
     def on_validation_batch_end(

@@ -1,4 +1,4 @@
-"""Checkpoint files: how one is written, which are kept, and which one a run continues from."""
+"""Checkpoint files: writing, rotation, verification, and the choice of the one that a run continues from."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
-    """A run that was asked to end early by ``signal_number``, after its state was saved."""
+    """A run that ``signal_number`` ended early, after its state was saved."""
 
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}")
@@ -49,42 +49,42 @@ class Preempted(Exception):
 
 
 class StopSignals:
-    """Remembers in ``asked`` which signal wants the run to end, 0 for none; the second Ctrl-C raises at once."""
+    """Handles signals that end a run: ``requested`` is the first one, 0 for none; a second Ctrl-C raises at once."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.requested = 0
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Take over the signals, where that is possible: in the main thread."""
-        self.asked = 0
+        """Install the handlers, which is possible in the main thread only."""
+        self.requested = 0
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._ctrl_c)
             for number in PREEMPTION_SIGNALS:
                 self._before[number] = signal.signal(number, self._preempt)
 
     def release(self) -> None:
-        """Give them back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def _ctrl_c(self, number: int, frame: Any) -> None:
-        if self.asked == signal.SIGINT:
+        if self.requested == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = self.asked or number
+        self.requested = self.requested or number
         logger.info("stopping after this batch; press Ctrl-C again to stop at once")
 
     def _preempt(self, number: int, frame: Any) -> None:
-        if not self.asked:
+        if not self.requested:
             logger.info("%s: saving after this batch and ending", signal.Signals(number).name)
-        self.asked = self.asked or number
+        self.requested = self.requested or number
 
 
 class Agreement:
-    """The largest of some small numbers over all ranks, found while a batch is computed.
+    """The maximum of some small numbers over all ranks, exchanged while a batch is computed.
 
-    It goes over gloo whatever the gradients go over: the numbers live on the CPU, and a GPU need not be waited for.
+    The exchange uses gloo whatever backend the gradients use: the numbers are on the CPU, so no rank waits for its GPU.
     """
 
     def __init__(self) -> None:
@@ -95,17 +95,17 @@ class Agreement:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to agree with."""
+        """Whether there is a single process."""
         return self._group is None
 
-    def ask(self, *values: int) -> None:
+    def begin(self, *values: int) -> None:
         """Begin to compare ``values`` with those of the other ranks; every rank must call it equally often."""
         self._values = torch.tensor(values, dtype=torch.int64)
         if self._group is not None:
             self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
-    def answer(self) -> list[int]:
-        """The result of the last `ask`."""
+    def result(self) -> list[int]:
+        """The maxima of the last `begin`."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -161,12 +161,12 @@ class LastCheckpoint(Checkpoint):
         self._best_value: float | None = None
 
     @property
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether Ctrl-C was pressed in this run."""
-        return self._signals.asked == signal.SIGINT
+        return self._signals.requested == signal.SIGINT
 
     def state_dict(self) -> dict[str, Any]:
-        """What was logged and what was due when the state was taken, so that logs continue without a hole."""
+        """The rows logged and the validation due when the state was taken, so that logs continue without a gap."""
         return {**self._state, "best_value": self._best_value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,11 +176,11 @@ class LastCheckpoint(Checkpoint):
         self._state = {**{name: state_dict[name] for name in ("validation_due", "row_step")}, "rows": rows}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Have checkpoints written where they belong."""
+        """Have checkpoints written beside their target."""
         trainer.strategy.checkpoint_io = DirectCheckpointIO()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin to listen for signals; a resumed run stands where its checkpoint was written, and catches up with its log."""
+        """Install the signal handlers; a resumed run logs what its checkpoint had still to log."""
         self._saved_step = self._tried_step = trainer.global_step
         self._saved_at, self._between_updates = time.monotonic(), True
         resumed = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
@@ -206,18 +206,18 @@ class LastCheckpoint(Checkpoint):
             trainer.training = True
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here to the end of the batch the state is in motion."""
+        """Note that the state changes from here to the end of the batch."""
         if self._between_updates:
             self._begun_step = trainer.global_step
         self._between_updates = False
         if not self._agreement.alone:
-            self._agreement.ask(*self._wishes())
+            self._agreement.begin(*self._wishes())
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any) -> None:
-        """Save when due, and stop when asked to."""
+        """Save when due, and stop when requested."""
         if self._agreement.alone:
-            self._agreement.ask(*self._wishes())
-        stop, minutes_due = self._agreement.answer()
+            self._agreement.begin(*self._wishes())
+        stop, minutes_due = self._agreement.result()
         self._between_updates = trainer.global_step > self._begun_step
         if not self._between_updates:  # gradients are being accumulated
             return
@@ -229,10 +229,10 @@ class LastCheckpoint(Checkpoint):
 
     def _wishes(self) -> tuple[int, int]:
         due = self.config.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.config.every_minutes
-        return self._signals.asked, int(due)
+        return self._signals.requested, int(due)
 
     def _stop(self, trainer: lightning.Trainer, signal_number: int) -> None:
-        self._signals.asked = signal_number  # also on a rank that was not asked itself
+        self._signals.requested = signal_number  # also on a rank that got no signal itself
         if signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Preempted(signal_number, trainer.global_step)
@@ -243,12 +243,12 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any) -> None:
-        """Stop when asked to; several ranks finish the validation, whose batches they do not count in step."""
-        if self._signals.asked and self._agreement.alone and trainer.state.fn == "fit":
-            self._stop(trainer, self._signals.asked)
+        """Stop when requested; several ranks finish the validation first, because they are not at the same batch of it."""
+        if self._signals.requested and self._agreement.alone and trainer.state.fn == "fit":
+            self._stop(trainer, self._signals.requested)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep the state that was just validated when it is the best so far."""
+        """Keep the state just validated when it is the best so far."""
         if self.config.best is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.config.best not in trainer.callback_metrics:
@@ -267,11 +267,11 @@ class LastCheckpoint(Checkpoint):
                 keep_best(path)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._release()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
-        """Save what was reached since the last time when the weights are whole and nobody else is needed, then give the signals back."""
+        """Save the state between two updates of a single process, then restore the signal handlers."""
         try:
             if self._between_updates and not trainer.validating and self._agreement.alone:
                 self._save(trainer, final=True)
@@ -297,7 +297,7 @@ class LastCheckpoint(Checkpoint):
             logger.warning("step %d is not saved, the run goes on and tries again later: %s", step, error)
             return
         if final and trainer.strategy.broadcast(error is not None):
-            self._tried_step = self._saved_step = step  # the exception on its way is the last word
+            self._tried_step = self._saved_step = step  # no other attempt: an exception follows
             raise error or UserError("the first process cannot save this run's state; see its message")
         self._saved_step = step
         self._kept = [*(kept for kept in self._kept if kept != path), path][-self.config.keep :]

@@ -92,8 +92,8 @@ class AdversarialDDP(DDPStrategy):
     network is.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._wrappers: list[DistributedDataParallel] = []
 
     def configure_ddp(self) -> None:

@@ -200,7 +200,7 @@ class FlowVAETraining(lightning.LightningModule):
         self._distances = torch.zeros(2, dtype=torch.float64)  # sum of log-mel L1 over utterances, their number
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
+        """Reset the sums."""
         self._start_validation()
 
     @torch.no_grad()

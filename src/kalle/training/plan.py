@@ -1,4 +1,4 @@
-"""What a training is going to do, in numbers: data, steps, memory, compute and disk.
+"""The plan of a training in numbers: data, steps, memory, compute and disk.
 
 Memory and compute of a step are found with tensors that have no storage: shapes are checked, nothing is computed.
 """
@@ -36,7 +36,7 @@ MIXED_ACTIVATIONS = 0.6
 
 @dataclass(frozen=True)
 class Footprint:
-    """One step of one process: fp32 bytes that the backward pass needs, floating-point operations, and the batch that was asked about."""
+    """One step of one process: fp32 bytes that the backward pass needs, floating-point operations, and the batch they belong to."""
 
     activation_bytes: int
     flops: int

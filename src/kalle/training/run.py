@@ -1,4 +1,4 @@
-"""What both trainings share: the start, the trainer, the record of a run, and what it leaves."""
+"""The parts that both trainings share: start, trainer, the checks of a continued run, and its record."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class TrainingResult:
 
 
 def begin(config: TrainingConfig) -> None:
-    """Set threads and seeds, and quieten what the libraries say."""
+    """Set threads and seeds, and silence messages of the libraries."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # Its own handler would repeat every line of ours, and what it says about devices and steps we say ourselves.
+    # Its own handler would repeat every line of ours, and we log devices and steps ourselves.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if config.threads is not None:
@@ -245,15 +245,15 @@ def _trainer(
 
 
 def _run(trainer: lightning.Trainer, module: lightning.LightningModule, data: Any, checkpoint: Path | None) -> None:
-    """Fit. Preempted for a run that was asked to end, KeyboardInterrupt for Ctrl-C."""
+    """Fit; raises Preempted after a signal of the cluster, KeyboardInterrupt after Ctrl-C."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
     except Preempted:
         raise
     except (RuntimeError, SystemExit) as error:
         # Lightning answers Ctrl-C with exit code 1, and data workers that got it too die under the trainer.
-        asked = any(getattr(callback, "stop_asked", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if not isinstance(error.__context__, KeyboardInterrupt) and not (trainer.interrupted and asked):
+        requested = any(getattr(callback, "stop_requested", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if not isinstance(error.__context__, KeyboardInterrupt) and not (trainer.interrupted and requested):
             raise
         raise KeyboardInterrupt from None
 

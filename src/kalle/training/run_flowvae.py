@@ -37,7 +37,7 @@ def train_flowvae(
     loggers: Sequence[Logger] | None = None,
     metrics: Mapping[str, PairMetric] | None = None,
 ) -> TrainingResult:
-    """Train a Flow-VAE as ``config`` says; its weights end in ``config.out``/weights/flowvae.
+    """Train a Flow-VAE as ``config`` says; its weights are written to ``config.out``/weights/flowvae.
 
     ``callbacks`` join those of ``config``; ``loggers`` take the place of those of ``config``. ``metrics`` compare reconstructions with
     recordings at every validation, over the utterances that ``config.callbacks.metrics`` counts. UserError for what cannot be trained.
@@ -122,10 +122,10 @@ def _counts(module: FlowVAETraining) -> tuple[int, int]:
 
 
 def _check_strategy(config: FlowVAETrainingConfig) -> None:
-    asked = config.trainer.strategy
-    if asked not in ("auto", "ddp"):
+    strategy = config.trainer.strategy
+    if strategy not in ("auto", "ddp"):
         raise UserError(
-            f"trainer.strategy: got {asked}, expected auto: the Flow-VAE averages the gradients of generator and discriminators apart; "
+            f"trainer.strategy: got {strategy}, expected auto: the Flow-VAE averages the gradients of generator and discriminators apart; "
             "leave it out"
         )
 

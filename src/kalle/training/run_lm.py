@@ -44,7 +44,7 @@ _LARGE_VOCABULARY = 4096
 
 
 def train_lm(config: LMTrainingConfig, *, callbacks: Sequence[Callback] = (), loggers: Sequence[Logger] | None = None) -> TrainingResult:
-    """Train a language model as ``config`` says; its weights end in ``config.out``/weights, which speaks when a Flow-VAE was given.
+    """Train a language model as ``config`` says and write its weights to ``config.out``/weights, which can speak when a Flow-VAE is given.
 
     ``callbacks`` join those of ``config``; ``loggers`` take the place of those of ``config``. UserError for what cannot be trained.
     """
@@ -142,7 +142,7 @@ def _build(config: LMTrainingConfig, storageless: FakeTensorMode | None = None) 
 def _model_config(config: LMTrainingConfig, tokenizer: Tokenizer) -> KalleLMConfig:
     """The model that trains: that of ``init``, or ``config.lm``, with the backbone of ``init_text`` if given.
 
-    A stop head that was asked for stays asked for.
+    A stop head in ``config.lm`` is kept.
     """
     if config.init is not None:
         path = part_folder(config.init, PART) / CONFIG_NAME

@@ -1,4 +1,4 @@
-"""Skips updates that would ruin the weights, keeps the batch that asked for one, and ends a run that asks too often."""
+"""Skips updates that would ruin the weights, stores their batches for inspection, and ends a run that has too many."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class UpdateGuard(Callback):
             self._histories[int(index)] = NormHistory(self.config.window, deque(norms))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Under manual optimisation the optimizers themselves ask before they step, for Lightning does not see all of them."""
+        """Under manual optimisation, hook into the optimizers, because Lightning does not see all of them."""
         if pl_module.automatic_optimization:
             return
         norms: dict[int, Tensor] = getattr(pl_module, "gradient_norms", {})
@@ -126,13 +126,13 @@ class UpdateGuard(Callback):
             self._hooks.append(optimizer.register_step_pre_hook(before_step))
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the batches of this update."""
+        """Store the batches of this update."""
         if not self._batches:
             self._begun_step = trainer.global_step
         self._batches.append((batch_idx, batch))
 
     def on_before_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor) -> None:
-        """Remember its losses, on their device."""
+        """Store its losses, on their device."""
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer) -> None:
@@ -150,7 +150,7 @@ class UpdateGuard(Callback):
                 parameter.grad = None
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any) -> None:
-        """Count and keep what was refused; end the run when it was too much."""
+        """Count and store refused updates; end the run when there are too many."""
         pl_module.log("train/skipped", float(self.skipped + len(self._refused)))
         if trainer.global_step == self._begun_step:  # gradients are being accumulated
             return
@@ -197,7 +197,7 @@ class UpdateGuard(Callback):
             raise UserError(f"{self.skipped} updates were skipped up to step {step} (last gradient norm {norms}); {remedy}")
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
+        """Remove the hooks from the optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -1,4 +1,4 @@
-"""Two processes train the Flow-VAE's players as one process would that averaged their gradients by hand."""
+"""Two processes train the Flow-VAE's networks as one process would that averaged their gradients by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraini
 from kalle.training.optimisation import Exponential
 from training.distributed import kalle_on_ranks, on_ranks
 
-JUDGES = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
+DISCRIMINATORS = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
 RANKS = 2
 
 
@@ -36,7 +36,7 @@ def build(config: FlowVAEConfig, start: int = 0) -> FlowVAETraining:
         scheduler=Exponential(decay=1.0),
         objective=FlowVAEObjective(discriminator_start_step=start),
         clip=ClipSchedule(norm=1e9, early=1e9),
-        discriminators=Discriminators(JUDGES),
+        discriminators=Discriminators(DISCRIMINATORS),
     )
 
 
@@ -89,13 +89,13 @@ def one_step_by_hand(config: FlowVAEConfig) -> dict[str, Tensor]:
     module.trainer = lightning.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     batches = [batch(rank, 0) for rank in range(RANKS)]
     outputs = [module.flowvae(one.wav, noise=module.noise(one)) for one in batches]
-    judges = module.discriminators
-    assert judges is not None
+    discriminators = module.discriminators
+    assert discriminators is not None
     from kalle.losses.adversarial import discriminator_loss
 
     for one, output in zip(batches, outputs, strict=True):
-        (discriminator_loss(judges(one.wav).scores, judges(output.wav.detach()).scores) / RANKS).backward()
-    torch.optim.SGD(judges.parameters(), lr=1e-3).step()
+        (discriminator_loss(discriminators(one.wav).scores, discriminators(output.wav.detach()).scores) / RANKS).backward()
+    torch.optim.SGD(discriminators.parameters(), lr=1e-3).step()
     module.zero_grad()
     for one, output in zip(batches, outputs, strict=True):
         (module._generator_losses(one.wav, output)["total"] / RANKS).backward()
@@ -104,7 +104,7 @@ def one_step_by_hand(config: FlowVAEConfig) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-def test_a_step_on_two_ranks_averages_both_players_gradients(toy_flowvae_config: FlowVAEConfig) -> None:
+def test_a_step_on_two_ranks_averages_the_gradients_of_both_networks(toy_flowvae_config: FlowVAEConfig) -> None:
     results = on_ranks(train, toy_flowvae_config, 1, 0, False)
     expected, start = one_step_by_hand(toy_flowvae_config), build(toy_flowvae_config).state_dict()
     for name, value in expected.items():
@@ -117,7 +117,7 @@ def test_a_step_on_two_ranks_averages_both_players_gradients(toy_flowvae_config:
 
 
 @pytest.mark.slow
-def test_ranks_agree_when_judges_start_late_and_weights_are_averaged(toy_flowvae_config: FlowVAEConfig) -> None:
+def test_ranks_agree_when_discriminators_start_late_and_weights_are_averaged(toy_flowvae_config: FlowVAEConfig) -> None:
     results = on_ranks(train, toy_flowvae_config, 5, 2, True)
     start = build(toy_flowvae_config).state_dict()
     for name in start:
