@@ -260,6 +260,17 @@ def test_help_lists_every_key_and_explains_it(stage: str, capsys) -> None:
         assert undocumented == []
 
 
+@pytest.mark.parametrize("command", ["encode", "evaluate"])
+def test_help_shows_the_keys_with_their_comments(command: str, capsys) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 60
+    composed = compose(command, [])
+    assert all(f"\n{key}:" in shown for key in composed if key != "testset")
+    assert "defaults:" not in shown
+    assert "hydra:" not in shown
+
+
 def test_multirun(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     seen: list[tuple[int, str]] = []

@@ -72,10 +72,14 @@ def register_defaults(config_name: str) -> None:
 
 
 def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides: list[str]) -> int:
-    """Hand ``overrides`` (also -m, --cfg, --help and launchers) to a ``@hydra.main`` around ``function``.
+    """Hand ``overrides`` (also -m, --cfg and launchers; --help prints the keys) to a ``@hydra.main`` around ``function``.
 
     A key that does not exist, or a value that a part refuses, is a UserError.
     """
+    if any(word in ("-h", "--help") for word in overrides):
+        sys.stdout.write(keys_with_comments(config_name))
+        return 0
+
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -104,6 +108,12 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
     finally:
         sys.argv = before
     return 0
+
+
+def keys_with_comments(config_name: str) -> str:
+    """The file of a configuration with its comments, without what only Hydra reads."""
+    text = (configs_dir() / f"{config_name}.yaml").read_text(encoding="utf-8")
+    return re.sub(r"^(defaults|hydra):.*\n(?:[ -].*\n)*\n?", "", text, flags=re.MULTILINE)
 
 
 def folder_override(overrides: list[str], name: str) -> list[str]:
