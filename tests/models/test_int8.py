@@ -249,4 +249,4 @@ def test_a_full_disk_leaves_nothing_behind(own_folder: Path, monkeypatch: pytest
 def test_another_device_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalle.models.lm.resolve_device", torch.device)
     with pytest.raises(UserError, match="quantize"):
-        int8_backbone(folder / "lm", asdict(CONFIG), "cuda")
+        int8_backbone(folder, "cuda")

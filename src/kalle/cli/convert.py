@@ -43,6 +43,21 @@ def to_release(
 
 
 @app.command()
+def quantize(
+    folder: Annotated[str, typer.Argument(metavar="NAME", help="the weight folder, kalle-nano, or a hub id OWNER/NAME")],
+) -> None:
+    """Make the 8-bit weights of a weight folder now, beside its own, as --quantize int8 does at its first use."""
+    from kalle.models.int8_weights import FILE_NAME, int8_tensors
+    from kalle.models.lm import quantisable
+    from kalle.synthesis.weights import resolve_weights
+
+    with interruptible():
+        part, config = quantisable(resolve_weights(folder))
+        int8_tensors(part, config)
+    typer.echo(str(part / FILE_NAME))
+
+
+@app.command()
 def tokenizer(
     model: Annotated[Path, typer.Argument(metavar="TOKENIZER_MODEL", help="Llama 3's tokenizer.model")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="the tokenizer folder to write")],

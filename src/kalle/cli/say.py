@@ -26,6 +26,7 @@ from kalle.cli.speaking import (
     ModelOption,
     PromptAudioOption,
     PromptTextOption,
+    QuantizeOption,
     VoiceOption,
     check_request,
     choose_voice,
@@ -64,6 +65,7 @@ def say(
     adapter: AdapterOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = "none",
     text_file: Annotated[
         Path | None, typer.Option(help="File with what to say, - for standard input; sentence by sentence, resumable.")
     ] = None,
@@ -98,7 +100,7 @@ def say(
     output = free_output(long=why is not None) if output is None else output
     check_files(output, long=why is not None, plot=plot, srt=srt)
     # The precision of the release is rounded to from fp32.
-    kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype)
+    kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype, quantize)
     chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
     if why is None:
         tell_without_effect(options, restart, keep_parts)

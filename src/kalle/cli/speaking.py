@@ -30,6 +30,9 @@ FolderOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")]
+QuantizeOption = Annotated[
+    str, typer.Option(help="8-bit weights on a CPU: int8, none, or auto where the model is large enough to gain (extra fast).")
+]
 PromptAudioOption = Annotated[Path | None, typer.Option(help="Recording whose voice to speak in.")]
 PromptTextOption = Annotated[str | None, typer.Option(help="What is said in the recording, word for word.")]
 VoiceOption = Annotated[
@@ -159,12 +162,12 @@ def model_folder(model: str | Path | None) -> Path:
     return resolve_weights(Path(model) if Path(model) == CKPT / CONVERTED else model)
 
 
-def load_model(model: str | Path | None, device: str, dtype: str = "auto") -> Kalle:
+def load_model(model: str | Path | None, device: str, dtype: str = "auto", quantize: str = "none") -> Kalle:
     """The whole model of --model."""
     folder = model_folder(model)
     from kalle.synthesis.kalle import Kalle
 
-    return Kalle.from_pretrained(folder, device, dtype)
+    return Kalle.from_pretrained(folder, device, dtype, quantize)
 
 
 def check_request(text: str, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:

@@ -23,6 +23,7 @@ from kalle.cli.speaking import (
     ModelOption,
     PromptAudioOption,
     PromptTextOption,
+    QuantizeOption,
     VoiceOption,
     check_request,
     choose_voice,
@@ -60,6 +61,7 @@ def stream(
     adapter: AdapterOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = "none",
     play: Annotated[bool, typer.Option("--play", help="Play it as it comes.")] = False,
     container: Annotated[Container, typer.Option("--format", help="Of standard output: a WAV, or raw 16-bit.")] = Container.wav,
     *,
@@ -73,7 +75,7 @@ def stream(
     written = read_text(text)
     check_output(output, play)
     check_request(written, prompt_audio, prompt_text, voice)
-    kalle = load_model(model, device, dtype)
+    kalle = load_model(model, device, dtype, quantize)
     chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
     started = time.perf_counter()
     speaking = kalle.stream(written, chosen, options=options)

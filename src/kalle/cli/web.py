@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kalle.cli.interrupts import interruptible
-from kalle.cli.speaking import FolderOption, load_model
+from kalle.cli.speaking import FolderOption, QuantizeOption, load_model
 from kalle.errors import UserError
 
 LONGEST_PORT = 65535
@@ -22,12 +22,13 @@ def web(
     voices: Annotated[Path | None, typer.Option(help="Folder of kept voices; by default voices/ in the weight folder.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: QuantizeOption = "none",
     max_text: Annotated[int, typer.Option(help="Most characters in one text.")] = 5000,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """A page for the browser to speak and keep voices; on this machine only unless told otherwise."""
     with interruptible("interrupted before the page was there; run the same command again"):
-        run_web(model, host, port, share, voices, device, dtype, max_text, open_)
+        run_web(model, host, port, share, voices, device, dtype, max_text, open_, quantize)
 
 
 def run_web(
@@ -40,6 +41,7 @@ def run_web(
     dtype: str = "auto",
     max_text: int = 5000,
     open_browser: bool = False,
+    quantize: str = "none",
 ) -> None:
     """Load ``model``, or for None the default one, and serve the page until Ctrl-C.
 
@@ -48,7 +50,7 @@ def run_web(
     check_options(host, port, max_text)
     from kalle.serving.server import WebOptions, serve
 
-    serve(load_model(model, device, dtype), WebOptions(host, port, share, voices, max_text, open_browser))
+    serve(load_model(model, device, dtype, quantize), WebOptions(host, port, share, voices, max_text, open_browser))
 
 
 def check_options(host: str, port: int, max_text: int) -> None:

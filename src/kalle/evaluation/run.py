@@ -67,6 +67,8 @@ class EvaluateConfig(Settings):
     device: str = "auto"
     dtype: str = "auto"
     """Of the language model's backbone."""
+    quantize: str = "none"
+    """8-bit weights of the backbone, on a CPU: int8, auto or none."""
     rank: int | None = None
     """This process's part, 0 <= rank < world_size; None: what torchrun or SLURM say, else all of it."""
     world_size: int | None = None
@@ -124,7 +126,7 @@ def _score(config: EvaluateConfig, items: Sequence[TestItem], metrics: Sequence[
         return evaluate_reconstruction(
             flowvae, items, metrics, config.out, sample=options.sample, seed=options.seed, settings=settings, journal=journal
         )
-    kalle, speaking = Kalle.from_pretrained(config.model, str(device), config.dtype), config.synthesis
+    kalle, speaking = Kalle.from_pretrained(config.model, str(device), config.dtype, config.quantize), config.synthesis
     voice = None if speaking.prompt_audio is None else kalle.voice(speaking.prompt_audio, speaking.prompt_text)
     return evaluate_synthesis(kalle, items, metrics, config.out, config=speaking, voice=voice, settings=settings, journal=journal)
 

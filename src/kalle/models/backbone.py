@@ -73,6 +73,12 @@ class BackboneConfig:
             return None
         return cls(**sizes, rms_norm_eps=epsilon, **rope)
 
+    @property
+    def layer_parameters(self) -> int:
+        """Values in the linear layers, which a step reads all of."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return self.num_hidden_layers * self.hidden_size * (2 * queries + 2 * keys + 3 * self.intermediate_size)
+
     def inverse_frequencies(self) -> Tensor:
         """Angle a position of each pair of a head's dimensions, (head_dim / 2,) fp32 radians (RoFormer, arXiv 2104.09864, eq. 15)."""
         steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim

@@ -102,16 +102,26 @@ def _backbone(values: Mapping[str, Any], for_training: bool) -> Any:
     return LlamaModel(_llama_config(values, "lm.backbone"))
 
 
-def int8_backbone(part: Path, values: Mapping[str, Any], device: str | torch.device) -> Int8Backbone:
-    """The 8-bit backbone of the weights in the folder ``part``, whose configuration is ``values``; its embeddings are not filled.
+def quantisable(folder: str | Path) -> tuple[Path, BackboneConfig]:
+    """The part folder of the language model in ``folder`` and the backbone of which `kalle.models.int8_weights` makes an 8-bit form.
 
-    UserError on another device than the CPU, for a configuration that it does not know, and without onnxruntime.
+    UserError for a folder without a language model, and for a backbone of another kind.
+    """
+    part = part_folder(folder, PART)
+    known = BackboneConfig.of(KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME)).backbone)
+    if known is None:
+        raise UserError(f"the backbone of '{part}' is of a kind that has no 8-bit form, expected a plain Llama; leave quantize out")
+    return part, known
+
+
+def int8_backbone(folder: str | Path, device: str | torch.device) -> Int8Backbone:
+    """The 8-bit backbone of the weights in ``folder``; its embeddings are not filled.
+
+    UserError on another device than the CPU, for a backbone of another kind, and without onnxruntime.
     """
     if resolve_device(device).type != "cpu":
         raise UserError(f"8-bit weights run on the CPU: got device '{device}'; use device=cpu, or leave quantize out")
-    known = BackboneConfig.of(values)
-    if known is None:
-        raise UserError(f"the backbone of '{part}' is of a kind that has no 8-bit form, expected a plain Llama; leave quantize out")
+    part, known = quantisable(folder)
     require_engine()
     return Int8Backbone(known, int8_tensors(part, known))
 
@@ -215,7 +225,7 @@ class KalleLM(nn.Module):
         if quantize is None:
             return load_module(lambda: cls(config, for_training), part, device, {"backbone.": dtype})
         assert not for_training, "8-bit weights are not trained"
-        backbone = int8_backbone(part, config.backbone, device)
+        backbone = int8_backbone(part, device)
         return load_module(lambda: cls(config, backbone=backbone), part, device, skip=is_quantised)
 
     @classmethod

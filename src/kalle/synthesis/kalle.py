@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from kalle.checkpoint import resolve_device, weights_hash
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.streaming import StreamingDecoder
-from kalle.models.lm import KalleLM
+from kalle.models.int8 import Int8Backbone, require_engine
+from kalle.models.lm import KalleLM, quantisable
 from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.batch import DEFAULT_FRAME_BUDGET, speak_batch
 from kalle.synthesis.generate import Request
@@ -42,6 +44,9 @@ from kalle.synthesis.weights import SHIPPED, FolderConfig, load_tokenizer, read_
 from kalle.text.prompt import check_text, prompt_ids
 from kalle.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+QUANTIZE_FROM = 100_000_000
+"""Values in the layers of the backbone from which quantize "auto" takes 8 bits."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,20 +75,30 @@ class Kalle:
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_hub_id: str | Path = SHIPPED, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+        cls,
+        folder_or_hub_id: str | Path = SHIPPED,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        quantize: str | None = None,
     ) -> Kalle:
         """Load a weight folder (see docs/architecture.md), one with the released files, a hub id OWNER/NAME, or kalle-nano, which ships.
 
         Released files are converted beside themselves the first time; what a hub id names is fetched the first time.
         ``device`` "auto" is CUDA where there is one. ``dtype`` is that of the language model's backbone: "auto" is fp32 on
         the CPU and bfloat16 on CUDA; its heads and the Flow-VAE are fp32 always. UserError for anything that isn't there.
+        ``quantize`` "int8" computes the backbone with 8-bit weights on the CPU, by onnxruntime (extra ``fast``); they are made once and
+        kept beside the others. "auto" does so where the model is large enough to gain and this machine can, and logs what it took.
+        A model with 8-bit weights takes no adapter.
         On the CPU the weights are the mapped files: while they are in use, replace a file by a rename, never overwrite it in place.
         """
         resolved = resolve_device(device)
         precision = resolve_dtype(dtype, resolved)
+        check_quantize(quantize, dtype)
         folder = resolve_weights(folder_or_hub_id)
         config = read_folder(folder)
-        flowvae, lm = FlowVAE.from_pretrained(folder, resolved), KalleLM.from_pretrained(folder, resolved, precision)
+        flowvae = FlowVAE.from_pretrained(folder, resolved)
+        chosen = resolve_quantize(quantize, folder, resolved, dtype)
+        lm = KalleLM.from_pretrained(folder, resolved, precision, quantize=chosen)
         return cls(flowvae, lm, load_tokenizer(folder), config, folder)
 
     @property
@@ -111,7 +126,9 @@ class Kalle:
 
     @cached_property
     def lm_hash(self) -> str:
-        """What adapters bind to: ``base_hash`` of the language model, taken once."""
+        """What adapters bind to: ``base_hash`` of the language model, taken once. UserError for 8-bit weights, which take none."""
+        if isinstance(self.lm.backbone, Int8Backbone):
+            raise UserError("8-bit weights take no adapter: got quantize int8 and an adapter; load the model without quantize")
         return base_hash(self.lm.state_dict())
 
     def voice(
@@ -313,6 +330,44 @@ def _check_length(text: str, max_seconds: float | None) -> None:
             f"the text is too long for one request: got about {needed:.0f} s of speech, expected at most {allowed:g} s; leave out "
             f"by_sentences, so that it is spoken sentence by sentence, or allow it with max_seconds={math.ceil(needed)}"
         )
+
+
+def check_quantize(quantize: str | None, dtype: str | torch.dtype) -> None:
+    """UserError for a ``quantize`` that is none of "int8", "auto" and "none", or a ``dtype`` that 8-bit weights leave without effect."""
+    if quantize not in (None, "none", "int8", "auto"):
+        raise UserError(f"unknown quantize: got {quantize!r}, expected int8, auto or none; correct it")
+    if quantize == "int8" and dtype not in ("auto", "float32", torch.float32):
+        raise UserError(f"8-bit weights are computed with fp32 around them: got dtype {dtype} and quantize int8; leave dtype out")
+
+
+def resolve_quantize(quantize: str | None, folder: Path, device: torch.device, dtype: str | torch.dtype = "auto") -> Literal["int8"] | None:
+    """ "int8" where ``quantize`` asks for it, or is "auto" and the language model in ``folder`` gains by it; None otherwise.
+
+    For "auto" a line of the log says which was taken and why.
+    """
+    if quantize != "auto":
+        return "int8" if quantize == "int8" else None
+    reason = _why_not_int8(folder, device, dtype)
+    if reason is None:
+        logger.info("the language model computes with 8-bit weights (onnxruntime)")
+        return "int8"
+    logger.info("the language model computes with its own weights (torch): %s", reason)
+    return None
+
+
+def _why_not_int8(folder: Path, device: torch.device, dtype: str | torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"8-bit weights are for the CPU, and this is {device.type}"
+    if dtype not in ("auto", "float32", torch.float32):
+        return f"a dtype was asked for, {dtype}"
+    try:
+        values = quantisable(folder)[1].layer_parameters
+        if values < QUANTIZE_FROM:
+            return f"{values / 1e6:.0f} million values in its layers are too few to gain, 8 bits are taken from {QUANTIZE_FROM / 1e6:.0f}"
+        require_engine()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kalle.errors import UserError
+from kalle.models.int8 import Int8Backbone
 
 if TYPE_CHECKING:
     from kalle.models.lm import KalleLM, KalleLMConfig, NextFrame
@@ -137,6 +138,8 @@ def _kept(lm: KalleLM, dtype: torch.dtype, converted: ConvertedModels) -> KalleL
 
 def _in_dtype(lm: KalleLM, dtype: torch.dtype) -> KalleLM:
     """``lm`` with a backbone in ``dtype``; what has no weights, such as the rotary frequencies, keeps its own."""
+    if isinstance(lm.backbone, Int8Backbone):
+        raise UserError(f"the release runs this backbone in {_name(dtype)}: got 8-bit weights; load the model without quantize")
     loaded = lm.backbone.embed_tokens.weight.dtype
     if loaded == dtype:
         return lm
