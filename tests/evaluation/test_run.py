@@ -13,6 +13,7 @@ from kalle.cli.hydra_entry import compose
 from kalle.errors import UserError
 from kalle.evaluation import EvaluateConfig, ReconstructionConfig, SpeakingConfig, TestListConfig, evaluate
 from kalle.evaluation.metrics import DurationRatio, MelL1
+from kalle.synthesis.options import GenerationOptions
 
 
 def config(test_list: Path, out: Path, **options: object) -> EvaluateConfig:
@@ -76,5 +77,9 @@ def test_the_defaults_of_the_command_are_those_of_the_dataclass() -> None:
     composed = filled_config(compose("evaluate", ["kind=synthesis", "model=m", "out=o", "testset.path=t"]))
     plain = EvaluateConfig(kind="synthesis", model="m", out="o", testset=TestListConfig("t"), progress=True, metrics=composed.metrics)
     assert composed == plain
-    assert {field.name for field in dataclasses.fields(SpeakingConfig)} == set(compose("evaluate", []).synthesis)
+    known = {field.name for field in (*dataclasses.fields(SpeakingConfig), *dataclasses.fields(GenerationOptions))}
+    assert set(compose("evaluate", []).synthesis) <= known
+    more = ["+synthesis.guidance=2", "synthesis.temperature=0.5"]
+    given = filled_config(compose("evaluate", ["kind=synthesis", "model=m", "out=o", "testset.path=t", *more])).synthesis.options
+    assert given == GenerationOptions(guidance=2, temperature=0.5)
     assert {field.name for field in dataclasses.fields(ReconstructionConfig)} == set(compose("evaluate", []).reconstruction)

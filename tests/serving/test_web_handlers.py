@@ -9,16 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from page_calls import HI, pcm, ran
+from page_calls import HI, changed, pcm, ran
 
 from kalle.audio import read_audio, to_pcm16
 from kalle.errors import UserError
 from kalle.serving.handlers import MODELS_OWN, UNEXPECTED, Handlers, choice_from, error_html, request_from_fields
-from kalle.serving.jobs import Backend, Jobs, PageRequest, StoppableRule
+from kalle.serving.jobs import MOST_SESSIONS, Backend, JobProgress, Jobs, PageRequest
 from kalle.serving.server import WebOptions, growing, is_loopback, launch, require_gradio
 from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.longform import LongForm
 from kalle.synthesis.options import GenerationOptions
 
 
@@ -64,11 +63,7 @@ def test_what_can_be_seen_wrong_is_said_at_once(handlers: Handlers, given: PageR
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (replace(HI, temperature=-1.0), "Bad temperature: got -1.0"),
-        (replace(HI, max_seconds=1e-6), "raise the longest length"),
-        (replace(HI, max_seconds=-2.0), "raise the longest length"),
-        (request_from_fields(HI.text, VoiceChoice(), None, 1.0, "0"), "raise the longest length"),
-        (replace(HI, seed=-1), "Bad seed: got -1"),
+        (changed(HI, max_seconds=1e-6), "raise the longest length"),
         (replace(HI, voice=VoiceChoice(STORED, "nobody")), "The voice is gone: got &#x27;nobody&#x27;"),
     ],
 )
@@ -89,7 +84,7 @@ def test_a_bug_is_logged_and_the_page_stays_usable(handlers: Handlers, monkeypat
 
 
 def test_stopped_on_the_way_what_was_made_is_kept(handlers: Handlers) -> None:
-    handlers.begin("a", replace(HI, max_seconds=20.0))
+    handlers.begin("a", changed(HI, max_seconds=20.0))
     run = handlers.run("a")
     next(run)
     next(run)
@@ -103,47 +98,85 @@ def test_stopped_on_the_way_what_was_made_is_kept(handlers: Handlers) -> None:
     assert handlers.stop("nobody") is None
 
 
-LONG = PageRequest("It was a bright cold day. The clocks were striking thirteen.\n\n* * *\n\nNobody said a word.", seed=4, max_seconds=0.4)
+LONG = PageRequest(
+    "It was a bright cold day. The clocks were striking thirteen.\n\n* * *\n\nNobody said a word.",
+    VoiceChoice(RANDOM, seed=2),
+    GenerationOptions(seed=4, max_seconds=0.4, by_sentences=True, max_gain_db=0, retries=0),
+)
 
 
-def test_a_longer_text_comes_sentence_by_sentence(handlers: Handlers, kalle_toy: Kalle) -> None:
-    _, views = ran(handlers, replace(LONG, voice=VoiceChoice(RANDOM, seed=2)))
+def test_a_longer_text_is_spoken_by_sentences(handlers: Handlers, kalle_toy: Kalle) -> None:
+    _, views = ran(handlers, LONG)
     done = views[-1]
-    assert "of 3 sentences" in views[1].message
-    form = LongForm(kalle_toy, LONG.text, kalle_toy.random_voice(2), GenerationOptions(seed=4, max_seconds=0.4))
-    expected = np.concatenate([to_pcm16(part.with_pause) for part in form])
-    np.testing.assert_array_equal(pcm(handlers), expected)
-    np.testing.assert_allclose(read_audio(done.audio) * 32768, expected, atol=1)
+    whole = kalle_toy.synthesize(LONG.text, kalle_toy.random_voice(2), options=LONG.options)
+    np.testing.assert_allclose(pcm(handlers), to_pcm16(whole.audio), atol=1e-4 * 32768)
+    np.testing.assert_allclose(read_audio(done.audio) * 32768, pcm(handlers), atol=1)
     pieces, _ = handlers.backend.jobs.of("a").pieces(0)
-    assert len(pieces) == 3
+    assert len(pieces) > 6, "each sentence comes in pieces"
     for words in (
         "<li value='2'>The clocks were striking thirteen.",
-        "not spoken: &#x27;* * *&#x27;",
+        "not spoken: ",
         "3 of 3 sentences did not end",
         "<dd>4</dd>",
     ):
         assert words in done.facts, words
+    assert done.facts.count("cut at 0.4 s") == 3, "each warning stands at its sentence only"
     assert "the one with the lowest confidence" in done.figure
 
 
-def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers, monkeypatch) -> None:
-    request = replace(LONG, max_seconds=2.0, voice=VoiceChoice(RANDOM, seed=2))
-    handlers.backend.voices.voice(request.voice)
+def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers) -> None:
+    request = changed(LONG, max_seconds=2.0)
     job = handlers.backend.begin("a", request)
-    steps, frames, rule = [], [], StoppableRule.stops
-
-    def stops(self: StoppableRule, end_kl: float, index: int, stop_probability: float | None = None) -> bool:
-        frames.append(index)
-        if len(frames) == 230:  # 200 frames are the first sentence
+    steps = []
+    for step in handlers.backend.speak(job):
+        steps.append(step)
+        if isinstance(step, JobProgress) and step.seconds > 2.4:  # the first sentence is 2 s
             job.stop()
-        return rule(self, end_kl, index)
+    result = steps[-1]
+    assert result.stopped
+    assert result.speech.seconds < 3.5
+    assert [part.speech.text for part in result.speech.parts] == ["It was a bright cold day.", "The clocks were striking thirteen."]
+    assert result.speech.stop_reason == "interrupted"
 
-    monkeypatch.setattr(StoppableRule, "stops", stops)
-    steps = list(handlers.backend.speak(job))
-    assert len(frames) == 230, "it went on after the stop"
-    spoken = steps[-1]
-    assert spoken.stopped
-    assert [line.text for line in spoken.lines] == ["It was a bright cold day."]
+
+def test_the_result_of_a_page_that_closed_early_is_not_kept(handlers: Handlers) -> None:
+    handlers.begin("a", HI)
+    job = handlers.backend.jobs.of("a")
+    steps = handlers.backend.speak(job)
+    next(steps)
+    next(steps)
+    handlers.leave("a")
+    list(steps)
+    assert list(handlers.backend.temporary.glob("*.wav")) == []
+
+
+def test_sessions_are_bounded() -> None:
+    jobs = Jobs()
+    for number in range(MOST_SESSIONS):
+        jobs.begin(str(number), HI)
+    with pytest.raises(UserError, match="too many requests"):
+        jobs.begin("another", HI)
+    first = jobs.of("0")
+    first.finish()
+    assert not jobs.begin("another", HI).finished
+    assert jobs.of("0") is None
+    assert first.abandoned
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, [], {"a": 1}, ["x"]])
+def test_fields_of_a_foreign_shape_are_refused_in_one_line(handlers: Handlers, value: object) -> None:
+    with pytest.raises(UserError, match="load the page again"):
+        request_from_fields(value, VoiceChoice(), None, 1.0, None)
+    with pytest.raises(UserError, match="load the page again"):
+        request_from_fields("Hi", VoiceChoice(), value, 1.0, None)
+    with pytest.raises(UserError, match="load the page again"):
+        choice_from(value, None, None, None, None)
+    for source in (STORED, RECORDING, RANDOM):
+        with pytest.raises(UserError, match="load the page again"):
+            choice_from(source, value, value, value, value)
+    assert "load the page again" in handlers.keep(VoiceChoice(RANDOM, seed=1), value, None).message
+    with pytest.raises(UserError, match="bad temperature"):
+        request_from_fields("Hi", VoiceChoice(), None, [value], None)
 
 
 def test_stopped_while_waiting_nothing_is_made(handlers: Handlers) -> None:
@@ -162,7 +195,7 @@ def test_a_job_is_done_once(handlers: Handlers) -> None:
 
 
 def test_a_new_request_and_a_closed_page_end_the_former_one(handlers: Handlers) -> None:
-    handlers.begin("a", replace(HI, max_seconds=20.0))
+    handlers.begin("a", changed(HI, max_seconds=20.0))
     first = handlers.backend.jobs.of("a")
     run = handlers.run("a")
     next(run)
@@ -223,8 +256,10 @@ def test_fields_become_a_request() -> None:
     assert choice_from(STORED, MODELS_OWN, "me.wav", "words", "x") == VoiceChoice(STORED)
     assert choice_from(RECORDING, "x", "me.wav", "words", "7") == VoiceChoice(RECORDING, recording="me.wav", transcript="words")
     assert request_from_fields(None, choice, None, None, None) == PageRequest("", choice)
-    assert request_from_fields("Hi", choice, "", 0.5, " ") == PageRequest("Hi", choice, None, 0.5, None)
-    assert request_from_fields("Hi", choice, "9223372036854775807", 0.5, "2.5") == PageRequest("Hi", choice, 2**63 - 1, 0.5, 2.5)
+    assert request_from_fields("Hi", choice, "", 0.5, " ") == PageRequest("Hi", choice, GenerationOptions(temperature=0.5))
+    assert request_from_fields("Hi", choice, "9223372036854775807", 0.5, "2.5") == PageRequest(
+        "Hi", choice, GenerationOptions(seed=2**63 - 1, temperature=0.5, max_seconds=2.5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,6 +269,8 @@ def test_fields_become_a_request() -> None:
         ("", "two", "bad longest length: got 'two', expected a number"),
         ("", "nan", "bad longest length: got 'nan'"),
         ("", "-inf", "bad longest length: got '-inf'"),
+        ("", "0", "bad max_seconds: got 0.0"),
+        ("-1", "", "bad seed: got -1"),
     ],
 )
 def test_what_is_no_number_is_refused(seed: str, seconds: str, message: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kalle.evaluation import EvaluateConfig, Metric, Result
+    from kalle.evaluation import EvaluateConfig, Metric, Result, SpeakingConfig
 
 logger = logging.getLogger(__name__)
 LIST_SUFFIXES = (".jsonl", ".jsonl.gz", ".lst")
@@ -55,16 +57,27 @@ def filled_config(config: DictConfig) -> EvaluateConfig:
     from omegaconf import OmegaConf
 
     from kalle.errors import UserError
-    from kalle.evaluation import EvaluateConfig, ReconstructionConfig, SpeakingConfig, TestListConfig
+    from kalle.evaluation import EvaluateConfig, ReconstructionConfig, TestListConfig
 
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"kalle evaluate: no value for {', '.join(missing)}, expected kind=, testset= and out=; add {missing[0]}=VALUE")
     values: Any = OmegaConf.to_container(config, resolve=True)
     nodes = values.pop("metrics")
-    parts = {"testset": TestListConfig, "reconstruction": ReconstructionConfig, "synthesis": SpeakingConfig}
-    filled = {name: part(**values.pop(name)) for name, part in parts.items()}
-    return EvaluateConfig(metrics=lambda languages: build_metrics(nodes, languages), **values, **filled)
+    testset, reconstruction = TestListConfig(**values.pop("testset")), ReconstructionConfig(**values.pop("reconstruction"))
+    synthesis = _speaking(values.pop("synthesis"))
+    metrics = partial(build_metrics, nodes)
+    return EvaluateConfig(testset=testset, reconstruction=reconstruction, synthesis=synthesis, metrics=metrics, **values)
+
+
+def _speaking(values: dict[str, Any]) -> SpeakingConfig:
+    """The part ``synthesis``: what it does not know itself is a generation option."""
+    from kalle.evaluation import SpeakingConfig
+    from kalle.synthesis.options import GenerationOptions
+
+    own = {field.name for field in dataclasses.fields(SpeakingConfig)} & values.keys()
+    options = GenerationOptions().changed(**{name: value for name, value in values.items() if name not in own})
+    return SpeakingConfig(options=options, **{name: values[name] for name in own})
 
 
 def build_metrics(nodes: dict[str, Any], languages: Sequence[str]) -> list[Metric]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import latent_health
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import Voice
 
@@ -229,8 +230,8 @@ class SpeakingConfig:
     same speaker in the list."""
     seeds: tuple[int, ...] = (0,)
     """Every item is spoken once for each; its own seed follows from it and the item's index."""
-    temperature: float | None = None
-    """None: the weights' own."""
+    options: GenerationOptions = field(default_factory=GenerationOptions)
+    """Everything else; its seed is set for each item."""
     prompt_audio: str | Path | None = None
     """A recording whose voice speaks all items, with prompts "none"."""
     prompt_text: str | None = None
@@ -242,6 +243,8 @@ class SpeakingConfig:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         if self.prompts not in get_args(Prompts):
             raise UserError(f"prompts: got '{self.prompts}', expected one of {', '.join(get_args(Prompts))}; correct the configuration")
+        if self.options.seed is not None:
+            raise UserError(f"options.seed: got {self.options.seed}, expected none here, for every item has a seed of its own; set seeds")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"seeds: got {list(self.seeds)}, expected at least one and none twice; correct the configuration")
 
@@ -270,8 +273,8 @@ def evaluate_synthesis(
     others = other_recordings(items)
     score_items(items, scores, journal, lambda index, item: run.item(index, item, others[index]), SYNTHESIS_SYSTEM, settings.progress)
     described = {
-        **asdict(config),
-        "temperature": kalle.temperature if config.temperature is None else config.temperature,
+        **{name: value for name, value in asdict(config).items() if name != "options"},
+        "options": asdict(kalle.filled_in(config.options)) | {"seed": None},
         "voice_given": voice is not None,
         "device": str(kalle.device),
         "torch_threads": torch.get_num_threads(),
@@ -306,7 +309,7 @@ class _SynthesisRun:
 
     def _speak(self, item: TestItem, references: References, voice: Voice | None, seed: int, index: int) -> None:
         start_s = time.perf_counter()
-        speech = self.kalle.synthesize(item.text, voice, seed=item_seed(seed, index), temperature=self.config.temperature)
+        speech = self.kalle.synthesize(item.text, voice, options=self.config.options.changed(seed=item_seed(seed, index)))
         seconds = time.perf_counter() - start_s
         audio = resample(speech.audio, speech.sample_rate, RATE_HZ)
         self.scores.add(SYNTHESIS_SYSTEM, references.score_item(item, audio), self._columns(item, speech, references, seed, seconds))

@@ -10,13 +10,15 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from kalle.errors import UserError
-from kalle.serving.jobs import Backend, JobProgress, JobResult, PageRequest, SpokenSentence
-from kalle.serving.voices import RANDOM, RECORDING, VoiceChoice
+from kalle.serving.jobs import Backend, JobProgress, JobResult, PageRequest
+from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
+from kalle.synthesis.options import GenerationOptions
+from kalle.synthesis.speech import Speech
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +33,7 @@ ENDINGS = {
     "interrupted": "stopped by you",
 }
 _FIELDS = {
+    "bad max_seconds": "bad longest length",
     "max_seconds": "the longest length",
     "(text)": "(the transcript)",
     "--prompt-text": "the transcript",
@@ -71,63 +74,53 @@ def waiting_text(ahead: int) -> str:
 
 def progress_text(progress: JobProgress) -> str:
     """The message for a running job."""
-    if progress.seconds == 0:
-        return "Preparing…" if progress.sentences == 1 else f"Speaking the first of {progress.sentences} sentences."
-    whole = f" of {progress.sentences} sentences" if progress.sentences > 1 else ""
-    return f"Speaking{whole}: {progress.seconds:.1f} s of audio so far."
+    return f"Speaking: {progress.seconds:.1f} s of audio so far." if progress.seconds else "Preparing…"
 
 
-def facts_html(spoken: JobResult, voice: str, warnings: Sequence[str] = ()) -> str:
+def facts_html(result: JobResult, voice: str, warnings: Sequence[str] = ()) -> str:
     """The numbers of a result: length, RTF, how it ended, seed, confidence, every warning, and a row for every sentence.
 
     ``warnings`` are about the voice.
     """
-    frames = sum(line.speech.frames for line in spoken.lines)
-    work = spoken.elapsed_seconds
+    speech, work = result.speech, result.elapsed_seconds
     facts = {
-        "Length": f"{spoken.seconds:.2f} s ({frames} frames)",
-        "RTF": f"{work / spoken.seconds:.2f} ({work:.2f} s of work / {spoken.seconds:.2f} s of audio)",
-        "Ended by": _ending(spoken),
+        "Length": f"{speech.seconds:.2f} s ({speech.frames} frames)",
+        "RTF": f"{work / speech.seconds:.2f} ({work:.2f} s of work / {speech.seconds:.2f} s of audio)",
+        "Ended by": _ending(result),
         "Voice": voice,
-        "Seed": str(spoken.seed),
-        "Confidence": f"{_confidence(spoken):.3f}" if frames else "none",
+        "Seed": str(speech.seed),
+        "Confidence": f"{speech.confidence:.3f}" if speech.frames else "none",
     }
     rows = "".join(f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in facts.items())
-    notes = list(warnings)
-    notes += [warning for line in spoken.lines for warning in line.warnings] if len(spoken.lines) == 1 else []
-    notes += [f"not words, and not spoken: {gap.strip()[:80]!r}" for gap in spoken.unspoken if gap.strip()]
-    warnings = "".join(f'<p class="kalle-warning">{_escape(note)}</p>' for note in notes)
-    return f'<dl class="kalle-facts">{rows}</dl>{warnings}' + (_sentences(spoken) if len(spoken.lines) > 1 else "")
+    of_sentences = {warning for part in speech.parts for warning in part.warnings}
+    notes = [*warnings, *(note for note in speech.warnings if not any(note.endswith(warning) for warning in of_sentences))]
+    shown = "".join(f'<p class="kalle-warning">{_escape(note)}</p>' for note in notes)
+    return f'<dl class="kalle-facts">{rows}</dl>{shown}' + (_sentences(speech) if speech.parts else "")
 
 
-def weakest(spoken: JobResult) -> tuple[int, SpokenSentence]:
-    """The line with the lowest confidence among those that have frames, and its number from 1."""
-    lines = [(number, line) for number, line in enumerate(spoken.lines, 1) if line.speech.frames] or [(1, spoken.lines[0])]
-    return min(lines, key=lambda item: item[1].speech.confidence)
+def weakest(speech: Speech) -> tuple[int, Speech]:
+    """The sentence with the lowest confidence among those that have frames, and its number from 1; all of it where it is one."""
+    sentences = [(part.index + 1, part.speech) for part in speech.parts if part.speech.frames] or [(1, speech)]
+    return min(sentences, key=lambda sentence: sentence[1].confidence)
 
 
-def _ending(spoken: JobResult) -> str:
-    if spoken.stopped:
+def _ending(result: JobResult) -> str:
+    speech = result.speech
+    if result.stopped:
         return f"interrupted: {ENDINGS['interrupted']}"
-    bad = [line for line in spoken.lines if line.speech.stop_reason != "end"]
-    if len(spoken.lines) == 1 or not bad:
-        reason = spoken.lines[0].speech.stop_reason
-        return f"{reason}: {ENDINGS[reason]}"
-    return f"{len(bad)} of {len(spoken.lines)} sentences did not end by themselves; see below"
+    bad = [part for part in speech.parts if part.speech.stop_reason != "end"]
+    if len(speech.parts) > 1 and bad:
+        return f"{len(bad)} of {len(speech.parts)} sentences did not end by themselves; see below"
+    return f"{speech.stop_reason}: {ENDINGS[speech.stop_reason]}"
 
 
-def _confidence(spoken: JobResult) -> float:
-    weights = [line.speech.frames for line in spoken.lines]
-    return sum(weight * line.speech.confidence for weight, line in zip(weights, spoken.lines, strict=True) if weight) / sum(weights)
-
-
-def _sentences(spoken: JobResult) -> str:
+def _sentences(speech: Speech) -> str:
     rows = []
-    for number, line in enumerate(spoken.lines, 1):
-        speech = line.speech
-        notes = "".join(f'<p class="kalle-warning">{_escape(note)}</p>' for note in line.warnings)
-        numbers = f"{speech.seconds:.2f} s, {speech.stop_reason}" + (f", confidence {speech.confidence:.3f}" if speech.frames else "")
-        rows.append(f"<li value='{number}'>{_escape(line.text)} <small>({_escape(numbers)})</small>{notes}</li>")
+    for part in speech.parts:
+        said = part.speech
+        notes = "".join(f'<p class="kalle-warning">{_escape(note)}</p>' for note in part.warnings)
+        numbers = f"{said.seconds:.2f} s, {said.stop_reason}" + (f", confidence {said.confidence:.3f}" if said.frames else "")
+        rows.append(f"<li value='{part.index + 1}'>{_escape(said.text)} <small>({_escape(numbers)})</small>{notes}</li>")
     return f'<ol class="kalle-sentences">{"".join(rows)}</ol>'
 
 
@@ -234,14 +227,14 @@ class Handlers:
         except UserError as error:
             return None, self._mistake(error)
 
-    def keep(self, choice: VoiceChoice, name: str, consent: str | None = None) -> KeepOutcome:
+    def keep(self, choice: VoiceChoice, name: object, consent: object = None) -> KeepOutcome:
         """ "Keep this voice" was pressed."""
         try:
-            kept = self.backend.voices.keep(choice, name, consent)
+            kept = self.backend.voices.keep(choice, _string(name, "name"), _string(consent, "consent"))
         except UserError as error:
             return KeepOutcome(self._mistake(error), None)
         LOGGER.info("kept the voice %s in %s", kept, self.backend.voices.folder)
-        return KeepOutcome(notice_html(f"KeepOutcome as “{kept}”: it is among the stored voices now."), kept)
+        return KeepOutcome(notice_html(f"Kept as “{kept}”: it is among the stored voices now."), kept)
 
     def _mistake(self, error: UserError) -> str:
         return error_html(without_folders(str(error), self.backend.folders))
@@ -249,36 +242,44 @@ class Handlers:
     def _working(self, progress: JobProgress, token: str) -> View:
         return View(notice_html(progress_text(progress)), busy=True, token=token)
 
-    def _result(self, spoken: JobResult, choice: VoiceChoice, token: str) -> View:
+    def _result(self, result: JobResult, choice: VoiceChoice, token: str) -> View:
         from kalle.evaluation.figures import speech_figure
 
-        number, line = weakest(spoken)
-        figure = figure_html(speech_figure(line.speech, *FIGURE_PIXELS), FIGURE_ALT)
-        if len(spoken.lines) > 1:
+        number, speech = weakest(result.speech)
+        figure = figure_html(speech_figure(speech, *FIGURE_PIXELS), FIGURE_ALT)
+        if len(result.speech.parts) > 1:
             figure = f"<p>Sentence {number}, the one with the lowest confidence:</p>{figure}"
-        return View(
-            "", False, token, spoken.path, facts_html(spoken, voice_description(choice), self.backend.voices.warnings(choice)), figure
-        )
+        facts = facts_html(result, voice_description(choice), self.backend.voices.warnings(choice))
+        return View("", False, token, result.path, facts, figure)
 
 
-def typed_whole(text: str | None, name: str) -> int | None:
+def typed_whole(text: object, name: str) -> int | None:
     """The whole number in a field of that name, None for an empty one."""
     return _typed(text, name, int, "a whole number")
 
 
-def typed_number(text: str | None, name: str) -> float | None:
+def typed_number(text: object, name: str) -> float | None:
     """The number in a field of that name, None for an empty one."""
     return _typed(text, name, _finite, "a number")
 
 
-def _typed(text: str | None, name: str, kind: Callable[[str], Number], expected: str) -> Number | None:
-    typed = (text or "").strip()
+def _typed(text: object, name: str, kind: Callable[[str], Number], expected: str) -> Number | None:
+    typed = _string(text, name).strip()
     if not typed:
         return None
     try:
         return kind(typed)
     except ValueError:
         raise UserError(f"bad {name}: got {typed[:40]!r}, expected {expected} or an empty field; type it again") from None
+
+
+def _string(value: object, name: str) -> str:
+    """A field that a page sends as text. Whoever sends something else has written the request by hand."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"bad {name}: got a {type(value).__name__}, expected text; load the page again")
+    return value
 
 
 def _finite(text: str) -> float:
@@ -288,22 +289,27 @@ def _finite(text: str) -> float:
     return number
 
 
-def request_from_fields(
-    text: str | None, voice: VoiceChoice, seed: str | None, temperature: float | None, max_seconds: str | None
-) -> PageRequest:
-    """The fields of the page as a request; an empty number is the default. UserError for what is no number."""
-    longest = typed_number(max_seconds, "longest length")
-    return PageRequest(text or "", voice, typed_whole(seed, "seed"), None if temperature is None else float(temperature), longest)
+def request_from_fields(text: object, voice: VoiceChoice, seed: object, temperature: object, max_seconds: object) -> PageRequest:
+    """The fields of the page as a request; an empty number is the default. UserError for a value that cannot be used."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float | None):
+        raise UserError(f"bad temperature: got a {type(temperature).__name__}, expected a number; load the page again")
+    options = GenerationOptions(
+        seed=typed_whole(seed, "seed"), temperature=temperature, max_seconds=typed_number(max_seconds, "longest length")
+    )
+    return PageRequest(_string(text, "text"), voice, options)
 
 
-def choice_from(source: str, name: str | None, recording: str | None, transcript: str | None, seed: str | None) -> VoiceChoice:
-    """The voice fields of the page as a choice: only those of the chosen ``source`` count. UserError for a seed that is no number."""
-    choice = VoiceChoice(source)
+def choice_from(source: object, name: object, recording: object, transcript: object, seed: object) -> VoiceChoice:
+    """The voice fields of the page as a choice: only those of the chosen ``source`` count. UserError for a value that cannot be used."""
     if source == RECORDING:
-        return replace(choice, recording=recording, transcript=transcript)
+        path = _string(recording, "recording") or None
+        return VoiceChoice(RECORDING, recording=path, transcript=_string(transcript, "transcript"))
     if source == RANDOM:
-        return replace(choice, seed=typed_whole(seed, "seed of the voice"))
-    return replace(choice, name=None if name in (None, MODELS_OWN) else name)
+        return VoiceChoice(RANDOM, seed=typed_whole(seed, "seed of the voice"))
+    if source != STORED:
+        raise UserError(f"bad voice: got {source!r:.40}, expected one of the list; load the page again")
+    chosen = _string(name, "voice")
+    return VoiceChoice(STORED, None if chosen in ("", MODELS_OWN) else chosen)
 
 
 def voice_description(choice: VoiceChoice) -> str:

@@ -7,23 +7,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kalle.audio import Audio, to_pcm16, write_audio
+from kalle.audio import to_pcm16, write_audio
 from kalle.errors import UserError
 from kalle.serving.voices import VoiceChoice, VoiceStore, check_voice
-from kalle.synthesis.generate import Request
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.options import GenerationOptions, SpeechRequest, StopRule
-from kalle.synthesis.speech import FloatArray, Speech
-from kalle.synthesis.voice import Voice
+from kalle.synthesis.options import GenerationOptions
+from kalle.synthesis.speech import Speech
+from kalle.synthesis.stream import SpeechStream
 from kalle.text.prompt import check_text
 
 DEFAULT_MAX_TEXT = 5000
+MOST_SESSIONS = 100
+"""Jobs that are kept at once; whoever opens pages by the thousand does not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ class PageRequest:
 
     text: str
     voice: VoiceChoice = field(default_factory=VoiceChoice)
-    seed: int | None = None
-    temperature: float | None = None
-    max_seconds: float | None = None
+    options: GenerationOptions = field(default_factory=GenerationOptions)
 
 
 def check_request(request: PageRequest, max_text: int, needs_transcript: bool) -> None:
@@ -59,6 +58,9 @@ class Job:
         """The result, removed with the job."""
         self._pieces: list[bytes] = []
         self._stopped = threading.Event()
+        self.abandoned = False
+        """Whether its page is closed, so that nobody will fetch the result."""
+        self._stream: SpeechStream | None = None
 
     @property
     def stopped(self) -> bool:
@@ -68,6 +70,18 @@ class Job:
     def stop(self) -> None:
         """Ask the job to end after the piece it is making."""
         self._stopped.set()
+        if self._stream is not None:
+            self._stream.close()
+
+    def speak(self, stream: SpeechStream) -> Iterator[NDArray[np.float32]]:
+        """The pieces of ``stream``, handed out to listeners, until its end or until the job is stopped."""
+        self._stream = stream
+        try:
+            while not self.stopped and (piece := next(stream, None)) is not None:
+                self.add(piece)
+                yield piece
+        finally:
+            stream.close()
 
     def add(self, audio: NDArray[np.floating]) -> None:
         """Hand out another piece of audio (n,) in [-1, 1]."""
@@ -91,9 +105,17 @@ class Jobs:
         self._lock = threading.Lock()
 
     def begin(self, session: str, request: PageRequest) -> Job:
-        """A new job in the place of the session's former one, which is stopped."""
+        """A new job in the place of the session's former one, which is stopped.
+
+        Where there are `MOST_SESSIONS` the oldest finished one goes; a UserError where all are at work or waiting.
+        """
         with self._lock:
             self._drop(session)
+            if len(self._jobs) >= MOST_SESSIONS:
+                finished = next((name for name, job in self._jobs.items() if job.finished), None)
+                if finished is None:
+                    raise UserError(f"too many requests: {MOST_SESSIONS} are waiting, expected fewer; press “Speak” again in a minute")
+                self._drop(finished)
             job = self._jobs[session] = Job(request)
             return job
 
@@ -130,72 +152,19 @@ class Jobs:
     def _drop(self, session: str) -> None:
         job = self._jobs.pop(session, None)
         if job is not None:
+            job.abandoned = True
             job.stop()
             job.finish()
             if job.path is not None:
                 job.path.unlink(missing_ok=True)
 
 
-class Stopped(Exception):
-    """The user stopped the job."""
-
-
-@dataclass(frozen=True)
-class StoppableRule(StopRule):
-    """A stop rule, checked at every frame, that raises ``Stopped`` once the job is stopped."""
-
-    job: Job | None = None
-
-    def stops(self, end_kl: float, index: int, stop_probability: float | None = None) -> bool:
-        """As ``StopRule.stops``."""
-        if self.job is not None and self.job.stopped:
-            raise Stopped
-        return super().stops(end_kl, index, stop_probability)
-
-
-class StoppableKalle(Kalle):
-    """The same model for one job: it stops at the next frame once the job is stopped, and keeps the results."""
-
-    def __init__(self, kalle: Kalle, job: Job) -> None:
-        # The parts and their caches are shared, so this costs nothing.
-        self.__dict__.update(kalle.__dict__)
-        self._job = job
-        self._results: list[Speech] = []
-
-    def resolve(self, request: SpeechRequest) -> Request:
-        """As ``Kalle.resolve``, with a rule that looks at the job."""
-        rule = request.options.stop or self.config.stop
-        stoppable = StoppableRule(rule.threshold, rule.min_index, self._job, probability=rule.probability)
-        return super().resolve(replace(request, options=request.options.changed(stop=stoppable)))
-
-    def speak(self, request: SpeechRequest) -> Speech:
-        """As ``Kalle.speak``."""
-        speech = super().speak(request)
-        self._results.append(speech)
-        return speech
-
-    def of_latents(self, latents: FloatArray) -> Speech:
-        """The result that has these very ``latents`` (T, D)."""
-        return next(speech for speech in self._results if speech.latents is latents)
-
-
 @dataclass(frozen=True)
 class JobProgress:
-    """The state of a running job: ``seconds`` of audio exist after ``elapsed_seconds`` of work on ``sentences``."""
+    """The state of a running job: ``seconds`` of audio exist after ``elapsed_seconds`` of work."""
 
     seconds: float
     elapsed_seconds: float
-    sentences: int = 1
-
-
-@dataclass(frozen=True)
-class SpokenSentence:
-    """One sentence of a result."""
-
-    text: str
-    speech: Speech
-    """As the model said it; in a longer text its level may have been evened afterwards."""
-    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -204,41 +173,11 @@ class JobResult:
 
     path: Path
     """A WAV file of it."""
-    seconds: float
-    seed: int
-    lines: tuple[SpokenSentence, ...]
+    speech: Speech
     elapsed_seconds: float
     """From the voice being ready to the last piece; making the voice is not in it."""
     stopped: bool
     """Whether the user ended it."""
-    unspoken: tuple[str, ...] = ()
-    """Parts of the text that are not words."""
-
-
-@dataclass
-class _RunningJob:
-    """A job that is being spoken."""
-
-    job: Job
-    kalle: StoppableKalle
-    started: float = field(default_factory=time.perf_counter)
-    audio: list[Audio] = field(default_factory=list)
-    lines: list[SpokenSentence] = field(default_factory=list)
-    seed: int = 0
-    unspoken: tuple[str, ...] = ()
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def seconds(self) -> float:
-        return sum(map(len, self.audio)) / self.kalle.sample_rate
-
-    def publish(self, audio: Audio, sentences: int = 1) -> JobProgress:
-        self.audio.append(audio)
-        self.job.add(audio)
-        return JobProgress(self.seconds, self.elapsed, sentences)
 
 
 class Backend:
@@ -276,10 +215,9 @@ class Backend:
         return self.jobs.begin(session, request)
 
     def speak(self, job: Job) -> Iterator[JobProgress | JobResult]:
-        """Make the audio of ``job`` and hand it out through the job. The last value is the result.
+        """Make the audio of ``job`` as ``Kalle.stream`` does and hand it out through the job. The last value is the result.
 
-        One sentence comes in pieces of a few frames, a longer text sentence by sentence (``kalle.synthesis.longform``). Nothing
-        follows when the job was stopped before its first piece. UserError for what the model cannot speak.
+        Nothing follows when the job was stopped before its first piece. UserError for what the model cannot speak.
         """
         job.begun = True
         try:
@@ -290,48 +228,20 @@ class Backend:
             job.finish()
 
     def _speak(self, job: Job) -> Iterator[JobProgress | JobResult]:
-        from kalle.text.sentences import split_sentences
-
         voice = self.voices.voice(job.request.voice)
-        running = _RunningJob(job, StoppableKalle(self.kalle, job))
-        several = len(split_sentences(job.request.text, self.kalle.config.language)) > 1
-        stopped = False
-        try:
-            yield from _say_all(running, voice) if several else _say_one(running, voice)
-        except Stopped:
-            stopped = True
-        if running.seconds:
-            yield self._spoken(running, stopped)
-        elif not stopped:
-            raise UserError(f"the model ended the speech before its first frame: got no audio with seed {running.seed}; try another seed")
-
-    def _spoken(self, running: _RunningJob, stopped: bool) -> JobResult:
-        elapsed = running.elapsed
-        path = running.job.path = self.temporary / f"kalle-{running.job.token[:8]}.wav"
-        write_audio(path, np.concatenate(running.audio), self.kalle.sample_rate)
-        return JobResult(path, running.seconds, running.seed, tuple(running.lines), elapsed, stopped, running.unspoken)
-
-
-def _say_one(running: _RunningJob, voice: Voice | None) -> Iterator[JobProgress]:
-    request = running.job.request
-    stream = running.kalle.stream(request.text, voice, seed=request.seed, temperature=request.temperature, max_seconds=request.max_seconds)
-    running.seed = stream.seed
-    try:
-        for piece in stream:
-            yield running.publish(piece)
-    finally:
-        speech = stream.speech
-        running.lines.append(SpokenSentence(request.text.strip(), speech, speech.warnings))
-
-
-def _say_all(running: _RunningJob, voice: Voice | None) -> Iterator[JobProgress]:
-    from kalle.synthesis.longform import LongForm
-
-    request = running.job.request
-    options = GenerationOptions(seed=request.seed, temperature=request.temperature, max_seconds=request.max_seconds)
-    form = LongForm(running.kalle, request.text, voice, options)
-    running.seed, running.unspoken = form.seed, tuple(gap for _, gap in form.unspoken)
-    yield JobProgress(0.0, running.elapsed, len(form))
-    for part in form:
-        running.lines.append(SpokenSentence(part.speech.text, running.kalle.of_latents(part.speech.latents), part.warnings))
-        yield running.publish(part.with_pause, len(form))
+        stream = self.kalle.stream(job.request.text, voice, options=job.request.options)
+        started, samples = time.perf_counter(), 0
+        for piece in job.speak(stream):
+            samples += len(piece)
+            yield JobProgress(samples / stream.sample_rate, time.perf_counter() - started)
+        elapsed = time.perf_counter() - started
+        if samples:
+            speech = stream.speech
+            job.path = self.temporary / f"kalle-{job.token[:8]}.wav"
+            write_audio(job.path, speech.audio, stream.sample_rate)
+            if job.abandoned:
+                job.path.unlink(missing_ok=True)
+                return
+            yield JobResult(job.path, speech, elapsed, job.stopped)
+        elif not job.stopped:
+            raise UserError(f"the model ended the speech before its first frame: got no audio with seed {stream.seed}; try another seed")
