@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import kalle
-from kalle.cli.encode import encode_config, run
+from kalle.cli.encode import encoding_config, run
 from kalle.cli.hydra_entry import compose, folder_override
-from kalle.data.latents.encode import EncodeConfig
+from kalle.data.latents.run import EncodingConfig, encode
 from kalle.data.latents.shards import read_info, read_items
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
@@ -70,7 +70,14 @@ def test_flowvae_is_a_path_not_a_configuration_group() -> None:
 
 
 def test_yaml_and_dataclass_agree() -> None:
-    assert encode_config(compose("encode", [])) == EncodeConfig()
+    words = ["flowvae.folder=f", "corpus=c", "out=o"]
+    assert encoding_config(compose("encode", words)) == EncodingConfig(flowvae="f", corpus="c", out="o")
+    for wrong, message in (
+        ("shard_size=many", "shard_size: got 'many', expected a whole number"),
+        ("join.passes=x", "join.passes: got 'x'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoding_config(compose("encode", [*words, wrong]))
 
 
 @pytest.mark.parametrize(
@@ -88,3 +95,12 @@ def test_mistakes(words: list[str], message: str, tmp_path: Path, monkeypatch: p
         run(words)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_is_encoded_from_python(toy_weights: Path, toy_corpus: Path, tmp_path: Path) -> None:
+    counts: list[tuple[int, int]] = []
+    config = EncodingConfig(flowvae=toy_weights, corpus=toy_corpus, out=tmp_path / "latents", splits=("train", "valid"), device="cpu")
+    info = encode(config, lambda done, total: counts.append((done, total)))
+    assert info == read_info(tmp_path / "latents")
+    assert set(info["splits"]) == {"train", "valid"}
+    assert counts[-1] == (15, 15)

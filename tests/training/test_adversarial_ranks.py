@@ -127,7 +127,7 @@ def test_ranks_agree_when_discriminators_start_late_and_weights_are_averaged(toy
 
 @pytest.mark.slow
 def test_the_command_trains_on_two_ranks(flowvae_overrides: list[str], tmp_path: Path) -> None:
-    words = ["train", "flowvae", *flowvae_overrides, f"out={tmp_path}", "trainer.devices=2", "trainer.max_steps=3"]
+    words = ["train", "flowvae", *flowvae_overrides, f"out={tmp_path}", "trainer.devices=2", "trainer.max_steps=4"]
     results = kalle_on_ranks(words)
     assert [result.returncode for result in results] == [0, 0], [result.stderr[-2000:] for result in results]
     assert load_file(tmp_path / "weights" / "flowvae" / "model.safetensors")

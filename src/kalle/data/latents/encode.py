@@ -19,7 +19,7 @@ import torch
 from lhotse.cut import Cut
 from torch import nn
 
-from kalle.checkpoint import weights_hash, write_json
+from kalle.checkpoint import check_fields, weights_hash, write_json
 from kalle.data.corpus.cuts import cut_field, load_audio
 from kalle.data.latents.shards import (
     COMPLETED_NAME,
@@ -88,6 +88,7 @@ class JoinConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gap_seconds", tuple(self.gap_seconds))
+        check_fields(self, "join")
         low, high = self.gap_seconds
         if self.passes < 0 or not 0 < self.min_seconds <= self.max_seconds or not 0 <= low <= high:
             expected = "passes >= 0, 0 < min_seconds <= max_seconds, 0 <= gap_seconds[0] <= gap_seconds[1]"
@@ -206,6 +207,7 @@ class EncodeConfig:
     """Joining of short training utterances; single ones are always kept too."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "")
         if self.shard_size < 1 or self.batch_size < 1:
             raise UserError(f"encode: got shard_size={self.shard_size} and batch_size={self.batch_size}, expected at least 1; correct them")
         if self.loader_threads < 0:
