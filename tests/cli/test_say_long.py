@@ -228,20 +228,47 @@ def test_bad_input_is_one_line_and_leaves_no_file(model: Path, book: Path, tmp_p
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_show_text_needs_no_model(book: Path, tmp_path: Path, capsys) -> None:
+def test_show_text_loads_no_model(model: Path, book: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(Kalle, "from_pretrained", lambda *_: pytest.fail("loaded"))
     pytest.importorskip("inflect")
     book.write_text("\ufeffDr. Smith paid $3.50. It was rather late.\n\n***\n\n他有3个苹果。😀 Да, 5.")
-    assert main(["say", "--text-file", str(book), "--show-text", "--normalise", "--model", str(tmp_path / "none")]) == 0
+    assert main(["say", "--text-file", str(book), "--show-text", "--normalise", "--model", str(model)]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("original:\nDr. Smith paid $3.50. It was rather late.\n")
     assert "   1 [0:21] Dr. Smith paid $3.50.\n     -> Doctor Smith paid three dollars and fifty cents.\n" in shown
     assert "-> 他有三个苹果。" in shown
     assert "not spoken: '***' at character 44" in shown
-    assert main(["say", "It cost $5. Yes, it did.", "--show-text"]) == 0
+    assert main(["say", "It cost $5. Yes, it did.", "--show-text", "--model", str(model)]) == 0
     shown = capsys.readouterr().out
     assert "->" not in shown
-    assert "normalisation: off" in shown
+    assert "normalisation: off (" in shown
+    assert "spoken: at once\n   1 [0:24] It cost $5. Yes, it did." in shown
     assert main(["say", " ", "--show-text"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("“Ten years,” he said. “He doesn’t walk.”", ["-> Ten years, he said. He doesn't walk."]),
+        ('"They have been here."', ["-> They have been here."]),
+        ("The children like\nto go.", ["1 [0:24] The children like to go."]),
+        ("I asked Ms. Johnson.", ["1 [0:20] I asked Ms. Johnson."]),
+        ("STOP at 10:45:30 — *now*!", ["-> Stop at ten forty-five and thirty seconds, now!"]),
+        ("word " * 25 + "at 10:45:30 sharp.", ["spoken: in 2 sentences", "at 10:45:30 sharp."]),
+        ("Hi 😀", ["-> Hi", "warning: these weights never learnt some signs, which are left out: 😀"]),
+        ("你好", ["warning: the text looks like language 'zh', and these weights speak en"]),
+    ],
+)
+def test_without_a_model_what_the_shipped_one_speaks_is_shown(text: str, shown: list[str], capsys) -> None:
+    pytest.importorskip("inflect")
+    assert main(["say", text, "--show-text"]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in shown if line not in printed] == []
+
+
+def test_a_language_that_the_weights_do_not_speak_is_refused(capsys) -> None:
+    assert main(["say", "Hello.", "--language", "zh", "--show-text"]) == 2
+    assert "do not speak 'zh': expected en" in capsys.readouterr().err
 
 
 def test_a_normalised_text_is_spoken_and_shown(model: Path, tmp_path: Path, capsys) -> None:

@@ -7,8 +7,10 @@ import pytest
 
 from kalle.checkpoint import read_json, write_json
 from kalle.errors import UserError
-from kalle.synthesis.options import StopRule
+from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.options import GenerationOptions, SpeechRequest, StopRule
 from kalle.synthesis.weights import FolderConfig, StoredStop, read_folder, write_stop
+from kalle.text.phonemes import PhonemeTokenizer
 
 
 def config(folder: Path, values: dict[str, Any]) -> FolderConfig:
@@ -70,3 +72,44 @@ def test_a_broken_config_is_left_as_it_is(weight_folder: Path) -> None:
     with pytest.raises(UserError, match="unknown key 'bogus'"):
         write_stop(weight_folder, StoredStop(0.12))
     assert (weight_folder / "config.json").read_text() == '{"bogus": 1}'
+
+
+LEARNT = {"characters": {"en": "abcdefghijklmnopqrstuvwxyzH,.'", "fr": "abcdeéè."}, "capital_words": False}
+
+
+def test_a_text_is_spoken_in_the_characters_that_the_weights_learnt(weight_folder: Path) -> None:
+    told = config(weight_folder, {"language": "en", "text": LEARNT})
+    assert told.words("“He doesn’t”\nSTOP – now", GenerationOptions()) == ("He doesn't stop, now", ())
+    assert "language 'zh'" in told.words("你好", GenerationOptions())[1][0]
+    assert told.transcript("Éa – b é") == "éa, b é"
+    with pytest.raises(UserError, match="do not speak 'zh': expected en or fr"):
+        told.words("Hello", GenerationOptions(language="zh"))
+    untold = config(weight_folder, {"language": "en"})
+    assert untold.words("“He”\nSTOP – now", GenerationOptions()) == ("“He”\nSTOP – now", ())
+
+    kalle = Kalle.from_pretrained(weight_folder, "cpu")
+    write_json(weight_folder / "config.json", {"language": "en", "text": LEARNT})
+    mapped = Kalle.from_pretrained(weight_folder, "cpu")
+
+    def ids(kalle: Kalle, text: str) -> list[int]:
+        return kalle.resolve(SpeechRequest(text, options=GenerationOptions(seed=0))).text_ids.tolist()
+
+    assert ids(mapped, "“He’s…”") == ids(kalle, "He's...")
+
+
+@pytest.mark.parametrize(
+    "text", [{"characters": {"english": ""}}, {"characters": 3}, {"bogus": 1}, {"replace": {"ab": "c"}}, {"characters": {"fr": None}}]
+)
+def test_a_table_of_other_things_is_refused(weight_folder: Path, text: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="text"):
+        config(weight_folder, {"language": "en", "text": text})
+
+
+def test_words_without_phonemes_are_named(weight_folder: Path) -> None:
+    pytest.importorskip("hibari")
+    kalle = Kalle.from_pretrained(weight_folder, "cpu")
+    PhonemeTokenizer(kalle.tokenizer._backend).save(weight_folder / "tokenizer")
+    spelled = Kalle(kalle.flowvae, kalle.lm, PhonemeTokenizer(kalle.tokenizer._backend, symbols="həlO"))
+    request = SpeechRequest("Kubernetes, [hello](/həlO/).", options=GenerationOptions(seed=0))
+    assert "lacks them: Kubernetes;" in spelled.resolve(request).warnings[0]
+    assert read_folder(weight_folder).given_phonemes

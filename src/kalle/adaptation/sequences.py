@@ -93,7 +93,7 @@ def prompt_sequence(
         request = kalle.resolve(SpeechRequest(target_text, voice, options))
     else:
         assert voice.text is not None
-        ids = prompt_ids(kalle.tokenizer, voice.text, tokenise_separately=compatibility.tokenise_separately)
+        ids = prompt_ids(kalle.tokenizer, kalle.config.transcript(voice.text), tokenise_separately=compatibility.tokenise_separately)
         request = Request(ids, 1, options, voice.prompt_latents, voice.speaker_latent)
     heard = request.context[1]
     frames = 0 if heard is None else heard.shape[1]

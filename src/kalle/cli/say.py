@@ -92,7 +92,7 @@ def say(
 
         options = options.changed(compatibility=ReleaseCompatibility.release())
     if show_text:
-        return typer.echo(shown_text(written, options, None if model is None else Path(model)))
+        return typer.echo(shown_text(written, options, model_folder(model), from_file=text_file is not None, srt=srt))
     check_output(output or Path(DEFAULT_STEM + DEFAULT_SUFFIX))
     check_request(written, prompt_audio, prompt_text, voice)
     folder = model_folder(model)
@@ -414,21 +414,27 @@ def _config(folder: Path | None) -> FolderConfig:
     return FolderConfig() if folder is None else read_folder(folder)
 
 
-def shown_text(text: str, options: GenerationOptions, folder: Path | None) -> str:
-    """``text`` as written, its sentences with their places, and each in words where ``normalise`` changes it; needs no model."""
+def shown_text(text: str, options: GenerationOptions, folder: Path | None, *, from_file: bool = False, srt: bool = False) -> str:
+    """``text`` as written, and each request of it as the weights in ``folder`` get it, with its place; loads no model."""
     from kalle.synthesis.options import fits_one_request
     from kalle.text.languages import detect_language
     from kalle.text.prompt import check_text
-    from kalle.text.sentences import split_sentences, unspoken
+    from kalle.text.sentences import Sentence, split_sentences, unspoken
 
     check_text(text, "text")
-    config = _config(folder if folder is not None and folder.is_dir() else None)
+    config = _config(folder)
     language = config.language_of(text, options)
+    why = why_long(text, options, config, from_file=from_file, srt=srt)
     options = options.changed(language=language)
-    sentences = split_sentences(text, language, lambda piece: fits_one_request(config.words(piece, options)[0], config.longest_seconds))
+    if why is None:
+        start = len(text) - len(text.lstrip())
+        sentences = [Sentence(text.strip(), start, start + len(text.strip()), ends_paragraph=True)]
+    else:
+        sentences = split_sentences(text, language, lambda piece: fits_one_request(config.words(piece, options)[0], config.longest_seconds))
     lines = ["original:", text.strip("\n"), ""]
     lines += [f"language: {language or detect_language(text) + ' (guessed)'}"]
-    lines += [f"normalisation: {'on' if options.normalise else 'off (--normalise)'}", f"sentences: {len(sentences)}"]
+    lines += [f"normalisation: {'on' if options.normalise else 'off (--normalise)'}"]
+    lines += ["spoken: at once" if why is None else f"spoken: in {len(sentences)} sentences, for {why}"]
     for number, sentence in enumerate(sentences, start=1):
         lines.append(f"{number:4} [{sentence.start}:{sentence.end}] {sentence.spoken}")
         words, warnings = config.words(sentence.text, options)

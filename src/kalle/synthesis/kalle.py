@@ -7,6 +7,7 @@ import math
 import secrets
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -41,6 +42,7 @@ from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, Voice, find_voice
 from kalle.synthesis.voicing import check_voice, random_voice, voice_from_audio
 from kalle.synthesis.weights import SHIPPED, FolderConfig, load_tokenizer, read_folder, resolve_weights
+from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.prompt import check_text, prompt_ids
 from kalle.text.tokenizer import Tokenizer
 
@@ -66,7 +68,8 @@ class Kalle:
     ) -> None:
         """Put loaded parts together; a UserError when they don't fit. ``folder`` is where named voices are looked up."""
         self.flowvae, self.lm, self.tokenizer = flowvae, lm, tokenizer
-        self.config = config or FolderConfig(default_stop(lm.config.stop_head))
+        config = config or FolderConfig(default_stop(lm.config.stop_head))
+        self.config = replace(config, given_phonemes=isinstance(tokenizer, PhonemeTokenizer))
         self.folder = folder
         self._converted: ConvertedModels = {}
         self._decoder: tuple[int | None, StreamingDecoder] | None = None
@@ -270,8 +273,10 @@ class Kalle:
         _check_length(text, options.max_seconds)
         voice = self._chosen(request.voice, options.seed)
         prompt = None if voice is None else voice.prompt_latents
-        prompt_text = None if voice is None or prompt is None else voice.text
-        ids = prompt_ids(self.tokenizer, text, prompt_text, options.compatibility.tokenise_separately)
+        prompt_text = None if voice is None or prompt is None or voice.text is None else self.config.transcript(voice.text)
+        language = self.config.language_of(text, options)
+        ids = prompt_ids(self.tokenizer, text, prompt_text, options.compatibility.tokenise_separately, language)
+        warnings += self._spelled(text, language)
         speaker = None if voice is None else voice.speaker_latent
         cap = cap_frames(text, self.flowvae.config.frame_rate_hz, options.max_seconds)
         if options.compatibility.thousand_steps and options.max_seconds is None:
@@ -279,6 +284,14 @@ class Kalle:
         used = len(ids) + (0 if prompt is None else len(prompt)) + (0 if speaker is None else 1)
         cap = min(cap, self._free_positions(used))
         return Request(ids, cap, options, prompt, speaker, adapter=self._adapter(voice), text=text, warnings=warnings)
+
+    def _spelled(self, text: str, language: str | None) -> tuple[str, ...]:
+        """A warning that names the words whose phonemes nobody knows."""
+        words = self.tokenizer.unknown_words(text, language) if isinstance(self.tokenizer, PhonemeTokenizer) else []
+        if not words:
+            return ()
+        named = ", ".join(dict.fromkeys(words))
+        return (f"spoken from their letters, for the lexicon lacks them: {named}; [{words[0]}](/phonemes/) gives the sounds of a word",)
 
     def _chosen(self, voice: GivenVoice, seed: int) -> Voice | None:
         """The voice to speak in; None where the model makes one up while it speaks."""

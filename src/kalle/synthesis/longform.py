@@ -201,7 +201,7 @@ class LongForm:
             rolled=request.voice is not self.voice,
             pause_samples=self._pause_samples(index, speech.sample_rate),
             tries=max(len(speech.attempts), 1),
-            warnings=(*cut, *notes, *speech.warnings),
+            warnings=tuple(dict.fromkeys((*cut, *notes, *speech.warnings))),
         )
 
     def _part(self, index: int, previous: Part | None, course: _Course) -> Part:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, permission_errors, read_json, write_json
@@ -12,9 +12,10 @@ from kalle.convert import CONVERTED
 from kalle.convert.release import holds_release, release_folder
 from kalle.errors import UserError
 from kalle.synthesis.options import GenerationOptions, StopRule, default_stop
+from kalle.text.characters import LearntTexts, check_language
+from kalle.text.frontend import TextFrontEnd
 from kalle.text.languages import language_in_its_script
-from kalle.text.normalise import normalise
-from kalle.text.tokenizer import TOKENIZER_NAME, Tokenizer
+from kalle.text.tokenizer import PHONEMES_NAME, TOKENIZER_NAME, Tokenizer
 
 TOKENIZER_FOLDER = "tokenizer"
 CKPT = Path("ckpt")
@@ -42,6 +43,11 @@ class FolderConfig:
     """Speech at the usual pace that these weights keep up in one request; a longer text is best spoken in parts. None for what a request
     allows."""
 
+    text: LearntTexts = field(default_factory=LearntTexts)
+    """Languages and characters of the texts that the weights were trained on."""
+    given_phonemes: bool = False
+    """Whether their tokenizer reads ``[word](/phonemes/)``."""
+
     def language_of(self, text: str, options: GenerationOptions) -> str | None:
         """ISO 639-1 code of ``text``: the one given, or the weights' own where the text is in its script; None leaves it to be guessed."""
         if options.language is not None or self.language is None:
@@ -50,10 +56,14 @@ class FolderConfig:
 
     def words(self, text: str, options: GenerationOptions) -> tuple[str, tuple[str, ...]]:
         """The words that are spoken for ``text``, and what a listener should know of them, a sentence each."""
-        if not options.normalise:
-            return text, ()
-        normalised = normalise(text, self.language_of(text, options))
-        return normalised.text, normalised.warnings
+        check_language(options.language, self.text)
+        front_end = TextFrontEnd(self.text, self.language_of(text, options), options.normalise, self.given_phonemes)
+        spoken = front_end.read(text)
+        return spoken.text, spoken.warnings
+
+    def transcript(self, text: str) -> str:
+        """What the model is given for ``text``, the transcript of a prompt in any of the weights' languages."""
+        return TextFrontEnd(self.text.merged(), given_phonemes=self.given_phonemes).read(text).text
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class _Stored:
     sample_rate: int | None = None
     temperature: float | None = None
     longest_seconds: float | None = None
+    text: LearntTexts | None = None
 
 
 @permission_errors()
@@ -104,7 +115,8 @@ def read_folder(folder: str | Path) -> FolderConfig:
         )
     stop_head = bool(read_json(part_folder(root, "lm") / CONFIG_NAME).get("stop_head"))
     path = root / CONFIG_NAME
-    return _read_config(path, stop_head) if path.is_file() else FolderConfig(default_stop(stop_head))
+    config = _read_config(path, stop_head) if path.is_file() else FolderConfig(default_stop(stop_head))
+    return replace(config, given_phonemes=(root / TOKENIZER_FOLDER / PHONEMES_NAME).is_file())
 
 
 def write_stop(folder: str | Path, stop: StoredStop) -> None:
@@ -136,7 +148,10 @@ def _read_config(path: Path, stop_head: bool) -> FolderConfig:
         raise UserError(f"bad temperature in '{path}': got {stored.temperature}, expected a finite number of at least 0; correct it")
     if stored.longest_seconds is not None and not 0 < stored.longest_seconds < math.inf:
         raise UserError(f"bad longest_seconds in '{path}': got {stored.longest_seconds}, expected a finite one above 0; correct it")
-    return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate, stored.temperature, stored.longest_seconds)
+    text = stored.text or LearntTexts()
+    if stored.language is not None and text.languages and stored.language not in text.languages:
+        raise UserError(f"bad language in '{path}': got {stored.language!r}, expected one of text.characters ({', '.join(text.languages)})")
+    return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate, stored.temperature, stored.longest_seconds, text)
 
 
 @permission_errors()

@@ -99,6 +99,11 @@ class LearntTexts:
         """Codes of the languages; empty where nothing is known."""
         return tuple(self.characters)
 
+    def merged(self) -> LearntTexts:
+        """The same without a difference between languages: all characters are those of the first one."""
+        known = self.of("")
+        return self if known is None else LearntTexts({self.languages[0]: "".join(sorted(known))}, self.capital_words, self.replace)
+
     def of(self, language: str) -> frozenset[str] | None:
         """The characters of ``language``; for another language those of all, and None where all may come."""
         known = [self.characters[language]] if language in self.characters else list(self.characters.values())

@@ -24,7 +24,9 @@ class TextFrontEnd:
     """Whether the tokenizer reads ``[word](/phonemes/)``; without it the word alone is kept."""
 
     def read(self, text: str) -> MappedText:
-        """``text`` as it is spoken, on one line, with warnings about what is not; nothing changes where nothing is known of the weights."""
+        """``text`` as it is spoken, with warnings about what is not; it stays as it is where nothing is known of the weights."""
+        if not self.learnt.languages and not self.normalise:
+            return MappedText(text if self.given_phonemes else GIVEN_PHONEMES.sub(r"\1", text))
         plain = GIVEN_PHONEMES.sub(r"\1", text)
         language = self.language or detect_language(plain, self.learnt.languages[0] if self.learnt.languages else "en")
         known = self.learnt.of(language)

@@ -20,22 +20,24 @@ _UNSPEAKABLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]"
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str, prompt_text: str | None = None, tokenise_separately: bool = False) -> Tensor:
+def prompt_ids(
+    tokenizer: Tokenizer, text: str, prompt_text: str | None = None, tokenise_separately: bool = False, language: str | None = None
+) -> Tensor:
     """The ids of beginning of text, the transcript of the prompt, the text, and the two tokens before speech: (L,) int64.
 
     Both texts are stripped, joined by one space and tokenised at once. With ``tokenise_separately`` they are left as
     they are, tokenised each on its own, and their ids joined with nothing in between, as the release does.
-    A UserError when a text is empty.
+    ``language`` (ISO 639-1) is that of both, by default guessed from the script. A UserError when a text is empty.
     """
     check_text(text, "text")
     if prompt_text is not None:
         check_text(prompt_text, "prompt text")
     if tokenise_separately:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text, language)
         if prompt_text is not None:
-            ids = tokenizer.encode(prompt_text) + ids[1:]
+            ids = tokenizer.encode(prompt_text, language) + ids[1:]
     else:
-        ids = tokenizer.encode(" ".join(part.strip() for part in (prompt_text, text) if part is not None))
+        ids = tokenizer.encode(" ".join(part.strip() for part in (prompt_text, text) if part is not None), language)
     return torch.tensor(ids + [tokenizer.special(name) for name in BEFORE_SPEECH], dtype=torch.int64)
 
 
