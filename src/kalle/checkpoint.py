@@ -67,8 +67,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"file not found: got '{path}', expected a JSON file; check the path") from None
     except OSError as error:
         raise unreadable(path, error) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid JSON: '{path}': {error}; fetch or write the file again") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: '{path}': {str(error)[:200]}; fetch or write the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"not a JSON object: '{path}' holds a {type(value).__name__}, expected {{...}}")
     return value

@@ -11,6 +11,19 @@ from kalle.errors import UserError
 from kalle.files import write_atomic
 
 
+def parse_json(content: str | bytes) -> dict[str, Any]:
+    """The JSON object in ``content``; a ValueError says on one line why there is none: numbers of thousands of digits, deep nesting."""
+    try:
+        row = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({getattr(error, 'msg', '') or str(error).split(';')[0]})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"it holds a {type(row).__name__}")
+    return row
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object a line, the file whole or not at all."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -25,12 +38,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"not JSON: '{path}' line {number} ({error.msg}); expected one object a line; mend that line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"not a JSON object: '{path}' line {number} holds a {type(row).__name__}; expected {{...}}; mend that line")
-        rows.append(row)
+            rows.append(parse_json(line))
+        except ValueError as error:
+            raise UserError(f"bad line: '{path}' line {number}: {error}; expected one JSON object a line; mend that line") from None
     return rows
 
 
@@ -94,10 +104,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            rows.append(parse_json(line))
+        except ValueError:
             break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
     return rows

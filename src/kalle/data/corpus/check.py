@@ -16,8 +16,12 @@ from kalle.data.corpus.items import TAG, Rejection, SourceItem
 from kalle.data.corpus.splits import SplitPolicy, normalised
 from kalle.errors import UserError
 
+_SILENT_CHANNEL = 0.01
+"""Level of a channel against the loudest, -40 dB, below which it is not part of the mix."""
 ROUNDING_S = 0.1
 """How far a segment may reach beyond its recording, for lists that give times rounded; what is beyond does not exist."""
+LONGEST_RECORDING_SECONDS = 4 * 3600.0
+"""Of a compressed recording that holds segments: it is decoded as a whole. An hour of mono at 16 kHz takes 230 MB."""
 SEEKABLE = frozenset(("WAV", "WAVEX", "FLAC", "AIFF", "AU", "NIST", "RF64", "W64"))
 """Formats of which a part is read quickly and to the sample."""
 
@@ -54,17 +58,22 @@ def read_header(item: SourceItem) -> ItemAudio | None:
     return ItemAudio(None, info.samplerate, 1, stop - start, start, info.frames)
 
 
-def load_sound(item: SourceItem) -> ItemAudio:
-    """Decode the item; raises AudioError when it cannot be, or lies outside its recording."""
+def load_sound(item: SourceItem, longest_seconds: float = LONGEST_RECORDING_SECONDS) -> ItemAudio:
+    """Decode the item; raises AudioError when it cannot be, lies outside its recording or is longer than ``longest_seconds``.
+
+    No more than that is decoded of an item, and no more than `LONGEST_RECORDING_SECONDS` of what holds a segment that can't be entered.
+    """
+    if item.is_segment and (item.duration_s or 0.0) > longest_seconds:
+        raise AudioError(f"too long: got {item.duration_s:.3f} s, expected at most {longest_seconds:g} s; cut it", "too long")
     if item.inside is not None:
-        channels, rate_hz = _load_inside(item)
+        channels, rate_hz = _load_inside(item, LONGEST_RECORDING_SECONDS if item.is_segment else longest_seconds)
     elif item.is_segment:
-        part = _read_part(item)
+        part = _read_part(item, longest_seconds)
         if part is not None:
             return part
         channels, rate_hz = _load_long(item.audio)
     else:
-        channels, rate_hz = load_channels(item.audio)
+        channels, rate_hz = load_channels(item.audio, longest_seconds)
     start, stop = _range(item, channels.shape[1], rate_hz)
     return _sound(item, channels[:, start:stop], rate_hz, start, channels.shape[1])
 
@@ -91,13 +100,16 @@ def _range(item: SourceItem, samples: int, rate_hz: int) -> tuple[int, int]:
     return start, min(stop, samples)
 
 
-def _read_part(item: SourceItem) -> ItemAudio | None:
+def _read_part(item: SourceItem, longest_seconds: float) -> ItemAudio | None:
     """The segment alone, where the format can be entered anywhere; None where the whole has to be decoded."""
     try:
         with soundfile.SoundFile(item.audio) as file:
             if file.format not in SEEKABLE:
                 return None
             start, stop = _range(item, file.frames, file.samplerate)
+            if stop - start > longest_seconds * file.samplerate:
+                seconds = (stop - start) / file.samplerate
+                raise AudioError(f"too long: got {seconds:.3f} s, expected at most {longest_seconds:g} s; cut it", "too long")
             file.seek(start)
             frames = file.read(stop - start, dtype="float32", always_2d=True)
             rate_hz, file_samples = int(file.samplerate), int(file.frames)
@@ -114,10 +126,10 @@ def _read_part(item: SourceItem) -> ItemAudio | None:
 @lru_cache(maxsize=1)
 def _load_long(path: Path) -> tuple[Audio, int]:
     """A whole recording, kept for the next segment of it."""
-    return load_channels(path)
+    return load_channels(path, LONGEST_RECORDING_SECONDS)
 
 
-def _load_inside(item: SourceItem) -> tuple[Audio, int]:
+def _load_inside(item: SourceItem, longest_seconds: float) -> tuple[Audio, int]:
     assert item.inside is not None
     try:
         content = item.inside.read(item.audio)
@@ -128,7 +140,7 @@ def _load_inside(item: SourceItem) -> tuple[Audio, int]:
         path = Path(folder) / f"audio{Path(item.inside.name).suffix}"
         path.write_bytes(content)
         try:
-            return load_channels(path)
+            return load_channels(path, longest_seconds)
         except AudioError as error:
             raise AudioError(str(error).replace(str(path), item.place), error.reason) from None
 
@@ -192,9 +204,12 @@ def check_item(item: SourceItem, options: PrepareOptions, out: Path) -> Kept | R
     if TAG.fullmatch(text):
         return _rejection(item, "not speech", f"the text is the tag '{text}'")
     try:
-        sound = (read_header(item) if options.headers_only else None) or load_sound(item)
+        sound = (read_header(item) if options.headers_only else None) or load_sound(item, options.max_seconds)
+        seconds = sound.samples / sound.rate_hz
     except AudioError as error:
         return _rejection(item, error.reason, str(error))
+    except Exception as error:  # whatever a decoder raises for a damaged file; nothing has been written yet
+        return _rejection(item, "unreadable", " ".join(f"{type(error).__name__}: {error}".split())[:300])
     problem = _sound_problem(sound, options)
     if problem is not None:
         return _rejection(item, *problem)
@@ -211,7 +226,7 @@ def check_item(item: SourceItem, options: PrepareOptions, out: Path) -> Kept | R
         source_channels=sound.channel_count,
         stored_rate_hz=stored_rate_hz,
         stored_samples=stored_samples,
-        seconds=sound.samples / sound.rate_hz,
+        seconds=seconds,
         start_samples=start_samples,
         decoded=sound.channels is not None,
         custom=item.custom,
@@ -227,7 +242,7 @@ def _sound_problem(sound: ItemAudio, options: PrepareOptions) -> tuple[str, str]
         return "too long", f"got {seconds:.3f} s, expected at most {options.max_seconds} s"
     if sound.channels is None:
         return None
-    level = rms_dbfs(sound.channels.mean(axis=0, dtype=np.float32))
+    level = rms_dbfs(mixed_down(sound.channels))
     if level < options.silent_below_dbfs:
         return "silent", f"got {level:.1f} dBFS, expected at least {options.silent_below_dbfs} dBFS"
     # Averaging hides a clipped channel, so each is looked at by itself.
@@ -242,18 +257,29 @@ def _stored(item: SourceItem, sound: ItemAudio, wanted_hz: int, out: Path) -> tu
     if sound.channels is None or (sound.channel_count == 1 and item.inside is None and _soundfile_agrees(item, sound)):
         return str(item.audio), sound.rate_hz, sound.file_samples, sound.start_samples
     relative = f"audio/{item.id}.flac"
-    converted = resample(sound.channels.mean(axis=0, dtype=np.float32), sound.rate_hz, wanted_hz)
+    converted = resample(mixed_down(sound.channels), sound.rate_hz, wanted_hz)
     write_audio(out / relative, converted, wanted_hz)
     return relative, wanted_hz, converted.size, 0
 
 
+def mixed_down(channels: Audio) -> Audio:
+    """The mean (S,) of those of ``channels`` (C, S) that sound: a silent one would make the others quieter."""
+    levels = np.sqrt(np.mean(np.square(channels, dtype=np.float64), axis=1))
+    sounding = levels >= levels.max() * _SILENT_CHANNEL
+    return np.asarray(channels[sounding].mean(axis=0, dtype=np.float32))
+
+
 def _soundfile_agrees(item: SourceItem, sound: ItemAudio) -> bool:
+    """Whether lhotse, which reads from where a file is opened, gets the samples that were checked."""
     try:
-        info = soundfile.info(item.audio)
-    except (soundfile.LibsndfileError, OSError):
+        with soundfile.SoundFile(item.audio) as file:
+            seekable = not item.is_segment or file.format in SEEKABLE
+            if not seekable or (file.samplerate, file.frames, file.channels) != (sound.rate_hz, sound.file_samples, 1):
+                return False
+            # An Ogg stream that begins late is opened in its middle.
+            return file.format != "OGG" or (sound.channels is not None and np.array_equal(file.read(dtype="float32"), sound.channels[0]))
+    except (soundfile.LibsndfileError, OSError, TypeError, ValueError):
         return False
-    seekable = not item.is_segment or info.format in SEEKABLE
-    return seekable and info.samplerate == sound.rate_hz and info.frames == sound.file_samples and info.channels == 1
 
 
 def _rejection(item: SourceItem, reason: str, detail: str) -> Rejection:

@@ -6,21 +6,32 @@ import gzip
 import hashlib
 import io
 import json
+import math
+import stat
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
-from lhotse.cut import Cut
+from lhotse.audio.backend import LibsndfileBackend, get_current_audio_backend, set_current_audio_backend
+from lhotse.cut import Cut, MixedCut
+from lhotse.serialization import deserialize_item
 
 from kalle.data.corpus.splits import SPLITS
+from kalle.data.journal import parse_json
 from kalle.errors import UserError
 from kalle.files import atomic_file, output_folder, write_atomic
 
 COMPLETED_NAME = ".completed"
 REPORT_JSON, REPORT_MD = "report.json", "report.md"
+LONGEST_CUT_SECONDS = 3600.0
+"""What a cut may claim to be; at 16 kHz it takes 230 MB."""
+HIGHEST_RATE_HZ = 768_000
+_TRANSFORMS = ("Resample", "Speed", "Tempo", "Volume")
+"""Changes of a recording that read no other one."""
 
 
 def cuts_path(folder: Path, split: str) -> Path:
@@ -98,8 +109,68 @@ def load_cuts(corpus: str | Path, split: str) -> list[Cut]:
         raise UserError(
             f"no split '{split}' in '{corpus}': found {', '.join(found) or 'none'}; name one of them or run `kalle prepare` again"
         )
-    # A path that is absolute already stays as it is: pathlib drops what stands before it.
-    return [cut.with_recording_path_prefix(root) for cut in CutSet.from_jsonl_lazy(path)]
+    return read_cuts(path)
+
+
+def read_cuts(path: Path) -> list[Cut]:
+    """The cuts in a .jsonl.gz file, their audio paths counted from its folder: the one gate by which cuts come in.
+
+    A corpus is something that people download. UserError for a damaged file, and for a cut that names anything but audio files: lhotse
+    would run a recording of type "command" and fetch one of type "url", also inside an augmentation or a custom field.
+    """
+    cuts: list[Cut] = []
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                if line.strip():
+                    row = parse_json(line)
+                    _check_recordings(row)
+                    # A path that is absolute already stays as it is: pathlib drops what stands before it.
+                    cuts.append(_checked(deserialize_item(row)).with_recording_path_prefix(path.parent))
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+        reason = " ".join(f"{error}".split())[:200] or type(error).__name__
+        got = f"cannot read '{path}' line {number}: {reason}"
+        raise UserError(f"{got}; expected lhotse cuts of audio files; prepare the corpus again") from None
+    return cuts
+
+
+def _check_recordings(value: Any) -> None:
+    """A ValueError when any recording in the JSON ``value``, however deep, is not one of files, or is changed by more than its rate."""
+    if isinstance(value, list):
+        for one in value:
+            _check_recordings(one)
+    if not isinstance(value, dict):
+        return
+    for source in value.get("sources") or () if isinstance(value.get("sources"), list) else ():
+        kind, place = (source.get("type"), source.get("source")) if isinstance(source, dict) else (None, None)
+        if kind is None and isinstance(source, str):
+            continue  # ids of cuts that were joined
+        if kind != "file" or not isinstance(place, str) or "\0" in place:
+            raise ValueError(f"got a recording of type '{kind}', expected an audio file")
+    for change in value.get("transforms") or () if isinstance(value.get("transforms"), list) else ():
+        name = change.get("name") if isinstance(change, dict) else None
+        if name not in _TRANSFORMS:
+            raise ValueError(f"got a recording with the transform '{name}', expected one of {', '.join(_TRANSFORMS)}")
+    for one in value.values():
+        _check_recordings(one)
+
+
+def _checked(cut: Any) -> Cut:
+    """``cut`` when its times are possible and its texts are texts; else a ValueError."""
+    if not isinstance(cut, Cut):
+        raise ValueError(f"got a {type(cut).__name__}, expected a cut")
+    numbers = [getattr(cut, "start", 0.0), cut.duration, cut.sampling_rate, *((one.start, one.duration) for one in cut.supervisions)]
+    flat = [number for part in numbers for number in (part if isinstance(part, tuple) else (part,))]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in flat):
+        raise ValueError(f"cut '{cut.id}' has impossible times")
+    if not 0 < cut.duration <= LONGEST_CUT_SECONDS or getattr(cut, "start", 0.0) < 0 or not 0 < cut.sampling_rate <= HIGHEST_RATE_HZ:
+        raise ValueError(f"cut '{cut.id}' is {cut.duration:g} s at {cut.sampling_rate:g} Hz, expected up to {LONGEST_CUT_SECONDS:g} s")
+    texts = [cut.id, *(text for one in cut.supervisions for text in (one.text, one.speaker, one.language) if text is not None)]
+    if not cut.id or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"cut '{cut.id}' has a text, speaker or language that is no string")
+    return cut
 
 
 def splits_of(corpus: str | Path) -> list[str]:
@@ -117,15 +188,36 @@ def load_audio(cut: Cut, sample_rate_hz: int) -> np.ndarray:
 
     A UserError names the cut when its audio cannot be read or holds a value that is not finite.
     """
+    # Others of lhotse's backends run programs, with the file's name in a line for the shell.
+    if not isinstance(get_current_audio_backend(), LibsndfileBackend):
+        set_current_audio_backend(LibsndfileBackend())
     try:
+        for recording in _recordings(cut):
+            _check_plain(recording)
         audio = (cut if cut.sampling_rate == sample_rate_hz else cut.resample(sample_rate_hz)).load_audio()
-    except Exception as error:  # lhotse raises what its many backends raise
+    except Exception as error:  # lhotse raises what its backend and its own checks raise
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(f"unreadable audio: cut '{cut.id}' ({reason}); run `kalle prepare` again or remove the file") from None
     mono = np.ascontiguousarray(np.atleast_2d(audio).mean(axis=0), dtype=np.float32)
     if not np.isfinite(mono).all():
         raise UserError(f"audio with NaN or infinity: cut '{cut.id}', expected finite samples; run `kalle prepare` again or remove it")
     return mono
+
+
+def _recordings(cut: Cut) -> list[Recording]:
+    cuts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+    return [one.recording for one in cuts if getattr(one, "recording", None) is not None]
+
+
+def _check_plain(recording: Recording) -> None:
+    """A ValueError unless every source is a plain file, or audio in memory: reading a pipe or a device may never end."""
+    for source in recording.sources:
+        if source.type == "memory":
+            continue
+        if source.type != "file":
+            raise ValueError(f"got a recording of type '{source.type}', expected an audio file")
+        if not stat.S_ISREG(Path(str(source.source)).stat().st_mode):
+            raise ValueError(f"'{source.source}' is no plain file")
 
 
 def corpus_cuts(corpus: Path) -> dict[tuple[str, str], Cut]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -199,19 +198,6 @@ def _is_unicode(text: str) -> bool:
 def printable(text: str) -> str:
     """``text`` with what is no Unicode spelled out, such as ``\\udce9``."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def parse_json(content: str | bytes) -> dict[str, Any]:
-    """The JSON object in ``content``; a ValueError says on one line why there is none: numbers of thousands of digits, deep nesting."""
-    try:
-        row = json.loads(content)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON ({getattr(error, 'msg', '') or str(error).split(';')[0]})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"it holds a {type(row).__name__}")
-    return row
 
 
 def find_root(folder: Path, patterns: tuple[str, ...], corpus: str, layout: str) -> Path:

@@ -20,11 +20,10 @@ from kalle.data.corpus.items import (
     audio_name,
     collected,
     is_plain,
-    parse_json,
     split_of_part,
 )
 from kalle.data.corpus.splits import SPLITS, normalised
-from kalle.data.journal import read_jsonl, read_lines, read_text_line
+from kalle.data.journal import parse_json, read_jsonl, read_lines, read_text_line
 from kalle.errors import UserError
 
 TRANSCRIPTS_NAME = "transcripts.jsonl"

@@ -21,7 +21,7 @@ from lhotse.cut import Cut
 from numpy.typing import NDArray
 
 from kalle.audio import PCM16_SCALE, Audio, clipped_share, to_pcm16
-from kalle.data.corpus.cuts import corpus_cuts
+from kalle.data.corpus.cuts import corpus_cuts, load_audio
 from kalle.data.journal import Journal
 from kalle.errors import UserError
 from kalle.text.languages import LANGUAGE_OF_SCRIPT, script_of
@@ -283,12 +283,11 @@ def measure(cut: Cut) -> Measures:
     """Load and measure one cut's audio, channels averaged; audio that cannot be read is a `Measures` with a problem, not an error."""
     rate_hz = int(cut.sampling_rate)
     try:
-        channels = np.asarray(cut.load_audio(), dtype=np.float32)
-    except Exception as error:  # whatever a decoder raises for a broken file
-        return Measures(seconds=float(cut.duration), problem=" ".join(f"{type(error).__name__}: {error}".split())[:300])
-    audio = channels.mean(axis=0) if channels.ndim == 2 else channels
-    if audio.size == 0 or not np.isfinite(audio).all():
-        return Measures(seconds=float(cut.duration), problem="no samples" if audio.size == 0 else "NaN or infinite samples")
+        audio = load_audio(cut, rate_hz)
+    except UserError as error:
+        return Measures(seconds=float(cut.duration), problem=str(error)[:300])
+    if audio.size == 0:
+        return Measures(seconds=float(cut.duration), problem="no samples")
     gaps, heard, loudness = silence(audio, rate_hz), spectrum(audio, rate_hz), loudness_lufs(audio, rate_hz)
     return Measures(
         seconds=audio.size / rate_hz,

@@ -1,4 +1,4 @@
-"""Items checked in several processes, their results in the order of the items."""
+"""The prepare step: a source becomes a corpus folder of lhotse cuts with a report; idempotent, and resumable item by item."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kalle.data.corpus.cuts import COMPLETED_NAME, REPORT_JSON, REPORT_MD, cuts_
 from kalle.data.corpus.items import Rejection, Source, SourceItem
 from kalle.data.corpus.report import build_report, markdown
 from kalle.data.corpus.splits import SPLITS
-from kalle.data.journal import Journal
+from kalle.data.journal import Journal, parse_json
 from kalle.errors import UserError
 from kalle.files import output_folder, write_atomic
 
@@ -132,13 +132,19 @@ def source_fingerprint(source: Source, options: PrepareOptions) -> str:
 
 def _finished_report(out: Path, fingerprint: str) -> dict[str, Any] | None:
     """The report of a folder finished with ``fingerprint``, None when it is another's or a file of it is missing."""
-    names = [COMPLETED_NAME, REPORT_JSON, REPORT_MD, *[cuts_path(out, split).name for split in SPLITS]]
-    if not all((out / name).is_file() for name in names):
+    try:
+        if (out / COMPLETED_NAME).read_text(encoding="utf-8", errors="replace") != _marker(out, fingerprint):
+            return None  # another corpus, or a damaged one
+        report = parse_json((out / REPORT_JSON).read_bytes())
+    except (OSError, ValueError):
         return None
-    if (out / COMPLETED_NAME).read_text(encoding="utf-8").strip() != fingerprint:
-        return None
-    report: dict[str, Any] = json.loads((out / REPORT_JSON).read_text(encoding="utf-8"))
     return report if len(list((out / "audio").glob("*.flac"))) >= report["converted_to_flac"] else None
+
+
+def _marker(out: Path, fingerprint: str) -> str:
+    """The content of .completed: the fingerprint, and the SHA-256 of every file that was written."""
+    names = [REPORT_JSON, REPORT_MD, *[cuts_path(out, split).name for split in SPLITS]]
+    return "".join([f"{fingerprint}\n", *[f"{name} {hashlib.sha256((out / name).read_bytes()).hexdigest()}\n" for name in names]])
 
 
 def _listen(
@@ -147,10 +153,11 @@ def _listen(
     """How many results an earlier run had left, and the results of all items in the source's order."""
     results: dict[str, Kept | Rejection] = {}
     for entry in journal.entries:
-        if "reason" in entry:
-            results[entry["id"]] = Rejection(**entry)
-        elif (out / entry["audio"]).is_file():
-            results[entry["id"]] = Kept(**entry)
+        with suppress(TypeError, KeyError):  # a damaged line: that item is checked again
+            if "reason" in entry:
+                results[entry["id"]] = Rejection(**entry)
+            elif (out / entry["audio"]).is_file():
+                results[entry["id"]] = Kept(**entry)
     resumed = len(results)
     waiting = [item for item in source.items if item.id not in results]
     with closing(check_parallel(waiting, options, out, jobs) if jobs > 1 else _one_by_one(waiting, options, out)) as checked:
@@ -192,7 +199,7 @@ def _finish(
         )
     for split in SPLITS:
         write_cuts(cuts_path(out, split), (_cut(item, options.sample_rate_hz) for item in kept if item.split == split))
-    write_atomic(out / COMPLETED_NAME, fingerprint + "\n")
+    write_atomic(out / COMPLETED_NAME, _marker(out, fingerprint))
     return report
 
 

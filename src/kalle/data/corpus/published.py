@@ -19,12 +19,11 @@ from kalle.data.corpus.items import (
     collected,
     find_root,
     language_code,
-    parse_json,
     plain_fields,
     split_of_part,
 )
 from kalle.data.corpus.lhotse_readers import from_cuts
-from kalle.data.journal import read_lines, read_text_line
+from kalle.data.journal import parse_json, read_lines, read_text_line
 from kalle.errors import UserError
 from kalle.text.languages import detect_language
 

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lhotse import fastcopy
 from lhotse.cut import Cut
 
 from kalle.audio import Audio
-from kalle.data.corpus.cuts import check_target, corpus_cuts, corpus_digest, write_derived
+from kalle.data.corpus.cuts import check_target, corpus_cuts, corpus_digest, load_audio, write_derived
 from kalle.data.corpus.figures import AGREEMENT_NAME, write_agreement_figure
 from kalle.data.corpus.measures import MeasuredItem, Measures, Progress, audio_stamp, item_of
 from kalle.data.journal import Journal, write_jsonl
@@ -142,10 +141,10 @@ def _transcripts(
 
 def _hear(cut: Cut, language: str, recogniser: Recogniser) -> dict[str, Any]:
     try:
-        audio = np.asarray(cut.load_audio(), dtype=np.float32)
-    except Exception as error:  # whatever a decoder raises for a broken file
-        return {"problem": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-    return {"transcript": recogniser.transcribe(audio.mean(axis=0), int(cut.sampling_rate), language)}
+        audio = load_audio(cut, int(cut.sampling_rate))
+    except UserError as error:
+        return {"problem": str(error)[:300]}
+    return {"transcript": recogniser.transcribe(audio, int(cut.sampling_rate), language)}
 
 
 def _judge(

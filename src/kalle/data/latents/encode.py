@@ -409,7 +409,10 @@ def _finish(encoder: CorpusEncoder, root: Path, recorded: Mapping[str, list[dict
     for split in recorded:
         write_index(root, split, latent_fields(encoder.config.speaker_mels), latent_frames)
     if (root / COMPLETED_NAME).is_file():
-        return read_info(root)
+        try:
+            return read_info(root)
+        except UserError:  # damaged: computed anew
+            (root / COMPLETED_NAME).unlink()
     config = encoder.flowvae.config
     counts = {
         split: {

@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from kalle.checkpoint import read_json, write_json
+from kalle.data.journal import parse_json
 from kalle.data.latents.storage import Folder
 from kalle.data.latents.table import Ragged, Table, Texts, array_of
 from kalle.errors import UserError
@@ -105,7 +107,10 @@ class ShardFolder:
         """
         if not self.record_path(number).is_file():
             return None
-        record = read_json(self.record_path(number))
+        try:
+            record = read_json(self.record_path(number))
+        except UserError:
+            return None  # torn or damaged
         sizes = {path.name: path.stat().st_size for path in self.files(number) if path.is_file()}
         if sizes != record.get("bytes"):
             return None
@@ -186,9 +191,27 @@ def read_info(folder: str | Path | Folder) -> dict[str, Any]:
         raise UserError(
             f"not a complete latent folder: got '{root}', expected {INFO_NAME} and {COMPLETED_NAME} in it; run `kalle encode … out={root}`"
         )
-    info = read_json(Path(root.root, INFO_NAME)) if not root.remote else json.loads(root.read(INFO_NAME))
+    info = read_info_file(root)
     if info.get("kind") == "waves":
         raise UserError(f"not a latent folder: '{root}' holds waveforms; give one that `kalle encode` wrote")
+    sizes = [info.get(key) for key in ("latent_dim", "sample_rate_hz", "hop_length", "total_frames")]
+    statistics = [info.get(key) for key in ("mean", "std")]
+    whole = all(isinstance(size, int) and size > 0 for size in sizes) and isinstance(info.get("encoder_hash"), str)
+    if not whole or not all(isinstance(one, list) and len(one) == info["latent_dim"] for one in statistics):
+        raise UserError(f"damaged '{root.where(INFO_NAME)}': its sizes or statistics are missing; run `kalle encode` again")
+    return info
+
+
+def read_info_file(root: Folder) -> dict[str, Any]:
+    """The info.json of a shard folder of either kind, with the counts of its splits; a UserError when it is damaged."""
+    try:
+        info = parse_json(root.read(INFO_NAME))
+        if not all(isinstance(count, dict) for count in info["splits"].values()):
+            raise ValueError("its splits are no counts")
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"damaged '{root.where(INFO_NAME)}' ({error}); write or copy the folder again") from None
     return info
 
 
@@ -201,7 +224,16 @@ def read_items(folder: str | Path | Folder, split: str) -> Table:
     info = read_info(root)
     if split not in info["splits"]:
         raise UserError(f"no split '{split}' in '{root}': got {', '.join(info['splits'])}; encode it, or name another split")
-    return read_table(root, split, latent_fields(info["speaker_mels"]), latent_frames)
+    return whole_table(read_table(root, split, latent_fields(bool(info.get("speaker_mels"))), latent_frames), root, split, info)
+
+
+def whole_table(table: Table, folder: Folder, split: str, info: Mapping[str, Any]) -> Table:
+    """``table`` when it has as many items as info.json says; else a UserError."""
+    expected = info["splits"][split].get("utterances")
+    if len(table) != expected:
+        got = f"'{folder.where(split)}' holds {len(table)} utterances, {INFO_NAME} says {expected}"
+        raise UserError(f"torn shards: {got}; write or copy the folder again")
+    return table
 
 
 def latent_fields(speaker_mels: bool) -> tuple[str, ...]:
@@ -292,12 +324,27 @@ def _from_index(
     content = folder.read(index_name(split))
     try:
         arrays = load_arrays(content)
-    except SafetensorError:
+        header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return _table_of(folder, split, fields, shards, sizes, arrays, parse_json(header["__metadata__"]["facts"]))
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
         return None
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    facts = json.loads(header.get("__metadata__", {}).get("facts", "{}"))
+
+
+def _table_of(
+    folder: Folder,
+    split: str,
+    fields: Sequence[str],
+    shards: Sequence[Mapping[str, str]],
+    sizes: Mapping[str, int],
+    arrays: Mapping[str, np.ndarray],
+    facts: Mapping[str, Any],
+) -> Table | None:
     expected = {name: sizes[name] for shard in shards for name in shard.values()}
-    listed = facts.get("files", {})
+    listed, items = facts.get("files", {}), len(arrays["frames"])
+    columns = [arrays[name] for name in ("speaker", "shard", *[f"{field}.{part}" for field in fields for part in ("offset", "size")])]
+    lists = [arrays["ids.starts"], arrays["texts.starts"]]
+    if any(len(column) != items for column in columns) or any(len(starts) != items + 1 or (np.diff(starts) < 0).any() for starts in lists):
+        return None
     if facts.get("version") != INDEX_VERSION or any(listed.get(name) != size for name, size in expected.items()):
         return None
     if sum(name.startswith("cuts.") for name in listed) != len(shards) or any(f"{field}.offset" not in arrays for field in fields):
@@ -329,17 +376,16 @@ def _from_shards(folder: Folder, split: str, fields: Sequence[str], shards: Sequ
     places: dict[str, list[tuple[int, int]]] = {field: [] for field in fields}
     for number, shard in enumerate(shards):
         members = {field: tar_members(folder, f"{split}/{shard[field]}") for field in fields}
-        for cut in read_cuts(folder, f"{split}/{shard['cuts']}"):
-            said = (cut.get("supervisions") or [{}])[0]
-            ids.append(cut["id"])
-            texts.append(said.get("text") or "")
-            speakers.append(said.get("speaker"))
-            numbers["frames"].append(frames(cut))
+        for name, text, speaker, length in _rows_of(folder, f"{split}/{shard['cuts']}", frames):
+            ids.append(name)
+            texts.append(text)
+            speakers.append(speaker)
+            numbers["frames"].append(length)
             numbers["shard"].append(number)
             for field in fields:
-                if cut["id"] not in members[field]:
-                    raise UserError(f"torn shard: no '{cut['id']}' in '{folder.where(shard[field])}'; write or copy the folder again")
-                places[field].append(members[field][cut["id"]])
+                if name not in members[field]:
+                    raise UserError(f"torn shard: no '{name}' in '{folder.where(shard[field])}'; write or copy the folder again")
+                places[field].append(members[field][name])
     names = tuple(dict.fromkeys(speakers)) or (None,)
     order = {name: index for index, name in enumerate(names)}
     located = {field: np.array(places[field], np.int64).reshape(-1, 2) for field in fields}
@@ -356,14 +402,19 @@ def _from_shards(folder: Folder, split: str, fields: Sequence[str], shards: Sequ
     )
 
 
-def read_cuts(folder: Folder, name: str) -> list[dict[str, Any]]:
-    """The cuts of one manifest as dictionaries."""
+def _rows_of(folder: Folder, name: str, frames: Frames) -> Iterator[tuple[str, str, str | None, int]]:
+    """Id, text, speaker and length of every cut in one manifest."""
     try:
-        return [json.loads(line) for line in gzip.decompress(folder.read(name)).splitlines() if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"unreadable manifest: '{folder.where(name)}' ({error}); write or copy the folder again") from None
+        for line in gzip.decompress(folder.read(name)).splitlines():
+            if line.strip():
+                cut = parse_json(line)
+                said = (cut.get("supervisions") or [{}])[0]
+                yield str(cut["id"]), str(said.get("text") or ""), said.get("speaker"), frames(cut)
+    except UserError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(f"unreadable manifest: '{folder.where(name)}' ({reason}); write or copy the folder again") from None
 
 
 def tar_members(folder: Folder, name: str) -> dict[str, tuple[int, int]]:

@@ -258,5 +258,5 @@ def array_of(content: bytearray, address: str) -> np.ndarray:
         start = _HEADER_AT + int.from_bytes(content[_HEADER_AT - 2 : _HEADER_AT], "little")
         dtype, shape = _layout(bytes(content[_HEADER_AT:start]))
         return np.frombuffer(content, dtype, offset=start).reshape(shape)
-    except (ValueError, SyntaxError, KeyError) as error:
-        raise UserError(f"unreadable array in '{address}': {error}; write or copy the folder again") from None
+    except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise UserError(f"unreadable array in '{address}': {str(error)[:200]}; write or copy the folder again") from None

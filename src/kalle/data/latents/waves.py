@@ -21,9 +21,9 @@ import soundfile
 from lhotse import MonoCut, Recording
 from lhotse.cut import Cut
 
-from kalle.checkpoint import write_json
+from kalle.checkpoint import read_json, write_json
 from kalle.data.corpus.cuts import load_audio
-from kalle.data.latents.shards import COMPLETED_NAME, INFO_NAME, ShardFolder, read_table, write_index
+from kalle.data.latents.shards import COMPLETED_NAME, INFO_NAME, ShardFolder, read_info_file, read_table, whole_table, write_index
 from kalle.data.latents.storage import Folder, is_url
 from kalle.data.latents.table import Table
 from kalle.errors import UserError
@@ -148,7 +148,11 @@ def _finish(root: Path, config: WaveShardConfig, recorded: Mapping[str, list[dic
         stored = sum(sum(shard["bytes"].values()) for shard in shards)
         splits[split] = {"shards": len(shards), **counts, "seconds": counts["samples"] / config.sample_rate_hz, "bytes": stored}
     info = {"format_version": 1, "kind": KIND, "sample_rate_hz": config.sample_rate_hz, "splits": splits}
-    if not (root / COMPLETED_NAME).is_file():
+    try:
+        known = (root / COMPLETED_NAME).is_file() and read_json(root / INFO_NAME) == info
+    except UserError:
+        known = False
+    if not known:
         write_json(root / INFO_NAME, info)
         (root / COMPLETED_NAME).touch()
     return info
@@ -174,7 +178,7 @@ class ShardWaves:
         if split not in info["splits"]:
             raise UserError(f"no split '{split}' in '{folder}': got {', '.join(info['splits'])}; shard it, or name another split")
         self.sample_rate_hz, self.stored_rate_hz = sample_rate_hz, int(info["sample_rate_hz"])
-        self.table: Table = read_table(folder, split, (RECORDING,), wave_samples)
+        self.table: Table = whole_table(read_table(folder, split, (RECORDING,), wave_samples), folder, split, info)
         self._cache = [self._read(index) for index in range(len(self.table))] if cache else None
 
     def __len__(self) -> int:
@@ -214,7 +218,9 @@ def _read_info(folder: Folder) -> dict[str, Any]:
             f"not a complete shard folder: got '{folder}', expected {INFO_NAME} and {COMPLETED_NAME} in it; "
             f"run `kalle data shard CORPUS {folder}` to the end"
         )
-    info: dict[str, Any] = json.loads(folder.read(INFO_NAME))
+    info = read_info_file(folder)
     if info.get("kind") != KIND:
         raise UserError(f"not a folder of wave shards: '{folder}' holds something else; give one that `kalle data shard` wrote")
+    if not isinstance(info.get("sample_rate_hz"), int) or info["sample_rate_hz"] < 1:
+        raise UserError(f"damaged '{folder.where(INFO_NAME)}': no sample rate; write or copy the folder again")
     return info
