@@ -63,6 +63,17 @@ def test_public_functions_have_docstrings_and_types() -> None:
     assert not bare
 
 
+def test_docstrings_are_statements() -> None:
+    """None begins with "What": it says what the thing is or does."""
+    found = [
+        f"{path}:{node.lineno}"
+        for path, tree in parsed()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and str(node.value.value).startswith("What ")
+    ]
+    assert not found
+
+
 def test_no_absolute_paths_of_anybody() -> None:
     absolute = re.compile(r"(?<![\w.:/}])/(home|root|tmp|Users|opt|mnt)/")
     texts = [

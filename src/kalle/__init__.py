@@ -33,7 +33,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that ``import kalle`` itself stays quick."""
+    """Import a public name at its first use, so that ``import kalle`` itself stays quick."""
     if name not in _HOMES:
         raise AttributeError(f"module 'kalle' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

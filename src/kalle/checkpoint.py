@@ -28,7 +28,7 @@ CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
 Module = TypeVar("Module", bound=nn.Module)
 PART_NAMES = {"flowvae": "Flow-VAE", "lm": "language model"}
-"""What people call the parts."""
+"""Names of the parts in messages."""
 _DEVICES = "auto, cpu, cuda, cuda:N, or mps where torch has one"
 
 

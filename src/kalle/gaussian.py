@@ -1,4 +1,4 @@
-"""The project's one currency between modules: a diagonal Gaussian."""
+"""The one type that modules exchange: a diagonal Gaussian."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class HubFile:
     """SHA-256 (hex) of the content of a large file, the git blob SHA-1 of a small one: the hub's etag."""
 
     def problem(self, path: Path) -> str | None:
-        """What is wrong with the copy at ``path``; None when it is byte for byte the hub's."""
+        """The defect of the copy at ``path``; None when it is byte for byte the hub's."""
         size = path.stat().st_size
         if size != self.size:
             return f"it has {size} bytes, the hub's has {self.size}"
@@ -269,7 +269,7 @@ def quiet_http() -> Iterator[None]:
 
 @contextmanager
 def plain_errors(repository: str, revision: str | None, endpoint: str | None) -> Iterator[None]:
-    """What the hub's library raises, as one line that says what to do."""
+    """An error of the hub's library as one line with a remedy."""
     from huggingface_hub import constants, errors
 
     hub = endpoint or constants.ENDPOINT
@@ -311,5 +311,5 @@ def is_connection_error(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What ``error`` says, without the lines that follow the first; its kind when it says nothing."""
+    """The first line of ``error``; its type when it has none."""
     return (str(error).strip().splitlines() or [""])[0].strip() or type(error).__name__

@@ -45,7 +45,7 @@ class BeforeAfter:
 
 @dataclass(frozen=True, eq=False)
 class Adaptation:
-    """What ``adapt`` gives."""
+    """The result of ``adapt``."""
 
     adapter: Adapter
     voice: Voice
@@ -53,7 +53,7 @@ class Adaptation:
     losses: tuple[float, ...]
     """Loss of every step, in nats per dimension, each with its own noise and so not quite comparable."""
     kl: BeforeAfter
-    """Of the recordings that were learnt, in nats per dimension, with noise that is the same before and after."""
+    """Of the training recordings, in nats per dimension, with the same noise before and after."""
     held_out_kl: BeforeAfter | None
     """Of the recordings that were not: the honest number."""
     similarity: BeforeAfter | None
@@ -89,7 +89,7 @@ def adapt(
     any text; with ``target_text`` it is the transcript and that text, as in the paper, which adapts anew for each sentence.
     ``compatibility`` is that which the voice will be spoken with. ``validate`` are other recordings of the speaker, with their
     transcripts, to measure on.
-    With an ``embedder`` the ``texts`` are spoken before and after and compared with the speaker. UserError for what can't be learnt from.
+    With an ``embedder`` the ``texts`` are spoken before and after and compared with the speaker. UserError for unusable recordings.
     """
     options = options or AdaptOptions()
     if kalle.adapter is not None:

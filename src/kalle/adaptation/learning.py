@@ -1,4 +1,4 @@
-"""Test-time training: how one voice is learnt, and the few hundred steps of it, on a model of its own over the memory of another."""
+"""Test-time training of one voice: its options, and a few hundred steps on a model that shares the memory of another."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class AdaptOptions:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """Multiplies the product of the factors."""
         return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
 
     @property
@@ -121,7 +121,7 @@ TEXT_EMBEDDING = "backbone.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a run gave: the adapter, and the loss of every step in nats per dimension."""
+    """The result of a run: the adapter, and the loss of every step in nats per dimension."""
 
     adapter: Adapter
     losses: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""What is learnt from: recordings as the sequences that synthesis builds when they prompt."""
+"""Training material of an adapter: recordings as the sequences that synthesis builds from a prompt."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ class Recording:
     posterior: DiagGaussian
     """(T, D), the Flow-VAE's."""
     voice: Voice
-    """What ``Kalle.voice`` makes of it."""
+    """The voice that ``Kalle.voice`` makes of it."""
 
 
 @dataclass(frozen=True, eq=False)
 class PromptSequence:
-    """What the language model reads and is to predict when a recording prompts: L ids, T frames of D dimensions, width H."""
+    """The input and the targets of the language model for a recording: L ids, T frames of D dimensions, width H."""
 
     text_ids: Tensor
     """(L,) int64"""
     posterior: DiagGaussian
-    """(T, D): the frames that the model hears of the prompt."""
+    """(T, D): the frames that the model reads of the prompt."""
     speaker_latent: Tensor | None
     """(H,)"""
 
     def loss(self, lm: KalleLM, noise: Tensor, direction: Direction) -> Tensor:
         """Mean KL over the prompt's frames, in nats per dimension; the end that the model predicts after them has no part in it.
 
-        ``noise`` (T, D) draws the frames that the model hears. ``lm`` may carry gradients.
+        ``noise`` (T, D) draws the frames that the model reads. ``lm`` may carry gradients.
         """
         device = lm.device
         posterior = self.posterior.to(device)
@@ -85,7 +85,7 @@ def prompt_sequence(
 ) -> PromptSequence:
     """The sequence of a request in which ``recording`` prompts ``target_text``; without one, the transcript is all there is to read.
 
-    The ids, the speaker latent and which frames are heard come from the code that resolves requests, ``compatibility``
+    The ids, the speaker latent and the choice of the frames that are read come from the code that resolves requests, ``compatibility``
     (tokenise_separately, drop_last_prompt_frame) included. UserError for what could not be spoken, or no frame to learn from.
     """
     voice, options = recording.voice, GenerationOptions(seed=0, by_sentences=False, compatibility=compatibility)
@@ -113,7 +113,7 @@ def fixed_noise(sequence: PromptSequence, draws: int, seed: int) -> list[Tensor]
 
 @torch.no_grad()
 def mean_kl(lm: KalleLM, sequences: Sequence[PromptSequence], draws: int, seed: int, direction: Direction) -> float:
-    """KL in nats per dimension, the mean over the frames of all ``sequences``, each heard with ``draws`` fixed noises."""
+    """KL in nats per dimension, the mean over the frames of all ``sequences``, each read with ``draws`` fixed noises."""
     total, frames = 0.0, 0
     for sequence in sequences:
         losses = [float(sequence.loss(lm, noise, direction)) for noise in fixed_noise(sequence, draws, seed)]

@@ -24,7 +24,7 @@ FLAGS = {
     "bad rank:": "bad --lora:",
     "bad steps:": "bad --steps:",
 }
-"""What messages of the library name, and what it is called here."""
+"""Parameters that the library's messages name, and the flags they have here."""
 LINES = 10
 """Lines of progress where there is no terminal for a bar."""
 
@@ -105,7 +105,7 @@ def _write(result: Adaptation, adapter: Path | None, voice: Path | None, report:
 
 
 def summary(result: Adaptation, texts: int) -> list[str]:
-    """What is printed of a run, one fact a line."""
+    """The printed result of a run, one fact a line."""
     notes = result.adapter.notes
     lines = [f"{len(result.losses)} of {notes['steps']} steps in {result.seconds:.1f} s, peak learning rate {notes['lr']:g}"]
     named = {

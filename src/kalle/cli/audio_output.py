@@ -21,7 +21,7 @@ from kalle.files import disk_errors, lock_descriptor
 HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 """RIFF header, format chunk and the head of the data chunk of a PCM file."""
 UNKNOWN_SIZE = 0xFFFFFFFF
-"""What a WAV says in a pipe, where nobody can write the size later."""
+"""The size that a WAV states in a pipe, where it cannot be written later."""
 _SAMPLE_BYTES = 2
 
 
@@ -162,7 +162,7 @@ class Player:
 
 
 NO_DEVICE = "open failed"
-"""What ffplay says, with exit code 0, where there is no sound device."""
+"""The message of ffplay, with exit code 0, where there is no sound device."""
 PLAYERS = (
     Player(("paplay", "{path}"), ("paplay", "--raw", "--format=s16le", "--rate={rate}", "--channels=1")),
     Player(("aplay", "-q", "{path}"), ("aplay", "-q", "-t", "raw", "-f", "S16_LE", "-r", "{rate}", "-c", "1", "-")),

@@ -160,7 +160,7 @@ def configuration(part: str, size: Size | None) -> Any:
 
 
 def heading(device: Any, dtype: Any, lm: KalleLM) -> str:
-    """What is measured, where, and the column names."""
+    """The heading of the table: what is measured, where, and the columns."""
     facts = ", ".join(f"{name} {value}" for name, value in machine(device, dtype, lm).items())
     return f"{facts}\n{'step':<46}{'speech':>9}{'wall':>10}{'RTF':>8}{'peak':>10}  RTF = wall seconds / seconds of speech"
 

@@ -39,7 +39,7 @@ class Contest:
     parameters: int
     loader_speed: Callable[[], LoaderSpeed]
     samples_per_frame: int = 1
-    """What a frame of the loader's count is in; it counts samples of waveforms."""
+    """Divides the loader's count of waveform samples into frames."""
     warmup: int = 3
 
 

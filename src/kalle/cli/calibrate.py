@@ -58,7 +58,7 @@ def calibrate(
 
 
 def report(calibration: Calibration) -> list[str]:
-    """What is printed: a table of thresholds, the one that was chosen, and a warning where none is good."""
+    """The printed report: a table of thresholds, the chosen one, and a warning where none is good."""
     chosen = calibration.rates
     lines = [f"{'threshold':>10}  {'false stops':>11}  {'missed stops':>12}  {'sum':>7}"]
     for rates in calibration.table:

@@ -1,4 +1,4 @@
-"""``kalle data doctor``: what is wrong with a prepared corpus, with pictures, and a copy without it."""
+"""``kalle data doctor``: what is wrong with a prepared corpus, with figures, and a filtered copy."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def doctor(
     filter_to: Annotated[Path | None, typer.Option("--filter", metavar="OUT", help="write a corpus without the flagged items")] = None,
     remove: Annotated[str, typer.Option(metavar="CHECK,…", help="checks whose items --filter leaves out; `default` or names")] = "default",
     limit: Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="another threshold; may be given again")] = None,
-    pictures: Annotated[bool, typer.Option(help="draw the pictures")] = True,
+    pictures: Annotated[bool, typer.Option(help="draw the figures")] = True,
     jobs: Annotated[int, typer.Option(help="processes that measure")] = 1,
 ) -> None:
-    """Measure every item, judge the corpus check by check (good, look, bad), and write a report with pictures.
+    """Measure every item, check the corpus (good, look, bad), and write a report with figures.
 
     Exit code 0, or 1 when a check says bad; with --filter the verdict is that on the filtered copy. An interrupted run goes on.
     """
@@ -80,7 +80,7 @@ def _show(findings: list[CheckResult], report: dict[str, Any], out: Path, reused
             console.print(f"{finding.check}: {finding.remedy}", markup=False, soft_wrap=True)
     console.print(
         f"{report['verdict']}: {report['items']} items, {report['hours'] * 60:.1f} minutes, {report['flagged_items']} items flagged by "
-        f"some check; pictures and every item in {out}",
+        f"some check; figures and every item in {out}",
         markup=False,
         soft_wrap=True,
     )

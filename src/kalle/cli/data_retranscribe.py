@@ -26,7 +26,7 @@ def retranscribe(
     compute_type: Annotated[str, typer.Option(help="CTranslate2's, such as int8, float16, float32")] = "int8",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 for all")] = 0,
 ) -> None:
-    """Transcribe every item with a speech recogniser and write a corpus of the items whose text agrees with what was heard.
+    """Transcribe every item with a speech recogniser and write a corpus of the items whose text agrees with the transcript.
 
     An interrupted run goes on, and another --max-wer or --text uses the transcripts that are there.
     """

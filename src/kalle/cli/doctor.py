@@ -108,7 +108,7 @@ def _unmet(needed: Iterable[object]) -> Iterator[tuple[str, str]]:
 
 
 def extra_facts() -> Iterator[Fact]:
-    """What is installed of each optional part."""
+    """The installed packages of each optional part."""
     from kalle.extras import FOR_DEVELOPERS, install_command, requirements
 
     for extra, needed in requirements().items():

@@ -18,7 +18,7 @@ BYTES_PER_MB = 1_000_000
 
 
 class HalfDtype(StrEnum):
-    """What weights are rounded to."""
+    """The 16-bit type of the weights."""
 
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -60,7 +60,7 @@ def export(
 
 
 def report(result: Exported, out: Path, dtype: str) -> list[str]:
-    """What was written, one fact a line."""
+    """The files that were written, one fact a line."""
     lines = [f"wrote {out}: {dtype}, {result.bytes / BYTES_PER_MB:.2f} MB"]
     for name, part in result.parts.items():
         files = f"{part.files} file{'s' if part.files > 1 else ''}"
@@ -76,7 +76,7 @@ def report(result: Exported, out: Path, dtype: str) -> list[str]:
 
 
 def warnings(result: Exported, out: Path) -> list[str]:
-    """What did not come along, and what is still to be made."""
+    """Parts that were not exported, and files that are still missing."""
     lines = [f"the voice {name} was left out: {reason}" for name, reason in result.voices_left_out.items()]
     if result.left_out:
         lines.append(f"left out, no part of a weight folder: {', '.join(f'{name}/' for name in result.left_out)}")

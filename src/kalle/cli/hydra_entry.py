@@ -208,7 +208,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 
 def readable(error: Exception, config_name: str, overrides: list[str]) -> Exception:
-    """What the user should see of an error of Hydra's: a UserError, or ``error`` itself where it wraps a bug of ours."""
+    """Translate an error of Hydra for the user: a UserError, or ``error`` itself where it wraps a bug of ours."""
     causes = _causes(error)
     for cause in causes:
         if isinstance(cause, UserError):

@@ -110,7 +110,7 @@ def _end_with_us() -> None:
 
 
 def error_prefix() -> str:
-    """What goes before an error message; called right before it is printed, so that one that all ranks have is printed once."""
+    """The prefix of an error message; called right before it is printed, so that an error of all ranks is printed once."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if rank == "0":
         _kill_children()

@@ -16,7 +16,7 @@ COMMANDS = {
     "adapt": "learn one voice from a recording (test-time training) and keep it as a small adapter",
     "web": "a page for the browser, on this machine only unless told otherwise",
     "prepare": "turn recordings and texts into a corpus folder",
-    "data": "judge a corpus, make a better one of it, or put it into shards",
+    "data": "check a corpus, filter it, or write it as shards",
     "encode": "write the Flow-VAE posteriors of a corpus as shards",
     "train": "train a Flow-VAE or a language model (`kalle train flowvae|lm`, then any Hydra override)",
     "evaluate": "score synthesis, reconstruction or a folder of wavs",
@@ -25,7 +25,7 @@ COMMANDS = {
     "export": "copy a weight folder with 16-bit weights, in files small enough to ship",
     "convert": "turn released weights into a weight folder and back",
     "download": "fetch released weights from the hub, verified",
-    "doctor": "what works here, what doesn't, and what to do about it",
+    "doctor": "check what works on this machine, with a remedy for the rest",
 }
 """Command name -> one line of help; the module is kalle.cli.NAME."""
 
@@ -136,7 +136,7 @@ def is_too_much(error: Exception) -> bool:
 
 
 def too_much(error: Exception) -> str:
-    """What the allocator says of sizes, and what to do; its advice on its own settings is for programs that fit."""
+    """The sizes that the allocator reports, and a remedy; its own advice assumes a program that fits."""
     said = ". ".join(str(error).split(". ")[:3]).removesuffix(".")
     return f"{said}; ask for less at once: a smaller data.max_positions, data.batch_size, --positions or --batch, or another device"
 

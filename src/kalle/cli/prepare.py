@@ -25,7 +25,7 @@ ValidShare = Annotated[float, typer.Option(help="share of distinct texts held ou
 TestShare = Annotated[float, typer.Option(help="share of distinct texts held out for tests, at least one; 0 for none")]
 Seed = Annotated[int, typer.Option(help="another seed holds out other texts")]
 Jobs = Annotated[int, typer.Option(help="processes that check the recordings", min=1)]
-HeadersOnly = Annotated[bool, typer.Option("--headers-only", help="believe the headers: quick, but damage, silence and clipping pass")]
+HeadersOnly = Annotated[bool, typer.Option("--headers-only", help="read headers only: quick, but blind to damage, silence and clipping")]
 
 
 @app.command()

@@ -74,7 +74,7 @@ def say(
     ] = False,
     show_text: Annotated[bool, typer.Option("--show-text", help="Show the text as it would be spoken, and speak nothing.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture of waveform, mel, spread and end divergence to write; short texts only.")
+        Path | None, typer.Option(help="Figure of waveform, mel, spread and end divergence to write; short texts only.")
     ] = None,
     srt: Annotated[bool, typer.Option("--srt", help="Write subtitles beside the output; speaks sentence by sentence.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin a long text again, and forget the sentences of the last run.")] = False,
@@ -173,7 +173,7 @@ def speak_to_file(
 ) -> Speech:
     """Speak ``text`` at once into ``output`` and print what came of it; a UserError, and no file, when nothing was spoken.
 
-    ``plot`` is a picture to draw beside.
+    ``plot`` is a figure to write too.
     """
     started = time.perf_counter()
     speech = kalle.synthesize(text, voice, options=options.changed(by_sentences=False))
@@ -199,7 +199,7 @@ def speak_to_file(
 
 
 def report(speech: Speech, output: Path, elapsed_seconds: float) -> str:
-    """What `kalle say` prints, one fact a line; ``elapsed_seconds`` covers synthesis without loading and writing."""
+    """The output of `kalle say`, one fact a line; ``elapsed_seconds`` covers synthesis without loading and writing."""
     endings = {
         "end": "end (the model ended the speech)",
         "max_frames": f"max_frames (cut at the length cap of {speech.max_frames} frames; allow more seconds or try another --seed)",
@@ -242,7 +242,7 @@ def _refuse_terminal() -> None:
 
 @dataclass
 class Spoken:
-    """What a run of a long text came to; its parts hold neither audio nor frames, so that a book fits in memory."""
+    """The result of a run over a long text; its parts hold neither audio nor frames, so that a book fits in memory."""
 
     parts: list[Part] = field(default_factory=list)
     samples: int = 0
@@ -305,7 +305,7 @@ def subtitles(parts: list[Part]) -> str:
 
 
 def long_report(long: LongForm, spoken: Spoken) -> Iterator[str]:
-    """What is printed of a long text, one fact a line."""
+    """The output for a long text, one fact a line."""
     from kalle.synthesis.longform import shortened
 
     parts, rate_hz = spoken.parts, long.kalle.sample_rate
@@ -408,7 +408,7 @@ def _check_folder(folder: Path, restart: bool) -> None:
 
 
 def _config(folder: Path | None) -> FolderConfig:
-    """What the weights in ``folder`` say of speaking; the usual where there is no folder."""
+    """The settings for speaking that ``folder`` stores; the defaults where there is no folder."""
     from kalle.synthesis.weights import FolderConfig, read_folder
 
     return FolderConfig() if folder is None else read_folder(folder)

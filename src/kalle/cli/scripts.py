@@ -1,4 +1,4 @@
-"""What the scripts with the release's own flags share."""
+"""Shared parts of the scripts that take the release's own flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that speak share: the model, the voice, the text, and a flag for each generation option."""
+"""Shared parts of the commands that speak: the model, the voice, the text, and a flag for each generation option."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def check_request(text: str, prompt_audio: Path | None, prompt_text: str | None,
 def choose_voice(
     kalle: Kalle, prompt_audio: Path | None, prompt_text: str | None, voice: str | None, adapter: Path | None = None
 ) -> GivenVoice:
-    """The voice asked for, with ``adapter`` instead of its own; None leaves it to the weight folder and the model, "random" to the seed.
+    """The requested voice, with ``adapter`` instead of its own; None leaves it to the weight folder and the model, "random" to the seed.
 
     Without a voice ``kalle`` takes the adapter for whatever voice the model chooses.
     """

@@ -58,7 +58,7 @@ class Stages:
         self.path = out / "stages.json"
         state: dict[str, Any] = read_json(self.path) if self.path.is_file() else {"settings": settings, "seconds": {}, "done": []}
         if state["settings"] != settings:
-            raise UserError(f"'{out}' holds a run with {state['settings']}, asked for is {settings}; use another --out or delete it")
+            raise UserError(f"'{out}' holds a run with {state['settings']}, expected {settings}; use another --out or delete it")
         self.settings = settings
         self.seconds: dict[str, float] = state["seconds"]
         self.done: list[str] = state["done"]

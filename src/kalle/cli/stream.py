@@ -44,7 +44,7 @@ SUFFIX = ".wav"
 
 
 class Container(StrEnum):
-    """What goes to standard output."""
+    """Bytes for standard output."""
 
     wav = "wav"
     raw = "raw"
@@ -104,7 +104,7 @@ class Delivery:
     play: bool
     raw: bool
     started: float
-    """When it was asked for (``time.perf_counter``)."""
+    """Time of the request (``time.perf_counter``)."""
     first_s: float | None = None
     """Seconds until the first piece was there."""
     spent_s: float = 0.0
@@ -143,7 +143,7 @@ class Delivery:
         return INTERRUPTED if interrupted else 0
 
     def _kept(self) -> str:
-        """What is left of a stream that failed; heard or piped audio is nobody's to keep."""
+        """Report the file that a failed stream leaves; played or piped audio leaves none."""
         if not self.samples:
             return "nothing"
         where = "delivered" if self.output in (None, STDOUT) else f"in {self.output}"
@@ -171,7 +171,7 @@ class Delivery:
             before = time.perf_counter()
 
     def report(self, speech: Speech, interrupted: bool, player: PipedPlayer | None) -> str:
-        """What is printed at the end, one fact a line."""
+        """The output at the end, one fact a line."""
         rate_hz = self.stream.sample_rate
         seconds = self.samples / rate_hz
         lines = [f"{'interrupted: kept' if interrupted else 'audio:'} {seconds:.2f} s at {rate_hz} Hz"]

@@ -232,7 +232,7 @@ def _save_new(voice: Voice, path: Path) -> None:
 
 
 def binding_of(model: Path) -> tuple[Binding | None, str | None]:
-    """What voices must fit in ``model``, or None and the reason why that is not known."""
+    """The hashes that voices must fit in ``model``, or None and the reason why they are not known."""
     from kalle.synthesis.voice import Binding
 
     try:
@@ -323,7 +323,7 @@ def adapter_lines(adapter: Adapter) -> list[str]:
 
 
 def similarity_lines(name: str, result: VoiceSimilarity) -> list[str]:
-    """What `kalle voices check` prints; every number is a cosine between speaker embeddings."""
+    """The output of `kalle voices check`; every number is a cosine between speaker embeddings."""
     embedder = " ".join(str(value) for value in result.embedder.values())
     endings = ", ".join(f"{reason} {count}" for reason, count in sorted(result.stop_reasons.items()))
     lines = [

@@ -18,7 +18,7 @@ dtype does not suit the tensor: gains close to 1 in bfloat16, or values too smal
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding did to the tensors of one part."""
+    """The effect of rounding on the tensors of one part."""
 
     error: float
     """The largest |rounded - weight| over the standard deviation of the weight's tensor."""

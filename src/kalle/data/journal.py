@@ -64,7 +64,7 @@ def fingerprint(facts: Any) -> str:
 
 
 class Journal:
-    """An append-only JSONL file whose first line names the work it belongs to; torn last lines are dropped.
+    """An append-only JSONL file whose first line names the work it belongs to; incomplete last lines are dropped.
 
     `entries` holds what an earlier, interrupted run of the same work had finished.
     """

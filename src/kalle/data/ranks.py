@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 _ENVIRONMENTS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("SLURM_PROCID", "SLURM_NTASKS"))
-"""What torchrun and SLURM's srun tell a process; the step's own number of tasks goes before the job's."""
+"""The variables that torchrun and SLURM's srun set for a process; the step's number of tasks has precedence over the job's."""
 _LOCAL = ("LOCAL_RANK", "SLURM_LOCALID")
 
 

@@ -41,7 +41,7 @@ class Journal:
     """The rows of finished items in OUT/progress/rank-N.jsonl: a line with the fingerprint, then a line an item.
 
     Used as a context manager, which opens this rank's file. Items that any rank has finished under the same fingerprint are not
-    scored again, unless they failed: those of the own share are tried once more. A last line that was torn is dropped.
+    scored again, unless they failed: those of the own share are tried once more. An incomplete last line is dropped.
     """
 
     def __init__(self, out: str | Path, mark: str, share: Share, items: int, *, resume: bool = True) -> None:

@@ -51,7 +51,7 @@ class References:
 
 
 def read_references(scores: Scores, item: TestItem, voice: TestItem | None, score_recording: bool) -> References:
-    """Read the recording and the voice's recording of ``item``, and score the recording itself as the ceiling when asked.
+    """Read the recording and the voice's recording of ``item``, and score the recording itself as the ceiling where that is configured.
 
     The voice is the item's prompt, else the recording of ``voice``. A file that is missing or unreadable becomes an error row of
     the system "recording", and its reference None.

@@ -67,7 +67,7 @@ class Scores:
     """Collects rows while an evaluation runs.
 
     A row has ``system``, ``id``, ``text``, the metrics' columns, and where something went wrong ``error`` (the item could not be
-    made or read) or ``metric_errors`` (name to message). Nothing that was asked for lacks a row.
+    made or read) or ``metric_errors`` (name to message). Every requested item has a row.
     """
 
     metrics: Sequence[Metric]

@@ -1,4 +1,4 @@
-"""A head start for reading: one attention head is led along the text, from its beginning to its end as the frames go on."""
+"""Guided attention: one attention head follows the text, from its beginning to its end as the frames advance."""
 
 from __future__ import annotations
 

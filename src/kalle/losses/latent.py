@@ -102,7 +102,7 @@ def speaker_kl(speaker: DiagGaussian) -> Tensor:
 
 @dataclass(frozen=True)
 class ConstantBaseline:
-    """The constant Gaussian closest to a set of posteriors, and how close: what a model that learnt nothing would reach."""
+    """The constant Gaussian closest to a set of posteriors, and how close: the result of a model that learnt nothing."""
 
     distribution: DiagGaussian
     """Mean and log standard deviation, (D,), fp64."""

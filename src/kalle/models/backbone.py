@@ -125,7 +125,7 @@ def _rope(values: dict[str, Any]) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """What a pass returns."""
+    """The result of a pass."""
 
     last_hidden_state: Tensor
     """(B, W, H), after the final norm."""
@@ -144,7 +144,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding:
-    """Cosine and sine of every position's angles; a table that grows as positions are asked for."""
+    """Cosine and sine of every position's angles; a table that grows with the positions used."""
 
     def __init__(self, config: BackboneConfig) -> None:
         self.inv_freq = config.inverse_frequencies()  # no buffer: it stays in fp32 whatever the weights are turned into
@@ -163,7 +163,7 @@ class RotaryEmbedding:
     def _upto(self, end: int, device: torch.device) -> Tensor:
         table = self._table  # another thread may replace it
         if table.device != device or table.shape[1] < end:
-            # An ordinary tensor even when first asked for in inference mode, so that training may use it after.
+            # An ordinary tensor even when first used in inference mode, so that training may use it after.
             with torch.inference_mode(False), torch.no_grad():
                 positions = torch.arange(max(256, end + end // 2), device=device).float()
                 angles = positions[:, None] * self.inv_freq.to(device)

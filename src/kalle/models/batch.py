@@ -1,4 +1,4 @@
-"""What travels from the data to the models, and where the utterances of a batch lie in the rows that the backbone reads."""
+"""Batches, the data that models read, and the position of each utterance in the rows of the backbone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LMBatch:
     holds the training targets of the same frames. With a speaker encoder ``speaker_mels`` is (B, 80, F) and
     ``speaker_noise`` (B, H) the standard normal draw of its latent; without noise the mean of the latent is used.
     ``speaker_kept`` (B,) bool is False for utterances that are to be read without their speaker; None keeps all.
-    ``cut_ids`` and ``epochs`` say of which utterances the batch is a visit, and in which epoch of the data.
+    ``cut_ids`` and ``epochs`` name the utterances of the batch, and the epoch of the data in which each was drawn.
     """
 
     text_ids: Tensor

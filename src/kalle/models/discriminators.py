@@ -50,7 +50,7 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class DiscriminatorOutput:
-    """What discriminators say about waveforms."""
+    """The output of discriminators for waveforms."""
 
     scores: list[Tensor] = field(default_factory=list)
     """One (B, N_i) per sub-discriminator."""
@@ -83,7 +83,7 @@ def _run(convs: Iterable[nn.Module], conv_post: nn.Module, x: Tensor) -> tuple[T
 
 
 class PeriodDiscriminator(nn.Module):
-    """Judges a waveform folded to rows of ``period`` samples, without mixing the columns."""
+    """Scores a waveform folded to rows of ``period`` samples, without mixing the columns."""
 
     def __init__(self, period: int, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class ResolutionDiscriminator(nn.Module):
-    """Judges a magnitude spectrogram of one resolution, taken with a rectangular window."""
+    """Scores a magnitude spectrogram of one resolution, taken with a rectangular window."""
 
     window: Tensor
 
@@ -140,7 +140,7 @@ class ResolutionDiscriminator(nn.Module):
 
 def _judge(discriminators: Iterable[nn.Module], wav: Tensor) -> DiscriminatorOutput:
     """Collect the scores and feature maps of several sub-discriminators."""
-    assert wav.dim() == 2, f"discriminators judge (batch, samples): got {tuple(wav.shape)}"
+    assert wav.dim() == 2, f"discriminators take (batch, samples): got {tuple(wav.shape)}"
     output = DiscriminatorOutput()
     for discriminator in discriminators:
         scores, features = discriminator(wav)

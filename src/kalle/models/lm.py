@@ -33,7 +33,7 @@ _OLDER_LLAMA_KEYS = frozenset({"_name_or_path", "model_type", "rope_scaling", "r
 
 @dataclass(frozen=True)
 class KalleLMConfig:
-    """What a KalleLM is built from."""
+    """The configuration of a KalleLM."""
 
     backbone: Mapping[str, Any]
     """Values of transformers' LlamaConfig."""

@@ -88,7 +88,7 @@ class Cache(Protocol):
 
 
 class LMState(ABC):
-    """What ``KalleLM.step`` needs of the past of B rows, which may differ in length. Each backbone has a kind of its own.
+    """The past of B rows that ``KalleLM.step`` needs, which may differ in length. Each backbone has a kind of its own.
 
     A step extends a state in place; ``join`` and ``select`` copy, or return a state that needs no change.
     """

@@ -156,7 +156,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """Multiplies the product of the factors."""
         return self.alpha / self.rank
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def lora_factors(lm: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def also_trained(lm: nn.Module, config: LoRAConfig) -> dict[str, Tensor]:
-    """What ``config.also_train`` names, buffers such as statistics of a batch norm among it; the tensors share the model's memory."""
+    """Tensors that ``config.also_train`` names, with buffers such as statistics; the tensors share the model's memory."""
     fitting = {name: tensor for name, tensor in lm.state_dict().items() if _fits_any(name, config.also_train)}
     return {name: tensor for name, tensor in fitting.items() if not name.endswith(FACTORS)}
 

@@ -1,4 +1,4 @@
-"""What test-time training or low-rank fine-tuning changed in a language model, as one file that knows which model it belongs to."""
+"""Adapters: the change that test-time training or low-rank fine-tuning makes to a language model, in one file bound to that model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LARGEST_EXPONENT = 14
 """A change is scaled by a power of two so that its largest value lies just below 2 ** 14, which fp16 holds: 2 ** 28 below it is still
 a number."""
 SPEAKER_PARTS = ("speaker_encoder.", "speaker_projection")
-"""What test-time training leaves alone (the paper freezes the speaker encoder)."""
+"""Parameters that test-time training does not change (the paper freezes the speaker encoder)."""
 AGAIN = "make the adapter again with `kalle adapt` or `kalle train lm lora=default`"
 Kind = Literal["lora", "full"]
 
@@ -67,7 +67,7 @@ class Adapter:
     """"lora": LAYER.lora_a (r, in) and LAYER.lora_b (out, r), fp32; WEIGHT.whole takes the place of a weight that was trained beside them.
     "full": see ``encode_changes``."""
     scale: float = 1.0
-    """What the product of the factors is multiplied by."""
+    """Multiplies the product of the factors."""
     exponents: Mapping[str, int] = field(default_factory=dict)
     """"full" only: by the name of a weight, the binary exponent of its change."""
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -208,7 +208,7 @@ class Adapter:
         return alone
 
     def header(self) -> str:
-        """What is not a tensor, as JSON."""
+        """The fields that are no tensors, as JSON."""
         values = {"kind": self.kind, "base": self.base, "scale": self.scale, "exponents": dict(self.exponents), "notes": dict(self.notes)}
         return json.dumps(values, ensure_ascii=False)
 

@@ -54,7 +54,7 @@ class BatchEvent:
 
 @dataclass(frozen=True)
 class Generated:
-    """What ``generate`` gives for one request: its frames, why they ended, and the end frame where there was one."""
+    """The result of ``generate`` for one request: its frames, why they ended, and the end frame where there was one."""
 
     frames: list[Frame]
     stop_reason: StopReason
@@ -228,7 +228,7 @@ def generate_batch(
     frame_budget: int = DEFAULT_FRAME_BUDGET,
     watcher: Callable[[Request], FrameWatcher | None] = lambda request: None,
 ) -> list[Generated]:
-    """What ``generate`` gives for each of ``requests``, in their order; see ``iterate_batch``. An error loses all of them."""
+    """The results of ``generate`` for ``requests``, in their order; see ``iterate_batch``. An error loses all of them."""
     done = dict(iterate_batch(lm, requests, frame_budget=frame_budget, watcher=watcher))
     return [done[index] for index in range(len(done))]
 
@@ -247,7 +247,7 @@ def speak_batch(
     frame_budget: int = DEFAULT_FRAME_BUDGET,
     converted: ConvertedModels | None = None,
 ) -> list[Speech]:
-    """What ``speak_with_retries`` gives for each of ``requests``, in their order.
+    """The results of ``speak_with_retries`` for ``requests``, in their order.
 
     A round speaks every request that still needs a try; the next round tries the bad endings again, together.
     ``converted`` is that of ``ReleaseCompatibility.language_model``. UserError before anything is spoken for a value the loop cannot

@@ -45,7 +45,7 @@ class ExportedPart:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote, and what it did not."""
+    """The result of an export: files that were written, and parts that were not."""
 
     parts: dict[str, ExportedPart]
     bytes: int

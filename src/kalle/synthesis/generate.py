@@ -33,11 +33,11 @@ _NO_SOUND = 1e-9
 
 
 class FrameModel(Protocol):
-    """What frames are drawn from: a language model with a cache, without one, guided, or any other engine. B rows, D latent dimensions."""
+    """A source of frames: a language model with a cache, without one, guided, or any other engine. B rows, D latent dimensions."""
 
     @property
     def config(self) -> KalleLMConfig:
-        """What the model is built from."""
+        """The configuration of the model."""
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +82,7 @@ class Request:
     text: str = ""
     """The words that ``text_ids`` stand for, the prompt's not included."""
     warnings: tuple[str, ...] = ()
-    """What a listener should know of the text, a sentence each."""
+    """Warnings about the text, a sentence each."""
 
     @property
     def seed(self) -> int:
@@ -113,7 +113,7 @@ class Request:
 
     @property
     def context(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the model reads: text ids (1, L), prompt latents (1, P, D) and speaker latent (1, H), the last two where there are any."""
+        """The input of the model: text ids (1, L), prompt latents (1, P, D) and speaker latent (1, H), the last two where there are any."""
         prompt, speaker = self.prompt_latents, self.speaker_latent
         if prompt is not None and self.options.compatibility.drop_last_prompt_frame:
             prompt = prompt[:-1]
@@ -308,7 +308,7 @@ def draw_frames(prediction: DiagGaussian, rows: Sequence[RowSampler]) -> list[Fr
 
 
 def _not_finite(frame: Frame, index: int, temperature: float) -> UserError:
-    """What to say of a frame whose divergence is not a finite number."""
+    """The error for a frame whose divergence is not a finite number."""
     if frame.distribution.mean.isfinite().all() and frame.distribution.std.isfinite().all() and not frame.z.isfinite().all():
         return UserError(f"frame {index} overflows: got temperature {temperature}, expected finite samples; lower the temperature")
     cooler = f", lower the temperature of {temperature}" if temperature > 1 else ""
@@ -392,7 +392,7 @@ class GuidedLM:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """What counts as stuck.
+    """Limits beyond which speech counts as stuck.
 
     Distances are between two predictions p frames apart, (mean - mean')^2 / (std^2 + std'^2) averaged over the dimensions: 1 is a
     difference of about one standard deviation. Speech is far above that for every p: see docs/results for the measured margins.

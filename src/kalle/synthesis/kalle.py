@@ -121,7 +121,7 @@ class Kalle:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """What voices bind to: the hash of each encoder of this model, taken once."""
+        """Hash of each encoder of this model, computed once; voices bind to them."""
         found = {FLOWVAE_ENCODER: weights_hash(self.flowvae.encoder)}
         if self.lm.speaker_encoder is not None:
             found[SPEAKER_ENCODER] = weights_hash(torch.nn.ModuleList([self.lm.speaker_encoder, self.lm.speaker_projection]))
@@ -129,7 +129,7 @@ class Kalle:
 
     @cached_property
     def lm_hash(self) -> str:
-        """What adapters bind to: ``base_hash`` of the language model, taken once. UserError for 8-bit weights, which take none."""
+        """``base_hash`` of the language model, computed once; adapters bind to it. UserError for 8-bit weights, which take none."""
         if isinstance(self.lm.backbone, Int8Backbone):
             raise UserError("8-bit weights take no adapter: got quantize int8 and an adapter; load the model without quantize")
         return base_hash(self.lm.state_dict())
@@ -194,7 +194,7 @@ class Kalle:
 
     @property
     def temperature(self) -> float:
-        """What requests that name none are spoken with: the weight folder's, or else 1."""
+        """The temperature of requests that name none: the weight folder's, or else 1."""
         return 1.0 if self.config.temperature is None else self.config.temperature
 
     def synthesize(self, text: str, voice: GivenVoice = None, *, options: GenerationOptions | None = None, **fields: Any) -> Speech:

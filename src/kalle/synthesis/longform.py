@@ -104,7 +104,7 @@ class Store(Protocol):
 
 @dataclass
 class _Course:
-    """What the sentences so far were like."""
+    """Statistics of the sentences so far."""
 
     loudness: list[float] = field(default_factory=list)
     paces: list[float] = field(default_factory=list)
@@ -152,7 +152,7 @@ class LongForm:
         if not self.sentences:
             raise UserError(f"nothing to speak: got {text.strip()[:20]!r} without a letter or number, expected words")
         self.unspoken = unspoken(text, self.sentences)
-        """What stands between the sentences and is not spoken, with its place."""
+        """Text between the sentences that is not spoken, with its position."""
 
     def __len__(self) -> int:
         return len(self.sentences)
@@ -161,7 +161,7 @@ class LongForm:
         return self.parts()
 
     def words(self, piece: str) -> tuple[str, tuple[str, ...]]:
-        """What is spoken for ``piece`` of the text, on one line, and what a listener should know of it."""
+        """The spoken form of ``piece`` of the text, on one line, and warnings about it."""
         words, warnings = self.kalle.config.words(piece, self.options)
         return " ".join(words.split()), warnings
 

@@ -1,4 +1,4 @@
-"""What a long text leaves on the disk: its sentences, so that a run that was killed goes on where it was, and subtitles."""
+"""Files of a long text: its sentences, so that a killed run continues where it was, and subtitles."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ BASE_SECONDS = 3.0
 LONGEST_SECONDS = 80.0
 """The release's own cap."""
 CAP_PER_USUAL = 3.0
-"""What the length cap allows for each second of speech at the usual pace."""
+"""Seconds that the length cap allows for each second of speech at the usual pace."""
 _MOST_FRAMES = 2.0**31
 """More than any model has positions; a cap above it means the same."""
 _IDEOGRAPH_SECONDS, _DIGIT_SECONDS, _OTHER_SECONDS = 0.6, 0.9, 0.2

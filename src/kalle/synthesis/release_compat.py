@@ -32,7 +32,7 @@ class ReleaseCompatibility:
     """
 
     decode: Decode = "sampled"
-    """What the decoder gets: "sampled", the very frames that were fed back; "resample", a second draw from each
+    """The input of the decoder: "sampled", the very frames that were fed back; "resample", a second draw from each
     frame's distribution (the release); "mean", the means."""
     drop_last_frame_always: bool = False
     """Drop the last frame at the length cap too, where it is speech; the end frame is dropped in any case."""

@@ -39,7 +39,7 @@ class Attempt:
     """One try at a text."""
 
     seed: int
-    """What seeded its noise."""
+    """The seed of its noise."""
     stop_reason: SpeechEnding
     frames: int
     """Frames that were worth keeping."""
@@ -85,11 +85,11 @@ class Speech:
     attempts: tuple[Attempt, ...] = ()
     """Every try, in order; one of them is the result."""
     trimmed_seconds: float = 0.0
-    """What was generated and then cut from the tail, being repetition or silence."""
+    """Seconds cut from the end because they were repetition or silence."""
     stuck_seconds: float = 0.0
     """Repetition or silence that ``audio`` still ends with, because a stream had yielded it before that could be known."""
     warnings: tuple[str, ...] = ()
-    """What a listener should know: a sentence each."""
+    """Warnings about the result, a sentence each."""
     stop_probability: FloatArray = field(default_factory=_unknown)
     """(T,): what the stop head said of each frame's being the end; (0,) without a head."""
     text: str = ""
@@ -167,7 +167,7 @@ def start(
 
 
 def watcher_of(flowvae: FlowVAE, request: Request) -> Watcher | None:
-    """What ends ``request`` when it is stuck; None where the release is to be reproduced or the caller wants no stop at all."""
+    """The watcher that ends ``request`` when it is stuck; None where the release is to be reproduced or the caller wants no stop at all."""
     if not request.options.watch or request.options.compatibility != OURS or request.stop.never:
         return None
     return Watcher(lambda latents: decode_latents(flowvae, latents), flowvae.config.frame_rate_hz)

@@ -93,7 +93,7 @@ class SpeechStream(Iterator[FloatArray]):
         self._begin(self._kalle.resolve(self._asked))
 
     def _of_sentence(self, long: LongForm, piece: FloatArray | None) -> FloatArray | None:
-        """What is final with ``piece`` of the current sentence; for None its end and the pause after it, and the next one is begun."""
+        """The final audio with ``piece`` of the current sentence; for None its end and the pause after it, and the next one is begun."""
         if len(self._parts) == len(long):
             return None
         said = self._fader.finish() if piece is None else self._fader.push(piece)

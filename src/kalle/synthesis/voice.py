@@ -68,7 +68,7 @@ class Voice:
     licence: str | None = None
     """Licence of the recording."""
     consent: str | None = None
-    """What the speaker agreed to."""
+    """The consent of the speaker."""
     name: str | None = None
     description: str | None = None
     source: str | None = None
@@ -78,7 +78,7 @@ class Voice:
     seconds: float | None = None
     """Length of the recording, or of what the random voice said."""
     adapter: Adapter | None = None
-    """What test-time training changed in the language model for this voice; applied to the requests that it speaks, and to no other."""
+    """The adapter of this voice; it is applied to requests in this voice only."""
 
     def __post_init__(self) -> None:
         if self.prompt_latents is None and self.speaker_latent is None:
@@ -94,7 +94,7 @@ class Voice:
 
     @property
     def kind(self) -> str:
-        """What it holds, for people: "prompt", "speaker", "adapter", joined by +."""
+        """Its parts, for people: "prompt", "speaker", "adapter", joined by +."""
         held = {"prompt": self.prompt_latents, "speaker": self.speaker_latent, "adapter": self.adapter}
         return " + ".join(name for name, value in held.items() if value is not None)
 
@@ -196,7 +196,7 @@ def spoken_name(name: str) -> str:
 
 
 GivenVoice: TypeAlias = Voice | Literal["random"] | None
-"""What requests take: None leaves the voice to the weight folder's default, or else to the model."""
+"""The voice of a request: None leaves the voice to the weight folder's default, or else to the model."""
 
 
 def check_given_voice(voice: object) -> None:
@@ -220,7 +220,7 @@ class StoredVoice:
 
 @dataclass(frozen=True)
 class Binding:
-    """What voices must fit: the encoder hashes and widths of one weight folder."""
+    """The encoder hashes and widths of one weight folder, which voices must fit."""
 
     hashes: dict[str, str]
     latent_dim: int

@@ -44,7 +44,7 @@ RANDOM_VOICE_TEXTS = {
     "en": "The sun came up slowly over the quiet harbour, and the first boats went out.",
     "zh": "太阳慢慢升起，安静的港口里，第一批小船出发了。",
 }
-"""What a random voice says once, by language, to be heard again as its prompt."""
+"""The text that a random voice speaks once, by language, to become its prompt."""
 RANDOM_VOICE_STOP = StopRule(threshold=0.5, min_index=3)
 """The rule that ends it: the release's own, written out here, for a rule calibrated later must not change old voices."""
 RANDOM_VOICE_SECONDS = 12.0

@@ -27,7 +27,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """What NAME/config.json says about speaking; every key is optional."""
+    """The settings for speaking in NAME/config.json; every key is optional."""
 
     stop: StopRule = field(default_factory=StopRule)
     """The stop rule stored for these weights, or else `default_stop`."""
@@ -205,7 +205,7 @@ def shipped_weights() -> Path:
 
 
 def default_weights(ckpt: Path = CKPT) -> Path:
-    """What speaks when nobody says what: the released weights in ``ckpt``, converted now if they are not yet, else the model that ships.
+    """The default weights: the released weights in ``ckpt``, converted now if they are not yet, else the model that ships.
 
     UserError when neither is there, or the released files cannot be converted.
     """

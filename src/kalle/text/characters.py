@@ -76,7 +76,7 @@ _TIDY = (
 
 @dataclass(frozen=True)
 class LearntTexts:
-    """What the texts held that weights were trained on."""
+    """The characters of the texts that weights were trained on."""
 
     characters: Mapping[str, str | None] = field(default_factory=dict)
     """By language (ISO 639-1) the characters that its texts held; None for all that anybody writes. Empty where nothing is known."""
@@ -118,7 +118,7 @@ class MappedText:
 
     text: str
     warnings: tuple[str, ...] = ()
-    """What the weights never learnt and nothing stands for; one line each."""
+    """Characters that were not trained and have no replacement, one line each."""
 
 
 def check_language(language: str | None, learnt: LearntTexts) -> None:
@@ -197,7 +197,7 @@ def _mapped(text: str, known: frozenset[str], learnt: LearntTexts, language: str
 
 
 def _stand_in(text: str, place: int, known: frozenset[str], learnt: LearntTexts, language: str, left: Counter[str]) -> str:
-    """What stands for the unlearnt ``text[place]``."""
+    """The replacement of the untrained ``text[place]``."""
     character = text[place]
     if character in learnt.replace:
         return learnt.replace[character]

@@ -1,4 +1,4 @@
-"""What is spoken of a text: numbers in words, and characters that the weights learnt."""
+"""The spoken form of a text: numbers in words, and characters that the weights were trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TextFrontEnd:
     """From a text as it is written to the text that the tokenizer gets, the same for every command."""
 
     learnt: LearntTexts = field(default_factory=LearntTexts)
-    """What the weights learnt."""
+    """Characters that the weights were trained on."""
     language: str | None = None
     """ISO 639-1 code of the texts; None guesses it from each text's script."""
     normalise: bool = False

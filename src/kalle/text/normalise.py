@@ -37,7 +37,7 @@ class Normalised:
 
     text: str
     warnings: tuple[str, ...] = ()
-    """What was left as written, and why; one line each."""
+    """Text that was left as written, and the reason, one line each."""
 
 
 def normalise(text: str, language: str | None = None) -> Normalised:

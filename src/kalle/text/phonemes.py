@@ -310,7 +310,7 @@ def _english(text: str, engine: G2P) -> Iterator[Piece]:
 
 
 def _sentence(text: str, engine: G2P) -> Iterator[Piece]:
-    """What the front end can read, run by run, and as bytes the words in other scripts between."""
+    """The runs that the front end can read, and the words in other scripts between them as bytes."""
     run = ""
     for chunk in _CHUNK.findall(text):
         if chunk.isspace() or _LINK.search(chunk) or all(script_of(character) in (None, "LATIN") for character in chunk):

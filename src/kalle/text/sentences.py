@@ -68,7 +68,7 @@ def split_sentences(text: str, language: str | None = None, fits: Callable[[str]
 
 
 def unspoken(text: str, sentences: list[Sentence]) -> list[tuple[int, str]]:
-    """What stands between the ``sentences`` of ``text`` and is more than space, with its place: lines of stars, lone emoji."""
+    """Text between the ``sentences`` of ``text`` that is more than space, with its position: lines of stars, lone emoji."""
     edges = [0, *(edge for sentence in sentences for edge in (sentence.start, sentence.end)), len(text)]
     gaps = [(start, text[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
     return [(start + len(gap) - len(gap.lstrip()), gap.strip()) for start, gap in gaps if gap.strip()]

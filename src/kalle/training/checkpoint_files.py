@@ -118,7 +118,7 @@ def prune(folder: Path, kept: list[Path]) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Every record of a file is read and its checksum compared.
+    """The defect of a checkpoint, or None. Every record of a file is read and its checksum compared.
 
     A folder, torch's distributed form, is refused: its metadata is a pickle, which runs what it holds when it is read.
     """

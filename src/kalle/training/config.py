@@ -1,4 +1,4 @@
-"""What a training is: plain dataclasses, filled by hand or by Hydra. Every default stands here; configs/ names only differences."""
+"""The configuration of a training: plain dataclasses, filled by hand or by Hydra. Every default stands here; configs/ names differences."""
 
 # ruff: noqa: RUF009 - the defaults are frozen dataclasses
 
@@ -131,7 +131,7 @@ class SpeechMediaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCallbacks:
-    """What goes on beside the steps; null switches a part off."""
+    """Callbacks of a training; null switches one off."""
 
     progress: ProgressConfig | None = ProgressConfig()
     checkpoint: CheckpointConfig | None = CheckpointConfig()
@@ -165,7 +165,7 @@ class DataConfig:
     """How the data of either training is read."""
 
     mix: str | None = None
-    """equal: of each folder of a list as many utterances or crops as of the smallest, drawn afresh every epoch."""
+    """equal: of each folder of a list as many utterances or crops as of the smallest, drawn again every epoch."""
     shuffle: str = "items"
     """items: all at once; shards: shard by shard, window_shards at a time, for folders on object stores or slow disks."""
     window_shards: int = 8
@@ -271,7 +271,7 @@ class WeightsFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What both trainings share."""
+    """The part that both trainings share."""
 
     stage: ClassVar[str]
 
@@ -369,7 +369,7 @@ class LMTrainingConfig(TrainingConfig):
     tokenizer: TokenizerConfig | Tokenizer = TokenizerConfig()
     init_text: str | None = None
     """Hugging Face folder of Llama text weights (config.json, *.safetensors) to start from: its config.json replaces lm.backbone, and rows
-    for the tokenizer's additional tokens are drawn like its own. The latent layers start afresh."""
+    for the tokenizer's additional tokens are drawn like its own. The latent layers start from random weights."""
     flowvae: WeightsFolder = WeightsFolder()
     """flowvae=DIR: the Flow-VAE that made the latents; lets samples be heard, and is copied beside the result."""
     lora: LoRAConfig | None = None

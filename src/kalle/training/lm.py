@@ -55,7 +55,7 @@ class LMObjective:
     """Layers, from 0, whose head 0 is led along the text."""
 
     reduction: Reduction = "global"
-    """What several processes minimise: the means over the frames and utterances of all ranks together, so that the update is one
+    """The loss of several processes: the means over the frames and utterances of all ranks together, so that the update is one
     process's on all their batches; or "rank", the average of each rank's own means, which saves one small exchange a step."""
 
     def __post_init__(self) -> None:

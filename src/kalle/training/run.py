@@ -40,7 +40,7 @@ from kalle.training.update_guard import UpdateGuard
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
-"""What a run reads: opened before anything is built or written."""
+"""The inputs of a run, opened before anything is built or written."""
 WEIGHTS_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE = "weights", "checkpoints", "config.yaml"
 RECORD_NAME, DIFF_NAME = "run.json", "git.diff"
 _DECIDING = ("data", "seed", "objective", "packing")

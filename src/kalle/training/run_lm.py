@@ -75,7 +75,7 @@ def train_lm(config: LMTrainingConfig, *, callbacks: Sequence[Callback] = (), lo
 
 
 def plan_lm(config: LMTrainingConfig) -> Plan:
-    """What `train_lm` would do, in numbers, and every UserError that it would raise before its first step. Writes nothing."""
+    """The plan of `train_lm` in numbers, and every UserError that it would raise before its first step. Writes nothing."""
     storageless = without_storage()
     built = _build(replace(config, data=replace(config.data, cache=False, num_workers=0)), storageless)
     config, lm, data = built.config, built.module.lm, built.data

@@ -1,4 +1,4 @@
-"""How fast training goes: real trainers, their steps timed one by one, rivals in turn so that they share whatever the machine does."""
+"""The speed of training: real trainers, their steps timed one by one, baselines alternating so that they share the machine's other load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.lm import KalleLM
 
 Amount = Callable[[Any], int]
-"""What a batch holds: frames, say."""
+"""The unit of a batch, such as frames."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ def race(
 
 
 class PlainLMTraining(lightning.LightningModule):
-    """What anybody would write first: padded rows, AdamW, the loss. The yardstick of `kalle bench train lm`."""
+    """The baseline of `kalle bench train lm`: padded rows, AdamW, the loss."""
 
     def __init__(self, lm: KalleLM, learning_rate: float = 5e-5) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ SEEKABLE = frozenset(("WAV", "WAVEX", "FLAC", "AIFF", "AU", "NIST", "RF64", "W64
 
 @dataclass(frozen=True)
 class ItemAudio:
-    """What an item sounds like: float32 (channels, S), or None where only the header was read.
+    """The samples of an item, float32 (channels, S), or None where only the header was read.
 
     ``file_samples`` is the length of the whole recording, ``start_samples`` where the item begins in it, all at ``rate_hz``.
     """
@@ -147,9 +147,9 @@ def _load_inside(item: SourceItem, longest_seconds: float) -> tuple[Audio, int]:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What decides about an item; lengths in seconds, levels of full scale.
+    """The limits for an item; lengths in seconds, levels of full scale.
 
-    ``headers_only`` believes the headers: silence, clipping and damage inside a file are not noticed. Items that must be converted are
+    ``headers_only`` reads headers only: silence, clipping and damage inside a file are not noticed. Items that must be converted are
     decoded, and checked in full, all the same.
     """
 

@@ -99,7 +99,7 @@ FILTERED_BY = f"{MADE_BY} --filter"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the doctor found: items, their cuts, findings, the report, and how many items an earlier run had measured."""
+    """The result of the doctor: items, their cuts, findings, the report, and how many items an earlier run had measured."""
 
     items: list[MeasuredItem]
     cuts: dict[tuple[str, str], Cut]

@@ -186,7 +186,7 @@ def _marked(made: str, name: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    """What a file system that ignores case and the encoding of accents makes of ``name``."""
+    """``name`` as a file system sees it that ignores case and the encoding of accents."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

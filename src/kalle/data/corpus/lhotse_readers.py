@@ -283,7 +283,7 @@ def _call(recipe: Recipe, root: Path, **arguments: Any) -> dict[str, Any]:
 
 
 def quietly(recipe: Callable[..., Any], corpus: str, root: Path, layout: str, **arguments: Any) -> Any:
-    """What a lhotse recipe returns of ``root``, read without opening audio, without its bars and warnings; a UserError when it gives up."""
+    """The result of a lhotse recipe for ``root``, read without opening audio, without its progress and warnings; UserError if it fails."""
     before = get_current_audio_backend()
     set_current_audio_backend(_NamesOnly())
     logging.disable(logging.WARNING)

@@ -78,7 +78,7 @@ Progress = Callable[[list[SourceItem]], Iterable[SourceItem]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepare step did: its report, whether anything had to be done, and how many items an earlier run had done."""
+    """The result of a prepare step: its report, whether anything had to be done, and how many items an earlier run had done."""
 
     folder: Path
     report: dict[str, Any]

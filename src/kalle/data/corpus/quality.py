@@ -109,7 +109,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check says of the whole corpus."""
+    """The result of one check for the whole corpus."""
 
     check: str
     verdict: str
@@ -537,7 +537,7 @@ REMOVED_BY_DEFAULT = (
     "duplicate_audio",
     "leakage",
 )
-"""What makes an item wrong. Length, loudness and a repeated text make it unusual, or can be mended."""
+"""Checks that find wrong items. Unusual length, loudness or repetition is no error, or can be repaired."""
 
 
 def examine(items: Sequence[MeasuredItem], limits: Limits) -> list[CheckResult]:

@@ -33,7 +33,7 @@ class Reader:
     """Whether some of its recordings can be believed by their headers."""
 
     def read(self, source: Any, **options: Any) -> Source:
-        """What the reader finds in ``source``. Imported when it runs: lhotse takes seconds."""
+        """The items that the reader finds in ``source``. Imported when it runs, because lhotse takes seconds."""
         reader: Callable[..., Source] = getattr(importlib.import_module(f"kalle.data.corpus.{self.module}"), self.function)
         return reader(source, **options)
 

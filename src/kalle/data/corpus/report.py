@@ -1,4 +1,4 @@
-"""What a prepare step found: hours, speakers, rates, durations, and every item left out with its reason."""
+"""The report of a prepare step: hours, speakers, rates, durations, and every rejected item with its reason."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Recogniser:
     errors: Callable[[Sequence[str], Sequence[str]], int]
     """Reference tokens (at least one), hypothesis tokens -> substitutions, deletions and insertions."""
     description: Mapping[str, object]
-    """What decides the transcripts: model, decoding, versions."""
+    """The settings that determine the transcripts: model, decoding, versions."""
     max_seconds: float = 30.0
     """It hears no more of an item than that."""
 
@@ -66,7 +66,7 @@ class RetranscribeOptions:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one item; ``reason`` says why it was left out, and is empty for one that stays."""
+    """The decision on one item; ``reason`` says why it was removed, and is empty for one that stays."""
 
     split: str
     id: str

@@ -97,7 +97,7 @@ class JoinConfig:
 
 @dataclass(frozen=True)
 class Utterance:
-    """What is encoded as one: one cut, or several with ``gaps_samples`` zeros between neighbours (one fewer than cuts)."""
+    """A unit of encoding: one cut, or several with ``gaps_samples`` zeros between neighbours (one fewer than cuts)."""
 
     id: str
     cuts: tuple[Cut, ...]
@@ -314,7 +314,7 @@ def encode_corpus(
 ) -> dict[str, Any]:
     """Write the latent folder ``out`` from the cuts of each split and return its info.json.
 
-    Whole shards of an earlier, interrupted run are kept and torn ones written again. ``share`` is the part of this process where several
+    Complete shards of an interrupted run are kept and incomplete ones written again. ``share`` is the part of this process where several
     encode into one folder: shard n, counted over all splits, belongs to rank n % world_size, and the rank that ends last completes the
     folder, which holds the same bytes as one process's. The others raise OthersUnfinished; ``progress`` counts the own share.
     UserError for cuts without audio, for posteriors that half precision cannot hold, for an ``out`` that holds something else, and for a
@@ -375,7 +375,7 @@ def fingerprint(encoder: CorpusEncoder, utterances: Sequence[Utterance]) -> str:
 
 
 def _write(encoder: CorpusEncoder, shard: _Shard, share: Share) -> None:
-    """Write ``shard`` unless it is whole already, or another process, started with the same rank by mistake, is at it."""
+    """Write ``shard`` unless it is complete already, or another process, started with the same rank by mistake, is writing it."""
     if shard.finished() is not None:
         return
     folder, number = shard.folder, shard.number

@@ -32,7 +32,7 @@ class MixPart:
 
     path: str
     weight: float | None = None
-    """Visits an epoch for each of its items; 1 when nothing is said."""
+    """Samples an epoch for each of its items; 1 by default."""
     share: float | None = None
     """Part of the epoch's samples, instead of a weight."""
 

@@ -1,4 +1,4 @@
-"""Shard folders: lhotse Shar shards of posteriors, or of waveforms, written so that a torn shard is never taken for whole.
+"""Shard folders: lhotse Shar shards of posteriors, or of waveforms, written so that an incomplete shard is never taken for a complete one.
 
 OUT/SPLIT/cuts.000000.jsonl.gz      lhotse cuts: id, text, speaker, language, number of frames
 OUT/SPLIT/latents.000000.tar        (T, 2D) float16 of every cut: mean, then log_std
@@ -48,7 +48,7 @@ COMPLETED_NAME = ".completed"
 
 
 class Record(Protocol):
-    """What a shard is written from."""
+    """The source of a shard."""
 
     def to_cut(self) -> Cut:
         """The cut, what belongs into the shard in memory."""
@@ -101,9 +101,9 @@ class ShardFolder:
         return self.root / "progress" / f"{self.split}.{number:06d}.json"
 
     def finished(self, number: int, fingerprint: str) -> dict[str, Any] | None:
-        """What was recorded of a whole shard; None when it has to be written.
+        """The record of a complete shard; None when the shard has to be written.
 
-        A UserError when a whole shard was made from something else: mixing two encoders in a folder would go unnoticed.
+        A UserError when a complete shard was made from something else: mixing two encoders in a folder would go unnoticed.
         """
         if not self.record_path(number).is_file():
             return None
@@ -270,7 +270,7 @@ def index_name(split: str) -> str:
 def read_table(folder: Folder, split: str, fields: Sequence[str], frames: Frames) -> Table:
     """All items of ``split``, in stored order, with where their ``fields`` lie.
 
-    ``frames`` is asked only where there is no index. UserError for a torn shard.
+    ``frames`` is asked only where there is no index. UserError for an incomplete shard.
     """
     sizes = folder.sizes(split)
     shards = shard_names(sizes, fields)
@@ -293,7 +293,7 @@ def shard_names(sizes: Mapping[str, int], fields: Sequence[str]) -> list[dict[st
 
 
 def write_index(root: Path, split: str, fields: Sequence[str], frames: Frames) -> None:
-    """Write the index of a whole split, unless one that fits is there."""
+    """Write the index of a complete split, unless one that fits is there."""
     folder = Folder(root)
     sizes = folder.sizes(split)
     shards = shard_names(sizes, fields)
@@ -384,7 +384,7 @@ def _from_shards(folder: Folder, split: str, fields: Sequence[str], shards: Sequ
             numbers["shard"].append(number)
             for field in fields:
                 if name not in members[field]:
-                    raise UserError(f"torn shard: no '{name}' in '{folder.where(shard[field])}'; write or copy the folder again")
+                    raise UserError(f"incomplete shard: no '{name}' in '{folder.where(shard[field])}'; write or copy the folder again")
                 places[field].append(members[field][name])
     names = tuple(dict.fromkeys(speakers)) or (None,)
     order = {name: index for index, name in enumerate(names)}

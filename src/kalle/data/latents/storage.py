@@ -91,7 +91,7 @@ class Folder:
         else:
             content = bytearray(os.pread(self._descriptor(name), size, offset))
         if len(content) != size:
-            raise UserError(f"torn shard: '{self.where(name)}' ends before byte {offset + size}; write or copy the folder again")
+            raise UserError(f"incomplete shard: '{self.where(name)}' ends before byte {offset + size}; write or copy the folder again")
         return content
 
     @contextlib.contextmanager

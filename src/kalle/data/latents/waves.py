@@ -78,7 +78,7 @@ def write_wave_shards(
 ) -> dict[str, Any]:
     """Write the shard folder ``out`` from the cuts of each split; returns its info.json.
 
-    Whole shards of an earlier, interrupted run are kept and torn ones written again. Samples beyond [-1, 1] are clipped, which is counted
+    Complete shards of an interrupted run are kept and incomplete ones written again. Samples beyond [-1, 1] are clipped, which is counted
     and said. UserError for unreadable audio, an ``out`` that holds something else, and a full disk.
     """
     config, root = config or WaveShardConfig(), Path(out)
@@ -115,7 +115,7 @@ def portions(cuts: Sequence[Cut], config: WaveShardConfig) -> Iterator[list[Cut]
 
 
 def _shard(folder: ShardFolder, number: int, cuts: Sequence[Cut], config: WaveShardConfig) -> dict[str, Any]:
-    """What was recorded of one shard, which is written unless it is whole already."""
+    """The record of one shard, which is written unless it is complete already."""
     facts = [[config.sample_rate_hz], *[[cut.id, cut.start, cut.duration, [said.to_dict() for said in cut.supervisions]] for cut in cuts]]
     mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     found = folder.finished(number, mark)

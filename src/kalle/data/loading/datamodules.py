@@ -317,7 +317,7 @@ WARM_UP_BATCHES = 3
 
 
 class Trains(Protocol):
-    """What a data module has."""
+    """The attributes of a data module."""
 
     num_workers: int
 
@@ -328,7 +328,7 @@ class Trains(Protocol):
 
 @dataclass(frozen=True)
 class LoaderSpeed:
-    """What came out of a loader in ``seconds``, after a warm-up."""
+    """The output of a loader in ``seconds``, after a warm-up."""
 
     workers: int
     batches: int

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SpeakerConfig:
-    """What a model with a speaker encoder needs besides text and latents."""
+    """The data of a model with a speaker encoder, besides text and latents."""
 
     crop_frames: int = 200
     """Mel frames of a crop."""
@@ -159,7 +159,7 @@ class LatentDataset(Dataset):
         return self.text_ids.rows.row(index) if self.text_forms is None else self.text_forms.draw(index, *key)
 
     def _key(self, sample: Sample) -> tuple[int | str, ...]:
-        """What the noise of a sample is a function of; only a mix takes an item more than once an epoch."""
+        """The arguments of a sample's noise; only a mix takes an item more than once an epoch."""
         repetition, index = divmod(sample.item, len(self))
         key = (self.seed, sample.epoch, self.items.ids[index])
         return key if not repetition else (*key, repetition)

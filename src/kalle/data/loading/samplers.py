@@ -125,7 +125,7 @@ class ConstantSampler(Sampler[list[Sample]]):
 def one_each(batches: Sequence[list[int]], world_size: int, split: str) -> Sequence[list[int]]:
     """``batches`` of a split that is looked at once, at least one for every rank: the larger ones are halved when there are too few.
 
-    A rank without a batch would miss the meeting in which all add up their sums, and the others would wait for it.
+    A rank without a batch would miss the all-reduce, and the others would wait for it.
     UserError when the split has fewer utterances than ``world_size``: none may count twice.
     """
     if world_size == 1 or len(batches) >= world_size:
@@ -196,7 +196,7 @@ class ShardWindows:
 
 
 def windows_of(shuffle: str, window_shards: int, shard: np.ndarray | None) -> ShardWindows | None:
-    """What data.shuffle and data.window_shards mean for items of these shards (N,); None for a shuffle of all items.
+    """The windows of data.shuffle and data.window_shards for items of these shards (N,); None for a shuffle of all items.
 
     UserError for other values, and for a shuffle by shards where there are none.
     """

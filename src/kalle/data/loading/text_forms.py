@@ -1,4 +1,4 @@
-"""Texts whose words training reads now as phonemes and now as bytes, drawn afresh at every sample."""
+"""Texts whose words training reads now as phonemes and now as bytes, drawn again for every sample."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class BigVGANConfig:
     block_dilations: tuple[int, ...] = (1, 3, 5)
     """Dilations of the layers of a block."""
     final_activation: Literal["tanh", "none"] = "tanh"
-    """What bounds the waveform; "none" (BigVGAN v2) leaves that to the clamp of `FlowVAE.decode`. The release has a tanh."""
+    """Bounds the waveform; "none" (BigVGAN v2) leaves that to the clamp of `FlowVAE.decode`. The release has a tanh."""
     kind: str = "bigvgan"
     """The name of this decoder in a weight folder."""
 

@@ -16,7 +16,7 @@ _RESIDUAL_SLOPE = 0.01
 _SPEECH_RMS = 0.1
 """Typical level of speech, -20 dBFS: the first convolution starts by bringing it to unit variance."""
 _INITIAL_LOG_STD = -1.0
-"""The posterior starts narrower than the spread of its means, so that the decoder hears the signal from the first step."""
+"""The posterior starts narrower than the spread of its means, so that the decoder receives the signal from the first step."""
 
 
 class ResidualLayer(nn.Module):

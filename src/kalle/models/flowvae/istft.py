@@ -16,7 +16,7 @@ from kalle.models.layers import in_full_precision
 _MAX_LOG_MAGNITUDE = 5.0
 """exp(5) is far above what a full-scale signal needs; the limit keeps an early step from overflowing."""
 MIN_ENVELOPE = 1e-8
-"""What the overlapped samples are divided by at least."""
+"""Lower limit of the envelope that divides the overlapped samples."""
 _INITIAL_LOG_MAGNITUDE = -3.0
 """Start near silence: at exp(0) the first outputs are noise tens of decibels too loud."""
 
@@ -39,7 +39,7 @@ class ConvNeXtBlock(nn.Module):
         return x + self.mix(self.depthwise(x))
 
     def mix(self, x: Tensor) -> Tensor:
-        """What follows the depthwise convolution, frame by frame: (B, C, N) -> (B, C, N)."""
+        """The layers after the depthwise convolution, frame by frame: (B, C, N) -> (B, C, N)."""
         inner = self.norm(x.transpose(1, 2))
         inner = self.narrow(F.gelu(self.widen(inner)))
         return (self.scale * inner).transpose(1, 2)

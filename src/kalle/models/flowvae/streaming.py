@@ -218,7 +218,7 @@ def _steps(decoder: BigVGANDecoder) -> list[int]:
 
 @dataclass(frozen=True)
 class HeadState:
-    """What later frames are added to, the windows under it, and how many samples of the beginning are still to be cut."""
+    """The buffer that later frames are added to, its windows, and how many samples of the beginning are still to be cut."""
 
     samples: Tensor
     envelope: Tensor
@@ -328,7 +328,7 @@ class StreamingDecoder:
     """``FlowVAE.decode`` in pushes of any number of frames: what they return, joined, is what it returns for all frames at once.
 
     After f frames max(0, f - ``latency_frames``) * hop_length samples have been returned; ``finish`` returns the rest.
-    From ``exact_latency_frames`` on nothing is approximated. The paper's decoder may be asked for less, and its default is
+    From ``exact_latency_frames`` on nothing is approximated. The paper's decoder accepts less, and its default is
     the smallest latency measured to stay within 1e-4; the inverse-STFT decoder is always exact.
 
     Takes the weights as they are now: after a change of ``flowvae``'s weights, device or precision make a new one. Weights that
