@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from speech_requests import request_of
 
 from kalle.audio import to_pcm16
+from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAEConfig
+from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.synthesis import ReleaseCompatibility, StopRule
 from kalle.synthesis.generate import Request
 from kalle.synthesis.release_compat import OURS
-from kalle.synthesis.speech import Attempt, assemble, speak, truncate_to_int16
+from kalle.synthesis.speech import Attempt, assemble, speak, speak_with_retries, truncate_to_int16
+from kalle.synthesis.stream import RequestStream
 
 NEVER = StopRule(threshold=0.0)
+ENDS = StopRule(threshold=1e9, min_index=3)
 
 
 def chain_request(golden, flowvae, compatibility: ReleaseCompatibility) -> Request:
@@ -153,3 +159,44 @@ def test_every_bad_ending_has_a_warning_and_a_good_one_none(lm_tiny) -> None:
     assert trimmed.warnings == (
         "the speech fell silent after 1.0 s without an end; 4.0 s of it were cut from the end: words may be missing",
     )
+
+
+def test_speech_far_too_short_for_its_text_is_a_bad_ending_of_its_own(lm_tiny, flowvae_tiny) -> None:
+    text, at_once = "The children like to go to school.", StopRule(threshold=1e9, min_index=3)
+    short = speak(lm_tiny, flowvae_tiny, request(stop=at_once, text=text))
+    assert (short.frames, short.stop_reason) == (4, "too_short")
+    assert "ended after 0.3 s, where its text usually takes 2.2 s: words are missing" in short.warnings[0]
+    for fine in ({"text": "Four frames."}, {"text": "." * 60}, {"text": text, "watch": False}):
+        assert speak(lm_tiny, flowvae_tiny, request(stop=at_once, **fine)).stop_reason == "end"
+    twice = speak_with_retries(lm_tiny, flowvae_tiny, request(stop=at_once, text=text, retries=1))
+    assert [attempt.stop_reason for attempt in twice.attempts] == ["too_short", "too_short"]
+
+
+def test_speech_of_a_low_confidence_is_tried_again_and_told(lm_tiny, flowvae_tiny) -> None:
+    plain = speak(lm_tiny, flowvae_tiny, request())
+    assert not plain.doubtful
+    low, fine = (speak_with_retries(lm_tiny, flowvae_tiny, request(low_confidence=limit, stop=ENDS, retries=1)) for limit in (0.999, 1e-3))
+    assert low.doubtful
+    assert len(low.attempts) == 2
+    assert "the confidence is low (0." in low.warnings[0]
+    assert (fine.doubtful, len(fine.attempts), fine.warnings) == (False, 1, ())
+
+
+def test_sound_that_is_not_finite_never_leaves(lm_tiny, flowvae_tiny) -> None:
+    broken = copy.deepcopy(flowvae_tiny)
+    with torch.no_grad():
+        next(parameter for name, parameter in broken.decoder.named_parameters() if name.endswith("bias")).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"the Flow-VAE gives \d+ of \d+ samples that are not finite"):
+        speak(lm_tiny, broken, request())
+    with pytest.raises(UserError, match="samples that are not finite"):
+        list(RequestStream(lm_tiny, broken, StreamingDecoder(broken), request()))
+
+
+def test_the_frame_that_ended_the_speech_is_told(lm_tiny, flowvae_tiny) -> None:
+    ended = speak(lm_tiny, flowvae_tiny, request(stop=ENDS))
+    assert ended.stop_reason == "end"
+    assert ended.end_frame_kl == pytest.approx(float(ended.end_kl.max()), rel=5)
+    stream = RequestStream(lm_tiny, flowvae_tiny, StreamingDecoder(flowvae_tiny), request(stop=ENDS))
+    list(stream)
+    assert stream.speech.end_frame_kl == pytest.approx(ended.end_frame_kl)
+    assert speak(lm_tiny, flowvae_tiny, request()).end_frame_kl is None

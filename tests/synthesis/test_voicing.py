@@ -136,15 +136,20 @@ def test_recordings_that_give_no_voice(kalle_tiny: Kalle, audio: np.ndarray, mes
     ("audio", "text", "message"),
     [
         (tone(0.1), "no", r"a short prompt: got 0\.10 s"),
-        (tone(3.0, 3e-3), "a quiet tone of three seconds.", r"a quiet prompt: got -5\d dBFS"),
-        (np.clip(20 * tone(3.0), -1, 1), "a clipped tone of three seconds.", "a clipped prompt"),
+        (tone(3.0, 3e-3), "a quiet tone of three whole seconds, and not more.", r"a quiet prompt: got -5\d dBFS"),
+        (np.clip(20 * tone(3.0), -1, 1), "a clipped tone of three whole seconds, and not more.", "a clipped prompt"),
         (
             0.1 * np.random.default_rng(0).standard_normal(3 * RATE),
-            "a noise of three seconds.",
+            "a noise of three whole seconds, and not more.",
             r"sounds like noise: spectral flatness 1\.00",
         ),
         (tone(3.0), "a" * 300, r"may not belong to the recording: 300 letters in 3\.00 s are 100\.0 a second, speech has 3 to 26"),
         (tone(10.0), "no", r"may not belong to the recording: 2 letters in 10\.00 s are 0\.2 a second"),
+        (
+            tone(10.0),
+            "Half of what is said in it, no more.",
+            r"may lack words of the recording: 31 letters in 10\.00 s of speech are 3\.1 a second, speech has at least 11",
+        ),
         (tone(25.0), "too long for its own good, and so on and on. " * 8, r"a long prompt: got 25\.00 s"),
     ],
 )

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    model: Annotated[Path, typer.Argument(help="Weight folder; its config.json gets the stop rule.")],
+    model: Annotated[Path, typer.Argument(help="Weight folder, or kalle-nano; its config.json gets the stop rule.")],
     latents: Annotated[Path, typer.Option(help="Latent folder that `kalle encode` wrote with the same Flow-VAE.")],
     split: Annotated[str, typer.Option(help="Split of the latent folder that was not trained on.")] = "valid",
     min_index: Annotated[int, typer.Option(min=-1, help="No stop at this 0-based frame or before it.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Seeds the draw of the latents.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw the histogram of both kinds of positions into this image file.")] = None,
     free_running: Annotated[int, typer.Option(min=0, help="Also speak this many of the texts with the new rule and say how they end.")] = 0,
+    confidence: Annotated[
+        int, typer.Option(min=0, help="Also speak this many of the texts, well and badly, and store which confidence is low.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Store nothing.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     max_positions: Annotated[int, typer.Option(min=1, help="Positions in a batch, padding included.")] = 4000,
@@ -34,12 +37,18 @@ def calibrate(
     from kalle.evaluation.calibration import held_out, save_histogram
     from kalle.evaluation.figures import check_image_path
     from kalle.models.lm import KalleLM
-    from kalle.synthesis.weights import read_folder, write_stop
+    from kalle.synthesis.weights import in_package, read_folder, resolve_weights, write_stop
 
     with interruptible():
         if plot is not None:
             check_image_path(plot)
+        model = resolve_weights(model)
         read_folder(model)
+        if in_package(model) and not dry_run:
+            raise UserError(
+                f"'{model}' is part of the installed package: expected a weight folder of yours; copy it with "
+                "`kalle export kalle-nano --out DIR`, or give --dry-run"
+            )
         lm = KalleLM.from_pretrained(model, resolve_device(device))
         dataset = held_out(model, lm, latents, split, seed)
         scores = _score(lm, dataset, max_positions)
@@ -53,6 +62,8 @@ def calibrate(
             check_usable(calibration)
             write_stop(model, calibration.to_stored())
             typer.echo(f"stored in {model / 'config.json'}")
+        if confidence:
+            _calibrate_confidence(model, [item.text for item in dataset.items[:confidence]], device, dry_run)
         if free_running:
             typer.echo(_speak_freely(model, dataset, calibration, free_running, device))
 
@@ -85,6 +96,21 @@ def check_usable(calibration: Calibration) -> None:
         f"no stop rule was stored: got {rates.false_stop:.1%} false and {rates.missed_stop:.1%} missed stops with the best threshold, "
         "expected less than 100% together, which never to stop has too; train longer, or look at the table alone with --dry-run"
     )
+
+
+def _calibrate_confidence(model: Path, texts: list[str], device: str, dry_run: bool) -> None:
+    from kalle.evaluation.calibration import calibrate_confidence
+    from kalle.synthesis.kalle import Kalle
+    from kalle.synthesis.weights import write_confidence
+
+    result = calibrate_confidence(Kalle.from_pretrained(model, device), texts)
+    stored = result.to_stored()
+    alarms, found = f"{stored.false_alarm_rate:.1%} of {stored.utterances} texts", f"{stored.detected_rate:.1%} of as many with random ids"
+    typer.echo(f"confidence: {stored.usual:.3f} on average, low below {stored.low:.3f}, as in {alarms} and in {found}")
+    if not result.separates:
+        typer.echo("warning: that tells good speech from bad too rarely, so nothing is stored: train longer")
+    elif not dry_run:
+        write_confidence(model, stored)
 
 
 def _score(lm: KalleLM, dataset: LatentDataset, max_positions: int) -> EndScores:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,11 @@ from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
-from kalle.synthesis.options import StopRule
-from kalle.synthesis.weights import StoredStop, load_tokenizer
+from kalle.synthesis.generate import Request
+from kalle.synthesis.options import SpeechRequest, StopRule, derived_seed
+from kalle.synthesis.speech import speak
+from kalle.synthesis.weights import StoredConfidence, StoredStop, load_tokenizer
+from kalle.text.prompt import BEFORE_SPEECH
 
 if TYPE_CHECKING:
     from kalle.data.loading.datasets import LatentDataset
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 TABLE_THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 DEFAULT_MAX_POSITIONS = 4000
+SPREADS = 4.0
 SEPARATED = 0.1
 """The two rates together stay below this where the model knows its ends."""
 _FLOOR = 1e-4
@@ -216,6 +220,56 @@ def speak_freely(kalle: Kalle, texts: Sequence[str], frames: Sequence[int], stop
     speeches = [kalle.synthesize(text, seed=seed, stop=stop, retries=0) for seed, text in enumerate(texts)]
     ratios = [speech.frames / recorded for speech, recorded in zip(speeches, frames, strict=True)]
     return FreeRunning(Counter(speech.stop_reason for speech in speeches), float(np.median(ratios)))
+
+
+@dataclass(frozen=True)
+class ConfidenceCalibration:
+    """How sure the model is of texts that it knows how to speak, and of such that it cannot."""
+
+    good: NDArray[np.float64]
+    """Confidence of each text."""
+    bad: NDArray[np.float64]
+    """That of the same texts with random ids in place of their words."""
+    temperature: float
+
+    @property
+    def low(self) -> float:
+        """Below this, speech is doubtful: ``SPREADS`` standard deviations under what good speech has on average."""
+        return float(self.good.mean() - SPREADS * self.good.std())
+
+    @property
+    def separates(self) -> bool:
+        """Whether the threshold finds most of the bad speech and hardly any of the good."""
+        return bool((self.bad < self.low).mean() >= 0.5 and (self.good < self.low).mean() <= 0.05)
+
+    def to_stored(self) -> StoredConfidence:
+        """What config.json keeps of it."""
+        false_alarms, detected = (float((values < self.low).mean()) for values in (self.good, self.bad))
+        return StoredConfidence(self.low, self.temperature, float(self.good.mean()), false_alarms, detected, len(self.good))
+
+
+def calibrate_confidence(kalle: Kalle, texts: Sequence[str]) -> ConfidenceCalibration:
+    """Speak each of ``texts`` in the default voice as it is, and with random ids in place of its words, its index being the seed."""
+    good, bad = list[float](), list[float]()
+    for seed, text in enumerate(texts):
+        request = kalle.resolve(SpeechRequest(text, seed=seed, retries=0, by_sentences=False))
+        for values, asked in ((good, request), (bad, _garbled(kalle, request, text))):
+            speech = speak(kalle.lm, kalle.flowvae, asked)
+            if speech.frames:
+                values.append(speech.confidence)
+    if not good or not bad:
+        raise UserError("no confidence to calibrate: got no speech of any text, expected some; train longer")
+    return ConfidenceCalibration(np.array(good), np.array(bad), kalle.temperature)
+
+
+def _garbled(kalle: Kalle, request: Request, text: str) -> Request:
+    """``request`` with random ids in place of those of ``text``."""
+    count, after = max(1, len(kalle.tokenizer.encode(text)) - 1), len(BEFORE_SPEECH)
+    ids = request.text_ids.clone()
+    words = ids[max(1, len(ids) - after - count) : len(ids) - after]
+    generator = torch.Generator().manual_seed(derived_seed(f"kalle calibrate {request.seed}"))
+    words.copy_(torch.randint(kalle.tokenizer.special(BEFORE_SPEECH[0]), (len(words),), generator=generator))
+    return replace(request, text_ids=ids)
 
 
 def save_histogram(scores: EndScores, calibration: Calibration, path: str | Path) -> None:

@@ -52,7 +52,8 @@ def speech_figure(speech: Speech, width: int = 1200, height: int = 900) -> Figur
         axis.yaxis.label.set_size(10)
         if axis is not mel:
             axis.grid(alpha=0.25, linewidth=0.6)
-    end.set_xlim(0, speech.seconds or 1)
+    shown = speech.frames + (speech.end_frame_kl is not None)  # the frame that ended the speech comes after its last one
+    end.set_xlim(0, speech.seconds * shown / speech.frames if speech.frames else 1)
     end.set_xlabel("seconds", fontsize=10)
     figure.align_ylabels()
     return figure
@@ -137,7 +138,11 @@ def _draw_end(axis: Axes, speech: Speech) -> None:
     if not speech.frames:
         return
     values = speech.end_kl.astype(np.float64).clip(min=_LOWEST_KL)
-    axis.step(_edges(speech), _held(values), where="post", linewidth=1.3, color=_ORANGE, label="to the end distribution")
+    if speech.end_frame_kl is not None:
+        frame_s, end_kl = speech.seconds / speech.frames, max(speech.end_frame_kl, _LOWEST_KL)
+        axis.plot(speech.seconds + frame_s / 2, end_kl, "o", markersize=5, color=_ORANGE, label="the frame that ended the speech")
+        values = np.append(values, end_kl)
+    axis.step(_edges(speech), _held(values[: speech.frames]), where="post", linewidth=1.3, color=_ORANGE, label="to the end distribution")
     threshold = speech.stop.threshold if speech.stop.probability is None else 0.0  # it has no say beside a probability
     lowest = values.min()
     if threshold > 0:

@@ -326,7 +326,7 @@ class _SynthesisRun:
         }
         if references.recording is not None:
             ratio = speech.seconds / (len(references.recording) / RATE_HZ)
-            columns["early_stop"] = float(speech.stop_reason == "end" and ratio < EARLY_STOP_RATIO)
+            columns["early_stop"] = float(speech.stop_reason in ("end", "too_short") and ratio < EARLY_STOP_RATIO)
         if len(speech.audio):
             suffix = f".seed{seed}" if len(self.config.seeds) > 1 else ""
             path = self.out_dir / "wavs" / SYNTHESIS_SYSTEM / f"{item.file_stem}{suffix}.wav"

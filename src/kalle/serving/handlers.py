@@ -28,6 +28,7 @@ Number = TypeVar("Number", int, float)
 ENDINGS = {
     "end": "the model ended the speech",
     "max_frames": "cut at the length cap: allow more seconds or try another seed",
+    "too_short": "the model left out words: try another seed, or check the transcript of the recording",
     "repetition": "the model repeated itself and was stopped: try another seed",
     "silence": "the model fell silent and was stopped",
     "interrupted": "stopped by you",

@@ -299,7 +299,10 @@ def _together(lm: KalleLM, flowvae: FlowVAE, group: Sequence[tuple[int, Request]
     adapted = lm if adapter is None else adapter.applied_to(lm)
     try:
         for row, result in iterate_batch(adapted, plain, frame_budget=frame_budget, watcher=lambda _: next(waiting)):
-            yield group[row][0], finish(flowvae, result.frames, result.stop_reason, plain[row], result.generator, watchers[row])
+            yield (
+                group[row][0],
+                finish(flowvae, result.frames, result.stop_reason, plain[row], result.generator, watchers[row], result.end_frame),
+            )
     except RowError as error:
         with _named(group[error.handle][0]):
             raise UserError(error.reason) from None

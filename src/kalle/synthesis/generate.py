@@ -81,6 +81,8 @@ class Request:
     """Applied to the language model for this request alone."""
     text: str = ""
     """The words that ``text_ids`` stand for, the prompt's not included."""
+    low_confidence: float | None = None
+    """Speech of a lower confidence is doubtful; None where that is not known of the weights."""
     warnings: tuple[str, ...] = ()
     """Warnings about the text, a sentence each."""
 

@@ -29,6 +29,7 @@ from kalle.synthesis.generate import Request
 from kalle.synthesis.longform import LongForm, why_by_sentences
 from kalle.synthesis.options import (
     LONGEST_SECONDS,
+    NO_GUIDANCE,
     GenerationOptions,
     SpeechRequest,
     cap_frames,
@@ -36,7 +37,7 @@ from kalle.synthesis.options import (
     default_stop,
     usual_seconds,
 )
-from kalle.synthesis.release_compat import RELEASED_STEPS, ConvertedModels
+from kalle.synthesis.release_compat import OURS, RELEASED_STEPS, ConvertedModels
 from kalle.synthesis.speech import Speech, speak_with_retries
 from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, Voice, find_voice
@@ -283,7 +284,16 @@ class Kalle:
             cap = RELEASED_STEPS
         used = len(ids) + (0 if prompt is None else len(prompt)) + (0 if speaker is None else 1)
         cap = min(cap, self._free_positions(used))
-        return Request(ids, cap, options, prompt, speaker, adapter=self._adapter(voice), text=text, warnings=warnings)
+        adapter = self._adapter(voice)
+        low = None if adapter is not None else self._low_confidence(options)
+        return Request(ids, cap, options, prompt, speaker, adapter=adapter, text=text, low_confidence=low, warnings=warnings)
+
+    def _low_confidence(self, options: GenerationOptions) -> float | None:
+        """Below which confidence speech is doubtful; None where the calibration does not hold for ``options``."""
+        stored = self.config.confidence
+        if stored is None or options.guidance != NO_GUIDANCE or options.compatibility != OURS or not options.watch:
+            return None
+        return stored.low if options.temperature == stored.temperature else None
 
     def _spelled(self, text: str, language: str | None) -> tuple[str, ...]:
         """A warning that names the words whose phonemes nobody knows."""

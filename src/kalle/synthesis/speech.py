@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kalle.audio import to_pcm16, write_audio
+from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM
 from kalle.synthesis.generate import FloatArray, Frame, FrameWatcher, Generation, Request, Watcher, model_for, run
-from kalle.synthesis.options import StopRule, cap_seconds, derived_seed
+from kalle.synthesis.options import StopRule, cap_seconds, derived_seed, usual_seconds
 from kalle.synthesis.release_compat import OURS, ConvertedModels
 
 if TYPE_CHECKING:
@@ -29,9 +30,13 @@ LOGGER = logging.getLogger(__name__)
 FRAME_ARRAYS = ("latents", "log_std", "end_kl", "means", "log_likelihood", "stop_probability")
 """Fields of ``Speech`` with a row for each frame."""
 PCM16_MAX = 32767
-SpeechEnding = Literal["end", "max_frames", "repetition", "silence", "interrupted"]
-_BEST_FIRST = ("end", "silence", "repetition", "max_frames", "interrupted")
+SpeechEnding = Literal["end", "max_frames", "repetition", "silence", "too_short", "interrupted"]
+_BEST_FIRST = ("end", "silence", "repetition", "max_frames", "too_short", "interrupted")
 """Silence usually follows the last word, a repetition its first round; at the cap there is no telling what was said."""
+TOO_SHORT_SHARE = 0.4
+"""Speech that takes less than this share of the usual time lacks words: nobody speaks more than twice as fast."""
+SHORTEST_JUDGED_S = 1.0
+"""A text that usually takes less time has no pace to speak of."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Speech:
     """Samples per second."""
     stop_reason: SpeechEnding
     """"end", the model ended the speech; "max_frames", the length cap cut it; "repetition" or "silence", the model said the same or
-    nothing for seconds and was stopped; "interrupted", a stream was closed before its end."""
+    nothing for seconds and was stopped; "too_short", the model ended speech that is far too short for its text; "interrupted", a stream was
+    closed before its end."""
     seed: int
     """The seed that, with the same request, gives this result again."""
     latents: FloatArray
@@ -92,6 +98,12 @@ class Speech:
     """Warnings about the result, a sentence each."""
     stop_probability: FloatArray = field(default_factory=_unknown)
     """(T,): what the stop head said of each frame's being the end; (0,) without a head."""
+    end_frame_kl: float | None = None
+    """``end_kl`` of the frame that ended the speech, which is not among the frames; None where the model did not end it."""
+    end_frame_probability: float | None = None
+    """What the stop head said of that frame; None without a head."""
+    low_confidence: float | None = None
+    """The ``confidence`` below which speech of these weights is doubtful (`kalle calibrate`); None where that is not known."""
     text: str = ""
     """The words that the model got, numbers in words where that was wanted; of a text spoken by sentences, the text as it was given."""
     parts: tuple[Part, ...] = ()
@@ -121,12 +133,17 @@ class Speech:
         """Mean of ``frame_confidence``; NaN without frames."""
         return float(self.frame_confidence.mean()) if self.frames else float("nan")
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether ``confidence`` is low for these weights: the speech is probably no words, or the wrong ones."""
+        return self.low_confidence is not None and self.frames > 0 and self.confidence < self.low_confidence
+
     def pcm16(self) -> NDArray[np.int16]:
         """The audio (S,) as 16-bit integers, rounded and clipped: the samples that ``save`` writes."""
         return to_pcm16(self.audio)
 
     def save(self, path: str | Path) -> None:
-        """Write a 16-bit WAV or FLAC file by suffix; a UserError, and no partial file, when that fails."""
+        """Write the audio in the format of the suffix (``kalle.audio.WRITABLE``); a UserError, and no partial file, when that fails."""
         write_audio(path, self.audio, self.sample_rate)
 
 
@@ -155,7 +172,7 @@ def speak(lm: KalleLM, flowvae: FlowVAE, request: Request, converted: ConvertedM
     generation, generator = start(lm, request, watcher, converted)
     frames = list(generation)
     assert generation.stop_reason is not None
-    return finish(flowvae, frames, generation.stop_reason, request, generator, watcher)
+    return finish(flowvae, frames, generation.stop_reason, request, generator, watcher, generation.end_frame)
 
 
 def start(
@@ -191,8 +208,8 @@ def log_retry(speech: Speech, again: Request, number: int, allowed: int) -> None
 
 
 def needs_retry(speech: Speech) -> bool:
-    """Whether the ending is bad: not by the model itself, or before the first frame."""
-    return speech.stop_reason not in ("end", "interrupted") or not speech.frames
+    """Whether the ending is bad (not by the model itself, or before the first frame), or the speech is doubtful."""
+    return speech.stop_reason not in ("end", "interrupted") or not speech.frames or speech.doubtful
 
 
 def next_seed(seed: int, attempt: int) -> int:
@@ -208,10 +225,15 @@ def retry_request(request: Request, attempt: int) -> Request:
 def keep_best(tries: Sequence[Speech]) -> Speech:
     """The best of all ``tries`` of one request, in order: its ``attempts`` list every one, its ``seed`` is the request's.
 
-    One that ended by itself wins, then silence, repetition, the length cap; speech wins over no speech at all, and otherwise the
-    earlier try over the later one.
+    One that ended by itself wins, then silence, repetition, the length cap, too short; speech wins over no speech at all, of doubtful
+    ones the more confident, and otherwise the earlier try over the later one.
     """
-    best = min(range(len(tries)), key=lambda i: (not tries[i].frames, _BEST_FIRST.index(tries[i].stop_reason)))
+
+    def badness(index: int) -> tuple[bool, int, float]:
+        speech = tries[index]
+        return not speech.frames, _BEST_FIRST.index(speech.stop_reason), 1 - speech.confidence if speech.doubtful else 0.0
+
+    best = min(range(len(tries)), key=badness)
     attempts = tuple(dataclasses.replace(tries[i].attempts[0], kept=i == best) for i in range(len(tries)))
     warnings = tries[best].warnings
     if len(tries) > 1:
@@ -227,6 +249,7 @@ def finish(
     request: Request,
     generator: torch.Generator | None = None,
     watcher: Watcher | None = None,
+    end_frame: Frame | None = None,
 ) -> Speech:
     """Decode ``frames``, all that ``request`` gave, into a result; what ``watcher`` found to be stuck is cut from their tail.
 
@@ -236,7 +259,7 @@ def finish(
     audio = decode_latents(flowvae, _decoder_input(frames[:kept], request, generator, flowvae.config.latent_dim))
     if request.options.compatibility.truncate_int16:
         audio = truncate_to_int16(audio)
-    return assemble(frames[:kept], audio, stop_reason, request, flowvae.config, len(frames) - kept)
+    return assemble(frames[:kept], audio, stop_reason, request, flowvae.config, len(frames) - kept, end_frame=end_frame)
 
 
 def assemble(
@@ -247,15 +270,18 @@ def assemble(
     config: FlowVAEConfig,
     trimmed_frames: int = 0,
     stuck_frames: int = 0,
+    end_frame: Frame | None = None,
 ) -> Speech:
     """The result of one attempt: ``audio`` (S,) of ``frames``, after which ``trimmed_frames`` were left out.
 
     The last ``stuck_frames`` of ``frames`` should have been left out too, and were heard already.
     """
+    if stop_reason == "end" and _too_short(len(audio) / config.sample_rate, request):
+        stop_reason = "too_short"
     z, distribution = _stack([frame.z for frame in frames], config.latent_dim), _gaussian(frames, config.latent_dim)
     trimmed_seconds, stuck_seconds = trimmed_frames / config.frame_rate_hz, stuck_frames / config.frame_rate_hz
-    told = _ending_warnings(stop_reason, len(audio) / config.sample_rate, trimmed_seconds, stuck_seconds)
-    return Speech(
+    told = _ending_warnings(stop_reason, len(audio) / config.sample_rate, trimmed_seconds, stuck_seconds, request)
+    speech = Speech(
         audio=audio,
         sample_rate=config.sample_rate,
         stop_reason=stop_reason,
@@ -272,18 +298,42 @@ def assemble(
         trimmed_seconds=trimmed_seconds,
         stuck_seconds=stuck_seconds,
         warnings=(*request.warnings, *told),
+        end_frame_kl=None if end_frame is None else end_frame.end_kl,
+        end_frame_probability=None if end_frame is None else end_frame.stop_probability,
+        low_confidence=request.low_confidence,
         text=request.text,
     )
+    if not speech.doubtful:
+        return speech
+    low = f"the confidence is low ({speech.confidence:.3f}, good speech of these weights has at least {speech.low_confidence:.3f})"
+    return dataclasses.replace(speech, warnings=(*speech.warnings, f"{low}: words may be wrong"))
 
 
-def _ending_warnings(stop_reason: SpeechEnding, seconds: float, trimmed_seconds: float, stuck_seconds: float) -> tuple[str, ...]:
+def _too_short(seconds: float, request: Request) -> bool:
+    """Whether speech of so many ``seconds`` that the model ended by itself lacks words of its text."""
+    if not request.options.watch or request.options.compatibility != OURS:
+        return False
+    usual = _usual_seconds(request.text)
+    return usual >= SHORTEST_JUDGED_S and 0 < seconds < TOO_SHORT_SHARE * usual
+
+
+def _usual_seconds(text: str) -> float:
+    """How long the words of ``text`` take at the usual pace: marks between them, which there may be any number of, take none."""
+    return usual_seconds(" ".join("".join(character if character.isalnum() else " " for character in text).split()))
+
+
+def _ending_warnings(
+    stop_reason: SpeechEnding, seconds: float, trimmed_seconds: float, stuck_seconds: float, request: Request
+) -> tuple[str, ...]:
     heard = f"; {stuck_seconds:.1f} s of it were heard" if stuck_seconds else ""
     cut = heard + (f"; {trimmed_seconds:.1f} s of it were cut from the end" if trimmed_seconds else "")
-    good = seconds - stuck_seconds
+    good, usual = seconds - stuck_seconds, _usual_seconds(request.text)
+    prompted = "" if request.prompt_latents is None else "; a transcript that lacks words of its recording does this, too"
     texts = {
         "max_frames": f"the speech did not end by itself and was cut at {seconds:.1f} s: words may be missing",
         "repetition": f"the speech got stuck in a repetition after {good:.1f} s{cut}: words may be missing",
         "silence": f"the speech fell silent after {good:.1f} s without an end{cut}: words may be missing",
+        "too_short": f"the speech ended after {seconds:.1f} s, where its text usually takes {usual:.1f} s: words are missing{prompted}",
         "interrupted": f"the speech was interrupted after {seconds:.1f} s: words are missing",
     }
     nothing = () if seconds else ("nothing was spoken",)
@@ -313,6 +363,7 @@ def joined(parts: Sequence[Part], seed: int, text: str, unspoken: Sequence[tuple
         stuck_seconds=sum(speech.stuck_seconds for speech in speeches),
         warnings=(*named, *left),
         text=text,
+        low_confidence=worst.low_confidence,
         parts=tuple(parts),
         **arrays,
     )
@@ -344,7 +395,17 @@ def decode_latents(flowvae: FlowVAE, latents: Tensor) -> FloatArray:
     if not len(latents):
         return np.zeros(0, dtype=np.float32)
     weight = next(flowvae.parameters())
-    return flowvae.decode(latents[None].to(weight.device, weight.dtype))[0].float().cpu().numpy()
+    return check_finite(flowvae.decode(latents[None].to(weight.device, weight.dtype))[0].float().cpu().numpy())
+
+
+def check_finite(audio: FloatArray) -> FloatArray:
+    """``audio`` itself; a UserError for NaN or infinity, which nobody shall hear."""
+    bad = int((~np.isfinite(audio)).sum())
+    if bad:
+        raise UserError(
+            f"the Flow-VAE gives {bad} of {audio.size} samples that are not finite, expected numbers; check its weights, or load them again"
+        )
+    return audio
 
 
 def truncate_to_int16(audio: FloatArray) -> FloatArray:

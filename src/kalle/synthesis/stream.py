@@ -17,7 +17,7 @@ from kalle.models.lm import KalleLM
 from kalle.synthesis.generate import FloatArray, Frame, Request
 from kalle.synthesis.longform import Fader, LongForm, Part
 from kalle.synthesis.options import SpeechRequest
-from kalle.synthesis.speech import Speech, SpeechEnding, assemble, joined, start, watcher_of
+from kalle.synthesis.speech import Speech, SpeechEnding, assemble, check_finite, joined, start, watcher_of
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
@@ -143,7 +143,8 @@ class RequestStream(Iterator[FloatArray]):
         frames = self._frames[: len(audio) // self._config.hop_length]
         kept = None if self._stop_reason is None else self._kept_frames()
         trimmed, stuck = (0, 0) if kept is None else (self._generated - len(frames), max(0, len(frames) - kept))
-        return assemble(frames, audio, self._stop_reason or "interrupted", self.request, self._config, trimmed, stuck)
+        reason, end = self._stop_reason or "interrupted", self._generation.end_frame
+        return assemble(frames, audio, reason, self.request, self._config, trimmed, stuck, end if reason == "end" else None)
 
     def close(self) -> None:
         """End the stream now and free what the model and the decoder remember; another thread's ``next`` does that when it returns."""
@@ -193,7 +194,7 @@ class RequestStream(Iterator[FloatArray]):
             if self._frames:
                 parts.append(self._rest(self._state, kept))
             self._stop_reason, self._done = reason, True
-        return torch.cat(parts, dim=1)[0].float().cpu().numpy() if parts else np.zeros(0, dtype=np.float32)
+        return check_finite(torch.cat(parts, dim=1)[0].float().cpu().numpy()) if parts else np.zeros(0, dtype=np.float32)
 
     def _rest(self, state: DecoderState, kept: int | None) -> torch.Tensor:
         """The samples (1, n) still owed, none of those after ``kept`` frames."""

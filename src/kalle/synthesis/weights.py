@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, permission_errors, read_json, write_json
@@ -26,6 +26,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
+class StoredConfidence:
+    """What a calibration measured of the confidence of speech (``Speech.confidence``)."""
+
+    low: float
+    """Speech below it is doubtful."""
+    temperature: float = 1.0
+    """It holds at this temperature."""
+    usual: float | None = None
+    """Mean over held-out texts; this and what follows is for people."""
+    false_alarm_rate: float | None = None
+    """Share of the texts that came out below ``low``."""
+    detected_rate: float | None = None
+    """Share of deliberately bad speech that came out below ``low``."""
+    utterances: int | None = None
+    """How many texts that were."""
+
+
+@dataclass(frozen=True)
 class FolderConfig:
     """The settings for speaking in NAME/config.json; every key is optional."""
 
@@ -39,6 +57,8 @@ class FolderConfig:
     """Samples per second of the audio; None leaves it to the Flow-VAE."""
     temperature: float | None = None
     """Scale of the standard deviations that suits these weights, at least 0; None for 1."""
+    confidence: StoredConfidence | None = None
+    """Which confidence is low for these weights; None where it was not calibrated."""
     longest_seconds: float | None = None
     """Speech at the usual pace that these weights keep up in one request; a longer text is best spoken in parts. None for what a request
     allows."""
@@ -91,6 +111,7 @@ class _Stored:
     temperature: float | None = None
     longest_seconds: float | None = None
     text: LearntTexts | None = None
+    confidence: StoredConfidence | None = None
 
 
 @permission_errors()
@@ -124,10 +145,19 @@ def write_stop(folder: str | Path, stop: StoredStop) -> None:
 
     UserError as ``read_folder``, and when the file cannot be written.
     """
+    _store(folder, "stop", stop.to_dict())
+
+
+def write_confidence(folder: str | Path, confidence: StoredConfidence) -> None:
+    """Store ``confidence`` in the config.json of ``folder``, as ``write_stop`` does."""
+    _store(folder, "confidence", asdict(confidence))
+
+
+def _store(folder: str | Path, name: str, value: object) -> None:
     read_folder(folder)
     path = Path(folder) / CONFIG_NAME
     values = read_json(path) if path.is_file() else {"format_version": FORMAT_VERSION}
-    write_json(path, values | {"stop": stop.to_dict()})
+    write_json(path, values | {name: value})
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -151,7 +181,16 @@ def _read_config(path: Path, stop_head: bool) -> FolderConfig:
     text = stored.text or LearntTexts()
     if stored.language is not None and text.languages and stored.language not in text.languages:
         raise UserError(f"bad language in '{path}': got {stored.language!r}, expected one of text.characters ({', '.join(text.languages)})")
-    return FolderConfig(stop, stored.language, stored.voice, stored.sample_rate, stored.temperature, stored.longest_seconds, text)
+    return FolderConfig(
+        stop=stop,
+        language=stored.language,
+        voice=stored.voice,
+        sample_rate=stored.sample_rate,
+        temperature=stored.temperature,
+        confidence=stored.confidence,
+        longest_seconds=stored.longest_seconds,
+        text=text,
+    )
 
 
 @permission_errors()
@@ -191,6 +230,11 @@ def shipped_folder() -> Path | None:
     package = Path(__file__).resolve().parents[1]
     candidates = [root / CKPT / SHIPPED for root in (package, package.parents[1])]
     return next((folder for folder in candidates if (folder / CONFIG_NAME).is_file()), None)
+
+
+def in_package(folder: Path) -> bool:
+    """Whether ``folder`` is part of the installed package, which is no place for files of a user."""
+    return folder.resolve().is_relative_to(Path(__file__).resolve().parents[1])
 
 
 def shipped_weights() -> Path:
