@@ -28,7 +28,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--model", type=Path, help="weight folder (default: the released files in ckpt/, converted once to ckpt/kalle-release)"
     )
     parser.add_argument("--ckpt", type=Path, default=CKPT, help="folder of the released files")
-    parser.add_argument("--output", type=Path, default=Path("output.wav"), help="file to write, .wav or .flac (default: output.wav)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output.wav"), help="file to write, in the format of its suffix (default: output.wav)"
+    )
     parser.add_argument("--seed", type=int, help="the same seed gives the same speech")
     parser.add_argument("--max_seconds", type=float, help="length cap; by default what slow speech of the text does not reach")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -44,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> None:
     """Speak; a UserError for every mistake."""
     given = parse(arguments)
-    from kalle.cli.say import check_output, speak_to_file
+    from kalle.cli.say import Told, check_output, speak_to_file
     from kalle.cli.speaking import check_request, choose_voice
     from kalle.convert.release import release_folder
 
@@ -61,7 +63,7 @@ def run(arguments: list[str] | None = None) -> None:
     voice = choose_voice(kalle, given.prompt_wav_path, given.prompt_text, None)
     compatibility = ReleaseCompatibility.release() if given.release_exact else OURS
     options = GenerationOptions(seed=given.seed, max_seconds=given.max_seconds, compatibility=compatibility)
-    speak_to_file(kalle, given.target_text, given.output, voice, options)
+    speak_to_file(kalle, given.target_text, Told(given.output), voice, options)
 
 
 def main(arguments: list[str] | None = None) -> int:

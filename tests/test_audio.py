@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from kalle.audio import (
+    WRITABLE,
     AudioError,
     audio_writer,
     clipped_share,
@@ -256,7 +257,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, monkeypatch) -> No
     with contextlib.suppress(KeyboardInterrupt), audio_writer(tmp_path / "a.wav", 16000) as append:
         append(np.zeros(100))
         raise KeyboardInterrupt
-    with pytest.raises(UserError, match=r"expected \.wav or \.flac"), audio_writer(tmp_path / "a.mp3", 16000):
+    with pytest.raises(UserError, match=r"expected \.wav, \.flac, \.mp3"), audio_writer(tmp_path / "a.m4a", 16000):
         pass
     monkeypatch.setattr("kalle.audio.LONGEST_WAV_BYTES", 300)
     with pytest.raises(UserError, match="too long for a WAV"), audio_writer(tmp_path / "a.wav", 16000) as append:
@@ -273,3 +274,15 @@ def test_samples_survive_the_way_to_sixteen_bits_and_back() -> None:
 def test_a_rate_that_is_none_is_refused(from_hz: int, to_hz: int) -> None:
     with pytest.raises(UserError, match=r"bad sample rate: got (0|-8000) Hz, expected more than 0"):
         resample(np.zeros(10, dtype=np.float32), from_hz, to_hz)
+
+
+@pytest.mark.parametrize("suffix", list(WRITABLE))
+def test_every_format_is_written_whole_and_read_again(tmp_path: Path, suffix: str) -> None:
+    said = 0.3 * np.sin(np.arange(12345) / 9)
+    write_audio(tmp_path / f"a{suffix}", said, 16000)
+    samples, rate = load_channels(tmp_path / f"a{suffix}")
+    assert samples.shape == (1, 12345) if suffix != ".opus" else samples.shape[1] * 16000 == pytest.approx(12345 * rate, rel=1e-3)
+    with audio_writer(tmp_path / f"b{suffix}", 16000) as append:
+        for start in range(0, 12345, 5000):
+            append(said[start : start + 5000])
+    assert load_channels(tmp_path / f"b{suffix}")[0].shape == samples.shape

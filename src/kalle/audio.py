@@ -27,7 +27,14 @@ LONGEST_WAV_BYTES = 2**32 - 4096
 MOST_VALUES_A_SECOND = 384_000
 """Of a file whose length is bounded, all channels together: 192 kHz in stereo. A header may claim any rate."""
 _LONGEST_BELIEVED_SECONDS = 1e9
-WRITABLE = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16")}
+WRITABLE = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_16"),
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+    ".opus": ("OGG", "OPUS"),
+    ".ogg": ("OGG", "VORBIS"),
+}
+"""Suffix -> format and encoding of libsndfile."""
 
 
 class AudioError(UserError):
@@ -79,19 +86,28 @@ def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:
 
 
 def write_audio(path: str | Path, audio: NDArray[np.floating], sample_rate_hz: int) -> None:
-    """Write mono (S,) in [-1, 1] as 16-bit WAV or FLAC (by suffix), rounded and clipped; nothing is left behind on failure.
+    """Write mono (S,) in [-1, 1] rounded and clipped to 16 bits, in the format of the suffix (``WRITABLE``).
+
+    Nothing is left behind on failure.
 
     Raises UserError for another suffix, an empty or non-finite array, or when the file cannot be written.
     """
     path = Path(path)
-    kind = WRITABLE.get(path.suffix.lower())
-    if kind is None:
-        raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {' or '.join(WRITABLE)}; rename the output")
+    kind = writable_kind(path)
     samples = np.asarray(audio)
     assert samples.ndim == 1, f"expected mono (S,), got shape {samples.shape}"
     if samples.size == 0 or not np.isfinite(samples).all():
         raise UserError(f"no audio to write to '{path}': got {samples.size} samples with NaN or none at all, expected finite speech")
     write_encoded(path, to_pcm16(samples), sample_rate_hz, kind[0], kind[1])
+
+
+def writable_kind(path: Path) -> tuple[str, str]:
+    """The format and encoding in which ``path`` is written, by its suffix; a UserError for one that nothing is written in."""
+    kind = WRITABLE.get(path.suffix.lower())
+    if kind is None:
+        kinds = f"{', '.join(list(WRITABLE)[:-1])} or {list(WRITABLE)[-1]}"
+        raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {kinds}; rename the output")
+    return kind
 
 
 def to_pcm16(audio: NDArray[np.floating]) -> NDArray[np.int16]:
@@ -106,13 +122,13 @@ def from_pcm16(samples: NDArray[np.int16]) -> Audio:
 
 @contextmanager
 def audio_writer(path: Path, sample_rate_hz: int) -> Iterator[Callable[[NDArray[np.floating]], None]]:
-    """Yield a function that appends mono samples (S,) in [-1, 1] to a 16-bit WAV or FLAC file, which appears when the block ends well.
+    """Yield a function that appends mono samples (S,) in [-1, 1] to a file in the format of its suffix (``WRITABLE``).
+
+    It appears when the block ends well.
 
     For audio that is too long to be held in memory. UserError for another suffix; a DiskError when the disk refuses.
     """
-    kind = WRITABLE.get(path.suffix.lower())
-    if kind is None:
-        raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {' or '.join(WRITABLE)}; rename the output")
+    kind = writable_kind(path)
     written = 0
     with atomic_file(path) as temporary:
         temporary.touch()

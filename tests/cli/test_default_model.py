@@ -126,3 +126,15 @@ def test_the_weights_language_is_for_texts_in_its_script() -> None:
     assert italian.language_of("Доброе утро.", GenerationOptions()) is None, "left to be guessed"
     assert italian.language_of("Buongiorno.", asked) == "en"
     assert FolderConfig().language_of("Good morning.", GenerationOptions()) is None
+
+
+def test_nothing_is_written_into_the_installed_package(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    module = shipped.parent / "synthesis" / "weights.py"
+    monkeypatch.setattr(weights, "__file__", str(module))
+    before = sorted(shipped.rglob("*"))
+    assert main(["voices", "random", "--seed", "5", "--name", "clara", "--device", "cpu"]) == 0
+    assert Path("clara.safetensors").is_file()
+    assert main(["calibrate", "kalle-nano", "--latents", str(tmp_path)]) == 2
+    assert "is part of the installed package" in capsys.readouterr().err
+    assert sorted(shipped.rglob("*")) == before
+    assert main(["say", "Hello.", "--voice", "clara", "-o", str(tmp_path / "c.wav"), *SHORT]) == 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def test_prompt_and_voice_file_speak_alike(model: Path, tmp_path: Path, recordin
         (["Hi", "--model", "none"], "no such weight folder: got 'none'"),
         (["Hi", "--model", "ckpt/kalle-release"], "`kalle download`"),
         (["Hi", "--seed", "x"], "--seed"),
-        (["Hi", "-o", "out.mp3"], "expected .wav or .flac"),
+        (["Hi", "-o", "out.m4a"], "expected .wav, .flac, .mp3, .opus or .ogg"),
+        (["Hi", "-o", "-", "--play"], "two places to hear it"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_file(
@@ -196,3 +198,55 @@ def test_guidance_is_that_of_the_library_in_one_request_and_in_sentences(model: 
         assert say(model, "Hello.", "-o", out, "--seed", 4, "--max-seconds", 0.8, "--guidance", guidance, "--srt") == 0
         audio.append(read_audio(out))
     assert not np.array_equal(*audio)
+
+
+def test_json_quiet_and_the_formats(model: Path, tmp_path: Path, capsys) -> None:
+    common = ("--seed", 4, "--max-seconds", 0.8)
+    assert say(model, "Hello.", "-o", tmp_path / "a.mp3", *common, "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    assert len(read_audio(tmp_path / "a.mp3")) == 12800
+    assert say(model, "Hello.", "-o", tmp_path / "a.opus", *common, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["output"], facts["seed"], facts["frames"], facts["stop_reason"]) == (str(tmp_path / "a.opus"), 4, 10, "max_frames")
+    assert facts["attempts"] == [{"seed": 4, "stop_reason": "max_frames", "frames": 10, "kept": True}]
+    assert say(model, "One. Two three four five six.", "--by-sentences", "-o", tmp_path / "b.flac", *common, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [sentence["text"] for sentence in facts["sentences"]] == ["One. Two three four five six."]
+    assert (tmp_path / "b.flac").stat().st_size > 1000
+
+
+def test_play_keeps_no_file_that_was_not_asked_for(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    player = tmp_path / "bin" / "aplay"
+    player.parent.mkdir()
+    player.write_text(f'#!/bin/sh\n/bin/cp "$2" {tmp_path}/heard.wav\n')
+    player.chmod(0o700)
+    monkeypatch.setenv("PATH", str(player.parent))
+    common = ("Hello.", "--seed", 4, "--max-seconds", 0.8, "--play")
+    assert say(model, *common) == 0
+    assert "played with aplay" in capsys.readouterr().err
+    assert len(read_audio(tmp_path / "heard.wav")) == 12800
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "heard.wav"]
+    assert say(model, *common, "-o", "a.flac") == 0
+    assert len(read_audio(tmp_path / "a.flac")) == 12800
+    player.write_text("#!/bin/sh\necho no device >&2; exit 1\n")
+    assert say(model, *common) == 2
+    assert "could not be played and was not kept" in capsys.readouterr().err
+    assert say(model, *common, "-o", "b.wav") == 0
+    assert "the audio is in b.wav" in capsys.readouterr().err
+
+
+def test_an_unreadable_prompt_is_one_line_for_every_command(model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "noise.wav").write_bytes(b"RIFF" + bytes(200))
+    prompt = ["--prompt-audio", str(tmp_path / "noise.wav"), "--prompt-text", "Tone."]
+    common = ["--model", str(model), "--device", "cpu"]
+    for arguments in (
+        ["say", "Hi.", "-o", str(tmp_path / "a.wav"), *prompt],
+        ["stream", "Hi.", "-o", str(tmp_path / "a.wav"), *prompt],
+        ["voices", "create", "--audio", str(tmp_path / "noise.wav"), "--text", "Tone.", "--out", str(tmp_path / "a.safetensors")],
+        ["adapt", str(tmp_path / "noise.wav"), "--text", "Tone.", "--sim-texts", "0"],
+    ):
+        assert main([*arguments, *common]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert "noise.wav" in error

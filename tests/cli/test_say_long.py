@@ -210,7 +210,7 @@ def test_nothing_spoken_at_all_is_an_error(model: Path, book: Path, tmp_path: Pa
         (["--text-file", "book.txt", "--temperature", "-1"], "bad temperature"),
         (["--text-file", "book.txt", "--seed", "-1"], "bad seed: got -1"),
         (["Hi", "--language", "English!"], "unknown language: got 'English!'"),
-        (["--text-file", "book.txt", "-o", "out.mp3"], "expected .wav or .flac"),
+        (["--text-file", "book.txt", "-o", "out.m4a"], "expected .wav, .flac"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_file(model: Path, book: Path, tmp_path: Path, capsys, monkeypatch, arguments, message) -> None:
@@ -300,3 +300,24 @@ def test_options_of_one_request_reach_it(model: Path, tmp_path: Path, capsys) ->
     arguments[arguments.index(0.4)] = 4  # a cap shorter than the text's own is no bad ending
     assert main(["say", "Hi.", "-o", str(tmp_path / "c.wav"), *map(str, arguments), "--retries", "2"]) == 0
     assert re.search(r"attempts: 3 \(seed 1: \w+.*\(kept\)", capsys.readouterr().out)
+
+
+def test_subtitles_never_overwrite_those_of_another_file(model: Path, book: Path, tmp_path: Path) -> None:
+    def subtitled(name: str) -> None:
+        assert say(model, "--text-file", book, "-o", tmp_path / name, "--seed", 3, "--srt") == 0
+
+    (tmp_path / "film.srt").write_text("of the film")
+    subtitled("film.wav")
+    assert (tmp_path / "film.srt").read_text() == "of the film"
+    assert (tmp_path / "film.wav.srt").is_file()
+    subtitled("book.wav")
+    first = (tmp_path / "book.srt").read_text()
+    (tmp_path / "book.srt").write_text(first + "edited")
+    subtitled("book.flac")
+    assert (tmp_path / "book.srt").read_text() == first + "edited"
+    assert (tmp_path / "book.flac.srt").read_text() == first
+    (tmp_path / "alone.srt").unlink(missing_ok=True)
+    for _ in range(2):  # spoken again, its own are replaced
+        subtitled("alone.wav")
+    assert (tmp_path / "alone.srt").is_file()
+    assert not (tmp_path / "alone.wav.srt").exists()

@@ -178,11 +178,11 @@ def test_play_speaks_and_plays(model: Path, tmp_path: Path, capsys, programs) ->
 def test_players(tmp_path: Path, programs) -> None:
     (tmp_path / "a.wav").touch()
     programs()
-    assert play_file(tmp_path / "a.wav").startswith("no player found (looked for paplay, aplay, afplay, ffplay, play); the audio is in ")
+    assert play_file(tmp_path / "a.wav") == ("no player found (looked for paplay, aplay, afplay, ffplay, play)", False)
     with pytest.raises(UserError, match="no player to hear the stream with"):
         PipedPlayer(16000)
     programs(ffplay="echo audio open failed >&2", play="exit 0")
-    assert play_file(tmp_path / "a.wav") == "played with play"
+    assert play_file(tmp_path / "a.wav") == ("played with play", True)
     assert {player.name for player in PLAYERS if player.pipe is None} == {"afplay"}
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -181,18 +182,31 @@ def available_players() -> list[Player]:
     return [player for player in PLAYERS if shutil.which(player.name)]
 
 
-def play_file(path: Path) -> str:
-    """Play a WAV file with the first player that can; returns what happened, in one line."""
+def play_file(path: Path) -> tuple[str, bool]:
+    """Play a WAV file with the first player that can; returns what happened, in a few words, and whether it was played."""
     failures = []
     for player in available_players():
         command = [word.format(path=path, rate="") for word in player.file]
         result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
         if result.returncode == 0 and NO_DEVICE not in result.stderr:
-            return f"played with {player.name}"
+            return f"played with {player.name}", True
         failures.append(f"{player.name}: {_last_line(result.stderr) or f'exit code {result.returncode}'}")
     if failures:
-        return f"could not play it ({'; '.join(failures)}); the audio is in {path}"
-    return f"no player found (looked for {', '.join(player.name for player in PLAYERS)}); the audio is in {path}"
+        return f"could not play it ({'; '.join(failures)})", False
+    return f"no player found (looked for {', '.join(player.name for player in PLAYERS)})", False
+
+
+def play_any(path: Path) -> tuple[str, bool]:
+    """``play_file`` for audio of any kind that can be read."""
+    if path.suffix.lower() == ".wav":
+        return play_file(path)
+    from kalle.audio import load_channels, write_audio
+
+    channels, rate_hz = load_channels(path)
+    with tempfile.TemporaryDirectory(prefix="kalle-") as folder:
+        wav = Path(folder) / f"{path.stem}.wav"
+        write_audio(wav, channels[0], rate_hz)
+        return play_file(wav)
 
 
 class PipedPlayer:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 COMMANDS = {
     "say": "speak a text, or a whole book, into a file",
@@ -33,6 +34,7 @@ HYDRA_COMMANDS = frozenset({"encode", "evaluate", "train"})
 """These take Hydra overrides, which only Hydra can parse."""
 
 USAGE_ERROR = 2
+HELP_ALL = "--help-all"
 INTERRUPTED = 130
 CLOSED_PIPE = 141
 """128 and the number of SIGPIPE."""
@@ -53,11 +55,23 @@ def _run_typer(name: str, arguments: Sequence[str]) -> int:
     module = importlib.import_module(f"kalle.cli.{name}")
     app = getattr(module, "app", None)
     if app is None:
-        app = typer.Typer(add_completion=False)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
         app.command()(getattr(module, name))
     command = get_command(app)
-    code = command.main(args=list(arguments), prog_name=f"kalle {name}", standalone_mode=False)
+    code = command.main(args=_with_help(command, arguments), prog_name=f"kalle {name}", standalone_mode=False)
     return int(code) if isinstance(code, int) else 0
+
+
+def _with_help(command: Any, arguments: Sequence[str]) -> list[str]:
+    """``arguments`` for ``command``, in which --help-all is a --help that shows the rarer options, too; --help says how many there are."""
+    for each in (command, *getattr(command, "commands", {}).values()):
+        rare = [parameter for parameter in each.params if getattr(parameter, "hidden", False)]
+        if HELP_ALL in arguments:
+            for parameter in rare:
+                parameter.hidden = False
+        elif rare:
+            each.epilog = f"{HELP_ALL} shows {len(rare)} more options."
+    return ["--help" if argument == HELP_ALL else argument for argument in arguments]
 
 
 def dispatch(arguments: Sequence[str]) -> int:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import logging
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -56,7 +59,12 @@ def say(
     text: Annotated[str | None, typer.Argument(help="What to say; - reads it from standard input.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write, .wav or .flac; - is WAV on standard output.", show_default="a new speech.wav"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write: .wav, .flac, .mp3, .opus, .ogg; - is WAV on standard output.",
+            show_default="a new speech.wav",
+        ),
     ] = None,
     model: ModelOption = None,
     prompt_audio: PromptAudioOption = None,
@@ -77,8 +85,15 @@ def say(
         Path | None, typer.Option(help="Figure of waveform, mel, spread and end divergence to write; short texts only.")
     ] = None,
     srt: Annotated[bool, typer.Option("--srt", help="Write subtitles beside the output; speaks sentence by sentence.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin a long text again, and forget the sentences of the last run.")] = False,
-    keep_parts: Annotated[bool, typer.Option("--keep-parts", help="Keep the folder with the sentences of a long text.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin a long text again, and forget the sentences of the last run.", hidden=True)
+    ] = False,
+    keep_parts: Annotated[
+        bool, typer.Option("--keep-parts", help="Keep the folder with the sentences of a long text.", hidden=True)
+    ] = False,
+    play: Annotated[bool, typer.Option("--play", help="Play it when it is done; without -o no file is kept.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what came of it as one JSON object.")] = False,
     *,
     options: GenerationOptions,
 ) -> None:
@@ -94,20 +109,86 @@ def say(
     if show_text:
         return typer.echo(shown_text(written, options, model_folder(model), from_file=text_file is not None, srt=srt))
     check_output(output or Path(DEFAULT_STEM + DEFAULT_SUFFIX))
+    if play and output == STDOUT:
+        raise UserError("two places to hear it: got -o - and --play, expected one of them; leave one out")
     check_request(written, prompt_audio, prompt_text, voice)
-    folder = model_folder(model)
+    folder = model_folder(model, quiet=quiet)
     why = why_long(written, options, _config(folder), from_file=text_file is not None, srt=srt)
-    output = free_output(long=why is not None) if output is None else output
-    check_files(output, long=why is not None, plot=plot, srt=srt)
-    # The precision of the release is rounded to from fp32.
-    kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype, quantize)
-    chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
-    if why is None:
-        tell_without_effect(options, restart, keep_parts)
-        speak_to_file(kalle, written, output, chosen, options, plot=plot)
-    else:
-        speak_long_to_file(kalle, written, output, chosen, options, why=why, srt=srt, restart=restart, keep_parts=keep_parts)
+    with _place(output, play, long=why is not None) as place, _warnings_off(quiet):
+        told = Told(place, output is not None or not play, play, quiet, as_json)
+        check_files(place, long=why is not None, plot=plot, srt=srt)
+        # The precision of the release is rounded to from fp32.
+        kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype, quantize)
+        chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
+        if why is None:
+            tell_without_effect(options, restart, keep_parts)
+            speak_to_file(kalle, written, told, chosen, options, plot=plot)
+        else:
+            speak_long_to_file(kalle, written, told, chosen, options, why=why, srt=srt, restart=restart, keep_parts=keep_parts)
     return None
+
+
+@dataclass(frozen=True)
+class Told:
+    """Where the audio goes, and how much is said of it."""
+
+    output: Path
+    """``STDOUT`` is standard output, which then has the audio alone."""
+    kept: bool = True
+    """Whether the file stays; one that is only played does not."""
+    play: bool = False
+    quiet: bool = False
+    as_json: bool = False
+
+    def notice(self, line: str) -> None:
+        """Say ``line`` on standard error while the work goes on."""
+        if not self.quiet:
+            typer.echo(line, err=True)
+
+    def result(self, lines: Iterable[str], facts: Mapping[str, Any]) -> None:
+        """Say what came of it, as ``lines`` or as the JSON of ``facts``, and play it where that was asked for."""
+        if self.as_json:
+            typer.echo(
+                json.dumps({"output": str(self.output) if self.kept else None, **facts}, ensure_ascii=False), err=self.output == STDOUT
+            )
+        elif not self.quiet:
+            typer.echo("\n".join(lines), err=self.output == STDOUT)
+        if self.play:
+            from kalle.cli.audio_output import play_any
+
+            outcome, played = play_any(self.output)
+            if not (played or self.kept):
+                raise UserError(f"the audio could not be played and was not kept: {outcome}; give -o FILE, too")
+            self.notice(outcome if played else f"{outcome}; the audio is in {self.output}")
+
+    @property
+    def wrote(self) -> str:
+        """The line that names the file."""
+        if self.output == STDOUT:
+            return "wrote to standard output"
+        return f"wrote {self.output}" if self.kept else "spoken, and not kept"
+
+
+@contextmanager
+def _warnings_off(quiet: bool) -> Iterator[None]:
+    """Keep the library's warnings from the log, where ``quiet``."""
+    logger = logging.getLogger("kalle")
+    former = logger.level
+    logger.setLevel(logging.ERROR if quiet else former)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
+
+
+@contextmanager
+def _place(output: Path | None, play: bool, long: bool) -> Iterator[Path]:
+    """The file to write: ``output``, or a free one, or one that goes again where speech is only to be played."""
+    if output is not None or not play:
+        yield free_output(long) if output is None else output
+        return
+    with tempfile.TemporaryDirectory(prefix="kalle-") as folder:
+        yield Path(folder) / (DEFAULT_STEM + DEFAULT_SUFFIX)
 
 
 def why_long(text: str, options: GenerationOptions, config: FolderConfig, *, from_file: bool, srt: bool) -> str | None:
@@ -134,11 +215,10 @@ def tell_without_effect(options: GenerationOptions, restart: bool, keep_parts: b
 
 def check_output(output: Path) -> None:
     """A UserError unless ``output`` can be written, by its suffix; - is standard output."""
-    from kalle.audio import WRITABLE
+    from kalle.audio import writable_kind
 
-    kinds = " or ".join(WRITABLE)
-    if output != STDOUT and output.suffix.lower() not in WRITABLE:
-        raise UserError(f"cannot write '{output}': got the suffix '{output.suffix}', expected {kinds}; rename the output")
+    if output != STDOUT:
+        writable_kind(output)
 
 
 def check_files(output: Path, long: bool, plot: Path | None, srt: bool) -> None:
@@ -152,6 +232,16 @@ def check_files(output: Path, long: bool, plot: Path | None, srt: bool) -> None:
         new_figure(100, 100)  # says so now where matplotlib is missing, not after the speech
     if srt and output == STDOUT:
         raise UserError("--srt writes beside the output: got standard output, expected a file; give -o FILE.wav")
+
+
+def subtitle_path(output: Path) -> Path:
+    """The .srt beside ``output`` with its name; OUTPUT.srt where the former belongs to another file, such as a film or another format."""
+    from kalle.audio import WRITABLE
+
+    plain = output.with_suffix(".srt")
+    others = [output.with_suffix(suffix) for suffix in WRITABLE if suffix != output.suffix]
+    ours = output.exists() and not any(other.exists() for other in others)
+    return plain if ours or not plain.exists() else output.with_name(f"{output.name}.srt")
 
 
 def parts_folder(output: Path) -> Path:
@@ -169,9 +259,9 @@ def free_output(long: bool, folder: Path = Path()) -> Path:
 
 
 def speak_to_file(
-    kalle: Kalle, text: str, output: Path, voice: GivenVoice, options: GenerationOptions, *, plot: Path | None = None
+    kalle: Kalle, text: str, told: Told, voice: GivenVoice, options: GenerationOptions, *, plot: Path | None = None
 ) -> Speech:
-    """Speak ``text`` at once into ``output`` and print what came of it; a UserError, and no file, when nothing was spoken.
+    """Speak ``text`` at once into the output of ``told`` and print what came of it; a UserError, and no file, when nothing was spoken.
 
     ``plot`` is a figure to write too.
     """
@@ -182,41 +272,57 @@ def speak_to_file(
         raise UserError(
             f"the model ended the speech before its first frame: got 0 frames with seed {speech.seed}, expected some; try another --seed"
         )
-    if output == STDOUT:
+    if told.output == STDOUT:
         write_standard_output(wav_bytes(speech))
     else:
-        speech.save(output)
-    lines = [report(speech, output, elapsed), *(f"warning: {warning}" for warning in wordless(text))]
+        speech.save(told.output)
+    lines = [told.wrote, *report(speech, elapsed), *(f"warning: {warning}" for warning in wordless(text))]
     if text != speech.text:
         lines.append(f"spoken as: {speech.text}")
-    typer.echo("\n".join(lines), err=output == STDOUT)
+    told.result(lines, speech_facts(speech, elapsed))
     if plot is not None:
         from kalle.evaluation.figures import save_speech_figure
 
         save_speech_figure(speech, plot)
-        typer.echo(f"plot: {plot}", err=output == STDOUT)
+        if not (told.quiet or told.as_json):
+            typer.echo(f"plot: {plot}", err=told.output == STDOUT)
     return speech
 
 
-def report(speech: Speech, output: Path, elapsed_seconds: float) -> str:
-    """The output of `kalle say`, one fact a line; ``elapsed_seconds`` covers synthesis without loading and writing."""
+def speech_facts(speech: Speech, elapsed_seconds: float) -> dict[str, Any]:
+    """Return what --json prints of speech that was spoken at once."""
+    attempts = [{"seed": each.seed, "stop_reason": each.stop_reason, "frames": each.frames, "kept": each.kept} for each in speech.attempts]
+    return {
+        "text": speech.text,
+        "seconds": round(speech.seconds, 3),
+        "sample_rate": speech.sample_rate,
+        "frames": speech.frames,
+        "stop_reason": speech.stop_reason,
+        "seed": speech.seed,
+        "confidence": round(speech.confidence, 4),
+        "doubtful": speech.doubtful,
+        "elapsed_seconds": round(elapsed_seconds, 3),
+        "attempts": attempts,
+        "warnings": list(speech.warnings),
+    }
+
+
+def report(speech: Speech, elapsed_seconds: float) -> list[str]:
+    """Return what `kalle say` prints of speech that was spoken at once, one fact a line; ``elapsed_seconds`` are those of the synthesis alone."""
     endings = {
         "end": "end (the model ended the speech)",
         "max_frames": f"max_frames (cut at the length cap of {speech.max_frames} frames; allow more seconds or try another --seed)",
     }
     tries = ", ".join(f"seed {attempt.seed}: {attempt.stop_reason}" + (" (kept)" if attempt.kept else "") for attempt in speech.attempts)
-    return "\n".join(
-        [
-            f"wrote {'to standard output' if output == STDOUT else output}",
-            f"audio: {speech.seconds:.2f} s at {speech.sample_rate} Hz ({speech.frames} frames)",
-            f"RTF = synthesis / audio = {elapsed_seconds:.2f} s / {speech.seconds:.2f} s = {elapsed_seconds / speech.seconds:.3f}",
-            f"stop reason: {endings.get(speech.stop_reason, f'{speech.stop_reason} (try another --seed)')}",
-            f"seed: {speech.seed}",
-            f"confidence: {speech.confidence:.3f}",
-            *([f"attempts: {len(speech.attempts)} ({tries})"] if len(speech.attempts) > 1 else []),
-            *(f"warning: {warning}" for warning in speech.warnings),
-        ]
-    )
+    return [
+        f"audio: {speech.seconds:.2f} s at {speech.sample_rate} Hz ({speech.frames} frames)",
+        f"RTF = synthesis / audio = {elapsed_seconds:.2f} s / {speech.seconds:.2f} s = {elapsed_seconds / speech.seconds:.3f}",
+        f"stop reason: {endings.get(speech.stop_reason, f'{speech.stop_reason} (try another --seed)')}",
+        f"seed: {speech.seed}",
+        f"confidence: {speech.confidence:.3f}",
+        *([f"attempts: {len(speech.attempts)} ({tries})"] if len(speech.attempts) > 1 else []),
+        *(f"warning: {warning}" for warning in speech.warnings),
+    ]
 
 
 def wav_bytes(speech: Speech) -> bytes:
@@ -255,7 +361,7 @@ class Spoken:
 def speak_long_to_file(
     kalle: Kalle,
     text: str,
-    output: Path,
+    told: Told,
     voice: GivenVoice,
     options: GenerationOptions,
     *,
@@ -264,7 +370,7 @@ def speak_long_to_file(
     restart: bool = False,
     keep_parts: bool = False,
 ) -> Spoken:
-    """Speak ``text`` into ``output`` and print what came of it; ``why`` says why sentence by sentence.
+    """Speak ``text`` into the output of ``told`` and print what came of it; ``why`` says why sentence by sentence.
 
     The sentences go to a folder beside the output first, and from there on if a run was interrupted with the same text, voice, weights,
     seed and options; a UserError when they differ. Without a seed that run's is taken. Ctrl-C leaves with exit code 130.
@@ -273,8 +379,10 @@ def speak_long_to_file(
     from kalle.synthesis.longform import LongForm
     from kalle.synthesis.longform_files import PartStore, settings_of, stored_seed
 
+    output = told.output
     if output == STDOUT:
-        return _long_to_standard_output(LongForm(kalle, text, voice, options), why)
+        return _long_to_standard_output(LongForm(kalle, text, voice, options), told, why)
+    subtitles_to = subtitle_path(output) if srt else None
     with output_folder(output.parent):
         folder = parts_folder(output)
         _check_folder(folder, restart)
@@ -283,18 +391,47 @@ def speak_long_to_file(
         store = PartStore(folder, settings_of(long))
         try:
             with store.locked():
-                spoken = _write(long, output, store, why)
-                if srt:
-                    write_atomic(output.with_suffix(".srt"), subtitles(spoken.parts))
+                spoken = _write(long, output, store, told, why)
+                if subtitles_to is not None:
+                    write_atomic(subtitles_to, subtitles(spoken.parts))
                 if not keep_parts:
                     store.remove()
         except KeyboardInterrupt:
             kept = f"{store.count()} of {len(long)} sentences are kept in '{folder}'"
             typer.echo(f"error: interrupted; {kept}; run the same command again to go on", err=True)
             raise typer.Exit(INTERRUPTED) from None
-    lines = [f"wrote {output}", *([f"subtitles: {output.with_suffix('.srt')}"] if srt else [])]
-    typer.echo("\n".join([*lines, *long_report(long, spoken)]))
+    lines = [told.wrote, *([] if subtitles_to is None else [f"subtitles: {subtitles_to}"])]
+    told.result(
+        [*lines, *long_report(long, spoken)], long_facts(long, spoken) | {"subtitles": None if subtitles_to is None else str(subtitles_to)}
+    )
     return spoken
+
+
+def long_facts(long: LongForm, spoken: Spoken) -> dict[str, Any]:
+    """Return what --json prints of a text that was spoken by sentences."""
+    sentences = [
+        {
+            "text": part.sentence.spoken,
+            "spoken": part.speech.text,
+            "start_s": round(part.start_s, 3),
+            "end_s": round(part.end_s, 3),
+            "stop_reason": part.speech.stop_reason,
+            "seed": part.speech.seed,
+            "confidence": round(part.speech.confidence, 4) if part.speech.frames else None,
+            "tries": part.tries,
+            "warnings": list(part.warnings),
+        }
+        for part in spoken.parts
+    ]
+    return {
+        "text": long.text,
+        "seconds": round(spoken.samples / long.kalle.sample_rate, 3),
+        "sample_rate": long.kalle.sample_rate,
+        "seed": long.seed,
+        "elapsed_seconds": round(spoken.elapsed_s, 3),
+        "sentences": sentences,
+        "unspoken": [gap for _, gap in long.unspoken],
+    }
 
 
 def subtitles(parts: list[Part]) -> str:
@@ -337,13 +474,13 @@ def long_report(long: LongForm, spoken: Spoken) -> Iterator[str]:
         yield f"not spoken: {shortened(gap)} at character {place + 1}, without a letter or number"
 
 
-def _write(long: LongForm, output: Path, store: PartStore | None, why: str) -> Spoken:
+def _write(long: LongForm, output: Path, store: PartStore | None, told: Told, why: str) -> Spoken:
     from kalle.audio import audio_writer
     from kalle.progress import progress_bar
 
     spoken = Spoken()
-    typer.echo(f"speaking {len(long)} sentences one by one, as {why}", err=True)
-    with audio_writer(output, long.kalle.sample_rate) as append, progress_bar() as bar:
+    told.notice(f"speaking {len(long)} sentences one by one, as {why}")
+    with audio_writer(output, long.kalle.sample_rate) as append, progress_bar(not told.quiet) as bar:
         task = bar.add_task("sentences", total=len(long))
         parts = long.parts(store)
         while True:
@@ -380,16 +517,16 @@ def _audible(parts: list[Part]) -> list[Part]:
     return [part for part in parts if len(part.audio) and math.isfinite(part.loudness_db)]
 
 
-def _long_to_standard_output(long: LongForm, why: str) -> Spoken:
+def _long_to_standard_output(long: LongForm, told: Told, why: str) -> Spoken:
     """All of it into a temporary file first: a WAV begins with its length."""
     _refuse_terminal()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speech.wav"
-        spoken = _write(long, path, None, why)
+        spoken = _write(long, path, None, told, why)
         with path.open("rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
-    typer.echo("\n".join(["wrote to standard output", *long_report(long, spoken)]), err=True)
+    told.result([told.wrote, *long_report(long, spoken)], long_facts(long, spoken))
     return spoken
 
 

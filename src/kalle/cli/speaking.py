@@ -29,7 +29,7 @@ FolderOption = Annotated[
     Path | None, typer.Option("--model", metavar="DIR", help="Weight folder, or kalle-nano.", show_default=DEFAULT_MODEL)
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.", hidden=True)]
 QuantizeOption = Annotated[
     str, typer.Option(help="8-bit weights on a CPU: int8, none, or auto where the model is large enough to gain (extra fast).")
 ]
@@ -44,7 +44,9 @@ VoiceOption = Annotated[
 ]
 AdapterOption = Annotated[
     Path | None,
-    typer.Option(help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.", metavar="FILE"),
+    typer.Option(
+        help="Adapter of `kalle adapt` or `kalle train lm lora=default`; used instead of one inside the voice.", metavar="FILE", hidden=True
+    ),
 ]
 
 TemperatureOption = Annotated[
@@ -56,7 +58,9 @@ FLAGS: Mapping[str, Any] = {
     "temperature": TemperatureOption,
     "guidance": Annotated[
         float | None,
-        typer.Option(help="1 is the model's own prediction, more follows the text more closely; twice the work.", show_default="1"),
+        typer.Option(
+            help="1 is the model's own prediction, more follows the text more closely; twice the work.", show_default="1", hidden=True
+        ),
     ],
     "max_seconds": Annotated[
         float | None, typer.Option(help="Length cap, of each sentence in a long text; by default what slow speech does not reach.")
@@ -73,22 +77,27 @@ FLAGS: Mapping[str, Any] = {
         bool | None, typer.Option("--by-sentences/--at-once", help="Speak sentence by sentence.", show_default="where the text is long")
     ],
     "pause_s": Annotated[
-        float | None, typer.Option("--pause", help="Seconds of silence between the sentences of a long text.", show_default="0.3")
+        float | None,
+        typer.Option("--pause", help="Seconds of silence between the sentences of a long text.", show_default="0.3", hidden=True),
     ],
     "paragraph_pause_s": Annotated[
         float | None,
-        typer.Option("--paragraph-pause", help="Seconds of silence between the paragraphs of a long text.", show_default="0.8"),
+        typer.Option(
+            "--paragraph-pause", help="Seconds of silence between the paragraphs of a long text.", show_default="0.8", hidden=True
+        ),
     ],
     "rolling": Annotated[
         bool | None,
-        typer.Option("--rolling/--no-rolling", help="Prompt each sentence of a long text with the one before, too.", show_default="no"),
+        typer.Option(
+            "--rolling/--no-rolling", help="Prompt each sentence of a long text with the one before, too.", show_default="no", hidden=True
+        ),
     ],
 }
 """Field of `GenerationOptions` -> the flag of every command that speaks."""
 SAY_FLAGS: Mapping[str, Any] = {
     **FLAGS,
     "retries": Annotated[
-        int | None, typer.Option(min=0, help="How often a bad ending is tried again with another seed.", show_default="1")
+        int | None, typer.Option(min=0, help="How often a bad ending is tried again with another seed.", show_default="1", hidden=True)
     ],
 }
 STREAM_FLAGS: Mapping[str, Any] = {
@@ -145,7 +154,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def model_folder(model: str | Path | None) -> Path:
+def model_folder(model: str | Path | None, *, quiet: bool = False) -> Path:
     """The weight folder of --model; for None the default, and a line on standard error where that is the small model that ships.
 
     A path that is no folder is returned as it is, for its reader to refuse. UserError where there is no default.
@@ -154,7 +163,7 @@ def model_folder(model: str | Path | None) -> Path:
 
     if model is None:
         folder = default_weights()
-        if folder == shipped_folder():
+        if folder == shipped_folder() and not quiet:
             better = "`kalle download` fetches the full-size released weights, --model takes your own"
             typer.echo(f"model: {SHIPPED}, the small one that ships with kalle; {better}", err=True)
         return folder

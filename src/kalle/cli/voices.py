@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 
-Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Voice file to write; by default voices/NAME of the model.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FILE", help="Voice file to write; by default voices/NAME of the model, or NAME here for the one that ships."
+    ),
+]
 Name = Annotated[str | None, typer.Option(help="What to call it; `kalle say --voice NAME` finds it in the weight folder.")]
 Description = Annotated[str | None, typer.Option(help="A line for people.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite a voice that is there already.")]
@@ -124,13 +129,13 @@ def play(
     voice: Given,
     model: FolderOption = None,
     text: Annotated[str | None, typer.Option(help="What to say.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the audio here, .wav or .flac.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Keep the audio here: .wav, .flac, .mp3, .opus, .ogg.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same speech.")] = 0,
     silent: Annotated[bool, typer.Option("--no-play", help="Only write the file.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Speak a short text in a voice and play it."""
-    from kalle.cli.audio_output import play_file
+    from kalle.cli.audio_output import play_any
     from kalle.cli.say import check_output
     from kalle.synthesis.voice import find_voice
     from kalle.text.prompt import check_text
@@ -151,7 +156,8 @@ def play(
         speech.save(file)
         typer.echo(f"spoke {speech.seconds:.2f} s with seed {seed} into {file}, stop reason: {speech.stop_reason}")
         if not silent:
-            typer.echo(play_file(file))
+            outcome, played = play_any(file)
+            typer.echo(outcome if played else f"{outcome}; the audio is in {file}")
 
 
 @app.command()
@@ -183,8 +189,11 @@ def check(
 def target(model: Path, out: Path | None, name: str, force: bool) -> Path:
     """The file to write; a UserError for a bad name, or when it exists and may not be overwritten."""
     from kalle.synthesis.voice import SUFFIX, voice_path
+    from kalle.synthesis.weights import in_package
 
     path = voice_path(model, name) if out is None else out
+    if out is None and in_package(model):
+        path = Path(path.name)  # found there by its name, too
     if path.suffix != SUFFIX:
         raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {SUFFIX}; rename the voice file")
     if path.exists() and not force:

@@ -272,7 +272,7 @@ def voice_path(folder: str | Path, name: str) -> Path:
 @permission_errors()
 def find_voice(folder: str | Path | None, voice: str | Path) -> Path:
     """The file of ``voice``: a name means the voice in ``folder`` before any file of that name, a path (a ``Path``, or a text with a
-    separator or the suffix) a file alone.
+    separator or the suffix) a file alone. A name is also looked for with the suffix in the current folder.
 
     A UserError that lists the names there are, and one for a file that can't be read.
     """
@@ -280,6 +280,8 @@ def find_voice(folder: str | Path | None, voice: str | Path) -> Path:
     is_path = isinstance(voice, Path) or path.suffix == SUFFIX or any(mark in str(voice) for mark in "/\\")
     if folder is not None and not is_path and (stored := Path(folder) / VOICES_FOLDER / f"{voice}{SUFFIX}").is_file():
         path = stored
+    if not (is_path or path.is_file()) and (here := Path(f"{voice}{SUFFIX}")).is_file():
+        path = here
     if path.is_file():
         require_readable(path)
         return path
