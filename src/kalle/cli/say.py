@@ -308,7 +308,7 @@ def speech_facts(speech: Speech, elapsed_seconds: float) -> dict[str, Any]:
 
 
 def report(speech: Speech, elapsed_seconds: float) -> list[str]:
-    """Return what `kalle say` prints of speech that was spoken at once, one fact a line; ``elapsed_seconds`` are those of the synthesis alone."""
+    """Return what `kalle say` prints of speech that was spoken at once, a fact a line; ``elapsed_seconds`` are those of synthesis."""
     endings = {
         "end": "end (the model ended the speech)",
         "max_frames": f"max_frames (cut at the length cap of {speech.max_frames} frames; allow more seconds or try another --seed)",
