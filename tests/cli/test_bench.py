@@ -44,6 +44,20 @@ def test_streaming_is_measured_against_decoding_at_once(tmp_path: Path, capsys: 
     assert "ratios to decoding at once" in capsys.readouterr().out
 
 
+def test_ways_to_train_are_measured_in_turn(toy_lm_config, toy_latents: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("kalle.cli.bench_train._configuration", lambda part, size: toy_lm_config)
+    out = tmp_path / "bench.json"
+    words = ["--data", str(toy_latents), "--positions", "400", "--steps", "1", "--rounds", "2", "--device", "cpu", "--threads", "1"]
+    assert main(["bench", "train", "lm", *words, "--out", str(out)]) == 0
+    padded, packed, half = json.loads(out.read_text())["rows"]
+    assert padded["speedup"] == 1
+    assert 0 == packed["padding_share"] <= padded["padding_share"]
+    assert half["precision"] == "bf16-mixed"
+    assert all(row["frames_per_second"] > 0 for row in (padded, packed, half))
+    assert "loader alone (0 workers)" in capsys.readouterr().out
+    assert main(["bench", "train", "opera"]) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

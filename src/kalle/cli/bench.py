@@ -151,12 +151,11 @@ def load_flowvae(model: Path | None, size: Size | None, device: Any) -> FlowVAE:
 def configuration(part: str, size: Size | None) -> Any:
     """The configuration object of ``part``, "lm" or "flowvae"."""
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    from kalle.cli.hydra_entry import configs_dir
+    from kalle.cli.hydra_entry import compose
 
     assert size is not None
-    return instantiate(OmegaConf.load(configs_dir() / part / f"{size.value}.yaml"), _convert_="all")
+    return instantiate(compose(f"train_{part}", [f"{part}={size.value}"])[part], _convert_="all")
 
 
 def heading(device: Any, dtype: Any, lm: KalleLM) -> str:

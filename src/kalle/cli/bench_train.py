@@ -1,11 +1,16 @@
-"""``kalle bench train``: step time, frames a second, share of the machine's arithmetic, memory, and the loader alone."""
+"""``kalle bench train``: step time, frames a second, padding and memory of training, each way in turn, and the loader alone."""
 
 from __future__ import annotations
 
+import copy
 import logging
+import statistics
 import tempfile
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,33 +20,53 @@ from kalle.cli.interrupts import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from kalle.training.throughput import Rival
+    import lightning
+    import torch
 
 STAGES = ("lm", "flowvae")
+SEED, WARMUP = 0, 3
+LONGEST_SHARE = 5
+"""Utterances of at most this part of a batch take part: longer ones would keep packed batches from being filled."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One way to train, in numbers."""
+@dataclass
+class Variant:
+    """One way to train, and its measurements."""
 
     name: str
     precision: str
-    step_milliseconds: float
-    frames_per_second: float
-    speedup: float
-    """Frames a second over the first row's."""
-    padding_share: float
-    utilisation: float
-    """Model operations a second over those of matrix products in the same precision, measured in the same run."""
-    peak_bytes: int
+    module: Callable[[], lightning.LightningModule]
+    """Makes the module, with the same weights every time."""
+    data: Callable[[], Any]
+    """Makes the data module."""
+    frames: Callable[[Any], int]
+    """Latent frames of a batch, padding not counted."""
+    seconds: list[float] = field(default_factory=list)
+    """Wall time of each step, the wait for its batch included."""
+    trained: list[int] = field(default_factory=list)
+    """Latent frames of each step."""
+    padding: list[float] = field(default_factory=list)
+    """Share of the positions of each step that held nothing."""
+    peak_bytes: int = 0
+
+    def row(self, first: Variant) -> dict[str, Any]:
+        """The measurements; ``speedup`` is frames a second over those of ``first``."""
+        rate, base = (sum(each.trained) / sum(each.seconds) for each in (self, first))
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "step_milliseconds": 1000 * statistics.median(self.seconds),
+            "frames_per_second": rate,
+            "speedup": rate / base,
+            "padding_share": statistics.fmean(self.padding) if self.padding else 0.0,
+            "peak_bytes": self.peak_bytes,
+        }
 
 
 def train(
     stage: Annotated[str, typer.Argument(help="lm or flowvae.")],
     size: Annotated[str, typer.Option(help="Random weights of this configuration: nano, small or full.")] = "nano",
-    data: Annotated[Path | None, typer.Option(help="Latent or corpus folder; without one, random speech of usual lengths is made.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Latent or corpus folder; without one, the embedded corpus.")] = None,
     positions: Annotated[int, typer.Option(min=64, help="lm: positions in a batch.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="flowvae: crops in a batch.")] = 8,
     segment_frames: Annotated[int, typer.Option(min=1, help="flowvae: latent frames of a crop.")] = 12,
@@ -50,99 +75,184 @@ def train(
     compiled: Annotated[bool, typer.Option("--compile", help="Also with torch.compile.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default torch's choice.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the rows and the machine to this JSON file.")] = None,
 ) -> None:
-    """Time training steps against a plain Lightning loop (padded, fp32) in the same run, and the loader alone."""
+    """Time training steps: padded and packed rows, fp32 and bf16, and the loader alone."""
     if stage not in STAGES:
         raise UserError(f"kalle bench train: got '{stage}', expected {' or '.join(STAGES)}")
     with interruptible(), tempfile.TemporaryDirectory() as folder:
         import torch
 
         from kalle.checkpoint import resolve_device
-        from kalle.cli import bench_train_rivals as rivals
+        from kalle.data.loading.datamodules import measure_loader
 
-        _quiet()
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="lightning")
         if threads is not None:
             torch.set_num_threads(threads)
         resolved = resolve_device(device)
         if stage == "lm":
-            contest = rivals.lm_contest(size, data, Path(folder), positions, workers, resolved, compiled)
+            variants = _lm_variants(size, data, Path(folder), positions, workers, compiled)
         else:
-            contest = rivals.flowvae_contest(size, data, Path(folder), batch, segment_frames, workers, resolved, compiled)
-        rows = _run(contest, resolved, steps, rounds)
-        for line in _lines(rows):
-            typer.echo(line)
-        loader = contest.loader_speed()
-        needed = max(row.frames_per_second for row in rows)
-        alone = loader.frames_per_second / contest.samples_per_frame
-        typer.echo(f"loader alone ({workers} workers): {alone:.0f} frames/s, {alone / needed:.1f} x the fastest training")
+            variants = _flowvae_variants(size, data, Path(folder), batch, segment_frames, workers, compiled)
+        for _ in range(rounds):
+            for variant in variants:
+                _turn(variant, resolved, steps)
+        rows = [variant.row(variants[0]) for variant in variants]
+        typer.echo(f"{'way to train':<24}{'step':>10}{'frames/s':>10}{'x first':>9}{'padding':>9}{'memory':>10}")
+        for row in rows:
+            memory = f"{row['peak_bytes'] / 2**20:>7.0f} MB"
+            rate = f"{row['step_milliseconds']:>7.0f} ms{row['frames_per_second']:>10.0f}{row['speedup']:>9.2f}"
+            typer.echo(f"{row['name']:<24}{rate}{row['padding_share']:>9.1%}{memory}")
+        loader = measure_loader(variants[-1].data(), 40, workers)
+        typer.echo(f"loader alone ({workers} workers): {loader.items_per_second:.1f} items/s")
         if out is not None:
-            _write(out, contest, rows, loader, resolved, threads)
+            _write(out, rows, {**asdict(loader), "workers": workers}, resolved)
 
 
-def _run(contest: Any, device: Any, steps: int, rounds: int) -> list[Row]:
+def _turn(variant: Variant, device: torch.device, steps: int) -> None:
+    """``steps`` timed steps behind some that are not."""
+    import lightning
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
     from kalle.evaluation.benchmark import PeakMemory
-    from kalle.training.throughput import race
 
-    peaks: dict[str, int] = {}
+    class StepClock(Callback):
+        """Times from the end of one step to the end of the next."""
 
-    @contextmanager
-    def watch(rival: Rival) -> Iterator[None]:
-        with PeakMemory(device) as memory:
-            yield
-        peaks[rival.name] = max(peaks.get(rival.name, 0), memory.bytes)
+        last = 0.0
 
-    race(contest.rivals, device, steps=steps, rounds=rounds, warmup=contest.warmup, frames=contest.frames, watch=watch)
-    return [_row(rival, contest, peaks[rival.name], device) for rival in contest.rivals]
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now = time.perf_counter()
+            if trainer.global_step > WARMUP:
+                variant.seconds.append(now - self.last)
+                variant.trained.append(variant.frames(batch))
+                share = trainer.callback_metrics.get("train/padding_share")
+                variant.padding += [] if share is None else [float(share)]
+            self.last = now
+
+    precision: Any = variant.precision
+    trainer = lightning.Trainer(
+        max_steps=WARMUP + steps, max_epochs=-1, accelerator="gpu" if device.type == "cuda" else "cpu", devices=1,
+        precision=precision, callbacks=[StepClock()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
+    )  # fmt: skip
+    with PeakMemory(device) as memory:
+        trainer.fit(variant.module(), variant.data().train_dataloader(), weights_only=True)
+    variant.peak_bytes = max(variant.peak_bytes, memory.bytes)
 
 
-def _row(rival: Rival, contest: Any, peak_bytes: int, device: Any) -> Row:
+def _lm_variants(size: str, latents: Path | None, folder: Path, positions: int, workers: int, compiled: bool) -> list[Variant]:
+    """Padded rows in batches of like length, packed rows, then in bf16, then compiled."""
     import torch
 
-    from kalle.training.throughput import matmul_flops_per_second
+    from kalle.models.batch import LMBatch, Packing
+    from kalle.models.lm import KalleLM, compile_layers
+    from kalle.text.tokenizer import Tokenizer
+    from kalle.training import AdamWConfig, LMDataConfig, LMObjective, WarmupCosine
+    from kalle.training.lm import KalleLMTraining
 
-    half = rival.precision.startswith("bf16")
-    roof = matmul_flops_per_second(device, torch.bfloat16 if half else torch.float32)
-    return Row(
-        name=rival.name,
-        precision=rival.precision,
-        step_milliseconds=1000 * rival.step_seconds,
-        frames_per_second=rival.frames_per_second,
-        speedup=rival.frames_per_second / contest.rivals[0].frames_per_second,
-        padding_share=rival.padding_share,
-        utilisation=rival.frames_per_second * contest.flops_per_frame / roof,
-        peak_bytes=peak_bytes,
-    )
+    config = _configuration("lm", size)
+    source, shorter = latents or _encoded(folder, config.latent_dim), max(1, positions // LONGEST_SHARE)
+    values = LMDataConfig(latents=str(source), max_positions=positions, drop_longer_than=shorter, cache=True, num_workers=workers)
+    torch.manual_seed(SEED)
+    lm = KalleLM(config)
 
+    def module(packing: Packing | None, fast: bool) -> KalleLMTraining:
+        own = copy.deepcopy(lm)
+        if fast:
+            compile_layers(own)
+        return KalleLMTraining(own, AdamWConfig(1e-4), WarmupCosine(100, 10**6), LMObjective(), SEED, packing=packing)
 
-def _lines(rows: list[Row]) -> list[str]:
-    head = f"{'way to train':<28}{'step':>10}{'frames/s':>10}{'x plain':>9}{'padding':>9}{'of peak':>9}{'memory':>10}"
-    return [head] + [
-        f"{row.name:<28}{row.step_milliseconds:>7.0f} ms{row.frames_per_second:>10.0f}{row.speedup:>9.2f}{row.padding_share:>9.1%}"
-        f"{row.utilisation:>9.1%}{row.peak_bytes / 2**20:>7.0f} MB"
-        for row in rows
+    tokenizer = Tokenizer.bytes()
+
+    def frames(batch: LMBatch) -> int:
+        return int(batch.latent_lengths.sum())
+
+    ways: list[tuple[str, str, Packing | None, bool]] = [("padded", "32-true", None, False), ("packed", "32-true", Packing(), False)]
+    ways += [("packed, bf16", "bf16-mixed", Packing(), False)]
+    ways += [("packed, bf16, compiled", "bf16-mixed", Packing(), True)] if compiled else []
+    return [
+        Variant(name, precision, partial(module, packing, fast), partial(values.module, tokenizer, SEED, packing is not None), frames)
+        for name, precision, packing, fast in ways
     ]
 
 
-def _write(out: Path, contest: Any, rows: list[Row], loader: Any, device: Any, threads: int | None) -> None:
+def _flowvae_variants(
+    size: str, corpus: Path | None, folder: Path, batch: int, segment_frames: int, workers: int, compiled: bool
+) -> list[Variant]:
+    """The adversarial step in fp32, then in bf16, then compiled."""
+    import torch
+
+    from kalle.models.batch import WaveBatch
+    from kalle.models.discriminators import DiscriminatorConfig, Discriminators
+    from kalle.models.flowvae import FlowVAE
+    from kalle.training import AdamWConfig, ClipSchedule, FlowVAEDataConfig, FlowVAEObjective, WarmupCosine
+    from kalle.training.flowvae import FlowVAETraining
+
+    config, source = _configuration("flowvae", size), corpus or _prepared(folder)
+    samples = segment_frames * config.hop_length
+    values = FlowVAEDataConfig(corpus=str(source), segment_samples=samples, batch_size=batch, cache=True, num_workers=workers)
+    torch.manual_seed(SEED)
+    flowvae, discriminators = FlowVAE(config), Discriminators(DiscriminatorConfig(width=1.0 if size == "full" else 0.25))
+
+    def module(fast: bool) -> FlowVAETraining:
+        networks = copy.deepcopy(flowvae), copy.deepcopy(discriminators)
+        made = FlowVAETraining(
+            networks[0], AdamWConfig(1e-4), WarmupCosine(100, 10**6), FlowVAEObjective(), ClipSchedule(), networks[1], seed=SEED
+        )
+        if fast:
+            made.compile_networks()
+        return made
+
+    def frames(batch: WaveBatch) -> int:
+        return batch.wav.numel() // config.hop_length
+
+    ways = [("fp32", "32-true", False), ("bf16", "bf16-mixed", False)] + ([("bf16, compiled", "bf16-mixed", True)] if compiled else [])
+    return [Variant(name, precision, partial(module, fast), partial(values.module, config, SEED), frames) for name, precision, fast in ways]
+
+
+def _configuration(part: str, size: str) -> Any:
+    from kalle.cli.bench import Size, configuration
+
+    if size not in tuple(Size):
+        raise UserError(f"--size: got '{size}', expected {', '.join(Size)}")
+    return configuration(part, Size(size))
+
+
+def _prepared(folder: Path) -> Path:
+    """The embedded corpus: real texts and lengths."""
+    from kalle.data.corpus.check import PrepareOptions
+    from kalle.data.corpus.lists import embedded_folder, read_embedded
+    from kalle.data.corpus.prepare import prepare_corpus
+
+    return prepare_corpus(read_embedded(embedded_folder()), folder / "corpus", PrepareOptions(max_seconds=120.0)).folder
+
+
+def _encoded(folder: Path, latent_dim: int) -> Path:
+    """Latents of the embedded corpus under a small random encoder of ``latent_dim`` dimensions."""
+    import dataclasses
+
+    import torch
+
+    from kalle.data.latents.run import EncodingConfig, encode
+    from kalle.models.flowvae import FlowVAE
+
+    torch.manual_seed(SEED)
+    FlowVAE(dataclasses.replace(_configuration("flowvae", "nano"), latent_dim=latent_dim)).save_pretrained(folder / "weights")
+    corpus, weights = _prepared(folder), folder / "weights"
+    encode(EncodingConfig(flowvae=weights, corpus=corpus, out=folder / "latents", splits=("train", "valid"), device="cpu"))
+    return folder / "latents"
+
+
+def _write(out: Path, rows: list[dict[str, Any]], loader: dict[str, Any], device: torch.device) -> None:
     import torch
 
     from kalle.cli.bench import cpu_name, write
 
-    facts = {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": threads or torch.get_num_threads(),
-        "parameters": contest.parameters,
-        "flops_per_frame": contest.flops_per_frame,
-        "loader": asdict(loader),
-    }
-    write(out, facts, [asdict(row) for row in rows])
-
-
-def _quiet() -> None:
-    import warnings
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    write(out, {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads(), "loader": loader}, rows)
