@@ -30,7 +30,7 @@ def folder(make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path) -> Path:
 
 def facts(folder: Path) -> list[Any]:
     return [
-        (i.id, i.text, i.speaker, i.frames, {f: (m.name, m.offset, m.size, m.load().tobytes()) for f, m in i.members.items()})
+        (i.id, i.text, i.speaker, i.language, i.frames, {f: (m.name, m.offset, m.size, m.load().tobytes()) for f, m in i.members.items()})
         for i in read_items(folder, "train")
     ]  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_the_index_says_what_the_shards_say(folder: Path, monkeypatch: pytest.Mo
     (folder / index_name("train")).unlink()
     assert facts(folder) == indexed
     assert len(calls) == 2 * 3
-    assert [item[0] for item in indexed] == [f"c{n:03d}" for n in range(5)]
+    assert [(item[0], item[3]) for item in indexed] == [(f"c{n:03d}", "en") for n in range(5)]
 
 
 @pytest.mark.parametrize("damage", ["of other shards", "torn", "of another version"])
@@ -56,7 +56,7 @@ def test_an_index_that_does_not_fit_is_not_used(folder: Path, damage: str, caplo
     elif damage == "torn":
         path.write_bytes(content[:-40])
     else:
-        path.write_bytes(content.replace(b'\\"version\\": 1', b'\\"version\\": 7'))
+        path.write_bytes(content.replace(b'\\"version\\": 2', b'\\"version\\": 7'))
     assert facts(folder) == indexed
     assert "does not fit the shards; reading them instead" in caplog.text
 
@@ -72,7 +72,7 @@ def test_encoding_again_adds_a_missing_index(folder: Path, make_cuts: MakeCuts, 
 def test_an_item_costs_little_more_than_its_strings(folder: Path) -> None:
     table = read_items(folder, "train")
     strings = len(table.ids.rows.values) + len(table.texts.rows.values)
-    assert table.nbytes - strings <= (2 * 8 + 3 * 4 + 2 * (8 + 4)) * len(table) + 16
+    assert table.nbytes - strings <= (2 * 8 + 4 * 4 + 2 * (8 + 4)) * len(table) + 16
 
 
 def test_tables_are_taken_and_joined(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kalle.data.latents.table import Texts
+from kalle.data.latents.table import Table, Texts, numbered
 from kalle.data.loading.text_forms import TextForms
 from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.prompt import prompt_ids
@@ -17,20 +17,29 @@ pytest.importorskip("hibari")
 TEXTS = Texts.of(["The children like to go to school.", '"Yes," he said.', "Kubernetes!", "The children like to go to school."])
 
 
+def table_of(texts: Texts, *languages: str | None) -> Table:
+    names, places = numbered(languages)
+    zeros = np.zeros(len(texts), np.int32)
+    return Table(texts, texts, (None,), zeros, names, places, zeros, zeros, (), {}, {})
+
+
+TABLE = table_of(TEXTS, "en", None, "en", "en")
+
+
 def drawn(forms: TextForms, index: int, epochs: int = 200) -> list[tuple[int, ...]]:
     return [tuple(forms.draw(index, 0, epoch, f"item{index}").tolist()) for epoch in range(epochs)]
 
 
 def test_first_forms_are_what_synthesis_reads() -> None:
     tokenizer = PhonemeTokenizer.create()
-    forms = TextForms.of(TEXTS, tokenizer)
+    forms = TextForms.of(TABLE, tokenizer)
     rows = forms.first()
     assert [rows.row(index).tolist() for index in range(4)] == [prompt_ids(tokenizer, text).tolist() for text in TEXTS]
 
 
 def test_draws_depend_on_the_key_alone_and_leave_the_share_as_bytes() -> None:
     tokenizer = PhonemeTokenizer.create(byte_words=0.25, byte_utterances=0.1)
-    forms = TextForms.of(TEXTS, tokenizer)
+    forms = TextForms.of(TABLE, tokenizer)
     rows = drawn(forms, 0, 400)
     assert rows == drawn(forms, 0, 400)
     assert len(set(rows)) > 50
@@ -45,14 +54,22 @@ def test_draws_depend_on_the_key_alone_and_leave_the_share_as_bytes() -> None:
 
 
 def test_without_shares_nothing_is_left() -> None:
-    forms = TextForms.of(TEXTS, PhonemeTokenizer.create(byte_words=0, byte_utterances=0))
+    forms = TextForms.of(TABLE, PhonemeTokenizer.create(byte_words=0, byte_utterances=0))
     assert drawn(forms, 0, 5) == [tuple(forms.first().row(0).tolist())] * 5
 
 
 def test_readings_are_kept_for_the_next_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = PhonemeTokenizer.create(cache=tmp_path / "readings")
-    before = TextForms.of(TEXTS, tokenizer)
+    before = TextForms.of(TABLE, tokenizer)
     monkeypatch.setattr("kalle.data.loading.text_forms._read", lambda *_: pytest.fail("read again"))
-    after = TextForms.of(TEXTS, tokenizer)
+    after = TextForms.of(TABLE, tokenizer)
     assert drawn(after, 1) == drawn(before, 1)
     assert after.lengths.tolist() == before.lengths.tolist()
+
+
+def test_other_languages_are_bytes() -> None:
+    texts = Texts.of(["Ciao bella.", "Hello."])
+    forms = TextForms.of(table_of(texts, "it", "en"), PhonemeTokenizer.create())
+    assert forms.first().row(0).tolist() == prompt_ids(Tokenizer.bytes(), texts[0]).tolist()
+    assert forms.first().row(1).tolist() != prompt_ids(Tokenizer.bytes(), texts[1]).tolist()
+    assert drawn(forms, 0, 5) == [tuple(forms.first().row(0).tolist())] * 5

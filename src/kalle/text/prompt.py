@@ -41,10 +41,10 @@ def prompt_ids(
     return torch.tensor(ids + [tokenizer.special(name) for name in BEFORE_SPEECH], dtype=torch.int64)
 
 
-def prompt_forms(tokenizer: PhonemeTokenizer, text: str) -> WordForms:
+def prompt_forms(tokenizer: PhonemeTokenizer, text: str, language: str | None = None) -> WordForms:
     """``prompt_ids`` of ``text``, and beside its phonemes the bytes of each word that training may show instead."""
     check_text(text, "text")
-    forms = tokenizer.forms(text.strip())
+    forms = tokenizer.forms(text.strip(), language)
     after = [tokenizer.special(name) for name in BEFORE_SPEECH]
     return WordForms(np.append(forms.ids, np.array(after, np.uint16)), np.append(forms.words, np.zeros(len(after), np.int16)))
 

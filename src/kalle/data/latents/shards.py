@@ -36,7 +36,7 @@ from safetensors.numpy import save as save_arrays
 from kalle.checkpoint import read_json, write_json
 from kalle.data.journal import parse_json
 from kalle.data.latents.storage import Folder
-from kalle.data.latents.table import Ragged, Table, Texts, array_of
+from kalle.data.latents.table import Ragged, Table, Texts, array_of, numbered
 from kalle.errors import UserError
 from kalle.files import write_atomic
 from kalle.gaussian import DiagGaussian
@@ -257,7 +257,7 @@ def iter_posteriors(folder: Path, split: str) -> Iterator[DiagGaussian]:
 
 
 logger = logging.getLogger(__name__)
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 Frames = Callable[[dict[str, Any]], int]
 """From a cut, as lhotse writes it, to its length."""
 
@@ -307,12 +307,18 @@ def write_index(root: Path, split: str, fields: Sequence[str], frames: Frames) -
         "texts": table.texts.rows.values,
         "texts.starts": table.texts.rows.starts,
         "speaker": table.speaker,
+        "language": table.language,
         "frames": table.frames,
         "shard": table.shard,
         **{f"{field}.offset": column for field, column in table.offsets.items()},
         **{f"{field}.size": column for field, column in table.sizes.items()},
     }
-    facts = {"version": INDEX_VERSION, "speakers": table.speakers, "files": {name: sizes[name] for name in files}}
+    facts = {
+        "version": INDEX_VERSION,
+        "speakers": table.speakers,
+        "languages": table.languages,
+        "files": {name: sizes[name] for name in files},
+    }
     # One entry, for safetensors writes several in any order, and equal folders are to be equal files.
     write_atomic(root / index_name(split), save_arrays(arrays, {"facts": json.dumps(facts)}))
 
@@ -341,7 +347,9 @@ def _table_of(
 ) -> Table | None:
     expected = {name: sizes[name] for shard in shards for name in shard.values()}
     listed, items = facts.get("files", {}), len(arrays["frames"])
-    columns = [arrays[name] for name in ("speaker", "shard", *[f"{field}.{part}" for field in fields for part in ("offset", "size")])]
+    columns = [
+        arrays[name] for name in ("speaker", "language", "shard", *[f"{field}.{part}" for field in fields for part in ("offset", "size")])
+    ]
     lists = [arrays["ids.starts"], arrays["texts.starts"]]
     if any(len(column) != items for column in columns) or any(len(starts) != items + 1 or (np.diff(starts) < 0).any() for starts in lists):
         return None
@@ -354,6 +362,8 @@ def _table_of(
         Texts(Ragged(arrays["texts"], arrays["texts.starts"])),
         tuple(facts["speakers"]),
         arrays["speaker"],
+        tuple(facts["languages"]),
+        arrays["language"],
         arrays["frames"],
         arrays["shard"],
         _placed(folder, split, fields, shards),
@@ -372,28 +382,28 @@ def _from_shards(folder: Folder, split: str, fields: Sequence[str], shards: Sequ
     ids: list[str] = []
     texts: list[str] = []
     speakers: list[str | None] = []
+    languages: list[str | None] = []
     numbers: dict[str, list[int]] = {"frames": [], "shard": []}
     places: dict[str, list[tuple[int, int]]] = {field: [] for field in fields}
     for number, shard in enumerate(shards):
         members = {field: tar_members(folder, f"{split}/{shard[field]}") for field in fields}
-        for name, text, speaker, length in _rows_of(folder, f"{split}/{shard['cuts']}", frames):
+        for name, text, speaker, language, length in _rows_of(folder, f"{split}/{shard['cuts']}", frames):
             ids.append(name)
             texts.append(text)
             speakers.append(speaker)
+            languages.append(language)
             numbers["frames"].append(length)
             numbers["shard"].append(number)
             for field in fields:
                 if name not in members[field]:
                     raise UserError(f"incomplete shard: no '{name}' in '{folder.where(shard[field])}'; write or copy the folder again")
                 places[field].append(members[field][name])
-    names = tuple(dict.fromkeys(speakers)) or (None,)
-    order = {name: index for index, name in enumerate(names)}
     located = {field: np.array(places[field], np.int64).reshape(-1, 2) for field in fields}
     return Table(
         Texts.of(ids),
         Texts.of(texts),
-        names,
-        np.array([order[name] for name in speakers], np.int32),
+        *numbered(speakers),
+        *numbered(languages),
         np.array(numbers["frames"], np.int32),
         np.array(numbers["shard"], np.int32),
         _placed(folder, split, fields, shards),
@@ -402,14 +412,14 @@ def _from_shards(folder: Folder, split: str, fields: Sequence[str], shards: Sequ
     )
 
 
-def _rows_of(folder: Folder, name: str, frames: Frames) -> Iterator[tuple[str, str, str | None, int]]:
-    """Id, text, speaker and length of every cut in one manifest."""
+def _rows_of(folder: Folder, name: str, frames: Frames) -> Iterator[tuple[str, str, str | None, str | None, int]]:
+    """Id, text, speaker, language and length of every cut in one manifest."""
     try:
         for line in gzip.decompress(folder.read(name)).splitlines():
             if line.strip():
                 cut = parse_json(line)
                 said = (cut.get("supervisions") or [{}])[0]
-                yield str(cut["id"]), str(said.get("text") or ""), said.get("speaker"), frames(cut)
+                yield str(cut["id"]), str(said.get("text") or ""), said.get("speaker"), said.get("language"), frames(cut)
     except UserError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -135,6 +135,7 @@ class StoredItem:
     id: str
     text: str
     speaker: str | None
+    language: str | None
     frames: int
     """Latent frames, or samples of a waveform."""
     members: Mapping[str, Member]
@@ -163,6 +164,9 @@ class Table(Sequence[StoredItem]):
     speakers: tuple[str | None, ...]
     speaker: np.ndarray
     """(N,) int32, into ``speakers``."""
+    languages: tuple[str | None, ...]
+    language: np.ndarray
+    """(N,) int32, into ``languages``."""
     frames: np.ndarray
     """(N,) int32"""
     shard: np.ndarray
@@ -185,10 +189,15 @@ class Table(Sequence[StoredItem]):
             return [self[number] for number in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         members = {field: self.member(index, field) for field in self.offsets}
-        return StoredItem(self.ids[index], self.texts[index], self.speakers[self.speaker[index]], int(self.frames[index]), members)
+        speaker, language = self.speakers[self.speaker[index]], self.language_of(index)
+        return StoredItem(self.ids[index], self.texts[index], speaker, language, int(self.frames[index]), members)
 
     def __iter__(self) -> Iterator[StoredItem]:
         return (self[index] for index in range(len(self)))
+
+    def language_of(self, index: int) -> str | None:
+        """Language of item ``index`` (ISO 639-1) where its corpus said so."""
+        return self.languages[self.language[index]]
 
     def member(self, index: int, field: str) -> Member:
         """Where ``field`` of item ``index`` lies."""
@@ -198,7 +207,7 @@ class Table(Sequence[StoredItem]):
     @property
     def nbytes(self) -> int:
         """Bytes of all columns."""
-        numbers = [self.speaker, self.frames, self.shard, *self.offsets.values(), *self.sizes.values()]
+        numbers = [self.speaker, self.language, self.frames, self.shard, *self.offsets.values(), *self.sizes.values()]
         return self.ids.rows.nbytes + self.texts.rows.nbytes + sum(column.nbytes for column in numbers)
 
     def take(self, keep: np.ndarray) -> Table:
@@ -210,6 +219,8 @@ class Table(Sequence[StoredItem]):
             Texts(self.texts.rows.take(keep)),
             self.speakers,
             self.speaker[keep],
+            self.languages,
+            self.language[keep],
             self.frames[keep],
             self.shard[keep],
             self.shards,
@@ -218,20 +229,34 @@ class Table(Sequence[StoredItem]):
         )
 
 
+def numbered(names: Sequence[str | None]) -> tuple[tuple[str | None, ...], np.ndarray]:
+    """The distinct ``names`` in order of appearance, at least None, and the place of each name among them, (N,) int32."""
+    distinct = tuple(dict.fromkeys(names)) or (None,)
+    order = {name: index for index, name in enumerate(distinct)}
+    return distinct, np.array([order[name] for name in names], np.int32)
+
+
+def _joined_names(columns: Sequence[tuple[tuple[str | None, ...], np.ndarray]]) -> tuple[tuple[str | None, ...], np.ndarray]:
+    distinct, places = numbered([name for names, _ in columns for name in names])
+    starts = np.cumsum([0, *(len(names) for names, _ in columns)])
+    return distinct, np.concatenate([places[start:][column] for start, (_, column) in zip(starts, columns, strict=False)])
+
+
 def joined_tables(tables: Sequence[Table]) -> Table:
     """The items of all ``tables`` in turn, with the fields that all of them have."""
     if len(tables) == 1:
         return tables[0]
-    speakers = tuple(dict.fromkeys(name for table in tables for name in table.speakers))
-    number = {name: index for index, name in enumerate(speakers)}
     before = np.cumsum([0, *(len(table.shards) for table in tables)])
     fields = [field for field in tables[0].offsets if all(field in table.offsets for table in tables)]
-    renumbered = [np.array([number[name] for name in table.speakers], np.int32)[table.speaker] for table in tables]
+    speakers, speaker = _joined_names([(table.speakers, table.speaker) for table in tables])
+    languages, language = _joined_names([(table.languages, table.language) for table in tables])
     return Table(
         Texts(Ragged.joined([table.ids.rows for table in tables])),
         Texts(Ragged.joined([table.texts.rows for table in tables])),
         speakers,
-        np.concatenate(renumbered),
+        speaker,
+        languages,
+        language,
         np.concatenate([table.frames for table in tables]),
         np.concatenate([table.shard + np.int32(first) for table, first in zip(tables, before, strict=False)]),
         tuple(shard for table in tables for shard in table.shards),

@@ -73,7 +73,7 @@ class LatentDataset(Dataset):
         source = np.repeat(np.arange(len(tables), dtype=np.int16), [len(table) for table in tables])
         table = joined_tables(tables)
         drawn = isinstance(tokenizer, PhonemeTokenizer) and split == "train" and (tokenizer.byte_words or tokenizer.byte_utterances)
-        forms = TextForms.of(table.texts, cast(PhonemeTokenizer, tokenizer)) if drawn else None
+        forms = TextForms.of(table, cast(PhonemeTokenizer, tokenizer)) if drawn else None
         rows = _tokens(table, tokenizer) if forms is None else forms.first()
         lengths = rows.lengths if forms is None else forms.lengths
         self.rejected: Counter[str] = Counter()
@@ -188,8 +188,8 @@ def _read_table(folder: Folder, split: str, speaker: SpeakerConfig | None) -> Ta
 def _tokens(table: Table, tokenizer: Tokenizer) -> Ragged:
     """The prompt of each item."""
     values, lengths = array.array("i"), array.array("q")
-    for text in table.texts:
-        ids = prompt_ids(tokenizer, text)
+    for index, text in enumerate(table.texts):
+        ids = prompt_ids(tokenizer, text, language=table.language_of(index))
         values.frombytes(ids.numpy().astype(np.int32).tobytes())
         lengths.append(len(ids))
     flat = np.frombuffer(values, np.int32)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kalle.data.latents.table import Ragged, Texts, starts_of
+from kalle.data.latents.table import Ragged, Table, Texts, starts_of
 from kalle.data.seeds import numpy_generator
 from kalle.files import atomic_file
-from kalle.text.phonemes import PhonemeTokenizer, WordForms
+from kalle.text.phonemes import LANGUAGE, PhonemeTokenizer, WordForms
 from kalle.text.prompt import BEFORE_SPEECH, prompt_forms
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,14 @@ class TextForms:
         self._after = [tokenizer.special(name) for name in BEFORE_SPEECH]
 
     @classmethod
-    def of(cls, texts: Texts, tokenizer: PhonemeTokenizer) -> TextForms:
-        """The forms of ``texts``, from the cache of ``tokenizer`` when it has one with just these texts."""
-        path = None if tokenizer.cache is None else Path(tokenizer.cache) / f"{_fingerprint(texts, tokenizer)}.npz"
+    def of(cls, table: Table, tokenizer: PhonemeTokenizer) -> TextForms:
+        """The forms of the texts of ``table``, from the cache of ``tokenizer`` when it has one with just these texts."""
+        texts, languages = table.texts, [table.language_of(index) for index in range(len(table))]
+        path = None if tokenizer.cache is None else Path(tokenizer.cache) / f"{_fingerprint(texts, languages, tokenizer)}.npz"
         if path is not None and path.is_file():
             with np.load(path, allow_pickle=False) as stored:
                 return cls(tokenizer, texts, Ragged(stored["ids"], stored["starts"]), stored["words"], stored["longest"])
-        forms = _read(list(texts), tokenizer)
+        forms = _read(list(zip(texts, languages, strict=True)), tokenizer)
         ids = Ragged(np.concatenate([form.ids for form in forms]), starts_of(np.array([len(form.ids) for form in forms], np.int64)))
         words, longest = np.concatenate([form.words for form in forms]), np.array([form.longest for form in forms], np.int64)
         if path is not None:
@@ -72,19 +73,22 @@ class TextForms:
         return form.chosen(generator.random(form.count) < self.tokenizer.byte_words)
 
 
-def _fingerprint(texts: Texts, tokenizer: PhonemeTokenizer) -> str:
+def _fingerprint(texts: Texts, languages: Sequence[str | None], tokenizer: PhonemeTokenizer) -> str:
     digest = hashlib.blake2b(f"1 {tokenizer.version} {tokenizer.first_phoneme} {tokenizer.symbols}".encode(), digest_size=16)
     for array in (texts.rows.starts, texts.rows.values):
         digest.update(np.ascontiguousarray(array).tobytes())
+    if any(language not in (None, LANGUAGE) for language in languages):
+        digest.update("\0".join(language or "" for language in languages).encode())
     return digest.hexdigest()
 
 
-def _read(texts: Sequence[str], tokenizer: PhonemeTokenizer) -> list[WordForms]:
-    known: dict[str, WordForms] = {}
+def _read(texts: Sequence[tuple[str, str | None]], tokenizer: PhonemeTokenizer) -> list[WordForms]:
+    """The forms of each text in its language."""
+    known: dict[tuple[str, str | None], WordForms] = {}
     unknown: Counter[str] = Counter()
-    for text in dict.fromkeys(texts):
-        known[text] = prompt_forms(tokenizer, text)
-        unknown.update(tokenizer.unknown_words(text.strip()))
+    for text, language in dict.fromkeys(texts):
+        known[text, language] = prompt_forms(tokenizer, text, language)
+        unknown.update(tokenizer.unknown_words(text.strip(), language))
     words = sum(form.count for form in known.values())
     most = ", ".join(word for word, _ in unknown.most_common(_MOST_NAMED))
     logger.info("%d words of %d texts as phonemes, %d left as bytes (%s)", words, len(known), unknown.total(), most)
