@@ -177,25 +177,35 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def key_table(rows: list[tuple[str, str, str]]) -> list[str]:
+    """A table of keys, their defaults and meanings."""
+    cells = [f"| `{name}` | {plain(default)} | {plain(meaning)} |" for name, default, meaning in rows]
+    return ["| key | default | meaning |", "|---|---|---|", *cells, ""]
+
+
 def configuration_page() -> str:
-    """The YAML files with their comments: what the commands that take `key=value` know."""
+    """The keys of the trainings from their dataclasses, and the YAML files with their comments."""
+    from kalle.cli.train_help import keys, nested
+    from kalle.training import FlowVAETrainingConfig, LMTrainingConfig
+
     lines = [
         "# Configuration",
         "",
-        "`kalle train`, `kalle encode` and `kalle evaluate` take `key=value` arguments. These files list the keys; a key that is",
+        "`kalle train`, `kalle encode` and `kalle evaluate` take `key=value` arguments. A key that does not exist is an error that",
     ]
-    lines += [
-        "not in them is an error that names the valid ones. `kalle train lm --cfg job` prints the whole configuration of one run.",
-        "",
-    ]
-    from kalle.cli.train_help import help_text
-
-    roots = {"train_lm": "kalle train lm", "train_flowvae": "kalle train flowvae", "encode": "kalle encode", "evaluate": "kalle evaluate"}
-    for name, command in roots.items():
-        text = (configs() / f"{name}.yaml").read_text(encoding="utf-8")
-        if name.startswith("train_"):  # its keys stand in dataclasses
-            text = help_text(name.removeprefix("train_"), everything=True)
-        lines += [f"## `{command}`", "", "```yaml", text.rstrip(), "```", ""]
+    lines += ["names the valid ones; `???` must be given. `--cfg job` prints the whole configuration of one run.", ""]
+    for stage, config in (("flowvae", FlowVAETrainingConfig), ("lm", LMTrainingConfig)):
+        top, sections = [], {}
+        for name, default, meaning, part in keys(config):
+            if part is None:
+                top.append((name, default, meaning))
+            else:
+                sections[name] = list(nested(name, part))
+        lines += [f"## `kalle train {stage}`", "", *key_table(top)]
+        for name, rows in sections.items():
+            lines += [f"### `{name}` of `kalle train {stage}`", "", *key_table(rows)]
+    for name in ("encode", "evaluate"):
+        lines += [f"## `kalle {name}`", "", "```yaml", (configs() / f"{name}.yaml").read_text(encoding="utf-8").rstrip(), "```", ""]
     lines += ["## Groups", "", "`group=name` chooses a file, `group.key=value` changes one of its values.", ""]
     for path in sorted(configs().glob("*/*.yaml")):
         lines += [f"### `{path.parent.name}={path.stem}`", "", "```yaml", path.read_text(encoding="utf-8").rstrip(), "```", ""]

@@ -34,7 +34,7 @@ def check_accounted(text: str, sentences: list[Sentence]) -> None:
 
 
 @given(MIXED, st.integers(1, 40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_nothing_is_lost_and_all_pieces_fit(text: str, limit: int) -> None:
     sentences = split_sentences(text, None, lambda piece: len(piece) <= limit)
     check_accounted(text, sentences)
@@ -63,6 +63,8 @@ def test_nothing_is_lost_of_any_text(text: str) -> None:
         ("Wait for it... what was that? No way in the world!!", ["Wait for it... what was that?", "No way in the world!!"]),
         ("Привет, мой друг. Как твои дела?", ["Привет, мой друг.", "Как твои дела?"]),
         ("שלום לכולם היום. מה שלומך היום?", ["שלום לכולם היום.", "מה שלומך היום?"]),
+        ("彼は「はい。」と言った。そして帰りました。", ["彼は「はい。」と言った。", "そして帰りました。"]),
+        ("Pi is 3.14159265. 1,234 is much bigger.", ["Pi is 3.14159265.", "1,234 is much bigger."]),
         ("a", ["a"]),
         ("", []),
         ("😀 … !", []),
@@ -70,6 +72,35 @@ def test_nothing_is_lost_of_any_text(text: str) -> None:
 )
 def test_sentences(text: str, expected: list[str]) -> None:
     assert texts(text) == expected
+
+
+ONE_PIECE = [
+    ("10:45:30", "The train leaves at {} sharp."),
+    ("5 p.m.", "He came at {} yesterday."),
+    ("$1,234,567.89", "They paid {} for it."),
+    ("3.5 million", "About {} people live there."),
+    ("Ms. Johnson", "I asked {} about the plan."),
+    ("Prof. St. John", "We met {} in town."),
+    ("Mr. T. J. Smith", "We met {} in town."),
+    ("No. 5", "This is {} of the list."),
+    ("Jan. 5, 2024", "On {} it rained a lot."),
+    ("+44 20 7946 0958", "Please call {} at once."),
+    ("https://a.example.com/b.c?d=e,f;g", "Read {} now please."),
+    ("bob.smith@example.co.uk", "Write to {} now please."),
+    ("「今日は。行きましょう！」と", "彼は{}言った。"),
+    ("『元気？』って", "昨日{}聞いた。"),
+]
+
+
+@pytest.mark.parametrize(("whole", "sentence"), ONE_PIECE)
+def test_times_numbers_names_addresses_and_quotations_are_not_cut(whole: str, sentence: str) -> None:
+    """Neither as the end of a sentence nor where a sentence is too long, whatever stands before."""
+    text = sentence.format(whole)
+    assert texts(text) == [text]
+    for before in range(0, 40, 5):
+        longer = "word " * before + text
+        pieces = [s.text for s in split_sentences(longer, None, lambda piece: len(piece) <= 45)]
+        assert sum(whole in piece for piece in pieces) == 1, pieces
 
 
 def test_short_sentences_join_their_neighbour_in_the_paragraph() -> None:

@@ -6,7 +6,7 @@ import logging
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -25,8 +25,23 @@ _LONGEST_PIECE = 500
 _WIDE = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B), 0xFF05)}
 _HANDLED = frozenset("°℃℉½¼¾€£¥×÷−–²³")
 """Characters beyond ASCII that may vanish because words stand in their place."""
-_CHINESE_RULES = ((re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""), (re.compile(r"第2(?![\d.])"), "第二"))
-"""Readings that wetext gets wrong: a thousands separator, and the rank of 2 as a count."""
+_ONE_BY_ONE = str.maketrans("0123456789", "零幺二三四五六七八九")
+_CHINESE_PHONE = re.compile(
+    r"(?<![\w.-])(?:\+86[- ]?)?(?:1\d{2}[- ]?\d{4}[- ]?\d{4}|\(?0\d{2,3}[-)]\d{7,8}|[48]00-?\d{3}-?\d{4})(?![\d.-])"
+)
+_CHINESE_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""),
+    (re.compile(r"第2(?![\d.])"), "第二"),
+    (re.compile(r"(?<![\d.第])2(?=[倍次克米吨层]|年(?![代级]))"), "两"),
+    (re.compile(r"−(?=\d)"), "-"),
+    (re.compile("￥"), "¥"),
+    (re.compile(r"(?<=[A-Za-z])-(?=\d)"), ""),
+    (re.compile(r"(?<!\d)(19|20)(\d0)s(?![A-Za-z])"), lambda match: f"{int(match[1]) + 1}世纪{match[2]}年代"),
+    (re.compile(r"(\d+(?:\.\d+)?)%?[-–~～](\d+(?:\.\d+)?)%"), r"\1%到\2%"),
+    (_CHINESE_PHONE, lambda match: re.sub("[- ()]", "", match[0]).replace("+", "加").translate(_ONE_BY_ONE)),
+    (re.compile(r"(?<![\d.:：/-])(\d{1,4})[-–~～](?=\d{1,4}(?![\d:：/-]))"), r"\1到"),
+)
+"""Readings that wetext gets wrong."""
 _QUOTES = re.compile(r"([\"\\]+)")
 """wetext puts a backslash before these."""
 

@@ -20,8 +20,28 @@ _PARAGRAPH = re.compile(rf"{_LINE_END}[^\S\n\r\x0b\x0c\x85]*{_LINE_END}\s*|\u202
 _QUOTES = re.compile(r"""["“”„«»「」『』《》()（）\[\]【】]""")
 _OPENING = re.compile(r"""[“„«「『《(（\[【]+$|(?<=\s)"$""")
 _CHINESE_SEMICOLON = re.compile(r"；")
-# Where a sentence that is too long is cut, best first.
-_CUTS = (re.compile(r"[;:；：…—]+\s*"), re.compile(r"[,，、،]+\s*"))
+# Where a sentence that is too long is cut, best first; between letters or figures a colon or comma is part of a word.
+_CUTS = (re.compile(r"[;:]+\s+|[；：…—]+\s*"), re.compile(r"[,،]+\s+|[，、]+\s*"))
+_TITLES = (
+    "Mr|Mrs|Ms|Mx|Messrs|Mme|Mlle|Dr|Prof|St|Mt|Ft|Hon|Pres|Gov|Sen|Rep|Gen|Col|Maj|Capt|Cmdr|Lt|Sgt|Cpl|Pvt|Adm|Supt|Rev|Fr|Msgr|Sra?|"
+    "Srta|Hr|Sig"
+)
+_MONTHS = "(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*"
+_UNITS = "[ap]\\.?m|o'clock|thousand|million|billion|trillion|percent|dollars|euros|pounds|[kcm]?m|k?g|km/h|mph|[GMk]?Hz|[GMTk]B|°"
+_WHOLE = re.compile(
+    rf"""
+    (?:https?://|www\.)\S+ | (?<![\w.+-])[\w.+-]+@[\w.-]+\w                    # addresses
+    | (?<!\d)\+?\(?\d+\)?(?:[ .-]\(?\d+\)?){{2,}}                       # telephone numbers
+    | [$£€¥]?\d+(?:[.,:/–-]\d+)* (?:\s?(?:{_UNITS})\b\.?)?          # numbers, times, amounts
+    | \b(?:{_MONTHS})\.?\ \d\d?(?:st|nd|rd|th)?\b(?:,?\ \d{{4}})?  # dates
+    | \b\d\d?\ (?:{_MONTHS})\b\.?(?:,?\ \d{{4}})?
+    | \b(?:{_TITLES})\.\s+\w+ | \b(?:[Nn]os?|[Ff]igs?|[Vv]ol|[Cc]h|pp?)\.\s?\d+
+    | (?:「[^「」]*」|『[^『』]*』)\s?[とっなのはがをにでもかよね]        # a Japanese quotation and the particle behind it
+    """,
+    re.VERBOSE,
+)
+"""What stays in one piece, wherever it can."""
+_INITIALS = re.compile(r"\b(?:[A-Z]\.\s?)+[A-Z]\w+")
 _SPACE = re.compile(r"(?<=\S)\s+")
 _JOINER = "\u200d"
 Span = tuple[int, int]
@@ -95,8 +115,20 @@ def _boundaries(text: str, language: str) -> list[Span]:
         edges += [place + match.end() for match in _CHINESE_SEMICOLON.finditer(piece)]
         place += len(piece)
         edges.append(place)
+    inside = _inside(text, _WHOLE)
+    edges = [edge for edge in edges if edge not in inside]
     spans = zip(edges, [*edges[1:], len(text)], strict=True)
     return [trimmed for span in spans if (trimmed := _trim(text, span))[0] < trimmed[1]]
+
+
+def _inside(text: str, *patterns: re.Pattern[str]) -> set[int]:
+    """The places of ``text`` inside of what matches one of ``patterns``, space at its end apart."""
+    return {
+        place
+        for pattern in patterns
+        for match in pattern.finditer(text)
+        for place in range(match.start() + 1, match.end() - (len(match[0]) - len(match[0].rstrip())))
+    }
 
 
 def _segment(text: str, language: str) -> list[str]:
@@ -121,7 +153,7 @@ def _shorten(text: str, span: Span, language: str | None, allowed: Callable[[str
     if allowed(text[start:end]):
         yield start, end, False
         return
-    inner = _inside_quotes(text, span, language)
+    inner = _inside_quotes(text, span, language, allowed)
     if len(inner) > 1:
         for piece in inner:
             yield from _shorten(text, piece, language, allowed)
@@ -134,13 +166,16 @@ def _shorten(text: str, span: Span, language: str | None, allowed: Callable[[str
         yield start, end, False
 
 
-def _inside_quotes(text: str, span: Span, language: str | None) -> list[Span]:
-    """The sentences within a long quotation or bracket, which sentencex keeps whole."""
+def _inside_quotes(text: str, span: Span, language: str | None, allowed: Callable[[str], bool]) -> list[Span]:
+    """The sentences within a long quotation or bracket, which sentencex keeps whole; but nothing is cut that stays whole and is allowed."""
     start, end = span
     piece = text[start:end]
     spans = [(start + a, start + b) for a, b in _boundaries(_QUOTES.sub(" ", piece), language or detect_language(piece))]
     edges = [start]
+    whole = {place for match in _WHOLE.finditer(piece) if allowed(match[0]) for place in range(match.start() + 1, match.end())}
     for _, following in pairwise(spans):
+        if following[0] - start in whole:
+            continue
         opening = _OPENING.search(text[edges[-1] : following[0]])
         edges.append(following[0] - (len(opening[0]) if opening else 0))
     trimmed = [_trim(text, pair) for pair in zip(edges, [*edges[1:], end], strict=True)]
@@ -153,15 +188,19 @@ def _cut_place(piece: str, allowed: Callable[[str], bool]) -> int:
     while beyond - room > 1:
         middle = (room + beyond) // 2
         room, beyond = (middle, beyond) if allowed(piece[:middle]) else (room, middle)
+    inside = _inside(piece[: LONGEST_CHARACTERS + 1], _WHOLE, _INITIALS)
     for pattern in _CUTS:
-        places = [match.end() for match in pattern.finditer(piece[:room]) if match.end() > room // 2]
+        places = [match.end() for match in pattern.finditer(piece[:room]) if match.end() > room // 2 and match.end() not in inside]
         if places:
             return places[-1]
     if len(piece) - room < room // 2:
         room = max((len(piece) + 1) // 2, 1)  # two halves rather than a long piece and a word
     spaces = [match.end() for match in _SPACE.finditer(piece[:room])]
-    if spaces:
-        return spaces[-1]
+    good = [place for place in spaces if place not in inside]
+    if good or spaces:
+        return (good or spaces)[-1]
+    outside = next((place for place in range(room, room // 2, -1) if place not in inside), room)
+    room = max(outside, 1)
     while room > 1 and (unicodedata.category(piece[room]).startswith("M") or _JOINER in piece[room - 1 : room + 1]):
         room -= 1
     return room
