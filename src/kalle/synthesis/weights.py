@@ -82,7 +82,7 @@ class FolderConfig:
         return spoken.text, spoken.warnings
 
     def transcript(self, text: str) -> str:
-        """What the model is given for ``text``, the transcript of a prompt in any of the weights' languages."""
+        """The input of the model for ``text``, the transcript of a prompt in any of the weights' languages."""
         return TextFrontEnd(self.text.merged(), given_phonemes=self.given_phonemes).read(text).text
 
 

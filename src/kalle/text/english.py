@@ -311,7 +311,7 @@ _COUNTED = (
     "dollars|euros|pounds|people|men|women|children|students|soldiers|members|points|items|votes|steps|miles|meters|metres|kilometers|feet|"
     "times|days|hours|minutes|seconds|years|words|pages|copies|units|calories|tons|acres|degrees|percent|million|billion"
 )
-"""What a number of four digits counts, if it stands before it: it is no year then."""
+"""Nouns that a number of four digits counts when it precedes them: it is no year then."""
 RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (

@@ -40,7 +40,7 @@ _WHOLE = re.compile(
     """,
     re.VERBOSE,
 )
-"""What stays in one piece, wherever it can."""
+"""Text that stays in one piece where possible."""
 _INITIALS = re.compile(r"\b(?:[A-Z]\.\s?)+[A-Z]\w+")
 _SPACE = re.compile(r"(?<=\S)\s+")
 _JOINER = "\u200d"

@@ -28,7 +28,7 @@ from kalle.files import atomic_file, output_folder, write_atomic
 COMPLETED_NAME = ".completed"
 REPORT_JSON, REPORT_MD = "report.json", "report.md"
 LONGEST_CUT_SECONDS = 3600.0
-"""What a cut may claim to be; at 16 kHz it takes 230 MB."""
+"""Longest cut that is read; at 16 kHz it takes 230 MB."""
 HIGHEST_RATE_HZ = 768_000
 _TRANSFORMS = ("Resample", "Speed", "Tempo", "Volume")
 """Changes of a recording that read no other one."""

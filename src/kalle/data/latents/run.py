@@ -17,7 +17,7 @@ from kalle.models.speaker import SpeakerMel
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig:
-    """What is encoded, where to, and by which process."""
+    """The corpus, the folder to write, and the share of this process."""
 
     flowvae: str | Path
     """Weight folder, NAME or NAME/flowvae."""
