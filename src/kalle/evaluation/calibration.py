@@ -243,7 +243,7 @@ class ConfidenceCalibration:
         return bool((self.bad < self.low).mean() >= 0.5 and (self.good < self.low).mean() <= 0.05)
 
     def to_stored(self) -> StoredConfidence:
-        """What config.json keeps of it."""
+        """The part of it that config.json stores."""
         false_alarms, detected = (float((values < self.low).mean()) for values in (self.good, self.bad))
         return StoredConfidence(self.low, self.temperature, float(self.good.mean()), false_alarms, detected, len(self.good))
 

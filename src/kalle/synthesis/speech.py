@@ -101,7 +101,7 @@ class Speech:
     end_frame_kl: float | None = None
     """``end_kl`` of the frame that ended the speech, which is not among the frames; None where the model did not end it."""
     end_frame_probability: float | None = None
-    """What the stop head said of that frame; None without a head."""
+    """The stop head's output for that frame; None without a head."""
     low_confidence: float | None = None
     """The ``confidence`` below which speech of these weights is doubtful (`kalle calibrate`); None where that is not known."""
     text: str = ""

@@ -27,7 +27,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class StoredConfidence:
-    """What a calibration measured of the confidence of speech (``Speech.confidence``)."""
+    """The result of a calibration of the confidence of speech (``Speech.confidence``)."""
 
     low: float
     """Speech below it is doubtful."""
