@@ -70,17 +70,6 @@ def test_refusals_leave_nothing(stage: str, more: list[str], message: str, logge
     assert not (tmp_path / "run").exists()
 
 
-def test_the_vocabulary_is_checked_before_transformers_has_its_say(lm_overrides: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
-    """It writes a line of its own about token ids beyond the vocabulary."""
-    import kalle.models.lm
-
-    def speak(values: object) -> None:
-        raise AssertionError("transformers was asked")
-
-    monkeypatch.setattr(kalle.models.lm, "_llama_config", speak)
-    assert "set lm.backbone.vocab_size=265" in refused("lm", [*lm_overrides, "lm.backbone.vocab_size=100"], tmp_path / "run", capsys)
-
-
 def test_the_flowvae_must_have_made_the_latents(lm_overrides, toy_flowvae_config: FlowVAEConfig, tmp_path: Path, capsys) -> None:
     from kalle.checkpoint import weights_hash
 

@@ -13,7 +13,7 @@ import torch
 from kalle.audio import read_audio
 from kalle.cli.main import main
 from kalle.errors import UserError
-from kalle.models.lm import KalleLM, KalleLMConfig, set_attention
+from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.lora import LoRAConfig, add_lora
 from kalle.models.speaker import SpeakerEncoderConfig
 from kalle.synthesis.adapter import Adapter, base_hash
@@ -98,8 +98,3 @@ def test_led_attention_is_not_compiled(toy_lm_config: KalleLMConfig) -> None:
         LMTrainingConfig(
             out="o", data=LMDataConfig(latents="l"), lm=toy_lm_config, compile=True, objective=LMObjective(alignment_weight=0.2)
         )
-
-
-def test_a_model_for_synthesis_has_no_kernels_to_choose(toy_weights: Path) -> None:
-    with pytest.raises(UserError, match="load it with for_training=True"):
-        set_attention(KalleLM.from_pretrained(toy_weights), "sdpa", torch.device("cpu"))

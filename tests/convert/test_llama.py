@@ -14,6 +14,9 @@ from kalle.models.lm import KalleLM, KalleLMConfig
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
+SIZES = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+REPLACED = KalleLMConfig(backbone=SIZES, latent_dim=4)
+
 
 def text_model(tied: bool = True) -> LlamaForCausalLM:
     torch.manual_seed(3)
@@ -33,7 +36,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, LlamaF
 
 
 def start(folder: Path, tokens: int = 98) -> KalleLM:
-    lm = KalleLM(with_text_backbone(KalleLMConfig(backbone={}, latent_dim=4), folder, tokens)).eval()
+    lm = KalleLM(with_text_backbone(REPLACED, folder, tokens)).eval()
     load_text_weights(lm, folder, torch.Generator().manual_seed(0))
     return lm
 
@@ -45,7 +48,7 @@ def test_the_backbone_is_the_text_model(folder: tuple[Path, LlamaForCausalLM]) -
     ids = torch.randint(0, 90, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model.model(input_ids=ids).last_hidden_state
-        torch.testing.assert_close(lm.backbone(input_ids=ids, use_cache=False).last_hidden_state, expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(lm.backbone(lm.backbone.embed_tokens(ids)).last_hidden_state, expected, atol=1e-6, rtol=1e-5)
     assert lm.config.latent_dim == 4
     assert all(parameter.dtype == torch.float32 for parameter in lm.parameters())
 
@@ -72,7 +75,7 @@ def test_the_saved_folder_loads_again(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    config = KalleLMConfig(backbone={}, latent_dim=4)
+    config = REPLACED
     text_model().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"the tokenizer has 40 tokens but the text weights in .* embed 90: it is another tokenizer"):
         with_text_backbone(config, tmp_path, 40)

@@ -38,18 +38,18 @@ def golden_flowvae() -> FlowVAE:
     return flowvae.eval().requires_grad_(False)
 
 
-def _golden_lm(name: str, for_training: bool) -> KalleLM:
+def _golden_lm(name: str) -> KalleLM:
     released = torch.load(REFERENCE / f"{name}.pt", weights_only=True)
-    lm = KalleLM(lm_config(json.loads((REFERENCE / "lm_tiny.json").read_text()), released, name), for_training)
+    lm = KalleLM(lm_config(json.loads((REFERENCE / "lm_tiny.json").read_text()), released, name))
     load_strict(lm, {ours: released[theirs] for theirs, ours in lm_names(released).items()}, name)
     return lm.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["for synthesis", "for training"])
-def golden_lm(request: pytest.FixtureRequest) -> KalleLM:
-    return _golden_lm("lm_tiny", request.param)
+@pytest.fixture(scope="session")
+def golden_lm() -> KalleLM:
+    return _golden_lm("lm_tiny")
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["for synthesis", "for training"])
-def golden_lm_speaker(request: pytest.FixtureRequest) -> KalleLM:
-    return _golden_lm("lm_speaker_tiny", request.param)
+@pytest.fixture(scope="session")
+def golden_lm_speaker() -> KalleLM:
+    return _golden_lm("lm_speaker_tiny")

@@ -95,7 +95,7 @@ def test_a_prompt_and_steps_equal_the_reference(int8: Int8Backbone, reference: B
     for width in (9, 1, 1, 3):
         x = embeddings(1, width, seed=width)
         hidden, state = int8.advance(x, state)
-        expected = reference(x, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        expected = reference(x, past_key_values=cache).last_hidden_state[:, -1]
         assert relative_error(hidden, expected) < ROUNDING
     assert state.lengths == (14,)
 
@@ -144,7 +144,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a small model that has been trained a little on nothing, so that its predictions differ."""
     torch.manual_seed(1)
     backbone = {key: value for key, value in asdict(CONFIG).items() if key != "scaling"}
-    lm = KalleLM(KalleLMConfig(backbone, latent_dim=4), for_training=False)
+    lm = KalleLM(KalleLMConfig(backbone, latent_dim=4))
     path = tmp_path_factory.mktemp("weights")
     lm.save_pretrained(path)
     return path

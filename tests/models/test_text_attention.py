@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaModel
 
 from kalle.errors import UserError
 from kalle.losses.alignment import HEAD, TextAttention
@@ -20,7 +21,6 @@ LAYER = 1
 def lm_and_batch(request: Any, toy_lm_config: KalleLMConfig) -> tuple[KalleLM, LMBatch]:
     torch.manual_seed(5)
     lm = KalleLM(dataclasses.replace(toy_lm_config, speaker=SPEAKER if request.param else None)).eval()
-    lm.backbone.set_attn_implementation("eager")
     mels = {"speaker_mels": torch.randn(3, 80, 40), "speaker_kept": torch.tensor([True, False, True])} if request.param else {}
     ids, latents = torch.randint(0, 256, (3, 6)), torch.randn(3, 9, lm.config.latent_dim)
     return lm, LMBatch(ids, torch.tensor([6, 4, 3]), latents, torch.tensor([9, 5, 7]), **mels)
@@ -31,15 +31,19 @@ def test_it_is_the_attention_of_the_backbone(lm_and_batch: tuple[KalleLM, LMBatc
     lm, batch = lm_and_batch
     layout = lm.layout(batch, packing)
     text_start = layout.lengths - batch.text_lengths - batch.latent_lengths
-    whole: list[torch.Tensor] = []
-    lm.backbone.layers[LAYER].self_attn.register_forward_hook(lambda module, inputs, output: whole.append(output[1]))
+    given: list[dict[str, Any]] = []
+    lm.backbone.register_forward_pre_hook(lambda module, inputs, named: given.append(named), with_kwargs=True)
     with TextAttention(lm, [LAYER]) as attention:
         lm(batch, layout)
         read = attention.weights(LAYER, batch, layout, text_start)
+    reference = LlamaModel(LlamaConfig(**lm.config.backbone, attn_implementation="eager")).eval()
+    reference.load_state_dict(lm.backbone.state_dict())
+    with torch.no_grad():
+        whole = reference(**given[0], use_cache=False, output_attentions=True).attentions[LAYER]
     for document in range(3):
         texts, frames = int(batch.text_lengths[document]), int(batch.latent_lengths[document])
         begin = int(layout.start[document] + text_start[document])
-        rows = whole[0][layout.row[document], HEAD, begin + texts - 1 : begin + texts - 1 + frames]
+        rows = whole[layout.row[document], HEAD, begin + texts - 1 : begin + texts - 1 + frames]
         torch.testing.assert_close(read[document, :frames, :texts], rows[:, begin : begin + texts], atol=1e-6, rtol=1e-5)
         assert not read[document, :, texts:].any()
 

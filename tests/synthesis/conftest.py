@@ -35,7 +35,7 @@ def tiny_flowvae_config() -> FlowVAEConfig:
 
 def golden_lm(name: str, speaker: SpeakerEncoderConfig | None) -> KalleLM:
     released = torch.load(REFERENCE / f"{name}.pt", weights_only=True)
-    lm = KalleLM(KalleLMConfig(backbone=BACKBONE, latent_dim=LATENT_DIM, speaker=speaker), for_training=False)
+    lm = KalleLM(KalleLMConfig(backbone=BACKBONE, latent_dim=LATENT_DIM, speaker=speaker))
     load_strict(lm, {ours: released[theirs] for theirs, ours in lm_names(released).items()}, name)
     return lm.eval()
 

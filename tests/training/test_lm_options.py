@@ -138,7 +138,7 @@ def test_a_stop_head_is_taught_to_weights_that_have_none(train, toy_weights: Pat
 def test_mistakes_are_told_before_anything_is_written(train, toy_weights: Path, tmp_path: Path) -> None:
     for options, message in (
         (("freeze=[nothing.*]",), "freeze: no parameter fits"),
-        (("attention=flash",), "attention=flash needs a CUDA device"),
+        (("attention=flex",), "attention=flex needs a CUDA device"),
         (("compact_vocabulary=maybe",), "expected true, false or auto"),
         (("packing=true", "row_positions=0"), "row_positions: got 0"),
         ((f"init={toy_weights}", f"init_text={toy_weights}"), "expected one of them; leave one out"),

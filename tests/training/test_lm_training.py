@@ -262,10 +262,3 @@ def test_led_attention_is_in_single_under_autocast(make, batch: LMBatch) -> None
         weights = attention.weights(1, batch, layout, layout.lengths - batch.text_lengths - batch.latent_lengths)
     assert weights.dtype == torch.float32
     assert not torch.equal(weights, weights.bfloat16().float()), "computed in fp32, not merely returned in it"
-
-
-def test_a_model_for_synthesis_is_not_packed(make, batch: LMBatch, fit) -> None:
-    module = make()
-    module.lm, module.packing = KalleLM(module.lm.config, for_training=False), Packing(40)
-    with pytest.raises(UserError, match="packing: got a language model for synthesis"):
-        fit(module, [batch], 1)

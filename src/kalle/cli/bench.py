@@ -131,7 +131,7 @@ def load(model: Path | None, size: Size | None, device: Any, dtype: Any) -> tupl
         return KalleLM.from_pretrained(model, device, dtype), flowvae
     import torch
 
-    lm = KalleLM(configuration("lm", size), for_training=False)
+    lm = KalleLM(configuration("lm", size))
     torch.nn.Module.to(lm.backbone, dtype)
     return lm.to(device).eval(), flowvae
 

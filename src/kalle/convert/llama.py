@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kalle.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_json, read_weights, require_fit
 from kalle.errors import UserError
-from kalle.models.lm import KalleLM, KalleLMConfig, check_backbone
+from kalle.models.backbone import BackboneConfig
+from kalle.models.lm import KalleLM, KalleLMConfig
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,7 @@ def with_text_backbone(config: KalleLMConfig, folder: str | Path, vocab_size: in
             f"not a Llama: '{path}' has model_type {values.get('model_type')!r}, expected 'llama'; give a folder of Llama text weights"
         )
     backbone = {name: value for name, value in values.items() if name in _ARCHITECTURE}
-    check_backbone(backbone, path)
-    missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if name not in backbone]
-    if missing:
-        raise UserError(f"missing key {', '.join(missing)} in '{path}'; fetch the file again")
-    embedded = backbone["vocab_size"]
+    embedded = BackboneConfig.of(backbone, path).vocab_size
     if vocab_size < 0.9 * embedded:
         raise UserError(
             f"the tokenizer has {vocab_size} tokens but the text weights in '{folder}' embed {embedded}: it is another tokenizer; "

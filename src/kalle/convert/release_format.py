@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from kalle.errors import UserError
+from kalle.models.backbone import BackboneConfig
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAEConfig
-from kalle.models.lm import KalleLMConfig, check_backbone
+from kalle.models.lm import KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig
 
 RELEASED_BACKBONE: Mapping[str, Any] = {
@@ -130,7 +131,7 @@ def lm_config(backbone: Mapping[str, Any], tensors: Mapping[str, Tensor], source
     The latent size, and the speaker encoder's sizes when it is there, are read from the shapes. A tensor that is missing
     leaves its size at the default; the comparison of all tensors then reports it.
     """
-    check_backbone(backbone, source)
+    BackboneConfig.of(backbone, source)
     latent_dim = _size(tensors, "audio_linear.weight", 1, KalleLMConfig.latent_dim)
     return KalleLMConfig(backbone=dict(backbone), latent_dim=latent_dim, speaker=speaker_config(tensors))
 

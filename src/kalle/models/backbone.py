@@ -1,30 +1,48 @@
-"""A Llama decoder: the network, and the names of its weights, that transformers' LlamaModel has.
+"""A Llama decoder, for training and for speaking: the network, and the names of its weights, that transformers' LlamaModel has.
 
-Speaking needs few operations on one position at a time, and a command that starts at once: importing transformers' network takes seconds
-and 190 MB.
+Written here because speaking needs few operations on one position at a time, and a command that starts at once: importing transformers'
+network takes seconds and 190 MB. Training is no slower (docs/architecture.md).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kalle.models.lm_state import KVCache
+from kalle.errors import UserError
+from kalle.models.lm_state import KVCache, LayerCache
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    Mask = Tensor | BlockMask | None
+
+_LARGEST_SIZES = {
+    "vocab_size": 2**22, "hidden_size": 2**16, "intermediate_size": 2**18, "num_hidden_layers": 2**10, "num_attention_heads": 2**10,
+    "num_key_value_heads": 2**10, "head_dim": 2**12, "max_position_embeddings": 2**27,
+}  # fmt: skip
+"""The sizes, and what no sensible network exceeds: a damaged or hostile file must not ask for all memory."""
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _WITHOUT_EFFECT = frozenset({
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "model_type", "pad_token_id",
-    "pretraining_tp", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "is_encoder_decoder",
+    "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
-"""Keys that change nothing in a trained backbone that returns hidden states."""
+"""Keys of a published config.json that change nothing in a network that returns hidden states."""
 _ONLY_KNOWN = {"hidden_act": "silu", "attention_dropout": 0.0, "attention_bias": False, "mlp_bias": False, "model_type": "llama"}
 """Keys of which only one value is computed here."""
+_OTHERS = ("initializer_range", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta")
+_VALID = sorted({*_LARGEST_SIZES, *_ONLY_KNOWN, *_WITHOUT_EFFECT, *_OTHERS})
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,9 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+_LLAMA3_KEYS = tuple(field.name for field in dataclasses.fields(Llama3Scaling))
 
 
 @dataclass(frozen=True)
@@ -52,26 +73,44 @@ class BackboneConfig:
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     scaling: Llama3Scaling | None = None
+    initializer_range: float = 0.02
+    """Standard deviation of the weights that training starts from."""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> BackboneConfig | None:
-        """The configuration that ``values`` (of a Llama config.json) describe; None when they hold anything unknown here."""
-        rest = {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT or key in _ONLY_KNOWN}
-        if any(rest.pop(key, only) != only for key, only in _ONLY_KNOWN.items()):
-            return None
-        rope = _rope(rest)
-        sizes = {key: rest.pop(key, None) for key in _SIZES}
-        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
-        if rope is None or not all(_is_size(size) for size in sizes.values()) or hidden % heads:
-            return None
-        sizes["num_key_value_heads"] = rest.pop("num_key_value_heads", None) or heads
-        sizes["head_dim"] = rest.pop("head_dim", None) or hidden // heads
-        sizes["max_position_embeddings"] = rest.pop("max_position_embeddings", cls.max_position_embeddings)
-        epsilon = rest.pop("rms_norm_eps", cls.rms_norm_eps)
-        fits = all(_is_size(size) for size in sizes.values()) and isinstance(epsilon, float) and 0 < epsilon < 1
-        if rest or not fits or heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
-            return None
-        return cls(**sizes, rms_norm_eps=epsilon, **rope)
+    def of(cls, values: Mapping[str, Any], source: str | Path = "lm.backbone") -> BackboneConfig:
+        """The configuration that ``values`` (of a Llama config.json, or ``source``) describe.
+
+        UserError for an unknown key (it lists the valid ones), a value that is not computed here, such as another activation, and for
+        sizes that are missing, do not fit each other or are beyond all measure.
+        """
+        rest = {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT}
+        unknown = sorted(str(key) for key in rest if key not in _VALID)
+        if unknown:
+            raise UserError(f"unknown key {', '.join(map(repr, unknown))} in '{source}'; valid keys: {', '.join(_VALID)}")
+        for key, only in _ONLY_KNOWN.items():
+            if (value := rest.pop(key, only)) != only:
+                raise UserError(f"not supported: {key} is {value!r} in '{source}', expected {only!r}; KALL-E's backbone is a plain Llama")
+        rope = _rope(rest, source)
+        missing = [key for key in _REQUIRED if rest.get(key) is None]
+        if missing:
+            raise UserError(f"missing key {', '.join(map(repr, missing))} in '{source}', expected a number; mend the file")
+        sizes = {key: rest[key] for key in _LARGEST_SIZES if rest.get(key) is not None}
+        for key, size in sizes.items():
+            if not _is_size(size, key):
+                raise _bad(source, key, size, f"an integer from 1 to {_LARGEST_SIZES[key]}")
+        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        if "head_dim" not in sizes and hidden % heads:
+            raise _bad(source, "hidden_size", hidden, f"a multiple of num_attention_heads={heads}, or a head_dim")
+        sizes = {"num_key_value_heads": heads, "head_dim": hidden // heads, **sizes}
+        if heads % sizes["num_key_value_heads"]:
+            raise _bad(source, "num_attention_heads", heads, f"a multiple of num_key_value_heads={sizes['num_key_value_heads']}")
+        if sizes["head_dim"] % 2:
+            raise _bad(source, "head_dim", sizes["head_dim"], "an even number")
+        numbers: dict[str, Any] = {key: rest.get(key, getattr(cls, key)) for key in ("rms_norm_eps", "initializer_range")}
+        for key, number in numbers.items():
+            if not _is_positive(number) or number >= 1:
+                raise _bad(source, key, number, "a number between 0 and 1")
+        return cls(**sizes, **numbers, **rope)
 
     @property
     def layer_parameters(self) -> int:
@@ -93,33 +132,36 @@ class BackboneConfig:
         return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_size(value: Any, key: str) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_SIZES[key]
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _rope(values: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the rotary keys out of ``values``; None when they mean something else than the plain or Llama 3's frequencies."""
+def _bad(source: str | Path, key: str, value: Any, expected: str) -> UserError:
+    return UserError(f"bad value in '{source}': {key} is {value!r}, expected {expected}; correct it")
+
+
+def _rope(values: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Take the rotary keys out of ``values``; UserError when they mean something else than the plain or Llama 3's frequencies."""
     given = values.pop("rope_scaling", None) or values.pop("rope_parameters", None) or {}
     values.pop("rope_parameters", None)
+    expected = "rope_type default, or llama3 with " + ", ".join(_LLAMA3_KEYS)
     if not isinstance(given, Mapping):
-        return None
+        raise _bad(source, "rope_scaling", given, expected)
     given = dict(given)
-    theta = given.pop("rope_theta", values.pop("rope_theta", BackboneConfig.rope_theta))
-    values.pop("rope_theta", None)
+    outer = values.pop("rope_theta", None)
+    theta = given.pop("rope_theta", BackboneConfig.rope_theta if outer is None else outer)
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     if not _is_positive(theta):
-        return None
+        raise _bad(source, "rope_theta", theta, "a number above 0")
     if kind == "default" and not given:
         return {"rope_theta": float(theta)}
-    known = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    if kind != "llama3" or set(given) != known or not all(map(_is_positive, given.values())):
-        return None
-    if given["low_freq_factor"] >= given["high_freq_factor"]:
-        return None
+    fits = kind == "llama3" and set(given) == set(_LLAMA3_KEYS) and all(map(_is_positive, given.values()))
+    if not fits or given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise _bad(source, "rope_scaling", {"rope_type": kind, **given}, f"{expected}, all above 0, low below high")
     return {"rope_theta": float(theta), "scaling": Llama3Scaling(**given)}
 
 
@@ -183,18 +225,20 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None) -> Tensor:
         rows, new, _ = x.shape
         queries = _rotated(self.q_proj(x).view(rows, new, self.heads, self.head_dim).transpose(1, 2), rotary)
         keys = _rotated(self.k_proj(x).view(rows, new, self.kv_heads, self.head_dim).transpose(1, 2), rotary)
         values = self.v_proj(x).view(rows, new, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
-            keys, values = cache.update(keys, values, layer)
+            keys, values = cache.extend(keys, values)
         return self.o_proj(self._attend(queries, keys, values, mask).transpose(1, 2).reshape(rows, new, -1))
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         """(B, heads, new, head_dim); without a mask a single position sees every key, several see those up to their own."""
         group = self.heads // self.kv_heads
+        if mask is not None and not isinstance(mask, Tensor):
+            return _flex(queries.is_cuda)(queries, keys, values, block_mask=mask, enable_gqa=group > 1)
         if queries.shape[2] == 1:
             # The queries of one group ask the same keys: rows of one product, and no key is copied.
             grouped = queries.view(queries.shape[0], self.kv_heads, group, self.head_dim)
@@ -227,21 +271,31 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, layer)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Backbone(nn.Module):
-    """Embeddings in, hidden states out; called as `LlamaModel` is, for the arguments that `KalleLM` gives."""
+    """Embeddings in, hidden states out; called as transformers' LlamaModel is."""
+
+    flex = False
+    """Whether the documents of packed rows are kept apart by torch's flex attention, which skips the blocks that nobody sees, instead of a
+    mask (R, W, W). It needs CUDA to be trained."""
+    recompute = False
+    """Whether training keeps the input of each layer only, and computes the rest again on the way back."""
 
     def __init__(self, config: BackboneConfig) -> None:
+        """Linear layers and embeddings are drawn from N(0, ``initializer_range``²)."""
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, 0.0, config.initializer_range)
 
     def forward(
         self,
@@ -249,7 +303,6 @@ class Backbone(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: KVCache | None = None,
-        use_cache: bool = False,
     ) -> BackboneOutput:
         """``inputs_embeds`` (B, W, H) behind the columns of ``past_key_values``, which is extended.
 
@@ -263,20 +316,29 @@ class Backbone(nn.Module):
         else:
             cosine, sine = self.rotary_emb(inputs_embeds, position_ids)
             rotary = cosine[:, None], sine[:, None]
-        mask = _mask(attention_mask, position_ids if past_key_values is None else None, past, new, inputs_embeds.device)
+        packed = position_ids if past_key_values is None else None
+        mask: Mask
+        if self.flex and packed is not None and attention_mask is None and new > 1:
+            mask = _block_mask(packed)
+        else:
+            mask = _mask(attention_mask, packed, past, new, inputs_embeds.device)
         hidden = inputs_embeds
         _choose_kernels(inputs_embeds.device)
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
         for number, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotary, mask, past_key_values, number)
+            if recompute:
+                hidden = checkpoint(layer, hidden, rotary, mask, None, use_reentrant=False)
+            else:
+                hidden = layer(hidden, rotary, mask, None if past_key_values is None else past_key_values.layer(number))
         return BackboneOutput(self.norm(hidden))
 
 
 def _choose_kernels(device: torch.device) -> None:
-    """On CUDA, leave cuDNN's attention out, in this process and for good, which no other thread can undo.
+    """To speak on CUDA, leave cuDNN's attention out, in this process and for good, which no other thread can undo.
 
     It plans anew for every length that it meets, and in speech every frame is another length (docs/results/speed.md).
     """
-    if device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
+    if device.type == "cuda" and not torch.is_grad_enabled() and torch.backends.cuda.cudnn_sdp_enabled():
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -292,9 +354,33 @@ def _mask(valid: Tensor | None, positions: Tensor | None, past: int, new: int, d
     if valid is not None:
         mask = mask & (valid[:, None] | (columns == own))  # padding may look at itself: a row of no key would be NaN
     elif positions is not None:
-        document = (positions == 0).cumsum(1)
+        document = _documents(positions)
         mask = mask & (document[:, :, None] == document[:, None])
     return mask[:, None]
+
+
+def _documents(positions: Tensor) -> Tensor:
+    """The number of the document at each of the ``positions`` (R, W) of packed rows, which restart at 0."""
+    return (positions == 0).cumsum(1)
+
+
+def _block_mask(positions: Tensor) -> BlockMask:
+    """The same for flex attention: a position of a packed row sees those of its document up to its own."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    document, (rows, width) = _documents(positions), positions.shape
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (document[row, query] == document[row, key])
+
+    return create_block_mask(sees, rows, None, width, width, device=str(positions.device))
+
+
+@cache
+def _flex(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ class Packing:
 
     row_positions: int | None = 2048
     """Longest row, though never shorter than the longest utterance; None puts a batch into one row. Attention whose mask is a
-    matrix (sdpa, eager) costs memory by the square of it."""
+    matrix (sdpa) costs memory by the square of it."""
 
     def __post_init__(self) -> None:
         if self.row_positions is not None and self.row_positions < 1:

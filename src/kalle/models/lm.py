@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,8 @@ from kalle.models.layers import without_autocast
 from kalle.models.lm_state import CachedState, KVCache, LMState
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
 PART = "lm"
-_OLDER_LLAMA_KEYS = frozenset({"_name_or_path", "model_type", "rope_scaling", "rope_theta", "torch_dtype"})
-"""Keys of published config.json files that transformers reads but no longer lists."""
+ATTENTION = ("sdpa", "flex")
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ class KalleLMConfig:
     """The configuration of a KalleLM."""
 
     backbone: Mapping[str, Any]
-    """Values of transformers' LlamaConfig."""
+    """Values of a Llama config.json, see `BackboneConfig.of`."""
     latent_dim: int = 512
     """Dimensions of a latent frame, the Flow-VAE's."""
     speaker: SpeakerEncoderConfig | None = None
@@ -47,7 +42,7 @@ class KalleLMConfig:
     """One more output at every position, the logit that the frame after it is the end (MELLE, arXiv 2407.08551)."""
 
     def __post_init__(self) -> None:
-        check_backbone(self.backbone, "lm.backbone")
+        BackboneConfig.of(self.backbone)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in config.json; a head that is not there is not mentioned, so that older programs read the rest."""
@@ -64,60 +59,25 @@ class KalleLMConfig:
             given["speaker"] = dataclass_from_dict(SpeakerEncoderConfig, given["speaker"], source)
         if "backbone" not in given:
             raise UserError(f"key 'backbone' is missing in '{source}': expected the values of a Llama configuration; convert again")
-        check_backbone(given["backbone"], source)
+        if not isinstance(given["backbone"], Mapping):
+            raise UserError(f"bad value in '{source}': backbone is {given['backbone']!r}, expected an object {{...}}; mend the file")
+        BackboneConfig.of(given["backbone"], source)
         return dataclass_from_dict(cls, given, source)
-
-
-def check_backbone(values: Mapping[str, Any], source: str | Path) -> None:
-    """A UserError when ``values`` are not those of a Llama configuration; an unknown key lists the valid ones."""
-    if BackboneConfig.of(values) is not None:
-        return  # known without transformers, which takes seconds to import
-    from transformers import LlamaConfig
-
-    valid = {field.name for field in dataclasses.fields(LlamaConfig)} | _OLDER_LLAMA_KEYS
-    unknown = sorted(set(values) - valid)
-    if unknown:
-        raise UserError(f"unknown key {', '.join(map(repr, unknown))} in '{source}'; valid keys: {', '.join(sorted(valid))}")
-    if values.get("model_type", "llama") != "llama":
-        raise UserError(f"not a Llama configuration: model_type is {values['model_type']!r} in '{source}', expected 'llama'")
-    _llama_config(values, source)
-
-
-def _llama_config(values: Mapping[str, Any], source: str | Path) -> LlamaConfig:
-    from transformers import LlamaConfig
-
-    try:
-        # transformers writes rope_theta into the rope_scaling it is given.
-        return LlamaConfig(**copy.deepcopy(dict(values)))
-    except Exception as error:  # its validators raise subclasses of Exception alone
-        raise UserError(f"bad Llama configuration in '{source}': {' '.join(str(error).split())}; correct it") from None
-
-
-def _backbone(values: Mapping[str, Any], for_training: bool) -> Any:
-    known = None if for_training else BackboneConfig.of(values)
-    if known is not None:
-        return Backbone(known)
-    from transformers import LlamaModel
-
-    return LlamaModel(_llama_config(values, "lm.backbone"))
 
 
 def quantisable(folder: str | Path) -> tuple[Path, BackboneConfig]:
     """The part folder of the language model in ``folder`` and the backbone of which `kalle.models.int8_weights` makes an 8-bit form.
 
-    UserError for a folder without a language model, and for a backbone of another kind.
+    UserError for a folder without a language model.
     """
     part = part_folder(folder, PART)
-    known = BackboneConfig.of(KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME)).backbone)
-    if known is None:
-        raise UserError(f"the backbone of '{part}' is of a kind that has no 8-bit form, expected a plain Llama; leave quantize out")
-    return part, known
+    return part, BackboneConfig.of(KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME)).backbone)
 
 
 def int8_backbone(folder: str | Path, device: str | torch.device) -> Int8Backbone:
     """The 8-bit backbone of the weights in ``folder``; its embeddings are not filled.
 
-    UserError on another device than the CPU, for a backbone of another kind, and without onnxruntime.
+    UserError on another device than the CPU, and without onnxruntime.
     """
     if resolve_device(device).type != "cpu":
         raise UserError(f"8-bit weights run on the CPU: got device '{device}'; use device=cpu, or leave quantize out")
@@ -168,12 +128,11 @@ class KalleLM(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: KalleLMConfig, for_training: bool = True, backbone: nn.Module | None = None) -> None:
-        """``backbone`` is taken as it is. Without one it is transformers' LlamaModel ``for_training``, with its choice of kernels, or else
-        `Backbone` where that knows the configuration. Weights and results are the same, up to rounding."""
+    def __init__(self, config: KalleLMConfig, backbone: Backbone | Int8Backbone | None = None) -> None:
+        """``backbone`` is taken as it is; without one a new `Backbone` is drawn."""
         super().__init__()
         self.config = config
-        self.backbone = _backbone(config.backbone, for_training) if backbone is None else backbone
+        self.backbone = Backbone(BackboneConfig.of(config.backbone)) if backbone is None else backbone
         hidden: int = self.backbone.config.hidden_size
         self.audio_linear = nn.Linear(config.latent_dim, hidden)
         self.distribution_linear = nn.Linear(hidden, 2 * config.latent_dim)
@@ -208,12 +167,10 @@ class KalleLM(nn.Module):
         folder: str | Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        for_training: bool = False,
         quantize: Literal["int8"] | None = None,
     ) -> KalleLM:
         """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32.
 
-        ``for_training``: with transformers' backbone, as ``__init__`` says; `set_attention` chooses among its kernels.
         ``quantize`` "int8" computes the backbone with 8-bit weights (`kalle.models.int8`), which are made once and kept beside the others;
         it needs the CPU and is for inference. UserError where that cannot be.
 
@@ -223,8 +180,7 @@ class KalleLM(nn.Module):
         part = part_folder(folder, PART)
         config = KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
         if quantize is None:
-            return load_module(lambda: cls(config, for_training), part, device, {"backbone.": dtype})
-        assert not for_training, "8-bit weights are not trained"
+            return load_module(lambda: cls(config), part, device, {"backbone.": dtype})
         backbone = int8_backbone(part, device)
         return load_module(lambda: cls(config, backbone=backbone), part, device, skip=is_quantised)
 
@@ -232,7 +188,7 @@ class KalleLM(nn.Module):
     def names_of(cls, config: KalleLMConfig) -> set[str]:
         """Names of the state of a model of ``config``."""
         with torch.device("meta"):
-            return set(cls(config, for_training=False).state_dict())
+            return set(cls(config).state_dict())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``folder``/lm/{config.json, model.safetensors} (``folder`` itself when it is named lm)."""
@@ -307,14 +263,14 @@ class KalleLM(nn.Module):
     def predict(self, text_ids: Tensor, latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> NextFrame:
         """The distribution (B, D) of the frame after ``latents``, from the whole context and with no cache; shapes as in ``prefill``."""
         embeddings = self._context(text_ids, latents, speaker_latent)
-        return self._head(self.backbone(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1])
+        return self._head(self.backbone(inputs_embeds=embeddings).last_hidden_state[:, -1])
 
     def predict_all(self, text_ids: Tensor, latents: Tensor, speaker_latent: Tensor | None = None) -> NextFrame:
         """The distributions (B, T + 1, D) of every frame of ``latents`` (B, T, D) and of the one after them, with gradients.
 
         They come from the very context that ``prefill`` reads, shapes as there: teacher forcing for a speaker latent that is given.
         """
-        hidden = self.backbone(inputs_embeds=self._context(text_ids, latents, speaker_latent), use_cache=False).last_hidden_state
+        hidden = self.backbone(inputs_embeds=self._context(text_ids, latents, speaker_latent)).last_hidden_state
         return self._head(hidden[:, -(latents.shape[1] + 1) :])
 
     def step(self, z: Tensor, state: LMState) -> tuple[NextFrame, LMState]:
@@ -339,13 +295,7 @@ class KalleLM(nn.Module):
         return (distribution.mean if batch.speaker_noise is None else distribution.sample(batch.speaker_noise)), distribution
 
     def _new_state(self) -> LMState:
-        if isinstance(self.backbone, Int8Backbone):
-            return self.backbone.new_state()
-        if isinstance(self.backbone, Backbone):
-            return CachedState(KVCache())
-        from transformers import DynamicCache
-
-        return CachedState(DynamicCache())
+        return self.backbone.new_state() if isinstance(self.backbone, Int8Backbone) else CachedState(KVCache())
 
     def _context(self, text_ids: Tensor, latents: Tensor | None, speaker_latent: Tensor | None) -> Tensor:
         """Embeddings (B, W, H) of ``[speaker] text latents``."""
@@ -372,7 +322,6 @@ class KalleLM(nn.Module):
             attention_mask=state.attention_mask(new),
             position_ids=state.position_ids(new),
             past_key_values=state.cache,
-            use_cache=True,
         ).last_hidden_state
         return hidden[:, -1], state
 
@@ -398,10 +347,8 @@ class KalleLM(nn.Module):
             speaker_latent = speaker[0]
         embeddings = self._assemble(batch, layout, speaker_latent)
         # Rows are padded at their end only, so the causal mask alone keeps padding out of every valid position. In packed rows the
-        # restarts of the positions make it block-diagonal, but only without a cache and without a mask of ours.
-        return self.backbone(
-            inputs_embeds=embeddings, attention_mask=None, position_ids=layout.position_ids, use_cache=False
-        ).last_hidden_state
+        # restarts of the positions keep the documents apart.
+        return self.backbone(inputs_embeds=embeddings, position_ids=layout.position_ids).last_hidden_state
 
     def _assemble(self, batch: LMBatch, layout: RowLayout, speaker_latent: Tensor | None) -> Tensor:
         """Embeddings (R, W, H): each document's speaker, text and latents joined without gaps."""
@@ -431,73 +378,24 @@ class KalleLM(nn.Module):
         return torch.ones_like(batch.text_lengths) if batch.speaker_kept is None else batch.speaker_kept.long()
 
 
-# How a language model is computed: none of it changes weights.
-ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
-"""Our names and transformers'."""
-_CUDA_ONLY = ("flex", "flash")
+def set_attention(lm: KalleLM, attention: str, device: torch.device) -> None:
+    """Choose how the documents of packed rows are kept apart in training; a UserError where that is not possible.
 
-
-def set_attention(lm: KalleLM, attention: str, device: torch.device, half_precision: bool = False) -> None:
-    """Choose the implementation of the backbone's attention; a UserError where it is not available.
-
-    sdpa and eager run everywhere; flex and flash need CUDA, and flash half precision and a kernel for it.
+    "sdpa" runs everywhere, with a mask where rows are packed; "flex" needs CUDA and skips the blocks that nobody sees.
     """
     if attention not in ATTENTION:
-        raise UserError(f"attention: got '{attention}', expected {', '.join(ATTENTION)}; correct it")
-    if not hasattr(lm.backbone, "set_attn_implementation"):
-        raise UserError(
-            f"attention={attention}: got a language model for synthesis, expected one for training; load it with for_training=True"
-        )
-    if attention in _CUDA_ONLY and device.type != "cuda":
-        raise UserError(f"attention={attention} needs a CUDA device: the run is on '{device.type}'; use attention=sdpa")
-    if attention == "flash" and not half_precision:
-        raise UserError("attention=flash needs half precision; use precision=bf16-mixed or attention=sdpa")
-    try:
-        lm.backbone.set_attn_implementation(ATTENTION[attention])
-    except Exception as error:  # transformers raises ImportError, ValueError or whatever fetching a kernel does
-        raise UserError(f"attention={attention} is not available here: {' '.join(str(error).split())}; use attention=sdpa") from None
+        raise UserError(f"attention: got '{attention}', expected {' or '.join(ATTENTION)}; correct it")
+    if attention == "flex" and device.type != "cuda":
+        raise UserError(f"attention=flex needs a CUDA device: the run is on '{device.type}'; use attention=sdpa")
+    lm.backbone.flex = attention == "flex"
 
 
 def recompute_activations(lm: KalleLM) -> None:
     """Keep only the input of every layer in training and compute the rest again on the way back: less memory, a third more work."""
-    lm.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lm.backbone.recompute = True
 
 
 def compile_layers(lm: KalleLM) -> None:
     """Compile every layer of the backbone in place: names of weights stay, and all layers share one compilation."""
     for layer in lm.backbone.layers:
         layer.compile()
-
-
-@torch.no_grad()
-def check_documents_apart(attention: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """A UserError when this version of transformers lets the documents of a packed row see each other.
-
-    It derives the block-diagonal mask from the restarts of ``position_ids``, but not with a cache, and says nothing when it does not.
-    ``attention`` is its name of an implementation. Tried on a toy backbone of 16-wide heads.
-    """
-    from transformers import LlamaConfig, LlamaModel
-
-    size: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-    }
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        model = LlamaModel(LlamaConfig(**size, head_dim=16, vocab_size=4))
-        model.set_attn_implementation(attention)
-        toy: nn.Module = model.eval()
-        toy.to(device, dtype)
-        embeddings = torch.randn(1, 6, 16, device=device, dtype=dtype)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
-
-    def second(inputs: Tensor) -> Tensor:
-        return toy(inputs_embeds=inputs, position_ids=positions, attention_mask=None, use_cache=False).last_hidden_state[:, 3:]
-
-    changed = embeddings.clone()
-    changed[:, :3] *= -3
-    if not torch.equal(second(embeddings), second(changed)):
-        raise UserError(f"packing: with attention '{attention}' this version of transformers mixes packed utterances; use packing=false")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -41,16 +41,20 @@ class LayerCache:
 
 
 class KVCache:
-    """The layers of a `Backbone`; it has the three names of transformers' DynamicCache that `LMState` needs."""
+    """The layers of a `Backbone`."""
 
     def __init__(self) -> None:
         self.layers: list[LayerCache] = []
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Append columns to layer ``layer_idx``, which may be the next that does not exist yet; returns all of its keys and values."""
-        if layer_idx == len(self.layers):
+        return self.layer(layer_idx).extend(keys, values)
+
+    def layer(self, number: int) -> LayerCache:
+        """The cache of layer ``number``, which may be the next that does not exist yet."""
+        if number == len(self.layers):
             self.layers.append(LayerCache())
-        return self.layers[layer_idx].extend(keys, values)
+        return self.layers[number]
 
     def get_seq_length(self) -> int:
         """Columns seen so far."""
@@ -72,19 +76,6 @@ def _appended(room: Tensor | None, new: Tensor, begin: int) -> Tensor:
         room = larger
     room[:, :, begin:end] = new
     return room
-
-
-class Cache(Protocol):
-    """`kalle.models.lm_state.KVCache`, or transformers' DynamicCache, whichever the backbone is called with."""
-
-    layers: Any
-    """One with ``keys`` and ``values`` (B, kv_heads, W, head_dim) for every layer."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, /) -> Any:
-        """Append columns."""
-
-    def get_seq_length(self) -> int:
-        """Columns so far."""
 
 
 class LMState(ABC):
@@ -131,13 +122,13 @@ class LMState(ABC):
 
 @dataclass(frozen=True)
 class CachedState(LMState):
-    """Keys and values of every layer, as torch's backbones keep them.
+    """Keys and values of every layer, as a `Backbone` keeps them.
 
     Rows end in the same column; a shorter row is padded on its left, so that a new position of every row goes into the
     same new column. W columns. ``select`` leaves out the columns that no row needs.
     """
 
-    cache: Cache
+    cache: KVCache
     """Per layer, keys and values of shape (B, kv_heads, W, head_dim)."""
     padding: Tensor | None = None
     """(B,) int64: columns at the left of each row that hold nothing; None where no row has any."""
@@ -145,7 +136,7 @@ class CachedState(LMState):
     @property
     def length(self) -> int:
         """Columns W: positions of the longest row."""
-        return int(self.cache.get_seq_length())
+        return self.cache.get_seq_length()
 
     @property
     def rows(self) -> int:
@@ -172,7 +163,7 @@ class CachedState(LMState):
 
     def _joined(self, states: Sequence[LMState]) -> CachedState:
         width = max(state.length for state in states)
-        cache = type(self.cache)()
+        cache = KVCache()
         for number, layers in enumerate(zip(*(cast("CachedState", state)._layers() for state in states), strict=True)):
             keys, values = (_align_right(parts, width) for parts in zip(*layers, strict=True))
             cache.update(keys, values, number)
@@ -182,21 +173,20 @@ class CachedState(LMState):
         every = self.lengths
         lengths = tuple(every[row] for row in rows)
         width = max(lengths)
-        cache = type(self.cache)()
+        cache = KVCache()
         for number, (keys, values) in enumerate(self._layers()):
             index = torch.tensor(list(rows), device=keys.device)
             cache.update(keys[index, :, -width:], values[index, :, -width:], number)
         return self._padded(lengths, cache)
 
     @classmethod
-    def _padded(cls, lengths: Sequence[int], cache: Cache) -> CachedState:
+    def _padded(cls, lengths: Sequence[int], cache: KVCache) -> CachedState:
         state = cls(cache)
         padding = [state.length - length for length in lengths]
         return cls(cache, torch.tensor(padding, device=state._layers()[0][0].device)) if any(padding) else state
 
     def _layers(self) -> list[tuple[Tensor, Tensor]]:
-        layers: list[Any] = self.cache.layers
-        return [(layer.keys, layer.values) for layer in layers]
+        return [(layer.keys, layer.values) for layer in self.cache.layers]
 
 
 def _align_right(parts: Sequence[Tensor], width: int) -> Tensor:

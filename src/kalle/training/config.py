@@ -381,9 +381,9 @@ class LMTrainingConfig(TrainingConfig):
     packing: bool = False
     """Put utterances one behind the other into rows, each seeing itself alone, in place of padding."""
     row_positions: int | None = 2048
-    """With packing: longest row; null, and attention=flash: a batch is one row."""
+    """With packing: longest row; null: a batch is one row."""
     attention: str = "sdpa"
-    """sdpa or eager; on CUDA also flex, flash."""
+    """sdpa; on CUDA also flex, which keeps packed utterances apart without a mask."""
     activation_checkpointing: bool = False
     """Less memory for a third more work."""
     objective: LMObjective = LMObjective()
@@ -409,8 +409,7 @@ class LMTrainingConfig(TrainingConfig):
     @property
     def rows(self) -> Packing | None:
         """How the rows of a batch are packed, None for padded ones."""
-        # The kernel of flash attention knows packed documents in a single row only.
-        return Packing(None if self.attention == "flash" else self.row_positions) if self.packing else None
+        return Packing(self.row_positions) if self.packing else None
 
 
 def _check_parts(config: Any, key: str) -> None:

@@ -17,9 +17,8 @@ from kalle.data.seeds import derived_seed
 from kalle.errors import UserError
 from kalle.losses.alignment import TextAttention, alignment_loss
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl, stop_bce, stop_rows
-from kalle.models.backbone import Backbone
 from kalle.models.batch import LMBatch, Packing, RowLayout
-from kalle.models.lm import KalleLM, check_documents_apart
+from kalle.models.lm import KalleLM
 from kalle.text.prompt import without_text
 from kalle.training.distributed import Reduction, global_weight, is_sharded, shard_language_model
 from kalle.training.optimisation import OptimizerFactory, SchedulerFactory, draws_dropout, parameter_groups
@@ -95,14 +94,6 @@ class KalleLMTraining(lightning.LightningModule):
         """AdamW (or whatever the partial makes) over the weights that train, and a schedule stepped at every update."""
         optimizer = self.optimizer_factory(parameter_groups(self.lm, self.decay_all))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler_factory(optimizer), "interval": "step"}}
-
-    def on_fit_start(self) -> None:
-        """Make sure that packed utterances do not see each other."""
-        if self.packing is not None:
-            if isinstance(self.lm.backbone, Backbone):
-                raise UserError("packing: got a language model for synthesis, expected one for training; load it with for_training=True")
-            attention = self.lm.backbone.config._attn_implementation or "eager"
-            check_documents_apart(attention, self.device, torch.bfloat16 if "flash" in attention else torch.float32)
 
     def training_step(self, batch: LMBatch, batch_idx: int) -> Tensor:
         """The loss of one batch, in nats per dimension."""

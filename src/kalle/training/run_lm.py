@@ -29,7 +29,7 @@ from kalle.synthesis.adapter import ADAPTER_FILE, SPEAKER_PARTS, Adapter, base_h
 from kalle.text.tokenizer import Tokenizer
 from kalle.training.callbacks import SpeechMedia, speech_sampler
 from kalle.training.checkpoint_files import resume_path
-from kalle.training.config import LMTrainingConfig, TokenizerConfig, precision_of
+from kalle.training.config import LMTrainingConfig, TokenizerConfig
 from kalle.training.distributed import FSDP, check_sharding, started_ranks, whole_model
 from kalle.training.lm import KalleLMTraining, ShardedLMTraining
 from kalle.training.optimisation import finish, freeze, parameter_counts
@@ -175,7 +175,7 @@ def start_language_model(config: LMTrainingConfig, info: dict[str, Any], tokeniz
     wanted, generator = config.lm, torch.Generator().manual_seed(config.seed)
     assert wanted is not None
     if config.init is not None and not dry:
-        lm = KalleLM.from_pretrained(config.init, for_training=True).train()
+        lm = KalleLM.from_pretrained(config.init).train()
         if wanted.stop_head and not lm.config.stop_head:
             lm.add_stop_head(generator)
             logger.info("the language model of '%s' has no stop head: it gets an untrained one", config.init)
@@ -200,7 +200,7 @@ def prepare_language_model(config: LMTrainingConfig, lm: KalleLM, tokens: Tensor
     if tokens is not None:
         logger.info("training %d of %d text tokens, those of the training texts; the others stay as they are", len(tokens), lm.vocab_size)
         compact_vocabulary(lm, tokens)
-    set_attention(lm, config.attention, resolve_device(config.device), "16" in precision_of(config))
+    set_attention(lm, config.attention, resolve_device(config.device))
     if config.activation_checkpointing:
         recompute_activations(lm)
     return adapters
