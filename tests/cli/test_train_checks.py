@@ -49,6 +49,7 @@ def refused(stage: str, overrides: list[str], out: Path, capsys) -> str:
         ("flowvae", ["clip.norm=abc"], "clip.norm: got 'abc', expected a number; correct it"),
         ("flowvae", ["objective.kl_reduction=foo"], "objective.kl_reduction: got 'foo', expected mean or sum_dim"),
         ("flowvae", ["objective.kl_reduction=none"], "objective.kl_reduction: got 'none', expected mean or sum_dim"),
+        ("lm", ["+trainer.stepz=1"], "unknown configuration key: got 'trainer.stepz', expected one of: trainer.max_steps, "),
         ("lm", ["seed=abc"], "seed: got 'abc', expected a whole number; correct it"),
         ("lm", ["callbacks.ema=5"], "callbacks.ema: got 5, expected an object {...} or null; correct it"),
         ("lm", ["lm.latent_dim=wide"], "lm.latent_dim: got 'wide', expected a whole number; correct it"),

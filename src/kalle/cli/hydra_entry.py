@@ -216,8 +216,9 @@ def readable(error: Exception, config_name: str, overrides: list[str]) -> Except
     text = "\n".join(map(str, causes))
     key = re.search(r"is not in struct\n\s*full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text)
     if key is not None:
-        valid = ", ".join(_siblings(config_name, key[1], overrides))
-        return UserError(f"unknown configuration key: got '{key[1]}', expected one of: {valid}; correct it")
+        return UserError(
+            f"unknown configuration key: got '{key[1]}', expected one of: {_valid(config_name, key[1], overrides)}; correct it"
+        )
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing is not None:
         return UserError(f"no value for {missing[1]}: expected one in the command; add {missing[1]}=…")
@@ -225,9 +226,20 @@ def readable(error: Exception, config_name: str, overrides: list[str]) -> Except
         last = causes[-1]
         if not isinstance(last, ValueError | TypeError) and "Misconfiguration" not in type(last).__name__:
             return error
-        part = re.search(r"full_key: (\S+)", str(error)) or re.search(r"target '([^']+)'", str(error))
+        path = re.search(r"full_key: (\S+)", str(error))
+        added = re.search(r"unexpected keyword argument '(\w+)'", str(last))
+        if added is not None:  # with +, which Hydra lets pass
+            name = f"{path[1]}.{added[1]}" if path else added[1]
+            return UserError(
+                f"unknown configuration key: got '{name}', expected one of: {_valid(config_name, name, overrides)}; correct it"
+            )
+        part = path or re.search(r"target '([^']+)'", str(error))
         return UserError(f"configuration {config_name}: {part[1] if part else 'a part'} refuses its values: {last}; correct them")
     return UserError(f"configuration {config_name}: {' '.join(str(error).split())}; see `--cfg job` for the whole configuration")
+
+
+def _unknown(key: str, config_name: str, overrides: list[str]) -> UserError:
+    return UserError(f"unknown configuration key: got '{key}', expected one of: {_valid(config_name, key, overrides)}; correct it")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -240,7 +252,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _siblings(config_name: str, key: str, overrides: list[str]) -> list[str]:
+def _valid(config_name: str, key: str, overrides: list[str]) -> str:
     """The valid keys at the deepest existing level of ``key``, under the groups that ``overrides`` choose."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -261,4 +273,4 @@ def _siblings(config_name: str, key: str, overrides: list[str]) -> list[str]:
             break
         node = node._get_node(part)
         prefix.append(part)
-    return [".".join([*prefix, str(name)]) for name in node if str(name) != "_target_"]
+    return ", ".join(".".join([*prefix, str(name)]) for name in node if str(name) != "_target_")

@@ -98,7 +98,8 @@ def training_config(config: DictConfig) -> FlowVAETrainingConfig | LMTrainingCon
     try:
         built: FlowVAETrainingConfig | LMTrainingConfig = instantiate(config, _convert_="all")
     except InstantiationException as error:
-        raise readable(error, "of the training", []) from None
+        stage = "lm" if "lm" in config else "flowvae"
+        raise readable(error, f"train_{stage}", []) from None
     return built
 
 
