@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import sys
 import time
@@ -132,8 +133,9 @@ class RunProgress(Callback):
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Log the metrics of the validation."""
         if trainer.is_global_zero and not trainer.sanity_checking:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-            logger.info("step %d: %s", trainer.global_step, ", ".join(f"{name[4:]} {value:.3f}" for name, value in metrics.items()))
+            values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            known = ", ".join(f"{name[4:]} {value:.3f}" for name, value in values.items() if not math.isnan(value))
+            logger.info("step %d: %s", trainer.global_step, known)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Close the bar."""

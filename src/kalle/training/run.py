@@ -67,7 +67,8 @@ class TrainingResult:
 
 def begin(config: TrainingConfig) -> None:
     """Set threads and seeds, and silence messages of the libraries."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    for message in (".*LeafSpec.*", ".*is smaller than the logging interval.*"):  # the latter of every small corpus
+        warnings.filterwarnings("ignore", message=message)
     # Its own handler would repeat every line of ours, and we log devices and steps ourselves.
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
