@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from kalle.cli.data import app
 from kalle.data.corpus.cuts import cuts_path, load_cuts, make_cut, write_cuts
-from kalle.data.corpus.retranscribe import Recogniser, RetranscribeOptions, retranscribe_corpus
+from kalle.data.corpus.measures import MeasuredItem, Measures
+from kalle.data.corpus.retranscribe import Recogniser, RetranscribeOptions, judge, retranscribe_corpus
 from kalle.errors import UserError
 from kalle.evaluation.word_errors import whisper_english, word_errors
 
@@ -146,3 +148,31 @@ def test_a_real_recogniser_keeps_real_prompts_and_drops_swapped_texts(tmp_path: 
     kept = texts(tmp_path / "out")
     assert not {cuts[0].id, cuts[1].id} & set(kept)
     assert len(kept) >= 4
+
+
+@pytest.mark.parametrize("sign", ["\u2019", "\u2018", "\u02bc", "\uff07", "\u2032", "`"])
+def test_a_typographic_apostrophe_is_no_error(tmp_path: Path, sign: str) -> None:
+    verdict = judged(f"It isn{sign}t John{sign}s boat, they{sign}re ours.", "en", "it isn't john's boat they're ours")
+    assert (verdict.errors, verdict.reason) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "heard"),
+    [("\u8edf\u9ad4\u5f88\u597d", "\u8f6f\u4f53\u5f88\u597d"), ("\u8f6f\u4f53\u5f88\u597d", "\u8edf\u9ad4\u5f88\u597d")],
+)
+def test_both_scripts_of_chinese_are_compared_in_one(text: str, heard: str) -> None:
+    verdict = judged(text, "zh", heard)
+    assert (verdict.errors, verdict.tokens) == (0, 4)
+    assert verdict.new_text == text
+
+
+def judged(text: str, language: str, heard: str):
+    table = str.maketrans("\u8edf\u9ad4", "\u8f6f\u4f53")
+    recogniser = dataclasses.replace(told([]), one_script=lambda text, language: text.translate(table) if language == "zh" else text)
+    item = MeasuredItem("a", "train", text, "", language, RATE_HZ, Measures(seconds=1.0))
+    return judge(item, language, {"transcript": heard}, recogniser, RetranscribeOptions())
+
+
+def test_chinese_is_converted_by_script_and_not_by_vocabulary() -> None:
+    zhconv = pytest.importorskip("zhconv")
+    assert zhconv.convert("\u8edf\u9ad4", "zh-hans") == "\u8f6f\u4f53"

@@ -35,8 +35,14 @@ def encode_composed(config: DictConfig) -> dict[str, Any] | None:
     share = share_of_process(built.rank, built.world_size)
     with progress_bar() as bar:
         task = bar.add_task("encode" if share.world_size == 1 else f"encode, {share}", total=None)
+
+        def show(done: int, total: int) -> None:
+            if bar.tasks[task].total is None:
+                bar.reset(task, completed=done, total=total)  # what an earlier run has done is no measure of speed
+            bar.update(task, completed=done)
+
         try:
-            info = encode(built, lambda done, total: bar.update(task, completed=done, total=total))
+            info = encode(built, show)
         except OthersUnfinished as unfinished:
             logger.info("%s", unfinished)
             return None

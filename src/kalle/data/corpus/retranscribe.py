@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ TRANSCRIPTS_NAME, ITEMS_NAME = "transcripts.jsonl", "items.jsonl"
 KEEP, ASR, FILL = "keep", "asr", "fill"
 TEXTS = (KEEP, ASR, FILL)
 """Which text an item gets: its own; the recogniser's; its own, or the recogniser's where it has none."""
+_APOSTROPHES = re.compile("[\u2018\u2019\u201b\u02bc\u2032\uff07\u0060\u00b4](?=\\w)")
+"""Signs that are typed for the apostrophe of a word, which a recogniser writes plainly."""
 PER_CHARACTER = frozenset({"zh", "yue", "ja", "th", "lo", "km", "my"})
 """Languages written without spaces: errors are counted by character."""
 
@@ -43,6 +46,8 @@ class Recogniser:
     """Reference tokens (at least one), hypothesis tokens -> substitutions, deletions and insertions."""
     description: Mapping[str, object]
     """The settings that determine the transcripts: model, decoding, versions."""
+    one_script: Callable[[str, str], str] = lambda text, language: text
+    """Text, language -> the text in the one script in which both texts are compared, character by character: simplified Chinese."""
     max_seconds: float = 30.0
     """It hears no more of an item than that."""
 
@@ -99,7 +104,7 @@ def retranscribe_corpus(
     languages = {key: _language(item, options) for key, item in items.items()}
     with output_folder(out):
         transcripts = _transcripts(cuts, languages, out, recogniser, progress)
-        verdicts = [_judge(item, languages[key], transcripts.get(key), recogniser, options) for key, item in items.items()]
+        verdicts = [judge(item, languages[key], transcripts.get(key), recogniser, options) for key, item in items.items()]
         source = {"corpus": str(corpus.resolve()), "digest": corpus_digest(corpus)}
         report = {"source": source, "recogniser": dict(recogniser.description), "options": asdict(options), **build_report(verdicts)}
         write_jsonl(out / ITEMS_NAME, [{**asdict(verdict), "error_rate": verdict.error_rate} for verdict in verdicts])
@@ -147,9 +152,7 @@ def _hear(cut: Cut, language: str, recogniser: Recogniser) -> dict[str, Any]:
     return {"transcript": recogniser.transcribe(audio, int(cut.sampling_rate), language)}
 
 
-def _judge(
-    item: MeasuredItem, language: str, heard: dict[str, Any] | None, recogniser: Recogniser, options: RetranscribeOptions
-) -> Verdict:
+def judge(item: MeasuredItem, language: str, heard: dict[str, Any] | None, recogniser: Recogniser, options: RetranscribeOptions) -> Verdict:
     """Compare the item's own text with the transcript, and say which text it gets."""
     transcript = str((heard or {}).get("transcript", ""))
     facts: dict[str, Any] = {"split": item.split, "id": item.id, "seconds": item.sound.seconds, "text": item.text, "transcript": transcript}
@@ -172,7 +175,7 @@ def _judge(
 
 
 def _tokens(text: str, language: str, recogniser: Recogniser) -> list[str]:
-    tokens = recogniser.tokens(text, language)
+    tokens = recogniser.tokens(recogniser.one_script(_APOSTROPHES.sub("'", text), language), language)
     return list("".join(tokens)) if language in PER_CHARACTER else tokens
 
 

@@ -186,7 +186,7 @@ logger = logging.getLogger(__name__)
 TRAIN = "train"
 DIRECTIONS = ("prediction_posterior", "posterior_prediction")
 Progress = Callable[[int, int], None]
-"""Called with the numbers of utterances done and of all utterances."""
+"""Called with the numbers of utterances done and of all: first with what an earlier run had done, then after each utterance."""
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,13 @@ class CorpusEncoder:
         self.device = next(flowvae.parameters()).device
         self.dtype = next(flowvae.parameters()).dtype
 
-    def records(self, utterances: Sequence[Utterance]) -> tuple[list[LatentRecord], dict[str, str]]:
-        """Encode ``utterances``; returns their records in order, and the reason for each one that was skipped."""
+    def records(
+        self, utterances: Sequence[Utterance], done: Callable[[int], None] = lambda count: None
+    ) -> tuple[list[LatentRecord], dict[str, str]]:
+        """Encode ``utterances``; returns their records in order, and the reason for each one that was skipped.
+
+        ``done`` is called with how many are finished as they are.
+        """
         hop, sample_rate_hz = self.flowvae.config.hop_length, self.flowvae.config.sample_rate
         skipped: dict[str, str] = {}
         records: dict[str, LatentRecord] = {}
@@ -244,6 +249,7 @@ class CorpusEncoder:
         for group in equal_length_groups(loaded(), self.config.batch_size):
             for record in self._encode_group(group):
                 records[record.id] = record
+            done(len(records) + len(skipped))
         return [records[utterance.id] for utterance in utterances if utterance.id in records], skipped
 
     def _encode_group(self, group: Sequence[tuple[Utterance, np.ndarray]]) -> Iterator[LatentRecord]:
@@ -327,12 +333,15 @@ def encode_corpus(
     with output_folder(root):
         shards = {split: _shards(encoder, root, split, utterances) for split, utterances in plan.items()}
         own = [shard for index, shard in enumerate(_all(shards)) if share.owns(index)]
-        done, total = 0, sum(len(shard.utterances) for shard in own)
-        for shard in own:
-            _write(encoder, shard, share)
+        report = progress or (lambda done, total: None)
+        waiting = [shard for shard in own if shard.finished() is None]
+        total = sum(len(shard.utterances) for shard in own)
+        done = total - sum(len(shard.utterances) for shard in waiting)
+        report(done, total)
+        for shard in waiting:
+            _write(encoder, shard, share, lambda count, before=done: report(before + count, total))  # type: ignore[misc]
             done += len(shard.utterances)
-            if progress is not None:
-                progress(done, total)
+            report(done, total)
         recorded = {split: [shard.finished() for shard in some] for split, some in shards.items()}
         missing = sum(record is None for records in recorded.values() for record in records)
         if missing:
@@ -374,10 +383,8 @@ def fingerprint(encoder: CorpusEncoder, utterances: Sequence[Utterance]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _write(encoder: CorpusEncoder, shard: _Shard, share: Share) -> None:
+def _write(encoder: CorpusEncoder, shard: _Shard, share: Share, done: Callable[[int], None]) -> None:
     """Write ``shard`` unless it is complete already, or another process, started with the same rank by mistake, is writing it."""
-    if shard.finished() is not None:
-        return
     folder, number = shard.folder, shard.number
     with folder_lock(folder.root, f"{folder.split}.{number:06d}", wait=False) as holder:
         if holder is not None:
@@ -387,7 +394,7 @@ def _write(encoder: CorpusEncoder, shard: _Shard, share: Share) -> None:
             return
         (folder.root / COMPLETED_NAME).unlink(missing_ok=True)
         started = time.perf_counter()
-        records, skipped = encoder.records(shard.utterances)
+        records, skipped = encoder.records(shard.utterances, done)
         seconds = sum(record.samples for record in records) / encoder.flowvae.config.sample_rate
         facts = {
             "utterances": len(records),
