@@ -23,6 +23,21 @@ from kalle.data.corpus.splits import normalised
 from kalle.errors import UserError
 from kalle.text.languages import SYLLABLE_LETTERS
 
+GOOD, LOOK, BAD = "good", "look", "bad"
+VERDICTS = (GOOD, LOOK, BAD)
+"""From best to worst."""
+LISTED_SPEAKERS = 30
+RARE_CHARACTERS = 40
+"""At most so many of the rarest characters are listed."""
+_RARE_COUNT = 3
+_HELD_OUT_FIRST = {"test": 0, "valid": 1, "train": 3}
+_MAD_TO_SIGMA = 1.4826
+_LEAST_SIGMA = 0.05
+_ITEMS_PER_BIN = 50
+_MOST_BINS = 12
+Key = tuple[str, str]
+"""Split and id of an item."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -87,11 +102,6 @@ def limits_from(settings: list[str]) -> Limits:
     return Limits(**changed)
 
 
-GOOD, LOOK, BAD = "good", "look", "bad"
-VERDICTS = (GOOD, LOOK, BAD)
-"""From best to worst."""
-
-
 @dataclass(frozen=True)
 class Flag:
     """One item that a check objects to, and why."""
@@ -102,7 +112,7 @@ class Flag:
     reason: str
 
     @property
-    def key(self) -> tuple[str, str]:
+    def key(self) -> Key:
         """Split and id of the item."""
         return self.split, self.id
 
@@ -126,15 +136,37 @@ class CheckResult:
         return values
 
 
-Check = Callable[[Sequence[MeasuredItem], Limits], CheckResult]
+@dataclass(frozen=True)
+class Found:
+    """What a check finds: the reason of every item that it flags, and numbers for the report."""
+
+    reasons: Mapping[Key, str]
+    numbers: dict[str, Any] = field(default_factory=dict)
+    verdict: str | None = None
+    """None: by the share of flagged items."""
+    summary: str = ""
 
 
-def share_verdict(flagged: int, total: int, limits: Limits) -> str:
-    """The verdict for ``flagged`` of ``total`` items."""
-    share = flagged / max(total, 1)
-    if share <= limits.look_share:
-        return GOOD
-    return LOOK if share <= limits.bad_share else BAD
+@dataclass(frozen=True)
+class Check:
+    """One check; ``function`` says what it finds among the items."""
+
+    threshold: Callable[[Limits], str]
+    function: Callable[[Sequence[MeasuredItem], Limits], Found]
+    remedy: str
+    removed: bool
+    """Whether ``kalle data doctor --filter`` leaves its items out by default: a fault that cannot be mended, not an unusual item."""
+
+    def run(self, name: str, items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+        """The result on ``items``."""
+        found = self.function(items, limits)
+        share = len(found.reasons) / max(len(items), 1)
+        by_share = GOOD if share <= limits.look_share else LOOK if share <= limits.bad_share else BAD
+        verdict = by_share if found.verdict is None else found.verdict
+        objects = bool(found.reasons) if found.verdict is None else verdict != GOOD
+        flags = [Flag(name, *key, reason) for key, reason in found.reasons.items()]
+        summary = found.summary or f"{len(flags)} of {len(items)} items"
+        return CheckResult(name, verdict, summary, self.threshold(limits), self.remedy if objects else "", flags, found.numbers)
 
 
 def worst(verdicts: Sequence[str]) -> str:
@@ -142,118 +174,12 @@ def worst(verdicts: Sequence[str]) -> str:
     return max(verdicts, key=VERDICTS.index, default=GOOD)
 
 
-def flagged_finding(
-    check: str, items: Sequence[MeasuredItem], flags: list[Flag], limits: Limits, threshold: str, remedy: str, numbers: dict[str, Any]
-) -> CheckResult:
-    """A finding whose verdict follows from the share of flagged items."""
-    verdict = share_verdict(len({flag.key for flag in flags}), len(items), limits)
-    summary = f"{len({flag.key for flag in flags})} of {len(items)} items"
-    return CheckResult(check, verdict, summary, threshold, remedy if flags else "", flags, numbers)
-
-
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     """Minimum, 5, 50 and 95 % points, and maximum; empty for no values."""
-    import numpy as np
-
     if not len(values):
         return {}
     points = np.percentile(np.asarray(values, dtype=np.float64), [0, 5, 50, 95, 100])
     return {name: round(float(point), digits) for name, point in zip(("min", "p5", "median", "p95", "max"), points, strict=True)}
-
-
-def readable(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
-    """Audio that cannot be decoded, or holds no numbers."""
-    flags = [Flag("unreadable", *item.key, item.sound.problem) for item in items if item.sound.problem]
-    remedy = "fetch or convert these files again, or leave the items out"
-    return flagged_finding("unreadable", items, flags, limits, "none may be", remedy, {})
-
-
-def duration(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
-    """Items that are too short to hold speech or too long for a batch."""
-    flags = []
-    for item in heard(items):
-        if not limits.min_seconds <= item.sound.seconds <= limits.max_seconds:
-            flags.append(Flag("duration", *item.key, f"{item.sound.seconds:.2f} s long"))
-    seconds = [item.sound.seconds for item in heard(items)]
-    numbers = {"hours": round(sum(seconds) / 3600, 4), "seconds": spread(seconds)}
-    threshold = f"{limits.min_seconds:g} to {limits.max_seconds:g} s"
-    return flagged_finding("duration", items, flags, limits, threshold, "cut long items at pauses; drop those without speech", numbers)
-
-
-def loudness(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
-    """Items far from the corpus' usual loudness, or beyond what anybody records on purpose."""
-    levels = [item.sound.loudness_lufs for item in heard(items) if item.sound.loudness_lufs is not None]
-    median = float(np.median(levels)) if levels else 0.0
-    flags = []
-    for item in heard(items):
-        level = item.sound.loudness_lufs
-        if level is None:
-            flags.append(Flag("loudness", *item.key, "silent"))
-        elif not limits.min_loudness_lufs <= level <= limits.max_loudness_lufs:
-            flags.append(Flag("loudness", *item.key, f"{level:.1f} LUFS"))
-        elif abs(level - median) > limits.max_loudness_offset_db:
-            flags.append(Flag("loudness", *item.key, f"{level:.1f} LUFS, {level - median:+.1f} dB from the median"))
-    threshold = (
-        f"{limits.min_loudness_lufs:g} to {limits.max_loudness_lufs:g} LUFS, within {limits.max_loudness_offset_db:g} dB of the median"
-    )
-    remedy = "bring the items to one loudness; drop silent ones"
-    return flagged_finding("loudness", items, flags, limits, threshold, remedy, {"lufs": spread(levels, 1)})
-
-
-def silences(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
-    """Long silence before, after or inside the speech."""
-    flags = [Flag("silence", *item.key, reason) for item in heard(items) if (reason := _silence_reason(item.sound, limits))]
-    numbers = {
-        "leading_s": spread([item.sound.leading_s for item in heard(items)]),
-        "trailing_s": spread([item.sound.trailing_s for item in heard(items)]),
-        "longest_pause_s": spread([item.sound.pause_s for item in heard(items)]),
-        "inner_share": spread([item.sound.inner_silence_share for item in heard(items)]),
-    }
-    threshold = (
-        f"leading {limits.max_leading_s:g} s, trailing {limits.max_trailing_s:g} s, pause {limits.max_pause_s:g} s, "
-        f"inside {limits.max_inner_silence_share:.0%}"
-    )
-    remedy = "trim the ends; cut items at long pauses: a model learns them as part of the text"
-    return flagged_finding("silence", items, flags, limits, threshold, remedy, numbers)
-
-
-def _silence_reason(sound: Measures, limits: Limits) -> str:
-    """Why the silences of an item are too long; empty when they are not."""
-    said = [
-        (sound.leading_s, limits.max_leading_s, f"{sound.leading_s:.2f} s of leading silence"),
-        (sound.trailing_s, limits.max_trailing_s, f"{sound.trailing_s:.2f} s of trailing silence"),
-        (sound.pause_s, limits.max_pause_s, f"a pause of {sound.pause_s:.2f} s"),
-        (sound.inner_silence_share, limits.max_inner_silence_share, f"{sound.inner_silence_share:.0%} silence inside"),
-    ]
-    return ", ".join(words for value, limit, words in said if value > limit)
-
-
-def clipping(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
-    """Waveforms that were cut off."""
-    flags = []
-    for item in heard(items):
-        if item.sound.clipped_share > limits.max_clipped_share:
-            flags.append(Flag("clipping", *item.key, f"{item.sound.clipped_share:.2%} of the samples in flat tops"))
-    numbers = {"clipped_share": spread([item.sound.clipped_share for item in heard(items)], 6)}
-    remedy = "use a take with more headroom, or leave the items out: clipping cannot be undone"
-    return flagged_finding("clipping", items, flags, limits, f"{limits.max_clipped_share:.2%} of the samples", remedy, numbers)
-
-
-def bandwidth(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
-    """Audio with less bandwidth than its sample rate promises: upsampled telephone speech, low-rate MP3."""
-    flags = []
-    for item in heard(items):
-        if item.sound.bandwidth_hz < limits.min_bandwidth_share * item.sample_rate_hz / 2:
-            reason = f"nothing above {item.sound.bandwidth_hz / 1000:.2f} kHz in audio of {item.sample_rate_hz / 1000:g} kHz"
-            flags.append(Flag("bandwidth", *item.key, reason))
-    kilohertz = Counter(round(item.sound.bandwidth_hz / 1000) for item in heard(items))
-    numbers = {
-        "bandwidth_hz": spread([item.sound.bandwidth_hz for item in heard(items)], 0),
-        "items_by_khz": {str(band): kilohertz[band] for band in sorted(kilohertz)},
-    }
-    threshold = f"{limits.min_bandwidth_share:.0%} of half the sample rate"
-    remedy = "fetch the recordings at their full rate, or leave the items out: the model learns to sound dull"
-    return flagged_finding("bandwidth", items, flags, limits, threshold, remedy, numbers)
 
 
 def heard(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
@@ -261,10 +187,79 @@ def heard(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
     return [item for item in items if not item.sound.problem]
 
 
-_MAD_TO_SIGMA = 1.4826
-_LEAST_SIGMA = 0.05
-_ITEMS_PER_BIN = 50
-_MOST_BINS = 12
+def _flagged(items: Sequence[MeasuredItem], reason: Callable[[MeasuredItem], str]) -> dict[Key, str]:
+    """Those items to which ``reason`` objects."""
+    return {item.key: said for item in items if (said := reason(item))}
+
+
+def _unreadable(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+    return Found(_flagged(items, lambda item: item.sound.problem))
+
+
+def _duration(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+    def reason(item: MeasuredItem) -> str:
+        seconds = item.sound.seconds
+        return "" if limits.min_seconds <= seconds <= limits.max_seconds else f"{seconds:.2f} s long"
+
+    seconds = [item.sound.seconds for item in heard(items)]
+    return Found(_flagged(heard(items), reason), {"hours": round(sum(seconds) / 3600, 4), "seconds": spread(seconds)})
+
+
+def _loudness(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+    """Items far from the corpus' usual loudness, or beyond what anybody records on purpose."""
+    levels = [item.sound.loudness_lufs for item in heard(items) if item.sound.loudness_lufs is not None]
+    median = float(np.median(levels)) if levels else 0.0
+
+    def reason(item: MeasuredItem) -> str:
+        level = item.sound.loudness_lufs
+        if level is None:
+            return "silent"
+        if not limits.min_loudness_lufs <= level <= limits.max_loudness_lufs:
+            return f"{level:.1f} LUFS"
+        far = abs(level - median) > limits.max_loudness_offset_db
+        return f"{level:.1f} LUFS, {level - median:+.1f} dB from the median" if far else ""
+
+    return Found(_flagged(heard(items), reason), {"lufs": spread(levels, 1)})
+
+
+def _silence(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+    """Long silence before, after or inside the speech."""
+
+    def reason(item: MeasuredItem) -> str:
+        sound: Measures = item.sound
+        said = [
+            (sound.leading_s, limits.max_leading_s, f"{sound.leading_s:.2f} s of leading silence"),
+            (sound.trailing_s, limits.max_trailing_s, f"{sound.trailing_s:.2f} s of trailing silence"),
+            (sound.pause_s, limits.max_pause_s, f"a pause of {sound.pause_s:.2f} s"),
+            (sound.inner_silence_share, limits.max_inner_silence_share, f"{sound.inner_silence_share:.0%} silence inside"),
+        ]
+        return ", ".join(words for value, limit, words in said if value > limit)
+
+    names = {"leading_s": "leading_s", "trailing_s": "trailing_s", "longest_pause_s": "pause_s", "inner_share": "inner_silence_share"}
+    numbers = {name: spread([getattr(item.sound, measure) for item in heard(items)]) for name, measure in names.items()}
+    return Found(_flagged(heard(items), reason), numbers)
+
+
+def _clipping(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+    def reason(item: MeasuredItem) -> str:
+        share = item.sound.clipped_share
+        return f"{share:.2%} of the samples in flat tops" if share > limits.max_clipped_share else ""
+
+    return Found(_flagged(heard(items), reason), {"clipped_share": spread([item.sound.clipped_share for item in heard(items)], 6)})
+
+
+def _bandwidth(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+    """Audio with less bandwidth than its sample rate promises: upsampled telephone speech, low-rate MP3."""
+
+    def reason(item: MeasuredItem) -> str:
+        narrow = item.sound.bandwidth_hz < limits.min_bandwidth_share * item.sample_rate_hz / 2
+        above, rate = item.sound.bandwidth_hz / 1000, item.sample_rate_hz / 1000
+        return f"nothing above {above:.2f} kHz in audio of {rate:g} kHz" if narrow else ""
+
+    widths = [item.sound.bandwidth_hz for item in heard(items)]
+    kilohertz = Counter(round(width / 1000) for width in widths)
+    numbers = {"bandwidth_hz": spread(widths, 0), "items_by_khz": {str(band): kilohertz[band] for band in sorted(kilohertz)}}
+    return Found(_flagged(heard(items), reason), numbers)
 
 
 def amount(text: str) -> float:
@@ -281,46 +276,35 @@ def pace(item: MeasuredItem) -> tuple[float, str]:
     return (letters + SYLLABLE_LETTERS * signs) / item.sound.spoken_s, "letters"
 
 
-def rate(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+def _rate(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """A speaking rate that no speaker reaches, or that means text is missing."""
-    flags, rates = [], {"letters": list[float](), "signs": list[float]()}
-    for item in _spoken(items):
-        value, unit = pace(item)
-        rates[unit].append(value)
-        least, most = _rate_limits(unit, limits)
-        if not least <= value <= most:
-            flags.append(Flag("rate", *item.key, f"{value:.1f} {unit} a second"))
+    bounds = {
+        "letters": (limits.min_letters_per_s, limits.max_letters_per_s),
+        "signs": (limits.min_signs_per_s, limits.max_signs_per_s),
+    }
+    paces = {item.key: pace(item) for item in _spoken(items)}
+    slow_or_fast = {key: (value, unit) for key, (value, unit) in paces.items() if not bounds[unit][0] <= value <= bounds[unit][1]}
+    rates = {unit: [value for value, counted in paces.values() if counted == unit] for unit in bounds}
     numbers = {f"{unit}_per_s": spread(values, 2) for unit, values in rates.items() if values}
-    bounds = {unit: _rate_limits(unit, limits) for unit in rates if rates[unit]}
-    threshold = " and ".join(f"{least:g} to {most:g} {unit} a second" for unit, (least, most) in bounds.items())
-    remedy = "the text is not what is spoken: correct it, or leave the items out"
-    return flagged_finding("rate", items, flags, limits, threshold or "no text", remedy, numbers)
+    return Found({key: f"{value:.1f} {unit} a second" for key, (value, unit) in slow_or_fast.items()}, numbers)
 
 
-def _rate_limits(unit: str, limits: Limits) -> tuple[float, float]:
-    if unit == "signs":
-        return limits.min_signs_per_s, limits.max_signs_per_s
-    return limits.min_letters_per_s, limits.max_letters_per_s
-
-
-def outliers(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+def _outliers(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Items much faster or slower than others of their language and length: swapped, cut or wrong texts."""
-    flags, judged = [], 0
-    by_language: dict[str, list[MeasuredItem]] = {}
+    reasons: dict[Key, str] = {}
+    judged = 0
+    by_language: dict[str, list[MeasuredItem]] = defaultdict(list)
     for item in _spoken(items):
-        by_language.setdefault(item.language, []).append(item)
+        by_language[item.language].append(item)
     for group in by_language.values():
         if len(group) < limits.min_like_items:
             continue
         judged += len(group)
-        score, ratio = scores(group)
-        for item, z, times in zip(group, score, ratio, strict=True):
+        for item, z, times in zip(group, *scores(group), strict=True):
             if abs(z) > limits.outlier_z and max(times, 1 / times) > limits.min_outlier_ratio:
                 words = f"{times:.1f} times as fast" if times > 1 else f"{1 / times:.1f} times as slow"
-                flags.append(Flag("outlier", *item.key, f"{words} as others of its length (z {z:+.1f})"))
-    threshold = f"|z| {limits.outlier_z:g} and {limits.min_outlier_ratio:g} times; at least {limits.min_like_items} items of a language"
-    remedy = "listen to them: the text is not what is spoken, or half of it is missing; `kalle data retranscribe` finds out which"
-    return flagged_finding("outlier", items, flags, limits, threshold, remedy, {"items_judged": judged})
+                reasons[item.key] = f"{words} as others of its length (z {z:+.1f})"
+    return Found(reasons, {"items_judged": judged})
 
 
 def scores(items: Sequence[MeasuredItem]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -343,31 +327,18 @@ def _spoken(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
     return [item for item in heard(items) if amount(item.text) > 0]
 
 
-RARE_CHARACTERS = 40
-"""At most so many of the rarest characters are listed."""
-_RARE_COUNT = 3
-
-
-def script(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+def _script(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Text in a script that its language is not written in, and words that mix alphabets.
 
     A language that isn't in `SCRIPTS_OF_LANGUAGE`, or none, is expected in the script most of its own items use.
     """
-    counts = [script_counts(item.text) for item in items]
-    expected = _expected_scripts(items, counts)
-    flags, total = [], Counter[str]()
-    for item, count in zip(items, counts, strict=True):
-        total.update(count)
-        reason = _script_reason(item, count, expected[item.language], limits)
-        if reason:
-            flags.append(Flag("script", *item.key, reason))
+    counts = {item.key: script_counts(item.text) for item in items}
+    expected = _expected_scripts(items, list(counts.values()))
     numbers = {
-        "letters_by_script": dict(total.most_common()),
+        "letters_by_script": dict(sum(counts.values(), Counter[str]()).most_common()),
         "items_by_language": dict(Counter(item.language or "(not given)" for item in items)),
     }
-    threshold = f"{limits.max_foreign_share:.0%} of the letters in another script; no word in two alphabets"
-    remedy = "correct the language or the text; spell foreign words in the language's own script"
-    return flagged_finding("script", items, flags, limits, threshold, remedy, numbers)
+    return Found(_flagged(items, lambda item: _script_reason(item, counts[item.key], expected[item.language], limits)), numbers)
 
 
 def _expected_scripts(items: Sequence[MeasuredItem], counts: Sequence[Counter[str]]) -> Mapping[str, frozenset[str]]:
@@ -395,28 +366,21 @@ def _script_reason(item: MeasuredItem, count: Counter[str], expected: frozenset[
     return f"the word '{word}' mixes {' and '.join(sorted(name.title() for name in script_counts(word)))} letters" if word else ""
 
 
-def characters(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+def _characters(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Empty texts, control and replacement characters, markup, text that was decoded wrongly; and the rarest characters, listed only.
 
     The tokenizers here are byte-level, so no character is unknown to them; a rare one is merely seldom trained.
     """
-    flags, every = [], Counter[str]()
+    every = Counter[str]()
     for item in items:
         every.update(item.text)
-        reason = odd_characters(item.text) if item.text.strip() else "no text"
-        if reason:
-            flags.append(Flag("characters", *item.key, reason))
     rare = sorted((count, character) for character, count in every.items() if count <= _RARE_COUNT and not character.isspace())
     numbers = {
         "distinct": len(every),
         "with_digits": sum(any(character.isdigit() for character in item.text) for item in items),
         "rare": {character: count for count, character in rare[:RARE_CHARACTERS]},
     }
-    remedy = "clean the texts: leave only what is spoken"
-    return flagged_finding("characters", items, flags, limits, "no markup, control or replacement characters", remedy, numbers)
-
-
-_HELD_OUT_FIRST = {"test": 0, "valid": 1, "train": 3}
+    return Found(_flagged(items, lambda item: (odd_characters(item.text) or "") if item.text.strip() else "no text"), numbers)
 
 
 def _copies(items: Sequence[MeasuredItem], key: Callable[[MeasuredItem], object]) -> list[list[MeasuredItem]]:
@@ -433,33 +397,28 @@ def _rank(item: MeasuredItem) -> int:
     return _HELD_OUT_FIRST.get(item.split, 2)
 
 
-def same_audio(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+def _duplicate_audio(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Items whose decoded samples are equal; every one but the first of a group is flagged."""
-    flags = []
+    reasons = {}
     for first, *rest in _copies(heard(items), lambda item: item.sound.digest):
         for item in rest:
             also = "" if normalised(item.text) == normalised(first.text) else ", with another text"
-            flags.append(Flag("duplicate_audio", *item.key, f"the audio of {first.split} '{first.id}'{also}"))
-    remedy = "leave the copies out; where the texts differ, listen which one is right"
-    return flagged_finding("duplicate_audio", items, flags, limits, "equal samples, to 16 bits", remedy, {})
+            reasons[item.key] = f"the audio of {first.split} '{first.id}'{also}"
+    return Found(reasons)
 
 
-def same_text(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+def _duplicate_text(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Texts that one speaker says more than once: no fault, but little is learnt from many of them."""
-    flags = []
-    for first, *rest in _copies(items, lambda item: normalised(item.text) and (item.speaker, normalised(item.text))):
-        flags += [Flag("duplicate_text", *item.key, f"the text of {first.split} '{first.id}', same speaker") for item in rest]
-    share = len(flags) / max(len(items), 1)
+    groups = _copies(items, lambda item: normalised(item.text) and (item.speaker, normalised(item.text)))
+    reasons = {item.key: f"the text of {first.split} '{first.id}', same speaker" for first, *rest in groups for item in rest}
+    share = len(reasons) / max(len(items), 1)
     numbers = {"distinct_texts": len({normalised(item.text) for item in items}), "repeated_share": round(share, 4)}
-    verdict = LOOK if share > limits.look_repeated_share else GOOD
-    remedy = "keep a few takes of each text" if verdict == LOOK else ""
-    threshold = f"{limits.look_repeated_share:.0%} of the items"
-    return CheckResult("duplicate_text", verdict, f"{len(flags)} of {len(items)} items", threshold, remedy, flags, numbers)
+    return Found(reasons, numbers, LOOK if share > limits.look_repeated_share else GOOD)
 
 
-def leakage(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+def _leakage(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """A text or an audio in two splits; the copy outside the held-out split is flagged, test before valid before train."""
-    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    reasons: dict[Key, list[str]] = defaultdict(list)
     keys: dict[str, Callable[[MeasuredItem], object]] = {
         "text": lambda item: normalised(item.text),
         "audio": lambda item: item.sound.digest,
@@ -468,18 +427,12 @@ def leakage(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
         for group in _copies(items, key):
             first = group[0]
             for item in group:
-                if _rank(item) != _rank(first) or item.split != first.split:
+                if item.split != first.split:
                     reasons[item.key].append(f"its {what} is also {first.split} '{first.id}'")
-    flags = [Flag("leakage", *key, "; ".join(said)) for key, said in reasons.items()]
-    summary = f"{len(flags)} of {len(items)} items"
-    remedy = "leave the flagged copies out: a score on a held-out split means nothing otherwise" if flags else ""
-    return CheckResult("leakage", BAD if flags else GOOD, summary, "none may be", remedy, flags, {})
+    return Found({key: "; ".join(said) for key, said in reasons.items()}, verdict=BAD if reasons else GOOD)
 
 
-LISTED_SPEAKERS = 30
-
-
-def speakers(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+def _speakers(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Minutes of each speaker; no item is flagged, for no item is at fault."""
     seconds: Counter[str] = Counter()
     for item in heard(items):
@@ -501,48 +454,83 @@ def speakers(items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
         "minutes": {name or "(not given)": round(value / 60, 2) for name, value in seconds.most_common(LISTED_SPEAKERS)},
         "below_min_minutes": len(few),
     }
-    threshold = f"{limits.min_speaker_minutes:g} min each; one of several at most {limits.max_speaker_share:.0%}"
     summary = f"{len(seconds)} speakers" + "".join(f"; {problem}" for problem in problems)
-    remedy = "weight the rare speakers up, or name the speakers; a voice of less than a minute is hardly learnt" if problems else ""
-    return CheckResult("speakers", LOOK if problems else GOOD, summary, threshold, remedy, [], numbers)
+    return Found({}, numbers, LOOK if problems else GOOD, summary)
 
 
 CHECKS: Mapping[str, Check] = {
-    "unreadable": readable,
-    "duration": duration,
-    "loudness": loudness,
-    "silence": silences,
-    "clipping": clipping,
-    "bandwidth": bandwidth,
-    "rate": rate,
-    "outlier": outliers,
-    "script": script,
-    "characters": characters,
-    "duplicate_audio": same_audio,
-    "duplicate_text": same_text,
-    "leakage": leakage,
-    "speakers": speakers,
+    "unreadable": Check(lambda limits: "none may be", _unreadable, "fetch or convert these files again, or leave the items out", True),
+    "duration": Check(
+        lambda limits: f"{limits.min_seconds:g} to {limits.max_seconds:g} s",
+        *(_duration, "cut long items at pauses; drop those without speech", False),
+    ),
+    "loudness": Check(
+        lambda limits: (
+            f"{limits.min_loudness_lufs:g} to {limits.max_loudness_lufs:g} LUFS, within {limits.max_loudness_offset_db:g} dB of the median"
+        ),
+        *(_loudness, "bring the items to one loudness; drop silent ones", False),
+    ),
+    "silence": Check(
+        lambda limits: (
+            f"leading {limits.max_leading_s:g} s, trailing {limits.max_trailing_s:g} s, pause {limits.max_pause_s:g} s, "
+            f"inside {limits.max_inner_silence_share:.0%}"
+        ),
+        *(_silence, "trim the ends; cut items at long pauses: a model learns them as part of the text", True),
+    ),
+    "clipping": Check(
+        lambda limits: f"{limits.max_clipped_share:.2%} of the samples",
+        *(_clipping, "use a take with more headroom, or leave the items out: clipping cannot be undone", True),
+    ),
+    "bandwidth": Check(
+        lambda limits: f"{limits.min_bandwidth_share:.0%} of half the sample rate",
+        *(_bandwidth, "fetch the recordings at their full rate, or leave the items out: the model learns to sound dull", True),
+    ),
+    "rate": Check(
+        lambda limits: (
+            f"{limits.min_letters_per_s:g} to {limits.max_letters_per_s:g} letters a second, "
+            f"{limits.min_signs_per_s:g} to {limits.max_signs_per_s:g} signs"
+        ),
+        *(_rate, "the text is not what is spoken: correct it, or leave the items out", True),
+    ),
+    "outlier": Check(
+        lambda limits: (
+            f"|z| {limits.outlier_z:g} and {limits.min_outlier_ratio:g} times; at least {limits.min_like_items} items of a language"
+        ),
+        _outliers,
+        "listen to them: the text is not what is spoken, or half of it is missing; `kalle data retranscribe` finds out which",
+        True,
+    ),
+    "script": Check(
+        lambda limits: f"{limits.max_foreign_share:.0%} of the letters in another script; no word in two alphabets",
+        *(_script, "correct the language or the text; spell foreign words in the language's own script", True),
+    ),
+    "characters": Check(
+        lambda limits: "no markup, control or replacement characters", _characters, "clean the texts: leave only what is spoken", True
+    ),
+    "duplicate_audio": Check(
+        lambda limits: "equal samples, to 16 bits",
+        *(_duplicate_audio, "leave the copies out; where the texts differ, listen which one is right", True),
+    ),
+    "duplicate_text": Check(
+        lambda limits: f"{limits.look_repeated_share:.0%} of the items", _duplicate_text, "keep a few takes of each text", False
+    ),
+    "leakage": Check(
+        lambda limits: "none may be",
+        *(_leakage, "leave the flagged copies out: a score on a held-out split means nothing otherwise", True),
+    ),
+    "speakers": Check(
+        lambda limits: f"{limits.min_speaker_minutes:g} min each; one of several at most {limits.max_speaker_share:.0%}",
+        *(_speakers, "weight the rare speakers up, or name the speakers; a voice of less than a minute is hardly learnt", False),
+    ),
 }
 """Name -> check, in the order of the report; a flag carries the name of its check."""
 REMOVABLE = tuple(name for name in CHECKS if name != "speakers")
-REMOVED_BY_DEFAULT = (
-    "unreadable",
-    "silence",
-    "clipping",
-    "bandwidth",
-    "rate",
-    "outlier",
-    "script",
-    "characters",
-    "duplicate_audio",
-    "leakage",
-)
-"""Checks that find wrong items. Unusual length, loudness or repetition is no error, or can be repaired."""
+REMOVED_BY_DEFAULT = tuple(name for name, check in CHECKS.items() if check.removed)
 
 
 def examine(items: Sequence[MeasuredItem], limits: Limits) -> list[CheckResult]:
-    """One finding a check."""
-    return [check(items, limits) for check in CHECKS.values()]
+    """One result a check."""
+    return [check.run(name, items, limits) for name, check in CHECKS.items()]
 
 
 def removal_list(text: str) -> tuple[str, ...]:

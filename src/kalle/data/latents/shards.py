@@ -194,11 +194,11 @@ def read_info(folder: str | Path | Folder) -> dict[str, Any]:
     info = read_info_file(root)
     if info.get("kind") == "waves":
         raise UserError(f"not a latent folder: '{root}' holds waveforms; give one that `kalle encode` wrote")
-    sizes = [info.get(key) for key in ("latent_dim", "sample_rate_hz", "hop_length", "total_frames")]
-    statistics = [info.get(key) for key in ("mean", "std")]
-    whole = all(isinstance(size, int) and size > 0 for size in sizes) and isinstance(info.get("encoder_hash"), str)
+    numbers = [info.get(key, 1) for key in ("latent_dim", "sample_rate_hz", "hop_length", "total_frames")]
+    statistics = [info.get(key, [0.0]) for key in ("mean", "std")]
+    whole = all(isinstance(number, int) and number > 0 for number in numbers) and isinstance(info.get("encoder_hash"), str)
     if not whole or not all(isinstance(one, list) and one for one in statistics):
-        raise UserError(f"damaged '{root.where(INFO_NAME)}': its sizes or statistics are missing; run `kalle encode` again")
+        raise UserError(f"damaged '{root.where(INFO_NAME)}': its sizes or statistics are wrong; run `kalle encode` again")
     return info
 
 
@@ -229,7 +229,7 @@ def read_items(folder: str | Path | Folder, split: str) -> Table:
 
 def whole_table(table: Table, folder: Folder, split: str, info: Mapping[str, Any]) -> Table:
     """``table`` when it has as many items as info.json says; else a UserError."""
-    expected = info["splits"][split].get("utterances")
+    expected = info["splits"][split].get("utterances", len(table))
     if len(table) != expected:
         got = f"'{folder.where(split)}' holds {len(table)} utterances, {INFO_NAME} says {expected}"
         raise UserError(f"torn shards: {got}; write or copy the folder again")
