@@ -73,7 +73,7 @@ def test_there_is_documentation_to_check() -> None:
 def flags_of(command: Any) -> set[str]:
     """Every option of a command and of its subcommands."""
     own = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
-    return own.union({"--help"}, *(flags_of(sub) for sub in getattr(command, "commands", {}).values()))
+    return own.union({"--help", "--help-all"}, *(flags_of(sub) for sub in getattr(command, "commands", {}).values()))
 
 
 def test_inline_commands_exist() -> None:
@@ -210,6 +210,14 @@ def test_links_lead_somewhere() -> None:
                 assert fragment in anchors(aimed), f"{path.name}: {address}#{fragment}"
             links += 1
     assert links > 100
+
+
+def test_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = [path.as_posix() for folder in ("src", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+    named = set(re.findall(r"[\w/]+\.py\b", text)) - {"cli/NAME.py"}
+    assert len(named) > 40
+    assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
 
 
 def test_samples_are_small() -> None:
