@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kalle.cli.main import main
-from kalle.text import llama3
+from kalle.text import tokenizer as llama3
 from kalle.text.tokenizer import Tokenizer
 
 REFERENCE = Path(__file__).parents[1] / "reference"

@@ -20,8 +20,7 @@ from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE
 from kalle.models.speaker import SpeakerMel
 from kalle.text.phonemes import PhonemeTokenizer
-from kalle.text.prompt import prompt_ids
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import Tokenizer, prompt_ids
 
 MakeCuts = Callable[..., list[Any]]
 LENGTHS = [1500 + 517 * n for n in range(14)]

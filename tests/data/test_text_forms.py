@@ -10,8 +10,7 @@ import pytest
 from kalle.data.latents.table import Table, Texts, numbered
 from kalle.data.loading.text_forms import TextForms
 from kalle.text.phonemes import PhonemeTokenizer
-from kalle.text.prompt import prompt_ids
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import Tokenizer, prompt_ids
 
 pytest.importorskip("hibari")
 TEXTS = Texts.of(["The children like to go to school.", '"Yes," he said.', "Kubernetes!", "The children like to go to school."])

@@ -13,7 +13,7 @@ from kalle.synthesis import Frame, GenerationOptions, ReleaseCompatibility, Spee
 from kalle.synthesis.batch import generate_batch
 from kalle.synthesis.generate import GuidedLM, guided
 from kalle.synthesis.kalle import Kalle
-from kalle.text.prompt import without_text
+from kalle.text.tokenizer import without_text
 
 NEVER = StopRule(0.0)
 OPTIONS = {"seed": 3, "max_seconds": 0.8, "stop": NEVER, "retries": 0}

@@ -19,7 +19,7 @@ from kalle.synthesis import ReleaseCompatibility, SpeechRequest, StopRule, Voice
 from kalle.synthesis.kalle import Kalle, resolve_dtype
 from kalle.synthesis.longform import LongForm
 from kalle.synthesis.options import cap_frames, cap_seconds
-from kalle.text.prompt import prompt_ids
+from kalle.text.tokenizer import prompt_ids
 
 SHORT = {"max_seconds": 0.48, "stop": StopRule(threshold=0.0)}
 """Six frames."""

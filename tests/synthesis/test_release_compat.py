@@ -21,8 +21,7 @@ from kalle.synthesis.release_compat import configured_dtype
 from kalle.synthesis.speech import speak, start
 from kalle.synthesis.voice import FLOWVAE_ENCODER
 from kalle.synthesis.weights import FolderConfig
-from kalle.text.prompt import BEFORE_SPEECH
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import BEFORE_SPEECH, Tokenizer
 
 NEVER = StopRule(threshold=0.0)
 PROMPT, TARGET = "prompt", "target"

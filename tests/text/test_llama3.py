@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from kalle.errors import UserError
-from kalle.text.llama3 import SPLIT_PATTERN, llama3_specials, llama3_tokenizer
-from kalle.text.tokenizer import BOS, KALLE_TOKENS, Tokenizer
+from kalle.text.tokenizer import BOS, KALLE_TOKENS, SPLIT_PATTERN, Tokenizer, llama3_specials, llama3_tokenizer
 
 TEXTS = [
     "Hello, world! I've been told it's 3.14159 and 1234567.",

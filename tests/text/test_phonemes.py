@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from kalle.errors import UserError
 from kalle.text import phonemes
-from kalle.text.phonemes import PUNCTUATION, SYMBOLS, PhonemeTokenizer
-from kalle.text.prompt import prompt_forms, prompt_ids
-from kalle.text.tokenizer import BOS, KALLE_TOKENS, Tokenizer
+from kalle.text.phonemes import PUNCTUATION, SYMBOLS, PhonemeTokenizer, prompt_forms
+from kalle.text.tokenizer import BOS, KALLE_TOKENS, Tokenizer, prompt_ids
 
 hibari = pytest.importorskip("hibari")
 BYTES = Tokenizer.bytes()

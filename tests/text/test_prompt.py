@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from kalle.errors import UserError
-from kalle.text.prompt import prompt_ids
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import Tokenizer, prompt_ids
 
 BYTES = Tokenizer.bytes()
 SPECIALS = [264, 261]

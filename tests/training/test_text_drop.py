@@ -12,8 +12,7 @@ from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.text.prompt import prompt_ids, without_text
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import Tokenizer, prompt_ids, without_text
 from kalle.training.lm import KalleLMTraining, LMObjective
 
 COUNT = 40

@@ -22,7 +22,7 @@ from kalle.synthesis.options import GenerationOptions, SpeechRequest
 from kalle.synthesis.release_compat import OURS, ReleaseCompatibility
 from kalle.synthesis.voice import Voice
 from kalle.synthesis.voicing import prompt_posterior, prompt_samples, voice_of_samples
-from kalle.text.prompt import prompt_ids
+from kalle.text.tokenizer import prompt_ids
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle

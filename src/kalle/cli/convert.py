@@ -65,8 +65,7 @@ def tokenizer(
     """Build the tokenizer folder of KALL-E from Llama 3's tokenizer.model."""
     from kalle.errors import UserError
     from kalle.files import atomic_folder
-    from kalle.text.llama3 import llama3_tokenizer
-    from kalle.text.tokenizer import TOKENIZER_NAME
+    from kalle.text.tokenizer import TOKENIZER_NAME, llama3_tokenizer
 
     if (out / TOKENIZER_NAME).exists():
         raise UserError(f"already there: got '{out / TOKENIZER_NAME}', expected a new folder; remove it or choose another --out")

@@ -555,8 +555,8 @@ def shown_text(text: str, options: GenerationOptions, folder: Path | None, *, fr
     """``text`` as written, and each request of it as the weights in ``folder`` get it, with its place; loads no model."""
     from kalle.synthesis.options import fits_one_request
     from kalle.text.languages import detect_language
-    from kalle.text.prompt import check_text
     from kalle.text.sentences import Sentence, split_sentences, unspoken
+    from kalle.text.tokenizer import check_text
 
     check_text(text, "text")
     config = _config(folder)

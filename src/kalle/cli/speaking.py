@@ -181,7 +181,7 @@ def load_model(model: str | Path | None, device: str, dtype: str = "auto", quant
 
 def check_request(text: str, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
     """Refuse what needs no model to be seen wrong, before one is loaded."""
-    from kalle.text.prompt import check_text
+    from kalle.text.tokenizer import check_text
 
     check_text(text, "text")
     if voice is not None and (prompt_audio is not None or prompt_text is not None):

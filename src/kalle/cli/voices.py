@@ -138,7 +138,7 @@ def play(
     from kalle.cli.audio_output import play_any
     from kalle.cli.say import check_output
     from kalle.synthesis.voice import find_voice
-    from kalle.text.prompt import check_text
+    from kalle.text.tokenizer import check_text
 
     with interruptible():
         folder = model_folder(model)

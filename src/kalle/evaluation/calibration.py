@@ -26,7 +26,7 @@ from kalle.synthesis.generate import Request
 from kalle.synthesis.options import SpeechRequest, StopRule, derived_seed
 from kalle.synthesis.speech import speak
 from kalle.synthesis.weights import StoredConfidence, StoredStop, load_tokenizer
-from kalle.text.prompt import BEFORE_SPEECH
+from kalle.text.tokenizer import BEFORE_SPEECH
 
 if TYPE_CHECKING:
     from kalle.data.loading.datasets import LatentDataset

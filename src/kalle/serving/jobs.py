@@ -20,7 +20,7 @@ from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.stream import SpeechStream
-from kalle.text.prompt import check_text
+from kalle.text.tokenizer import check_text
 
 DEFAULT_MAX_TEXT = 5000
 MOST_SESSIONS = 100

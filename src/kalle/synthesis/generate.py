@@ -19,7 +19,7 @@ from kalle.models.lm_state import LMState
 from kalle.synthesis.adapter import Adapter
 from kalle.synthesis.options import NEVER, NO_GUIDANCE, GenerationOptions, StopRule
 from kalle.synthesis.release_compat import RELEASED_STEPS, ConvertedModels, UncachedLM
-from kalle.text.prompt import without_text
+from kalle.text.tokenizer import without_text
 
 StopReason = Literal["end", "max_frames", "repetition", "silence"]
 FloatArray = NDArray[np.float32]

@@ -44,8 +44,7 @@ from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, 
 from kalle.synthesis.voicing import check_voice, random_voice, voice_from_audio
 from kalle.synthesis.weights import SHIPPED, FolderConfig, load_tokenizer, read_folder, resolve_weights
 from kalle.text.phonemes import PhonemeTokenizer
-from kalle.text.prompt import check_text, prompt_ids
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import Tokenizer, check_text, prompt_ids
 
 logger = logging.getLogger(__name__)
 QUANTIZE_FROM = 100_000_000

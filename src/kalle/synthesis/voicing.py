@@ -18,7 +18,7 @@ from kalle.models.speaker import SpeakerMel
 from kalle.synthesis.generate import generate
 from kalle.synthesis.options import StopRule, check_seed, derived_seed
 from kalle.synthesis.voice import FLOWVAE_ENCODER, RANDOM, RECORDING, SPEAKER_ENCODER, Voice
-from kalle.text.prompt import check_text, prompt_ids
+from kalle.text.tokenizer import check_text, prompt_ids
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle

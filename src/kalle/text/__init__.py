@@ -1,6 +1,5 @@
 """Tokenizers, and the order of tokens in a prompt."""
 
-from kalle.text.prompt import prompt_ids
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import Tokenizer, prompt_ids
 
 __all__ = ["Tokenizer", "prompt_ids"]

@@ -26,7 +26,7 @@ from kalle.extras import install_command
 from kalle.files import atomic_file
 from kalle.text.languages import detect_language, has_words, script_of
 from kalle.text.sentences import split_sentences
-from kalle.text.tokenizer import PHONEMES_NAME, Tokenizer
+from kalle.text.tokenizer import BEFORE_SPEECH, PHONEMES_NAME, Tokenizer, check_text
 
 if TYPE_CHECKING:
     from hibari.g2p import G2P
@@ -259,6 +259,14 @@ class PhonemeTokenizer(Tokenizer):
                 f"these weights learnt the readings of {PACKAGE} {self.version}, and {installed} is installed; "
                 f"some words may be read in another way: pip install {PACKAGE}=={self.version}"
             )
+
+
+def prompt_forms(tokenizer: PhonemeTokenizer, text: str, language: str | None = None) -> WordForms:
+    """``prompt_ids`` of ``text``, and beside its phonemes the bytes of each word that training may show instead."""
+    check_text(text, "text")
+    forms = tokenizer.forms(text.strip(), language)
+    after = [tokenizer.special(name) for name in BEFORE_SPEECH]
+    return WordForms(np.append(forms.ids, np.array(after, np.uint16)), np.append(forms.words, np.zeros(len(after), np.int16)))
 
 
 @lru_cache(maxsize=1)

@@ -1,13 +1,18 @@
-"""Text to ids and back: one class for the Llama 3 vocabulary and for bytes."""
+"""Text to ids and back, for the Llama 3 vocabulary and for bytes; and the order of tokens before the speech, which nothing else knows."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from torch import Tensor
 
 from kalle.errors import UserError
 from kalle.files import atomic_file
@@ -27,6 +32,27 @@ KALLE_TOKENS = (
     "<|SPEECH_UNDERSTANDING_END|>",
 )
 """The tokens KALL-E adds to its text vocabulary, in the order of their ids."""
+BEFORE_SPEECH = ("<|SPEECH_UNDERSTANDING_END|>", "<|SPEECH_GENERATION_START|>")
+"""The two tokens between the text and the first frame; the position of the last one predicts that frame."""
+
+_UNSPEAKABLE = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
+# Characters with neither shape nor width, which str.strip leaves: joiners, direction marks, byte order marks.
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+LLAMA3_RANKS = 128_000
+LLAMA3_SPECIALS = 256
+# The way Llama 3 cuts text before merging, as its own tokenizer.py has it:
+# https://github.com/meta-llama/llama-models/blob/main/models/llama3/tokenizer.py
+SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_NAMED_SPECIALS = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
 
 
 class Tokenizer:
@@ -136,3 +162,110 @@ def byte_symbols() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     spare = iter(range(256, 512))
     return [chr(value) if value in printable else chr(next(spare)) for value in range(256)]
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, text: str, prompt_text: str | None = None, tokenise_separately: bool = False, language: str | None = None
+) -> Tensor:
+    """The ids of beginning of text, the transcript of the prompt, the text, and the two tokens before speech: (L,) int64.
+
+    Both texts are stripped, joined by one space and tokenised at once. With ``tokenise_separately`` they are left as
+    they are, tokenised each on its own, and their ids joined with nothing in between, as the release does.
+    ``language`` (ISO 639-1) is that of both, by default guessed from the script. A UserError when a text is empty.
+    """
+    check_text(text, "text")
+    if prompt_text is not None:
+        check_text(prompt_text, "prompt text")
+    if tokenise_separately:
+        ids = tokenizer.encode(text, language)
+        if prompt_text is not None:
+            ids = tokenizer.encode(prompt_text, language) + ids[1:]
+    else:
+        ids = tokenizer.encode(" ".join(part.strip() for part in (prompt_text, text) if part is not None), language)
+    return torch.tensor(ids + [tokenizer.special(name) for name in BEFORE_SPEECH], dtype=torch.int64)
+
+
+def without_text(ids: Tensor) -> Tensor:
+    """``ids`` (..., L) of ``prompt_ids`` without their words: beginning of text and the two tokens before speech, (..., 3)."""
+    assert ids.shape[-1] > len(BEFORE_SPEECH), f"{ids.shape[-1]} ids hold no prompt"
+    return torch.cat([ids[..., :1], ids[..., -len(BEFORE_SPEECH) :]], dim=-1)
+
+
+def check_text(text: str, name: str) -> None:
+    """A UserError when ``text`` has nothing to say, is no Unicode, or has a control character other than white space."""
+    found = _UNSPEAKABLE.search(text)
+    if found is not None:
+        what = "half of a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a control character"
+        place = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
+        raise UserError(
+            f"the {name} is not valid Unicode text to speak: got {what} ({place}), expected words; take it out or read the file as UTF-8"
+        )
+    if not _INVISIBLE.sub("", text).strip():
+        raise UserError(f"the {name} is empty: got {text[:20]!r}, expected words to speak; give a {name}")
+
+
+def llama3_tokenizer(tokenizer_model: str | Path) -> Tokenizer:
+    """Build the tokenizer from ``tokenizer_model``, whose lines are "base64 bytes, space, rank".
+
+    Ids 0..127999 are the ranks of the file, 128000..128255 Llama's special tokens, and the tokens of KALL-E follow.
+    A UserError when the file is missing, unreadable or not Llama 3's.
+    """
+    ranks = read_ranks(Path(tokenizer_model))
+    symbols = byte_symbols()
+    vocabulary = {spell(piece, symbols): rank for piece, rank in ranks.items()}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=merges(ranks, symbols), ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([special_token(name) for name in (*llama3_specials(), *KALLE_TOKENS)])
+    return Tokenizer(backend)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """The byte sequences of a tiktoken file with their ranks; a UserError when it isn't Llama 3's."""
+    if not path.is_file():
+        raise UserError(f"file not found: got '{path}', expected the tokenizer.model of Llama 3; check the path")
+    try:
+        lines = path.read_bytes().splitlines()
+        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in (line.split() for line in lines if line)}
+    except (ValueError, binascii.Error):
+        raise UserError(
+            f"not a tiktoken file: '{path}', expected lines of base64 and a rank; "
+            "use the tokenizer.model of Llama 3 (the SentencePiece one of Llama 2 does not fit)"
+        ) from None
+    if sorted(ranks.values()) != list(range(LLAMA3_RANKS)):
+        raise UserError(
+            f"not the tokenizer of Llama 3: '{path}' has {len(ranks)} ranks, expected {LLAMA3_RANKS}; use Llama 3's tokenizer.model"
+        )
+    return ranks
+
+
+def merges(ranks: dict[bytes, int], symbols: list[str]) -> list[tuple[str, str]]:
+    """Every pair of known pieces that makes a known piece, by the rank of the result, then of the parts.
+
+    tiktoken joins whichever neighbours make the piece of lowest rank, and keeps no list of merges; listing all pairs
+    in rank order gives a merge-based BPE the same choices.
+    """
+    found: list[tuple[int, int, int, bytes, bytes]] = []
+    for piece, rank in ranks.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ranks and right in ranks:
+                found.append((rank, ranks[left], ranks[right], left, right))
+    return [(spell(left, symbols), spell(right, symbols)) for _, _, _, left, right in sorted(found)]
+
+
+def spell(piece: bytes, symbols: list[str]) -> str:
+    """``piece`` in the printable characters of a byte-level vocabulary."""
+    return "".join(symbols[value] for value in piece)
+
+
+def llama3_specials() -> list[str]:
+    """The names of ids 128000..128255 in Llama 3.2, in order; the unnamed are numbered reserved tokens."""
+    reserved = iter(range(LLAMA3_SPECIALS))
+    names = (_NAMED_SPECIALS.get(index) for index in range(LLAMA3_SPECIALS))
+    return [name or f"<|reserved_special_token_{next(reserved)}|>" for name in names]

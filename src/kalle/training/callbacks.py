@@ -24,8 +24,7 @@ from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.generate import generate
 from kalle.synthesis.options import StopRule, default_stop
-from kalle.text.prompt import prompt_ids
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import Tokenizer, prompt_ids
 from kalle.training.distributed import sum_over_ranks
 from kalle.training.flowvae import FlowVAETraining
 from kalle.training.lm import KalleLMTraining

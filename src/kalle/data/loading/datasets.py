@@ -27,8 +27,7 @@ from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch, WaveBatch
 from kalle.text.phonemes import PhonemeTokenizer
-from kalle.text.prompt import prompt_ids
-from kalle.text.tokenizer import Tokenizer
+from kalle.text.tokenizer import Tokenizer, prompt_ids
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy as np
 from kalle.data.latents.table import Ragged, Table, Texts, starts_of
 from kalle.data.seeds import numpy_generator
 from kalle.files import atomic_file
-from kalle.text.phonemes import LANGUAGE, PhonemeTokenizer, WordForms
-from kalle.text.prompt import BEFORE_SPEECH, prompt_forms
+from kalle.text.phonemes import LANGUAGE, PhonemeTokenizer, WordForms, prompt_forms
+from kalle.text.tokenizer import BEFORE_SPEECH
 
 logger = logging.getLogger(__name__)
 _MOST_NAMED = 10
