@@ -155,7 +155,7 @@ def write_encoded(
 ) -> None:
     """Write mono (S,) in a format of libsndfile through ``atomic_file``; a UserError, and no partial file, when the disk refuses.
 
-    libsndfile gets a real file, not a Python buffer: an interrupt inside its write callback would be lost and the file torn.
+    libsndfile gets a real file, not a Python buffer: an interrupt inside its write callback would be lost and the file damaged.
     """
     with atomic_file(path) as temporary:
         # Opening it here gives the system's own reason where libsndfile has none.

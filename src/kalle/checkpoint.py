@@ -80,7 +80,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, on the CPU; a UserError when it is missing or torn.
+    """All tensors of one safetensors file, on the CPU; a UserError when it is missing or damaged.
 
     They are mapped, not read: the bytes come from the disk when they are first used, and a change stays in memory. So the file must not be
     overwritten in place while they are used, which changes them or ends the process; a new file renamed to its name (``write_tensors``)
@@ -300,7 +300,7 @@ def dataclass_from_dict(cls: type, values: Any, source: str | Path, key: str = "
     """
     prefix = f"{key}." if key else ""
     if not isinstance(values, Mapping):
-        raise UserError(f"bad value in '{source}': {key or 'the whole'} is {values!r}, expected an object {{...}}; mend the file")
+        raise UserError(f"bad value in '{source}': {key or 'the whole'} is {values!r}, expected an object {{...}}; correct the file")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(str(name) for name in values if name not in fields)
     if unknown:
@@ -309,7 +309,7 @@ def dataclass_from_dict(cls: type, values: Any, source: str | Path, key: str = "
     required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
     missing = [f"'{prefix}{name}'" for name in required if name not in values]
     if missing:
-        raise UserError(f"missing key {', '.join(missing)} in '{source}', expected a value; mend the file")
+        raise UserError(f"missing key {', '.join(missing)} in '{source}', expected a value; correct the file")
     hints = typing.get_type_hints(cls)
     typed = {name: _typed(value, hints[name], source, prefix + name) for name, value in values.items()}
     try:
@@ -327,7 +327,7 @@ def _typed(value: Any, hint: Any, source: str | Path, key: str) -> Any:
     if len(inner) == 1:
         return dataclass_from_dict(typing.cast("type", inner[0]), value, source, key)
     expected = " or ".join(_spoken(choice) for choice in choices)
-    raise UserError(f"bad value in '{source}': {key} is {value!r}, expected {expected}; mend the file")
+    raise UserError(f"bad value in '{source}': {key} is {value!r}, expected {expected}; correct the file")
 
 
 def check_fields(config: Any, key: str) -> None:

@@ -81,7 +81,7 @@ def download(
     """Bring the weights of ``repository`` (OWNER/NAME) into ``out``; returns what the hub has and the names fetched now.
 
     A file that is there and equals the hub's stays; one that differs is fetched again. An interrupted transfer leaves NAME.*.partial and
-    goes on from there next time; a file has its name only once it is whole and checked. ``revision`` is a branch, tag or commit,
+    continues there next time; a file has its name only once it is whole and checked. ``revision`` is a branch, tag or commit,
     ``endpoint`` another hub than the public one (or HF_ENDPOINT). UserError when the hub refuses or cannot be reached, or the disk is full.
     """
     with quiet_http(), plain_errors(repository, revision, endpoint):
@@ -193,13 +193,13 @@ def _tidy(growing: Path, out: Path) -> None:
 
 
 def _receive(url: str, growing: Path, file: HubFile, pause_seconds: float, report: Callable[[int], None]) -> None:
-    """Append to ``growing`` until it has the size of ``file``, going on where it ended, after breaks of the connection too."""
+    """Append to ``growing`` until it has the size of ``file``, continuing where it ended, after breaks of the connection too."""
     tries = 0
     with _open_growing(growing) as stream:
         if stream.tell() > file.size:
             stream.truncate(0)
         if stream.tell():
-            _log.info("%s: going on at %.1f of %.1f MB", file.name, stream.tell() / _MEGABYTE, file.size / _MEGABYTE)
+            _log.info("%s: continuing at %.1f of %.1f MB", file.name, stream.tell() / _MEGABYTE, file.size / _MEGABYTE)
         while (have := stream.tell()) < file.size:
             reason = "it sent nothing"
             try:
@@ -213,10 +213,10 @@ def _receive(url: str, growing: Path, file: HubFile, pause_seconds: float, repor
             if tries == TRIES_WITHOUT_PROGRESS:
                 raise UserError(
                     f"the connection broke at {have / _MEGABYTE:.1f} of {file.size / _MEGABYTE:.1f} MB of '{file.name}' ({reason}); "
-                    "run the same command again to go on from there"
+                    "run the same command again to continue from there"
                 )
             if stream.tell() < file.size:
-                _log.warning("%s: the connection broke (%s); going on at %.1f MB", file.name, reason, stream.tell() / _MEGABYTE)
+                _log.warning("%s: the connection broke (%s); continuing at %.1f MB", file.name, reason, stream.tell() / _MEGABYTE)
                 time.sleep(pause_seconds)
 
 

@@ -111,7 +111,7 @@ def test_a_file_of_ones_own_is_never_taken(tmp_path: Path) -> None:
     (tmp_path / "speech-2.wav").touch()
     (tmp_path / "speech-2.wav.parts").mkdir()
     (tmp_path / "speech-3.wav.parts").mkdir()
-    assert free_output(True, tmp_path) == tmp_path / "speech-3.wav", "an interrupted run goes on; no file is overwritten"
+    assert free_output(True, tmp_path) == tmp_path / "speech-3.wav", "an interrupted run continues; no file is overwritten"
     assert free_output(False, tmp_path) == tmp_path / "speech-4.wav", "and a short text does not take its place"
 
 

@@ -65,7 +65,7 @@ def test_ctrl_c_keeps_what_has_come(hub: Hub, tmp_path: Path, monkeypatch, capsy
     hub.cut_after["model.pt"] = [2000]
     monkeypatch.setattr(hub_module.time, "sleep", interrupted)
     assert main(["download", REPOSITORY, "--out", str(out)]) == 130
-    assert "run the same command again to go on where it stopped" in capsys.readouterr().err
+    assert "run the same command again to continue where it stopped" in capsys.readouterr().err
     assert [path.stat().st_size for path in out.glob("model.pt.*.partial")] == [2000]
     monkeypatch.undo()
     use_as_default(monkeypatch, hub.endpoint)

@@ -105,7 +105,7 @@ def test_an_interrupted_book_goes_on_to_the_same_file(model: Path, book: Path, t
     capfd.readouterr()
     assert say(model, "--text-file", book, "-o", cut, "--seed", 3) == 130
     assert capfd.readouterr().err.splitlines()[-1] == (
-        f"error: interrupted; 2 of 4 sentences are kept in '{cut}.parts'; run the same command again to go on"
+        f"error: interrupted; 2 of 4 sentences are kept in '{cut}.parts'; run the same command again to continue"
     )
     assert not cut.exists()
     assert say(model, "--text-file", book, "-o", cut) == 0
@@ -141,7 +141,7 @@ def test_a_change_is_noticed_and_restart_forgets(model: Path, book: Path, tmp_pa
     assert json.loads((tmp_path / "out.wav.parts" / "00003.json").read_text())["text"] == "It ends with this one."
     capsys.readouterr()
     assert say(model, "--text-file", book, "-o", out, "--seed", 4) == 2
-    assert "were spoken otherwise: another seed; give what you gave then to go on, --restart" in capsys.readouterr().err
+    assert "were spoken otherwise: another seed; give what you gave then to continue, --restart" in capsys.readouterr().err
     assert out.read_bytes() == first
     assert say(model, "--text-file", book, "-o", out, "--seed", 4, "--restart") == 0
     assert out.read_bytes() != first

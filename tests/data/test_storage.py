@@ -171,7 +171,7 @@ def test_torn_and_missing_shards(folders: Path) -> None:
     loader = data.train_dataloader()
     tar = folders / "latents" / "train" / "latents.000001.tar"
     tar.write_bytes(tar.read_bytes()[:600])
-    with pytest.raises(UserError, match=r"torn shard: .*latents.000001.tar"):
+    with pytest.raises(UserError, match=r"incomplete shard: .*latents.000001.tar"):
         list(loader)
     tar.unlink()
     (folders / "latents" / index_name("train")).unlink()

@@ -220,7 +220,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, monkeypat
     monkeypatch.setattr(files.torch, "save", save)
     checkpointed(tmp_path, [1.0] * 9, keep=5)
     assert [path.name for path in step_paths(tmp_path)] == [f"step-0000000{step}.ckpt" for step in (8, 6, 2)]
-    assert "step 4 is not saved, the run goes on and tries again later: cannot write" in caplog.text
+    assert "step 4 is not saved, the run continues and tries again later: cannot write" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"every_minutes": 0.0}, {"best_mode": "least"}])

@@ -24,7 +24,7 @@ from kalle.synthesis.options import check_seed, derived_seed
 
 Mode = Literal["lora", "full"]
 DEFAULT_STEPS = 200
-"""The paper's N: there the error rate is lowest, while similarity goes on rising."""
+"""The paper's N: there the error rate is lowest, while similarity still rises."""
 DEFAULT_RANK = 8
 WARMUP_SHARE = 0.2
 """Share of the steps; the authors' scripts have the same."""
@@ -88,7 +88,7 @@ def default_lr(mode: Mode, width: int) -> float:
     """The peak learning rate for a language model of this hidden size.
 
     "full": the paper's 1e-6 at 2048 and above; at 256 and below what was measured there (docs/how-to/adapt.md); a power of width between
-    the two. "lora": measured at 256, and as many times that of "full" elsewhere, which nobody has measured.
+    the two. "lora": measured at 256; elsewhere the same multiple of "full", not measured.
     """
     power = math.log(NANO_FULL_LR / PAPER_LR) / math.log(PAPER_WIDTH / NANO_WIDTH)
     full = PAPER_LR * (PAPER_WIDTH / min(max(width, NANO_WIDTH), PAPER_WIDTH)) ** power

@@ -107,7 +107,7 @@ def _only_writer(path: Path) -> BinaryIO:
 
 
 class Pipe:
-    """Standard output, headerless or as a WAV of unknown length; BrokenPipeError once nobody reads, DiskError where it is a file."""
+    """Standard output, headerless or as a WAV of unknown length; BrokenPipeError once the reader is gone, DiskError where it is a file."""
 
     def __init__(self, descriptor: int, sample_rate_hz: int, raw: bool) -> None:
         self._descriptor = descriptor

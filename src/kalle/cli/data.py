@@ -35,7 +35,7 @@ def doctor(
 ) -> None:
     """Measure every item, check the corpus (good, look, bad), and write a report with figures.
 
-    Exit code 0, or 1 when a check says bad; with --filter the verdict is that on the filtered copy. An interrupted run goes on.
+    Exit code 0, or 1 when a check says bad; with --filter the verdict is that on the filtered copy. An interrupted run continues.
     """
     from kalle.data.corpus.cuts import check_target
     from kalle.data.corpus.doctor import FILTERED_BY, diagnose, write_filtered
@@ -60,7 +60,7 @@ def doctor(
 
 @contextmanager
 def measuring(out: Path, label: str) -> Iterator[Callable[[Iterable[Any], int], Iterable[Any]]]:
-    """Yields what puts a progress bar around an iterable of known length; Ctrl-C is one line that says how to go on."""
+    """Yields what puts a progress bar around an iterable of known length; Ctrl-C is one line that says how to continue."""
     from kalle.cli.interrupts import interruptible
     from kalle.progress import progress_bar
 
@@ -111,7 +111,7 @@ def retranscribe(
 ) -> None:
     """Transcribe every item with a speech recogniser and write a corpus of the items whose text agrees with the transcript.
 
-    An interrupted run goes on, and another --max-wer or --text uses the transcripts that are there.
+    An interrupted run continues, and another --max-wer or --text uses the transcripts that are there.
     """
     from kalle.data.corpus.retranscribe import RetranscribeOptions, retranscribe_corpus
 

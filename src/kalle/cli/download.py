@@ -23,11 +23,11 @@ def download(
 ) -> None:
     """Fetch released weights and check every file against the hub's own metadata.
 
-    Run it again to go on after an interruption, or to check the files that are there; those that differ are fetched again.
+    Run it again to continue after an interruption, or to check the files that are there; those that differ are fetched again.
     """
     from kalle import hub
 
-    with interruptible("interrupted; run the same command again to go on where it stopped"):
+    with interruptible("interrupted; run the same command again to continue where it stopped"):
         snapshot, fetched = hub.download(hub_id, out, revision)
     if fetched and (out / CONVERTED).is_dir():
         _log.warning("'%s' was converted from the files that were here before; remove it to convert the new ones", out / CONVERTED)

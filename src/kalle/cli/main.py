@@ -12,7 +12,7 @@ from typing import Any
 
 COMMANDS = {
     "say": "speak a text, or a whole book, into a file",
-    "stream": "speak a text and hear it while it is being made",
+    "stream": "speak a text and play it while it is being made",
     "voices": "make, list, show and play voices",
     "adapt": "learn one voice from a recording (test-time training) and keep it as a small adapter",
     "web": "a page for the browser, on this machine only unless told otherwise",
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _closed_pipe() -> int:
-    """Nobody reads the output any more, as in `kalle voices list | head -1`: end without a word, as other programs do."""
+    """The reader of the output is gone, as in `kalle voices list | head -1`: end silently, as other programs do."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
     return CLOSED_PIPE

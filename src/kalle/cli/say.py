@@ -1,4 +1,4 @@
-"""`kalle say`: speak a text into a file, at once or sentence by sentence, going on where an earlier run was interrupted."""
+"""`kalle say`: speak a text into a file, at once or sentence by sentence, continuing where an earlier run was interrupted."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def say(
 ) -> None:
     """Speak a text into a file, in the model's own voice or one that it makes up, a recording's or a stored one.
 
-    A text of over 25 s, or of more than the weights keep up, of --text-file or with --srt is spoken by sentences; interrupted, it goes on.
+    A text of over 25 s, or of more than the weights keep up, of --text-file or with --srt is spoken by sentences; resumable.
     """
     written = read_text(text, text_file)
     if release_exact:
@@ -146,7 +146,7 @@ class Told:
             typer.echo(line, err=True)
 
     def result(self, lines: Iterable[str], facts: Mapping[str, Any]) -> None:
-        """Say what came of it, as ``lines`` or as the JSON of ``facts``, and play it where that was asked for."""
+        """Say what came of it, as ``lines`` or as the JSON of ``facts``, and play it if requested."""
         if self.as_json:
             typer.echo(
                 json.dumps({"output": str(self.output) if self.kept else None, **facts}, ensure_ascii=False), err=self.output == STDOUT
@@ -252,7 +252,7 @@ def parts_folder(output: Path) -> Path:
 def free_output(long: bool, folder: Path = Path()) -> Path:
     """The file for speech that was given none: speech.wav in ``folder``, or speech-2.wav and so on, the first that is not there.
 
-    A ``long`` text takes one whose sentences are there, because a run was interrupted, so that the same command goes on; no other may.
+    A ``long`` text takes one whose sentences are there, because a run was interrupted, so that the same command continues; no other may.
     """
     names = (f"{DEFAULT_STEM}{'' if number == 1 else f'-{number}'}{DEFAULT_SUFFIX}" for number in itertools.count(1))
     return next(path for path in map(folder.joinpath, names) if not path.exists() and (long or not parts_folder(path).exists()))
@@ -398,7 +398,7 @@ def speak_long_to_file(
                     store.remove()
         except KeyboardInterrupt:
             kept = f"{store.count()} of {len(long)} sentences are kept in '{folder}'"
-            typer.echo(f"error: interrupted; {kept}; run the same command again to go on", err=True)
+            typer.echo(f"error: interrupted; {kept}; run the same command again to continue", err=True)
             raise typer.Exit(INTERRUPTED) from None
     lines = [told.wrote, *([] if subtitles_to is None else [f"subtitles: {subtitles_to}"])]
     told.result(

@@ -1,4 +1,4 @@
-"""`kalle stream`: speak a text and hear it while it is being made."""
+"""`kalle stream`: speak a text and play it while it is being made."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def train(config: DictConfig) -> TrainingResult:
         raise SystemExit(preempted.exit_code) from None
     except RuntimeError as error:
         if lost_peer(error):
-            raise UserError("another rank has ended: expected all to go on; see its message, then run the same command again") from None
+            raise UserError("another rank has ended: expected all to continue; see its message, then run the same command again") from None
         raise
 
 

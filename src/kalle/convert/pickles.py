@@ -45,7 +45,7 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
         raise _cut_off(path) from None
     except OSError:
         raise
-    except Exception as error:  # torn or foreign files fail in many ways: KeyError, RuntimeError
+    except Exception as error:  # damaged or foreign files fail in many ways: KeyError, RuntimeError
         reason = re.split(r"(?<=[.!?]) |\n", str(error))[0] or type(error).__name__
         raise UserError(f"not a readable PyTorch file: '{path}' ({reason}); fetch it again") from None
     if not isinstance(value, Mapping):

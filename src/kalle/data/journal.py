@@ -40,7 +40,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(parse_json(line))
         except ValueError as error:
-            raise UserError(f"bad line: '{path}' line {number}: {error}; expected one JSON object a line; mend that line") from None
+            raise UserError(f"bad line: '{path}' line {number}: {error}; expected one JSON object a line; correct that line") from None
     return rows
 
 
@@ -90,7 +90,7 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """Close and delete: the work is done, or cannot go on."""
+        """Close and delete: the work is done, or cannot continue."""
         try:
             self._file.close()
         finally:

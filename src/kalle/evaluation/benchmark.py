@@ -80,7 +80,7 @@ class Timing:
     peak_bytes: int
     """Most memory held during the step, the weights included."""
     first_audio_seconds: float | None = None
-    """Until the first piece could be heard; only for a stream."""
+    """Until the first piece can be played; only for a stream."""
     difference: float | None = None
     """Largest absolute difference from what it must equal: a stream from decoding at once; the cache's predictions from those of one
     pass without a cache over the same frames. Free-running results are not compared, for feedback amplifies rounding."""

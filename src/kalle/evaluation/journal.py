@@ -77,7 +77,7 @@ class Journal:
         return {index: rows for index, rows in found.items() if not any("error" in row for row in rows)}
 
     def pending(self) -> list[int]:
-        """Indices of this rank's items that nobody has scored."""
+        """Indices of this rank's items that are not scored yet."""
         own = [index for index in range(self.items) if self.share.owns(index)]
         done = self._kept.keys() | self._others().keys()
         left = [index for index in own if index not in done]

@@ -44,7 +44,7 @@ class LMProbe:
 def probe(lm: KalleLM, batches: Iterable[LMBatch], direction: Direction = "prediction_posterior", seed: int = 0) -> LMProbe:
     """Score ``lm`` on ``batches``, with their own texts and with texts permuted over the whole set.
 
-    The permutation depends on ``seed`` only and gives nobody a text equal to its own (where the set allows it).
+    The permutation depends on ``seed`` only and gives no item a text equal to its own (where the set allows it).
     """
     kept = [batch.to(lm.device) for batch in batches]
     frame_kl, end_kl, frames, utterances = _mean_losses(lm, kept, direction)

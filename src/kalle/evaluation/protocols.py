@@ -1,4 +1,4 @@
-"""The three protocols: reconstructions through the Flow-VAE, texts that are spoken, and a folder of anybody's wavs."""
+"""The three protocols: reconstructions through the Flow-VAE, texts that are spoken, and a folder of any wavs."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class BackboneConfig:
         rope = _rope(rest, source)
         missing = [key for key in _REQUIRED if rest.get(key) is None]
         if missing:
-            raise UserError(f"missing key {', '.join(map(repr, missing))} in '{source}', expected a number; mend the file")
+            raise UserError(f"missing key {', '.join(map(repr, missing))} in '{source}', expected a number; correct the file")
         sizes = {key: rest[key] for key in _LARGEST_SIZES if rest.get(key) is not None}
         for key, size in sizes.items():
             if not _is_size(size, key):
@@ -280,7 +280,7 @@ class Backbone(nn.Module):
     """Embeddings in, hidden states out; called as transformers' LlamaModel is."""
 
     flex = False
-    """Whether the documents of packed rows are kept apart by torch's flex attention, which skips the blocks that nobody sees, instead of a
+    """Whether the documents of packed rows are kept apart by torch's flex attention, which skips fully masked blocks, instead of a
     mask (R, W, W). It needs CUDA to be trained."""
     recompute = False
     """Whether training keeps the input of each layer only, and computes the rest again on the way back."""

@@ -120,7 +120,7 @@ def is_quantised(name: str) -> bool:
 def int8_tensors(part: Path, config: BackboneConfig) -> dict[str, Tensor]:
     """The 8-bit backbone of the language model in the folder ``part``, from the file beside its weights where that belongs to them.
 
-    A file that is missing, torn or made of other weights is made (anew), with a line in the log; where the folder cannot be written,
+    A file that is missing, damaged or made of other weights is made (anew), with a line in the log; where the folder cannot be written,
     the tensors are made in memory. UserError for weights that are not finite.
     """
     try:

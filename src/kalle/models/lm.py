@@ -60,7 +60,7 @@ class KalleLMConfig:
         if "backbone" not in given:
             raise UserError(f"key 'backbone' is missing in '{source}': expected the values of a Llama configuration; convert again")
         if not isinstance(given["backbone"], Mapping):
-            raise UserError(f"bad value in '{source}': backbone is {given['backbone']!r}, expected an object {{...}}; mend the file")
+            raise UserError(f"bad value in '{source}': backbone is {given['backbone']!r}, expected an object {{...}}; correct the file")
         BackboneConfig.of(given["backbone"], source)
         return dataclass_from_dict(cls, given, source)
 
@@ -381,7 +381,7 @@ class KalleLM(nn.Module):
 def set_attention(lm: KalleLM, attention: str, device: torch.device) -> None:
     """Choose how the documents of packed rows are kept apart in training; a UserError where that is not possible.
 
-    "sdpa" runs everywhere, with a mask where rows are packed; "flex" needs CUDA and skips the blocks that nobody sees.
+    "sdpa" runs everywhere, with a mask where rows are packed; "flex" needs CUDA and skips fully masked blocks.
     """
     if attention not in ATTENTION:
         raise UserError(f"attention: got '{attention}', expected {' or '.join(ATTENTION)}; correct it")

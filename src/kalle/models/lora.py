@@ -27,7 +27,7 @@ class LowRankLinear(nn.Module):
     """``y = x W^T + b + scale * (dropout(x) A^T) B^T`` (LoRA, Hu et al., arXiv 2106.09685), W (out, in) and b being those of ``base``.
 
     ``lora_a`` A is (r, in), ``lora_b`` B (out, r); W and b keep their names and memory, and take no gradient until they are told to. The
-    product is not added to W unless ``merged`` is asked for: in half precision most of so small a change would be rounded away.
+    product is not added to W unless ``merged`` is set: in half precision most of so small a change would be rounded away.
     """
 
     def __init__(self, base: nn.Linear, lora_a: Tensor, lora_b: Tensor, scale: float, dropout: float = 0.0) -> None:

@@ -55,7 +55,7 @@ def error_html(message: str) -> str:
 
 
 def without_folders(message: str, folders: Iterable[Path]) -> str:
-    """``message`` with the files in ``folders`` named without where they are, which is nobody's business who reads the page."""
+    """``message`` with the files in ``folders`` named without where they are, which readers of the page need not know."""
     places = {str(place) for folder in folders for place in (folder, folder.resolve())} - {".", "/"}
     for folder in sorted(places, key=len, reverse=True):
         message = re.sub(rf"(?<![^\s'\"]){re.escape(folder)}[/\\](?:[^'\"/\\]+[/\\])*", "", message)

@@ -59,7 +59,7 @@ class Job:
         self._pieces: list[bytes] = []
         self._stopped = threading.Event()
         self.abandoned = False
-        """Whether its page is closed, so that nobody will fetch the result."""
+        """Whether its page is closed, so that the result will not be fetched."""
         self._stream: SpeechStream | None = None
 
     @property

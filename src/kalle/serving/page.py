@@ -146,7 +146,7 @@ MODEL_QUEUE = "model"
 SILENCE_PLAYER = "() => { document.dispatchEvent(new Event('kalle-silence')); }"
 CACHE_SWEEP_SECONDS, CACHE_SECONDS = 600, 3600
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-"""Events of the page are nobody's API."""
+"""Events of the page are no public API."""
 
 
 def build(handlers: Handlers) -> gr.Blocks:

@@ -258,7 +258,7 @@ async def growing(job: Job) -> AsyncIterator[bytes]:
 
 
 def own_names(options: WebOptions) -> frozenset[str] | None:
-    """The names by which the page may be asked for; None where it cannot know them, on a network or behind a tunnel."""
+    """The host names under which the page answers; None where it cannot know them, on a network or behind a tunnel."""
     return loopback_names(options.host) if is_loopback(options.host) and not options.share else None
 
 

@@ -232,7 +232,7 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | Path) -> Adapter:
-        """Read a file that ``save`` wrote, or the one in a folder; a UserError when it is missing, torn or something else."""
+        """Read a file that ``save`` wrote, or the one in a folder; a UserError when it is missing, damaged or something else."""
         path = Path(path)
         path = path / ADAPTER_FILE if path.is_dir() else path
         if not path.is_file():

@@ -36,7 +36,7 @@ DEFAULT_FRAME_BUDGET = 8192
 
 
 class RowError(UserError):
-    """A row that cannot go on, by its ``handle``; ``reason`` is the message without it."""
+    """A row that cannot continue, by its ``handle``; ``reason`` is the message without it."""
 
     def __init__(self, handle: int, reason: str) -> None:
         super().__init__(f"request {handle} of the batch, counted from 0: {reason}")

@@ -143,7 +143,7 @@ class FrameWatcher(Protocol):
     """Looks at the frames of one row in order and may end it; one object for each row."""
 
     def see(self, frame: Frame, index: int) -> StopReason | None:
-        """Why the row ends with this frame of 0-based ``index``, which is kept; None to go on."""
+        """Why the row ends with this frame of 0-based ``index``, which is kept; None to continue."""
 
 
 class Generation(Iterator[Frame]):
@@ -245,7 +245,7 @@ def model_for(lm: KalleLM, request: Request, converted: ConvertedModels | None =
 
 
 class RowSampler:
-    """One utterance in progress, the same alone, in a batch and streamed: its noise, and after each draw whether it goes on.
+    """One utterance in progress, the same alone, in a batch and streamed: its noise, and after each draw whether it continues.
 
     ``advance`` takes one prediction after the other, until there is an ending. Several rows together: give
     ``draw_frames`` the rows and each frame that it makes to its row's ``see``.
@@ -333,7 +333,7 @@ def _check_row(request: Request, dim: int, generator: torch.Generator) -> None:
 
 def check_request(lm: FrameModel, request: Request) -> None:
     """UserError unless ``lm`` can read the context of ``request`` and end it by its stop rule."""
-    # Asked only where it matters, so that anything with ``prefill`` and ``step`` can be sampled from.
+    # Looked up only where it matters, so that anything with ``prefill`` and ``step`` can be sampled from.
     if request.stop.probability is not None:
         request.stop.check(lm.config.stop_head)
     ids = request.text_ids
@@ -401,7 +401,7 @@ class WatchConfig:
     """
 
     seconds: float = 3.0
-    """Shortest stretch that is judged; pauses inside speech are shorter."""
+    """Shortest stretch that is examined; pauses inside speech are shorter."""
     longest_period_seconds: float = 2.0
     """Longest loop that is looked for."""
     repeats: int = 3

@@ -295,7 +295,7 @@ class Kalle:
         return stored.low if options.temperature == stored.temperature else None
 
     def _spelled(self, text: str, language: str | None) -> tuple[str, ...]:
-        """A warning that names the words whose phonemes nobody knows."""
+        """A warning that names the words without known phonemes."""
         words = self.tokenizer.unknown_words(text, language) if isinstance(self.tokenizer, PhonemeTokenizer) else []
         if not words:
             return ()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _PACE_LIMIT = 2.0
 """A sentence so many times as fast or slow as the others is tried once more."""
 _PACES_NEEDED = 3
-"""So many sentences set the pace before one is judged by it."""
+"""Number of sentences that set the pace before one is compared with it."""
 _SHORTEST_PACED_S = 1.0
 """A text expected to be shorter than this has no pace to speak of."""
 BLOCK_S = 0.4
@@ -48,7 +48,7 @@ class Part:
     sentence: Sentence
     """As written, and where."""
     speech: Speech
-    """As it is heard: its audio (S,) has gain and fades, and its ``text`` is the words that the model got."""
+    """As it is played: its audio (S,) has gain and fades, and its ``text`` is the words that the model got."""
     loudness_db: float
     """Before the gain; minus infinity for silence."""
     gain_db: float
@@ -134,7 +134,7 @@ class LongForm:
     for, too. It is the prompt of every sentence, followed by the sentence before if ``rolling`` says so and both are
     short. Sentence i has a seed of its own, made from ``seed`` and i, so the result depends on neither interruptions nor on who reads it.
     Every sentence is given the level of the others (the median so far), and one that is much faster or slower is tried again once.
-    A bad ending is in the part's ``warnings`` and the rest goes on. UserError for a text without words and bad values.
+    A bad ending is in the part's ``warnings`` and the rest is spoken. UserError for a text without words and bad values.
     """
 
     def __init__(self, kalle: Kalle, text: str, voice: GivenVoice = None, options: GenerationOptions | None = None) -> None:

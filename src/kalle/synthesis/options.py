@@ -134,7 +134,7 @@ class GenerationOptions:
     latency_frames: int | None = None
     """Of a stream: frames that must exist beyond a piece before it is final. None is the smallest that keeps 1e-4."""
     chunk_frames: int = 8
-    """Of a stream: frames in a piece of audio; fewer cost more (docs/results/streaming.md), more are heard later."""
+    """Of a stream: frames in a piece of audio; fewer cost more (docs/results/streaming.md), more delay playback."""
 
     def __post_init__(self) -> None:
         if self.seed is not None:

@@ -34,7 +34,7 @@ SpeechEnding = Literal["end", "max_frames", "repetition", "silence", "too_short"
 _BEST_FIRST = ("end", "silence", "repetition", "max_frames", "too_short", "interrupted")
 """Silence usually follows the last word, a repetition its first round; at the cap there is no telling what was said."""
 TOO_SHORT_SHARE = 0.4
-"""Speech that takes less than this share of the usual time lacks words: nobody speaks more than twice as fast."""
+"""Speech that takes less than this share of the usual time lacks words: no one speaks more than twice as fast."""
 SHORTEST_JUDGED_S = 1.0
 """A text that usually takes less time has no pace to speak of."""
 
@@ -178,7 +178,7 @@ def speak(lm: KalleLM, flowvae: FlowVAE, request: Request, converted: ConvertedM
 def start(
     lm: KalleLM, request: Request, watcher: FrameWatcher | None = None, converted: ConvertedModels | None = None
 ) -> tuple[Generation, torch.Generator]:
-    """The frames of ``request``, none made yet, and the generator of their noise, which a second draw goes on with."""
+    """The frames of ``request``, none made yet, and the generator of their noise, which a second draw continues."""
     generator = torch.Generator().manual_seed(request.seed)
     return run(model_for(lm, request, converted), request, generator, watcher), generator
 
@@ -194,7 +194,7 @@ def allowed_retries(request: Request) -> int:
     """The retries of ``request``, or 0 where another try makes no sense.
 
     That is where the release is reproduced, noise is given or there is none (temperature 0), nothing stops but the cap, or the cap was
-    given and is shorter than the text's own, so that a cut is what was asked for.
+    given and is shorter than the text's own, so that a cut was requested.
     """
     options = request.options
     reproduces = options.compatibility != OURS or request.noise is not None or request.temperature == 0 or request.stop.never
@@ -399,7 +399,7 @@ def decode_latents(flowvae: FlowVAE, latents: Tensor) -> FloatArray:
 
 
 def check_finite(audio: FloatArray) -> FloatArray:
-    """``audio`` itself; a UserError for NaN or infinity, which nobody shall hear."""
+    """``audio`` itself; a UserError for NaN or infinity, which must not be returned."""
     bad = int((~np.isfinite(audio)).sum())
     if bad:
         raise UserError(

@@ -115,7 +115,7 @@ class RequestStream(Iterator[FloatArray]):
     ``speech`` and ``close`` are as in ``SpeechStream``. Frames that were generated but not yet yielded are left out of an ended stream.
 
     Where the model gets stuck (stop reason "repetition" or "silence"), this is known only seconds later, and part of it has been
-    yielded: what ``speak`` would have cut. The rest is left out; ``Speech.stuck_seconds`` says how much was heard, as does a warning.
+    yielded: what ``speak`` would have cut. The rest is left out; ``Speech.stuck_seconds`` says how much was played, as does a warning.
     """
 
     def __init__(self, lm: KalleLM, flowvae: FlowVAE, decoder: StreamingDecoder, request: Request) -> None:

@@ -72,7 +72,7 @@ class Voice:
     name: str | None = None
     description: str | None = None
     source: str | None = None
-    """"recording", "random", or None where nobody wrote it down."""
+    """"recording", "random", or None where it is not recorded."""
     seed: int | None = None
     """The seed it was made with: of the draw of the prompt latents, or of the random voice."""
     seconds: float | None = None
@@ -110,7 +110,7 @@ class Voice:
 
     @classmethod
     def load(cls, path: str | Path) -> Voice:
-        """Read a file that ``save`` wrote, today or in an earlier version; a UserError when it is missing, torn or something else."""
+        """Read a file that ``save`` wrote, today or in an earlier version; a UserError when it is missing, damaged or something else."""
         path = Path(path)
         if not path.is_file():
             raise UserError(f"voice file not found: got '{path}', expected a .safetensors voice; check the path")

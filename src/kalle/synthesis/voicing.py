@@ -29,7 +29,7 @@ SILENT_DBFS = -60.0
 """A recording below this level is refused: it has nothing of a voice in it."""
 QUIET_DBFS = -45.0
 LARGEST_PEAK = 8.0
-"""Float recordings may overshoot 1 a little; integers that nobody scaled are far above."""
+"""Float recordings may overshoot 1 a little; unscaled integers are far above."""
 GOOD_SECONDS = (2.0, 20.0)
 """Shorter prompts say little of a voice, longer ones cost positions and time for every sentence."""
 LETTERS_A_SECOND = (3.0, 26.0)

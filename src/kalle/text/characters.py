@@ -133,7 +133,7 @@ def map_characters(text: str, learnt: LearntTexts, language: str | None = None, 
     """``text`` on one line in the characters that the weights learnt.
 
     ``language`` is an ISO 639-1 code, by default guessed from the script. Quotes, dashes, brackets, other spaces, line breaks, markup,
-    accents and capitals are written as the weights know them. Letters of another script stay, signs that nobody speaks go, and the
+    accents and capitals are written as the weights know them. Letters of another script stay, unspoken signs are removed, and the
     warnings name both. With ``given_phonemes`` ``[word](/phonemes/)`` stays as it is.
     """
     if language is None:

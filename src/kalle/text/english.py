@@ -240,7 +240,7 @@ def _letters(match: re.Match[str]) -> str:
 
 
 def _address(match: re.Match[str]) -> str:
-    """A web or mail address as it is spelled out; a name that nobody can speak, such as https, letter by letter."""
+    """A web or mail address as it is spelled out; a name that is no word, such as https, letter by letter."""
     text, stop = (match[0][:-1], match[0][-1]) if match[0][-1] in ".,;:!?)" else (match[0], "")
     text = re.sub(r"^(https?|ftp|www)(?=[:.])", lambda name: " ".join(name[0]), text)
     return " ".join("".join(_IN_ADDRESSES.get(c, c) for c in text).split()) + stop

@@ -215,7 +215,7 @@ class PhonemeTokenizer(Tokenizer):
         return self._pieces(text, language)
 
     def unknown_words(self, text: str, language: str | None = None) -> list[str]:
-        """The words of an English ``text`` that are left as bytes because nobody gave their reading; empty for other languages."""
+        """The words of an English ``text`` that are left as bytes because their reading is unknown; empty for other languages."""
         if not _is_english(text, language) or _engine() is None:
             return []
         left = (piece.written for piece in self.pieces(text, language) if piece.phonemes is None)

@@ -59,7 +59,7 @@ class Tokenizer:
     """A ``tokenizers`` tokenizer whose user text can never become a special token.
 
     The special tokens are reached by ``special`` alone: text that spells one out is tokenised like any other text,
-    so nobody can end a prompt or begin speech from inside a sentence.
+    so no text can end a prompt or begin speech from inside a sentence.
     """
 
     def __init__(self, backend: Backend) -> None:

@@ -294,7 +294,7 @@ class LastCheckpoint(Checkpoint):
         written = trainer.strategy.checkpoint_io
         error = written.error if isinstance(written, DirectCheckpointIO) else None
         if error is not None and not final:
-            logger.warning("step %d is not saved, the run goes on and tries again later: %s", step, error)
+            logger.warning("step %d is not saved, the run continues and tries again later: %s", step, error)
             return
         if final and trainer.strategy.broadcast(error is not None):
             self._tried_step = self._saved_step = step  # no other attempt: an exception follows

@@ -371,7 +371,7 @@ class LMTrainingConfig(TrainingConfig):
     """Hugging Face folder of Llama text weights (config.json, *.safetensors) to start from: its config.json replaces lm.backbone, and rows
     for the tokenizer's additional tokens are drawn like its own. The latent layers start from random weights."""
     flowvae: WeightsFolder = WeightsFolder()
-    """flowvae=DIR: the Flow-VAE that made the latents; lets samples be heard, and is copied beside the result."""
+    """flowvae=DIR: the Flow-VAE that made the latents; lets samples be played, and is copied beside the result."""
     lora: LoRAConfig | None = None
     """lora=default: adapters alone train, exported merged and, for `kalle say --adapter`, as weights/adapter."""
     compact_vocabulary: bool | str = "auto"

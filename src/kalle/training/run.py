@@ -133,7 +133,7 @@ def _fit(
         write_record(out, values, trainer, checkpoint)
     _run(trainer, module, data, checkpoint)
     if checkpoint is not None and step_of(checkpoint) == trainer.global_step:
-        logger.info("'%s' was finished: all its %d steps were made before; raise trainer.max_steps to go on", out, trainer.global_step)
+        logger.info("'%s' was finished: all its %d steps were made before; raise trainer.max_steps to continue", out, trainer.global_step)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return TrainingResult(out, out / WEIGHTS_FOLDER, metrics, module, trainer)
 
@@ -163,7 +163,7 @@ def check_unchanged(checkpoint: Path, values: Mapping[str, Any]) -> None:
         before = _without_targets(yaml.safe_load(path.read_text(encoding="utf-8")))
         assert isinstance(before, dict)
     except (OSError, ValueError, AssertionError, yaml.YAMLError):
-        logger.warning("no readable '%s': nobody can say whether the run continues with the data, seed and objective it began with", path)
+        logger.warning("no readable '%s': it is unknown whether the run continues with the data, seed and objective it began with", path)
         return
     changed = []
     for name in _DECIDING:
@@ -175,7 +175,7 @@ def check_unchanged(checkpoint: Path, values: Mapping[str, Any]) -> None:
     if changed:
         raise UserError(
             f"'{checkpoint}' was trained with other values: {'; '.join(changed)}; expected the same, for a run is one training; choose "
-            "out=NEW, or allow_changes=true to go on with the new ones"
+            "out=NEW, or allow_changes=true to continue with the new ones"
         )
 
 
@@ -267,7 +267,7 @@ def describe(weights: Path, sample_rate: int | None) -> None:
     use = f"`kalle encode flowvae={weights} corpus=DIR out=DIR` makes latents with them"
     if "lm" in parts:
         use = (
-            f"hear them with `kalle say --model {weights} TEXT`"
+            f"speak with `kalle say --model {weights} TEXT`"
             if "flowvae" in parts
             else "add flowvae=DIR to the training for a folder that speaks"
         )

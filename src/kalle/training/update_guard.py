@@ -84,7 +84,7 @@ class GuardConfig:
 class UpdateGuard(Callback):
     """Checks every update by its gradient norm before clipping; a refused one is skipped: its gradients are dropped.
 
-    AdamW then changes neither weights nor moments; schedules and counters go on. The norm is that of the synchronised gradients, so all
+    AdamW then changes neither weights nor moments; schedules and counters advance. The norm is that of the synchronised gradients, so all
     ranks decide alike. With accumulated gradients the sum is checked, and all its batches are kept. Each optimizer (a GAN has two) has a
     history of its own. What was skipped is logged as train/skipped and written to ``folder``/step-N.pt (with several ranks
     step-N.rank-R.pt), the first ``keep_batches`` of them: tensors, cut ids, losses, norm, all loadable with ``weights_only=True``.

@@ -271,7 +271,7 @@ def write_derived(
     UserError when no training item is left.
     """
     if not cuts.get("train"):
-        raise UserError(f"nothing to train on would be left in '{out}': {_counts(cuts)}; loosen the limits or mend the corpus")
+        raise UserError(f"nothing to train on would be left in '{out}': {_counts(cuts)}; loosen the limits or correct the corpus")
     with output_folder(out):
         (out / COMPLETED_NAME).unlink(missing_ok=True)
         for split in dict.fromkeys((*SPLITS, *cuts)):

@@ -63,7 +63,7 @@ def write_report(
 
 
 def markdown(report: dict[str, Any], findings: Sequence[CheckResult], pictures: bool) -> str:
-    """report.md: verdicts, remedies, examples and, where there are some, pictures."""
+    """report.md: verdicts, remedies, examples and, where there are some, figures."""
     lines = [f"# Diagnosis of {report['corpus']}", "", f"**{report['verdict']}**: {report['items']} items, {report['hours']:.3f} hours,"]
     lines += [f"{report['flagged_items']} items flagged by some check.", ""]
     lines += [f"![overview]({OVERVIEW_NAME})", ""] if pictures else []

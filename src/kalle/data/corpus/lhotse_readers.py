@@ -136,7 +136,7 @@ LIBRI_PARTS = (
 
 
 class _NamesOnly(AudioBackend):
-    """Answers for every file that it is one second long, so that a recipe opens none: the items are heard one by one later on.
+    """Answers for every file that it is one second long, so that a recipe opens none: the items are decoded one by one later.
 
     A recipe by itself reads all headers in advance, and ends at the first broken one.
     """
@@ -293,7 +293,7 @@ def quietly(recipe: Callable[..., Any], corpus: str, root: Path, layout: str, **
     except Exception as error:
         raise UserError(
             f"cannot read {corpus} in '{root}' ({type(error).__name__}: {error}); expected {layout}; "
-            "mend that place or unpack the corpus again"
+            "correct that line or unpack the corpus again"
         ) from None
     finally:
         logging.disable(logging.NOTSET)

@@ -63,7 +63,7 @@ KEPT_KEYS = ("ref_audio", "dataset_id", "emotion", "style", "dnsmos", "source_te
 """Of a JSONL line, what goes into the cut's custom fields as it is."""
 DELIMITERS = ("|", "\t", ",", ";")
 _LOOKED_AT = 100
-"""Rows of a table by which its columns are judged."""
+"""Rows of a table from which its columns are recognised."""
 _SHOWN_ROWS = 3
 _ALIKE = 0.5
 _MOST_UNEVEN = 0.05

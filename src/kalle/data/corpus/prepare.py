@@ -90,7 +90,7 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
     """Write ``out``/cuts_{train,valid,test}.jsonl.gz, report.json, report.md and, last of all, .completed.
 
     Same source and options: nothing is done. Other ones: the folder's cuts are made anew. After an interrupt the
-    items already heard are not heard again. ``jobs`` processes check items; the result does not depend on how many. Raises
+    items already checked are not checked again. ``jobs`` processes check items; the result does not depend on how many. Raises
     UserError when no item at all is fit, or the disk refuses; then no partial file stays.
     """
     fingerprint = source_fingerprint(source, options)
@@ -195,7 +195,7 @@ def _finish(
         counts = ", ".join(f"{count} {reason}" for reason, count in report["rejected_by_reason"].items()) or "none rejected"
         raise UserError(
             f"nothing to train on in '{source.name}': got {len(kept)} usable items, none of them for training ({counts}); "
-            f"see {out / REPORT_JSON} for each item, and loosen the limits or mend the corpus"
+            f"see {out / REPORT_JSON} for each item, and loosen the limits or correct the corpus"
         )
     for split in SPLITS:
         write_cuts(cuts_path(out, split), (_cut(item, options.sample_rate_hz) for item in kept if item.split == split))

@@ -244,7 +244,7 @@ def _kaldi_segments(path: Path) -> dict[str, tuple[str, float, float | None]]:
             seconds = None if float(end) == -1 else round(float(end) - float(start), 6)
             found[name] = (recording, float(start), seconds)
         except ValueError:
-            raise UserError(f"cannot read '{path}' line {number}: got '{line}', expected utterance recording start end; mend it") from None
+            raise UserError(f"cannot read '{path}' line {number}: got '{line}', expected utterance recording start end; fix it") from None
     return found
 
 

@@ -138,7 +138,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Found:
-    """What a check finds: the reason of every item that it flags, and numbers for the report."""
+    """The findings of a check: the reason of every item that it flags, and numbers for the report."""
 
     reasons: Mapping[Key, str]
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -155,7 +155,7 @@ class Check:
     function: Callable[[Sequence[MeasuredItem], Limits], Found]
     remedy: str
     removed: bool
-    """Whether ``kalle data doctor --filter`` leaves its items out by default: a fault that cannot be mended, not an unusual item."""
+    """Whether ``kalle data doctor --filter`` leaves its items out by default: a fault that cannot be corrected, not an unusual item."""
 
     def run(self, name: str, items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
         """The result on ``items``."""

@@ -30,7 +30,7 @@ class Reader:
     source: str = "DIR"
     source_help: str = "the folder of the corpus, unpacked"
     headers: bool = True
-    """Whether some of its recordings can be believed by their headers."""
+    """Whether some of its recordings can be checked by their headers alone."""
 
     def read(self, source: Any, **options: Any) -> Source:
         """The items that the reader finds in ``source``. Imported when it runs, because lhotse takes seconds."""

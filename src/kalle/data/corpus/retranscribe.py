@@ -49,7 +49,7 @@ class Recogniser:
     one_script: Callable[[str, str], str] = lambda text, language: text
     """Text, language -> the text in the one script in which both texts are compared, character by character: simplified Chinese."""
     max_seconds: float = 30.0
-    """It hears no more of an item than that."""
+    """The recogniser reads no more of an item than that."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def retranscribe_corpus(
 ) -> dict[str, Any]:
     """Write to ``out`` a prepared corpus of the items of ``corpus`` on which both transcripts agree; returns its report.
 
-    transcripts.jsonl keeps every transcript, so an interrupted run goes on and another threshold costs nothing; items.jsonl says
+    transcripts.jsonl keeps every transcript, so an interrupted run continues and another threshold costs nothing; items.jsonl says
     what became of each item; agreement.png shows the error rates. UserError for a folder that is no prepared corpus, an ``out`` that
     holds something else, an item without a language, and when no training item is left.
     """
@@ -124,7 +124,7 @@ def _language(item: MeasuredItem, options: RetranscribeOptions) -> str:
 def _transcripts(
     cuts: Mapping[tuple[str, str], Cut], languages: Mapping[tuple[str, str], str], out: Path, recogniser: Recogniser, progress: Progress
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """The journal entry of every cut that the recogniser can hear whole: its transcript, or why its audio could not be read."""
+    """The journal entry of every cut that fits the recogniser's window: its transcript, or why its audio could not be read."""
     stamps = {key: f"{languages[key]}:{cut.start:.6f}+{cut.duration:.6f}:{audio_stamp(cut)}" for key, cut in cuts.items()}
     journal = Journal(out / TRANSCRIPTS_NAME, json.dumps(dict(recogniser.description), sort_keys=True))
     try:

@@ -215,7 +215,7 @@ class EncodeConfig:
 
 
 class CorpusEncoder:
-    """Encodes utterances with one Flow-VAE; padding or a neighbour never reaches a posterior."""
+    """Encodes utterances with one Flow-VAE; padding or another utterance never reaches a posterior."""
 
     def __init__(self, flowvae: FlowVAE, config: EncodeConfig, speaker_mel: nn.Module | None = None) -> None:
         """``speaker_mel`` maps a waveform (S,) to log-mels (80, F); required when the configuration asks for speaker mels."""

@@ -110,7 +110,7 @@ class ShardFolder:
         try:
             record = read_json(self.record_path(number))
         except UserError:
-            return None  # torn or damaged
+            return None  # incomplete or damaged
         sizes = {path.name: path.stat().st_size for path in self.files(number) if path.is_file()}
         if sizes != record.get("bytes"):
             return None
@@ -232,7 +232,7 @@ def whole_table(table: Table, folder: Folder, split: str, info: Mapping[str, Any
     expected = info["splits"][split].get("utterances", len(table))
     if len(table) != expected:
         got = f"'{folder.where(split)}' holds {len(table)} utterances, {INFO_NAME} says {expected}"
-        raise UserError(f"torn shards: {got}; write or copy the folder again")
+        raise UserError(f"incomplete shards: {got}; write or copy the folder again")
     return table
 
 
@@ -270,7 +270,7 @@ def index_name(split: str) -> str:
 def read_table(folder: Folder, split: str, fields: Sequence[str], frames: Frames) -> Table:
     """All items of ``split``, in stored order, with where their ``fields`` lie.
 
-    ``frames`` is asked only where there is no index. UserError for an incomplete shard.
+    ``frames`` is called only where there is no index. UserError for an incomplete shard.
     """
     sizes = folder.sizes(split)
     shards = shard_names(sizes, fields)

@@ -82,7 +82,7 @@ class Texts(Sequence[str]):
 
 
 class TokenLists(Sequence[Tensor]):
-    """N token sequences; each one is an int32 (L,) tensor when asked for."""
+    """N token sequences; each one is an int32 (L,) tensor when it is read."""
 
     def __init__(self, rows: Ragged) -> None:
         self.rows = rows

@@ -70,7 +70,7 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator on purpose: Lightning makes its first iterator before it tells the sampler the epoch, so the epoch's batches
-        # are not to be looked up before the first one is asked for.
+        # are not to be looked up before the first one is read.
         if isinstance(self.sampler, RankSampler):
             self._delivered, self._epoch = self.sampler.start, self.sampler.epoch
         batches = super().__iter__()

@@ -364,7 +364,7 @@ class StreamingDecoder:
         return DecoderState(0, 0, layers.conv_in.new_zeros(batch, 0), layers)
 
     def push(self, z: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Samples (B, n) in [-1, 1] that are due after the next latents ``z`` (B, t, D), t >= 0, and the state to go on from."""
+        """Samples (B, n) in [-1, 1] that are due after the next latents ``z`` (B, t, D), t >= 0, and the state to continue from."""
         if z.dim() != 3 or z.shape[-1] != self.latent_dim or z.shape[0] != state.held.shape[0]:
             raise UserError(
                 f"latents do not fit the stream: got shape {tuple(z.shape)}, expected ({state.held.shape[0]}, frames, {self.latent_dim}); "
