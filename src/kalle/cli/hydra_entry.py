@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +50,9 @@ def _default(field: dataclasses.Field[Any], hint: Any) -> Any:
     return node_of(hint) if dataclasses.is_dataclass(hint) else "???"
 
 
-def register_defaults(config_name: str) -> None:
+@functools.cache
+def register_defaults() -> None:
     """Put the defaults of the dataclasses of a training where Hydra looks for configurations; configs/ names only differences."""
-    if not config_name.startswith("train_"):
-        return
     from hydra.core.config_store import ConfigStore
 
     from kalle.models.flowvae import FlowVAEConfig
@@ -84,7 +85,8 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    register_defaults(config_name)
+    if config_name.startswith("train_"):
+        register_defaults()
     job = _Job(function)
     many = any(word in ("-m", "--multirun") for word in overrides)
     if many:
@@ -174,22 +176,18 @@ class _Job:
             sys.argv = hydras
 
 
-class _errors_propagate:
+@contextmanager
+def _errors_propagate() -> Iterator[None]:
     """Hydra prints errors and exits unless HYDRA_FULL_ERROR is set; we want the exception, and the environment back afterwards."""
-
-    def __enter__(self) -> None:
-        import os
-
-        self.before = os.environ.get("HYDRA_FULL_ERROR")
-        os.environ["HYDRA_FULL_ERROR"] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        import os
-
-        if self.before is None:
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
-            os.environ["HYDRA_FULL_ERROR"] = self.before
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
@@ -199,7 +197,8 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    register_defaults(config_name)
+    if config_name.startswith("train_"):
+        register_defaults()
     with initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
         try:
             return hydra_compose(config_name, overrides)
