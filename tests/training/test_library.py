@@ -22,6 +22,7 @@ from kalle.training import (
     AdamWConfig,
     FlowVAEDataConfig,
     FlowVAETrainingConfig,
+    LMCallbacks,
     LMDataConfig,
     LMObjective,
     LMTrainingConfig,
@@ -126,6 +127,13 @@ def test_a_run_goes_on_with_what_it_began_with(
     assert (tmp_path / "run" / "config.yaml").read_text() == written
     longer = dataclasses.replace(QUICK, max_steps=3)
     assert train_lm(dataclasses.replace(other, allow_changes=True, trainer=longer), loggers=[]).trainer.global_step == 3
+
+
+def test_weights_that_are_no_numbers_are_not_exported(lm_config: LMTrainingConfig, tmp_path: Path) -> None:
+    parts = LMCallbacks(guard=None, ema=None)
+    with pytest.raises(UserError, match=r"the trained weights have NaN or infinite values in .* tensors, such as"):
+        train_lm(dataclasses.replace(lm_config, callbacks=parts, optimizer=AdamWConfig(1e30)), loggers=[])
+    assert not (tmp_path / "run" / "weights").exists()
 
 
 def test_a_second_training_into_one_folder_is_refused(lm_config: LMTrainingConfig, tmp_path: Path) -> None:

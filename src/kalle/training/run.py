@@ -259,6 +259,17 @@ def _run(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
         raise KeyboardInterrupt from None
 
 
+def check_finite(model: nn.Module) -> None:
+    """A UserError when ``model`` has NaN or infinite values, which nothing could use."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise UserError(
+            f"the trained weights have NaN or infinite values in {len(broken)} tensors, such as {broken[0]}: expected numbers, so nothing "
+            "is exported; resume from an earlier checkpoint with a lower optimizer.lr, and leave callbacks.guard on"
+        )
+
+
 def describe(weights: Path, sample_rate: int | None) -> None:
     """Write the weight folder's own config.json, and say where the weights are and what they are for."""
     parts = [part for part in ("flowvae", "lm", "tokenizer") if (weights / part).is_dir()]

@@ -25,7 +25,7 @@ from kalle.training.distributed import AdversarialDDP, process_count
 from kalle.training.flowvae import FlowVAETraining
 from kalle.training.optimisation import freeze, parameter_counts
 from kalle.training.plan import Plan, flowvae_footprint, make_plan, without_storage
-from kalle.training.run import CHECKPOINTS_FOLDER, SPLITS, TrainingResult, begin, check_optimisation, describe, fit
+from kalle.training.run import CHECKPOINTS_FOLDER, SPLITS, TrainingResult, begin, check_finite, check_optimisation, describe, fit
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def train_flowvae(
         more.append(ReconstructionMetrics(metrics, shown.metrics.utterances))
     result = fit(built.config, built.module, built.data, more, loggers, _strategy(config))
     if result.trainer.is_global_zero:
+        check_finite(flowvae)
         flowvae.save_pretrained(result.weights)
         describe(result.weights, flowvae.config.sample_rate)
     return result

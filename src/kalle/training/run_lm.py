@@ -34,7 +34,7 @@ from kalle.training.distributed import FSDP, check_sharding, started_ranks, whol
 from kalle.training.lm import KalleLMTraining, ShardedLMTraining
 from kalle.training.optimisation import finish, freeze, parameter_counts
 from kalle.training.plan import Plan, largest_rows, lm_footprint, make_plan, without_storage
-from kalle.training.run import CHECKPOINTS_FOLDER, SPLITS, TrainingResult, begin, check_optimisation, describe, fit
+from kalle.training.run import CHECKPOINTS_FOLDER, SPLITS, TrainingResult, begin, check_finite, check_optimisation, describe, fit
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def train_lm(config: LMTrainingConfig, *, callbacks: Sequence[Callback] = (), lo
     result = fit(config, built.module, built.data, more, loggers, strategy)
     lm = whole_model(lm)
     if result.trainer.is_global_zero:
+        check_finite(lm)
         export_language_model(lm, built.adapters, result.weights, result.trainer.global_step)
         built.data.tokenizer.save(result.weights / "tokenizer")
         if source is not None:
