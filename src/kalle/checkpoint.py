@@ -26,6 +26,8 @@ INDEX_NAME = "model.safetensors.index.json"
 """Beside shards: which of them holds which tensor, as the Hugging Face libraries write it."""
 CONFIG_NAME = "config.json"
 FORMAT_VERSION = 1
+SHIPPED = "kalle-nano"
+"""The model that ships with this package."""
 Module = TypeVar("Module", bound=nn.Module)
 PART_NAMES = {"flowvae": "Flow-VAE", "lm": "language model"}
 """Names of the parts in messages."""
@@ -41,13 +43,32 @@ def permission_errors() -> Iterator[None]:
         raise unreadable(error.filename, error) from None
 
 
+def shipped_folder() -> Path | None:
+    """The folder of the model that ships: inside the installed package, or in ckpt/ of a checkout; None where there is none."""
+    package = Path(__file__).resolve().parent
+    candidates = [root / "ckpt" / SHIPPED for root in (package, package.parents[1])]
+    return next((folder for folder in candidates if (folder / CONFIG_NAME).is_file()), None)
+
+
+def in_package(folder: Path) -> bool:
+    """Whether ``folder`` is part of the installed package, which is no place for files of a user."""
+    return folder.resolve().is_relative_to(Path(__file__).resolve().parent)
+
+
+def weight_folder(folder: str | Path) -> Path:
+    """``folder``; for kalle-nano, or a folder in it, that of the model that ships where no folder here has that name."""
+    path = Path(folder)
+    shipped = None if path.parts[:1] != (SHIPPED,) or Path(SHIPPED).is_dir() else shipped_folder()
+    return path if shipped is None else shipped.joinpath(*path.parts[1:])
+
+
 @permission_errors()
 def part_folder(folder: str | Path, part: str) -> Path:
-    """The folder of ``part`` ("flowvae" or "lm") for ``folder`` = NAME or NAME/part.
+    """The folder of ``part`` ("flowvae" or "lm") for ``folder`` = NAME or NAME/part; ``weight_folder`` says what kalle-nano is.
 
     Raises UserError when neither holds a config.json and a model.safetensors or the index of its shards.
     """
-    root = Path(folder)
+    root = weight_folder(folder)
     candidates = [root / part, root] if root.name != part else [root]
     for candidate in candidates:
         if (candidate / CONFIG_NAME).is_file() and any((candidate / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):

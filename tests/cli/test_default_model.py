@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kalle import checkpoint
 from kalle.audio import read_audio
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.main import main
 from kalle.cli.say import free_output
 from kalle.errors import UserError
-from kalle.synthesis import weights
+from kalle.models.flowvae import FlowVAE
+from kalle.models.lm import KalleLM
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions, SpeechRequest
 from kalle.synthesis.voice import voice_path
 from kalle.synthesis.weights import FolderConfig
+from kalle.text.tokenizer import Tokenizer
 
 SHORT = ("--device", "cpu", "--max-seconds", "0.3", "--retries", "0")
 
@@ -30,7 +33,7 @@ def shipped(toy_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     shutil.copytree(toy_weights, folder)
     Kalle.from_pretrained(folder, "cpu").random_voice(5).save(folder / "voices" / "anna.safetensors")
     write_json(folder / "config.json", read_json(folder / "config.json") | {"voice": "anna", "language": "de"})
-    monkeypatch.setattr(weights, "shipped_folder", lambda: folder)
+    monkeypatch.setattr(checkpoint, "shipped_folder", lambda: folder)
     here.mkdir()
     monkeypatch.chdir(here)
     return folder
@@ -88,7 +91,7 @@ def test_released_weights_come_first(shipped: Path, toy_weights: Path, capsys) -
 
 
 def test_without_any_weights(shipped: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(weights, "shipped_folder", lambda: None)
+    monkeypatch.setattr(checkpoint, "shipped_folder", lambda: None)
     for words in (["say", "Hello."], ["say", "Hello.", "--model", "kalle-nano"], ["voices", "list"]):
         assert main(words) == 2
         error = capsys.readouterr().err
@@ -97,12 +100,12 @@ def test_without_any_weights(shipped: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_the_shipped_folder_is_in_the_package_or_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "src" / "kalle" / "synthesis" / "weights.py"
-    monkeypatch.setattr(weights, "__file__", str(module))
-    assert weights.shipped_folder() is None
+    module = tmp_path / "src" / "kalle" / "checkpoint.py"
+    monkeypatch.setattr(checkpoint, "__file__", str(module))
+    assert checkpoint.shipped_folder() is None
     for root in (tmp_path, tmp_path / "src" / "kalle"):
         write_json(root / "ckpt" / "kalle-nano" / "config.json", {})
-        assert weights.shipped_folder() == root / "ckpt" / "kalle-nano"
+        assert checkpoint.shipped_folder() == root / "ckpt" / "kalle-nano"
 
 
 def test_a_file_of_ones_own_is_never_taken(tmp_path: Path) -> None:
@@ -129,8 +132,8 @@ def test_the_weights_language_is_for_texts_in_its_script() -> None:
 
 
 def test_nothing_is_written_into_the_installed_package(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    module = shipped.parent / "synthesis" / "weights.py"
-    monkeypatch.setattr(weights, "__file__", str(module))
+    module = shipped.parent / "checkpoint.py"
+    monkeypatch.setattr(checkpoint, "__file__", str(module))
     before = sorted(shipped.rglob("*"))
     assert main(["voices", "random", "--seed", "5", "--name", "clara", "--device", "cpu"]) == 0
     assert Path("clara.safetensors").is_file()
@@ -138,3 +141,12 @@ def test_nothing_is_written_into_the_installed_package(shipped: Path, tmp_path: 
     assert "is part of the installed package" in capsys.readouterr().err
     assert sorted(shipped.rglob("*")) == before
     assert main(["say", "Hello.", "--voice", "clara", "-o", str(tmp_path / "c.wav"), *SHORT]) == 0
+
+
+def test_the_name_of_the_model_that_ships_is_a_weight_folder_everywhere(shipped: Path) -> None:
+    assert checkpoint.part_folder("kalle-nano", "lm") == checkpoint.part_folder("kalle-nano/lm", "lm") == shipped / "lm"
+    assert FlowVAE.from_pretrained("kalle-nano").config.latent_dim == KalleLM.from_pretrained("kalle-nano").config.latent_dim
+    assert Tokenizer.load("kalle-nano/tokenizer").vocab_size == Kalle.from_pretrained("kalle-nano", "cpu").tokenizer.vocab_size
+    assert checkpoint.weight_folder("other") == Path("other")
+    shutil.copytree(shipped, "kalle-nano")
+    assert checkpoint.part_folder("kalle-nano", "lm") == Path("kalle-nano/lm"), "a folder here comes first"

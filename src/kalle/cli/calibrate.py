@@ -32,12 +32,12 @@ def calibrate(
     max_positions: Annotated[int, typer.Option(min=1, help="Positions in a batch, padding included.")] = 4000,
 ) -> None:
     """Choose the stop threshold that makes the fewest false and missed stops on held-out speech, and store it with the weights."""
-    from kalle.checkpoint import resolve_device
+    from kalle.checkpoint import in_package, resolve_device
     from kalle.evaluation.calibration import calibrate as choose
     from kalle.evaluation.calibration import held_out, save_histogram
     from kalle.evaluation.figures import check_image_path
     from kalle.models.lm import KalleLM
-    from kalle.synthesis.weights import in_package, read_folder, resolve_weights, write_stop
+    from kalle.synthesis.weights import read_folder, resolve_weights, write_stop
 
     with interruptible():
         if plot is not None:

@@ -141,12 +141,11 @@ def device_facts() -> Iterator[Fact]:
 
 def weight_facts(model: Path | None, ckpt: Path, quick: bool) -> Iterator[Fact]:
     """Each weight folder: whether it loads, is finite and speaks."""
+    from kalle import checkpoint
     from kalle.convert.release import holds_release, release_folder
-    from kalle.synthesis.weights import SHIPPED, shipped_folder
 
-    shipped = shipped_folder()
-    if model is not None and str(model) == SHIPPED and not model.is_dir() and shipped is not None:
-        model = shipped
+    shipped = checkpoint.shipped_folder()
+    model = None if model is None else checkpoint.weight_folder(model)
     folders = [] if model is not None else [path for path in sorted(ckpt.glob("*/")) if (path / "lm").is_dir()]
     if model is not None and ((model / "lm").is_dir() or not _released(model)):
         folders = [model]

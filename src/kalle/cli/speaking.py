@@ -159,13 +159,14 @@ def model_folder(model: str | Path | None, *, quiet: bool = False) -> Path:
 
     A path that is no folder is returned as it is, for its reader to refuse. UserError where there is no default.
     """
-    from kalle.synthesis.weights import CKPT, SHIPPED, default_weights, resolve_weights, shipped_folder
+    from kalle import checkpoint
+    from kalle.synthesis.weights import CKPT, default_weights, resolve_weights
 
     if model is None:
         folder = default_weights()
-        if folder == shipped_folder() and not quiet:
+        if folder == checkpoint.shipped_folder() and not quiet:
             better = "`kalle download` fetches the full-size released weights, --model takes your own"
-            typer.echo(f"model: {SHIPPED}, the small one that ships with kalle; {better}", err=True)
+            typer.echo(f"model: {checkpoint.SHIPPED}, the small one that ships with kalle; {better}", err=True)
         return folder
     # Where there is no ckpt/ that folder looks like a hub id.
     return resolve_weights(Path(model) if Path(model) == CKPT / CONVERTED else model)

@@ -188,8 +188,8 @@ def check(
 
 def target(model: Path, out: Path | None, name: str, force: bool) -> Path:
     """The file to write; a UserError for a bad name, or when it exists and may not be overwritten."""
+    from kalle.checkpoint import in_package
     from kalle.synthesis.voice import SUFFIX, voice_path
-    from kalle.synthesis.weights import in_package
 
     path = voice_path(model, name) if out is None else out
     if out is None and in_package(model):

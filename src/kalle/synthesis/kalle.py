@@ -254,7 +254,9 @@ class Kalle:
 
     def why_by_sentences(self, request: SpeechRequest) -> str | None:
         """Why ``request`` is spoken sentence by sentence; None when it is spoken at once."""
-        return why_by_sentences(self.config.words(request.text, request.options)[0], request.options, self.config.longest_seconds)
+        undecided = request.options.by_sentences is None
+        words = self.config.words(request.text, request.options)[0] if undecided else request.text
+        return why_by_sentences(words, request.options, self.config.longest_seconds)
 
     def filled_in(self, options: GenerationOptions) -> GenerationOptions:
         """``options`` with what the weights say where the user says nothing; a seed is drawn where there is none."""

@@ -7,7 +7,17 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, dataclass_from_dict, part_folder, permission_errors, read_json, write_json
+from kalle import checkpoint
+from kalle.checkpoint import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    SHIPPED,
+    dataclass_from_dict,
+    part_folder,
+    permission_errors,
+    read_json,
+    write_json,
+)
 from kalle.convert import CONVERTED
 from kalle.convert.release import holds_release, release_folder
 from kalle.errors import UserError
@@ -20,8 +30,6 @@ from kalle.text.tokenizer import PHONEMES_NAME, TOKENIZER_NAME, Tokenizer
 TOKENIZER_FOLDER = "tokenizer"
 CKPT = Path("ckpt")
 """Where released weights are looked for, and their copies put, in the current folder."""
-SHIPPED = "kalle-nano"
-"""The model that ships with this package."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -225,21 +233,9 @@ def resolve_weights(
     return _speaking(folder)
 
 
-def shipped_folder() -> Path | None:
-    """The folder of the model that ships: inside the installed package, or in ckpt/ of a checkout; None where there is none."""
-    package = Path(__file__).resolve().parents[1]
-    candidates = [root / CKPT / SHIPPED for root in (package, package.parents[1])]
-    return next((folder for folder in candidates if (folder / CONFIG_NAME).is_file()), None)
-
-
-def in_package(folder: Path) -> bool:
-    """Whether ``folder`` is part of the installed package, which is no place for files of a user."""
-    return folder.resolve().is_relative_to(Path(__file__).resolve().parents[1])
-
-
 def shipped_weights() -> Path:
     """``shipped_folder``, or a UserError where there is none."""
-    folder = shipped_folder()
+    folder = checkpoint.shipped_folder()
     if folder is None:
         raise UserError(
             f"no weights: this installation lacks {SHIPPED}, the model that ships with it; install kalle again, fetch the released files "

@@ -79,7 +79,9 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read ``folder``/tokenizer.json; a UserError when it is missing or not a tokenizer."""
-        path = Path(folder) / TOKENIZER_NAME
+        from kalle.checkpoint import weight_folder  # it imports torch
+
+        path = weight_folder(folder) / TOKENIZER_NAME
         if not path.is_file():
             raise UserError(
                 f"no tokenizer: got '{folder}', expected a folder with a {TOKENIZER_NAME}; "
