@@ -14,10 +14,10 @@ from kalle.synthesis.kalle import Kalle
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shipped_folder() is None, reason="no weights ship with this checkout")]
 TEN_SENTENCES = (
-    "The weather is going to be fine this weekend. We are planning to walk along the river with our two dogs. My sister will bring some "
-    "bread and a bottle of water. In the evening we will cook a large meal for the whole family. The children like to play in the garden "
-    "until it gets dark. My father tells the same old story every time we meet. Nobody minds because he tells it very well. After dinner "
-    "we sit around the table and drink tea. Then everyone goes home and the house is quiet again. I always look forward to the next visit."
+    "The weather is going to be fine tomorrow. She told him that he was a good friend. The children like to go to school. "
+    "He opened the door and looked into the room. It is not easy to find a good answer. They have been living here for ten years. "
+    "The old man walked slowly down the street. There was a strange noise in the kitchen. He spent all of his money on a new car. "
+    "The doctor said that she would be all right."
 )
 
 

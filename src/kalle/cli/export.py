@@ -45,9 +45,9 @@ def export(
             raise UserError(f"bad size: got --max-shard-mb {max_shard_mb:g}, expected more than 0; leave it out for 15")
         if longest_seconds is not None and not 0 < longest_seconds < float("inf"):
             raise UserError(f"bad length: got --longest-seconds {longest_seconds:g}, expected a finite one above 0; leave it out for any")
-        from kalle.synthesis.options import check_language
+        from kalle.synthesis.options import language_code
 
-        language = check_language(language)
+        language = language_code(language)
         from kalle.convert.rounding import HALF_DTYPES
         from kalle.synthesis.export import export_folder
         from kalle.synthesis.weights import resolve_weights

@@ -60,9 +60,9 @@ def create(
     """Make a voice from a recording."""
     with interruptible(), renamed({"(text)": "(--text)"}):
         named = chosen_name(name, out, audio.stem)
-        from kalle.synthesis.options import check_language
+        from kalle.synthesis.options import language_code
 
-        language = check_language(language)
+        language = language_code(language)
         folder = model_folder(model)
         path = target(folder, out, named, force)
         if not audio.is_file():
