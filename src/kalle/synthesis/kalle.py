@@ -41,7 +41,7 @@ from kalle.synthesis.release_compat import OURS, RELEASED_STEPS, ConvertedModels
 from kalle.synthesis.speech import Speech, speak_with_retries
 from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, Voice, find_voice
-from kalle.synthesis.voicing import check_voice, random_voice, voice_from_audio
+from kalle.synthesis.voicing import check_voice, prompt_samples, random_voice, voice_of_samples
 from kalle.synthesis.weights import SHIPPED, FolderConfig, load_tokenizer, read_folder, resolve_weights
 from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.tokenizer import Tokenizer, check_text, prompt_ids
@@ -154,9 +154,8 @@ class Kalle:
         if sample_rate_hz is not None and not (isinstance(sample_rate_hz, Real) and sample_rate_hz > 0):
             raise UserError(f"bad sample rate: got {sample_rate_hz!r} Hz, expected more than 0; leave it out for {self.sample_rate} Hz")
         seed = check_seed(seed)
-        return voice_from_audio(
-            self, audio, text, sample_rate_hz=sample_rate_hz, seed=seed, language=language, licence=licence, consent=consent
-        )
+        samples = prompt_samples(self, audio, text, sample_rate_hz)
+        return voice_of_samples(self, samples, text, seed=seed, language=language, licence=licence, consent=consent)
 
     def random_voice(self, seed: int) -> Voice:
         """The voice that belongs to ``seed``, the same every time for these weights.

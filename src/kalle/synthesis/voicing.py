@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -56,24 +56,11 @@ RANDOM_VOICE_SECONDS = 12.0
 """Its length cap, twice the time that slow speech of those sentences takes."""
 
 
-def voice_from_audio(
-    kalle: Kalle,
-    audio: str | Path | NDArray[np.floating],
-    text: str | None = None,
-    *,
-    sample_rate_hz: int | None = None,
-    seed: int = 0,
-    language: str | None = None,
-    licence: str | None = None,
-    consent: str | None = None,
-) -> Voice:
-    """See ``Kalle.voice``. What makes the recording doubtful (``prompt_warnings``) is logged, a line each."""
-    samples = prompt_samples(kalle, audio, text, sample_rate_hz)
-    return voice_of_samples(kalle, samples, text, seed=seed, language=language, licence=licence, consent=consent)
-
-
 def prompt_samples(kalle: Kalle, audio: str | Path | NDArray[np.floating], text: str | None, sample_rate_hz: int | None = None) -> Audio:
-    """The recording of a voice, (S,) at the model's rate; a UserError, and warnings in the log, as in ``voice_from_audio``."""
+    """The recording of a voice, (S,) at the model's rate; a UserError where no voice can be made of it.
+
+    What makes it doubtful (``prompt_warnings``) is logged, a line each.
+    """
     if text is None and not kalle.has_speaker_encoder:
         raise UserError(
             "a prompt without its transcript: got audio and no text, but this model has no speaker encoder; "
@@ -88,17 +75,8 @@ def prompt_samples(kalle: Kalle, audio: str | Path | NDArray[np.floating], text:
     return samples
 
 
-def voice_of_samples(
-    kalle: Kalle,
-    samples: Audio,
-    text: str | None,
-    *,
-    seed: int = 0,
-    language: str | None = None,
-    licence: str | None = None,
-    consent: str | None = None,
-) -> Voice:
-    """The voice of a recording that ``prompt_samples`` read."""
+def voice_of_samples(kalle: Kalle, samples: Audio, text: str | None, *, seed: int = 0, **notes: Any) -> Voice:
+    """The voice of a recording that ``prompt_samples`` read; ``notes`` are other fields of `Voice`."""
     wav = torch.from_numpy(samples)
     bound = {}
     prompt = speaker = None
@@ -109,7 +87,7 @@ def voice_of_samples(
         speaker, bound[SPEAKER_ENCODER] = _speaker_latent(kalle, wav), kalle.hashes[SPEAKER_ENCODER]
     seconds = len(samples) / kalle.sample_rate
     drawn = None if prompt is None else seed
-    return Voice(bound, prompt, speaker, text, language, licence, consent, source=RECORDING, seed=drawn, seconds=seconds)
+    return Voice(bound, prompt, speaker, text, source=RECORDING, seed=drawn, seconds=seconds, **notes)
 
 
 def random_voice(kalle: Kalle, seed: int) -> Voice:
