@@ -41,7 +41,7 @@ class GoldenTokenizer:
         self._ids[f"{PROMPT} {TARGET}"] = [*self._ids[PROMPT], 5, *self._ids[TARGET][1:]]
         self._special = dict(zip(BEFORE_SPEECH, golden["special_ids"].tolist(), strict=True))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, language: str | None = None) -> list[int]:
         return self._ids[text]
 
     def special(self, name: str) -> int:
