@@ -20,6 +20,7 @@ from kalle.data.corpus.items import (
     audio_name,
     collected,
     is_plain,
+    printable,
     split_of_part,
 )
 from kalle.data.corpus.splits import SPLITS, normalised
@@ -155,7 +156,7 @@ def read_jsonl_corpus(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str 
             known = {_named(row, kind) for kind in COLUMNS}
             ignored.update(key for key, value in row.items() if key not in known and key not in KEPT_KEYS and value not in (None, ""))
     if rejected and not items:
-        got = f"; the keys are {', '.join(list(keys)[:12])}" if keys else ""
+        got = f"; the keys are {_shown(', '.join(list(keys)[:12]), 200)}" if keys else ""
         expected = f"expected objects with {', '.join(COLUMNS['audio'][:6])} … for the recording and {', '.join(COLUMNS['text'][2:6])} …"
         raise UserError(f"no line with a recording in '{path}': {rejected[0].detail}{got}; {expected}; rename the key of the path to audio")
     notes: dict[str, object] = {f"keys not used ({key})": count for key, count in sorted(ignored.items())}
@@ -214,7 +215,7 @@ def _part_of(values: Mapping[str, Any]) -> tuple[float, float | None]:
     if "end" in numbers and "duration" not in numbers:
         numbers["duration"] = numbers["end"] - numbers["start"]
     if not numbers or not all(math.isfinite(number) for number in numbers.values()) or numbers.get("duration", 1) <= 0:
-        raise _BadEntry("bad entry", f"got {str(times)[:100]}, expected start and duration in seconds")
+        raise _BadEntry("bad entry", f"got {_shown(str(times), 100)}, expected start and duration in seconds")
     return numbers["start"], numbers.get("duration")
 
 
@@ -223,7 +224,7 @@ def _split_of(split: Any, path: Path, number: str) -> str | None:
         return None
     named = split if split in SPLITS else split_of_part(str(split)) or ("train" if str(split).lower().startswith("train") else None)
     if named is None:
-        raise UserError(f"unknown split in '{path}' {number}: got '{str(split)[:40]}', expected one of {', '.join(SPLITS)}; change it")
+        raise UserError(f"unknown split in '{path}' {number}: got '{_shown(str(split))}', expected one of {', '.join(SPLITS)}; change it")
     return str(named)
 
 
@@ -259,9 +260,11 @@ def read_csv_corpus(
     if not content.strip():
         raise UserError(f"no lines in '{path}': expected audio|text; fill it")
     delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter) or _delimiter(path, content)
-    if len(delimiter) != 1:
+    if len(delimiter) != 1 or delimiter in '\r\n"':
         raise UserError(f"delimiter: got '{delimiter}', expected one character, such as , or tab; correct it")
     rows = _rows(content, delimiter)
+    if not rows:
+        raise UserError(f"no lines in '{path}': every cell is empty, expected audio|text; fill it")
     if columns:
         names: Sequence[str] = _given(columns)
     else:
@@ -270,7 +273,7 @@ def read_csv_corpus(
         rows = rows[1:] if header else rows
     for kind in ("audio", "text"):
         if kind not in names:
-            got = delimiter.join(rows[0][1] if columns else names or rows[0][1])
+            got = _shown(delimiter.join(rows[0][1] if columns else names or rows[0][1]), 200)
             raise UserError(f"no {kind} column in '{path}': got the columns {got}; name one of them {kind}, or give --columns")
     items: list[SourceItem] = []
     rejected: list[Rejection] = []
@@ -302,13 +305,13 @@ def _delimiter(path: Path, content: str) -> str:
     start = "\n".join(content.split("\n")[: 2 * _LOOKED_AT])
     tables = {delimiter: _rows(start, delimiter)[:_LOOKED_AT] for delimiter in DELIMITERS if delimiter in start}
     for delimiter, rows in tables.items():
-        if {"audio", "text"} <= set(_header(rows[0][1]) or ()):
+        if rows and {"audio", "text"} <= set(_header(rows[0][1]) or ()):
             return delimiter
     for delimiter, rows in tables.items():
         if any(len(cells) > 1 and any(_is_file(_located(path, cell.strip())) for cell in cells if cell.strip()) for _, cells in rows):
             return delimiter
     if not tables:
-        raise UserError(f"one column in '{path}': got '{start[:60]}', expected audio|text a row; name the delimiter with --delimiter")
+        raise UserError(f"one column in '{path}': got '{_shown(start)}', expected audio|text a row; name the delimiter with --delimiter")
     return next(iter(tables))
 
 
@@ -344,13 +347,18 @@ def _columns(path: Path, rows: Sequence[tuple[int, list[str]]]) -> list[str]:
     if width == 3 and uneven <= _MOST_UNEVEN and sum(map(_alike, looked_at)) > len(looked_at) / 2:
         return ["audio", "text", "text_normalized (not used)"]
     shown = "; ".join(
-        f"line {number}: " + ", ".join(f"{at}='{cell.strip()[:40]}'" for at, cell in enumerate(cells, 1))
+        f"line {number}: " + ", ".join(f"{at}='{_shown(cell, 40)}'" for at, cell in enumerate(cells, 1))
         for number, cells in rows[:_SHOWN_ROWS]
     )
     raise UserError(
         f"columns in doubt in '{path}': got {' or '.join(str(count) for count in sorted(widths))} of them without a header ({shown}), "
         "expected audio and text; name them with --columns, such as --columns audio,speaker,text, or write a header line"
     )
+
+
+def _shown(text: str, most: int = 60) -> str:
+    """``text`` as it may stand in a message of one line."""
+    return printable(" ".join(text.split()))[:most]
 
 
 def _alike(cells: Sequence[str]) -> bool:

@@ -1,0 +1,156 @@
+"""One bad item never ends a job: whatever a file holds, `check_item` keeps it or gives a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kalle.audio import load_channels, rms_dbfs
+from kalle.data.corpus.check import PrepareOptions, check_item, mixed_down
+from kalle.data.corpus.items import AUDIO_SUFFIXES, Rejection, Source, SourceItem
+from kalle.data.corpus.lists import read_csv_corpus, read_jsonl_corpus
+from kalle.data.corpus.prepare import prepare_corpus
+from kalle.errors import UserError
+
+OPTIONS = PrepareOptions(max_seconds=5.0)
+SUFFIXES = (*sorted(AUDIO_SUFFIXES), ".raw", ".pcm", ".sph", ".w64", ".caf", ".sd2", ".xi", ".mka", ".txt", "")
+TONE = (0.3 * np.sin(np.arange(16000) / 9)).astype(np.float32)
+
+
+def encoded(kind: str, subtype: str, audio: np.ndarray = TONE, rate_hz: int = 16000) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, audio, rate_hz, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+CODECS = [
+    *[("WAV", subtype) for subtype in ("PCM_16", "IMA_ADPCM", "MS_ADPCM", "GSM610", "ULAW", "G721_32")],
+    *(("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")),
+    *(("AIFF", "PCM_16"), ("AU", "PCM_16"), ("CAF", "ALAC_16"), ("W64", "PCM_16")),
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_is_no_audio_has_a_reason(tmp_path: Path, suffix: str) -> None:
+    for number, content in enumerate((b"", b"\0" * 3000, b"RIFF\xff\xff\xff\xffWAVEfmt ", bytes(range(256)) * 9)):
+        path = tmp_path / f"{number}{suffix}"
+        path.write_bytes(content)
+        result = check_item(SourceItem("a", path, "a text"), OPTIONS, tmp_path)
+        # Some kinds have no header, or one that decoders look for anywhere.
+        assert isinstance(result, Rejection) or suffix in (".g722", ".mp3", ".aac", ".au"), (suffix, number)
+
+
+@pytest.mark.parametrize(("kind", "subtype"), CODECS)
+def test_damage_in_any_codec_is_a_reason_or_sound(tmp_path: Path, kind: str, subtype: str) -> None:
+    whole = encoded(kind, subtype)
+    random = np.random.default_rng(len(whole))
+    path = tmp_path / f"a.{kind.lower()}"
+    for round_number in range(12):
+        content = bytearray(whole)
+        for place in random.integers(0, len(content), 1 + 4 * round_number):
+            content[place] = random.integers(0, 256)
+        path.write_bytes(content if round_number % 3 else content[: len(content) // (2 + round_number)])
+        check_item(SourceItem("a", path, "a text"), OPTIONS, tmp_path)
+        check_item(SourceItem("a", path, "a text", start_s=0.2, duration_s=0.5), OPTIONS, tmp_path)
+        check_item(SourceItem("a", path, "a text"), dataclasses.replace(OPTIONS, headers_only=True), tmp_path)
+
+
+def test_an_hour_is_refused_without_being_decoded(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.flac", np.zeros(3600 * 2000, np.int16), 2000)
+    result = check_item(SourceItem("a", tmp_path / "long.flac", "a text"), OPTIONS, tmp_path)
+    assert isinstance(result, Rejection)
+    assert result.reason == "too long"
+
+
+def test_a_header_that_claims_more_than_there_is(tmp_path: Path) -> None:
+    content = bytearray(encoded("WAV", "PCM_16"))
+    content[40:44] = struct.pack("<I", 2**32 - 1)
+    (tmp_path / "a.wav").write_bytes(content)
+    result = check_item(SourceItem("a", tmp_path / "a.wav", "a text"), OPTIONS, tmp_path)
+    assert isinstance(result, Rejection) or result.seconds == 1.0
+
+
+def test_silent_channels_do_not_make_a_mix_quieter(tmp_path: Path) -> None:
+    channels = np.zeros((16000, 6), np.float32)
+    channels[:, 2] = TONE
+    soundfile.write(tmp_path / "six.wav", channels, 16000, subtype="FLOAT")
+    kept = check_item(SourceItem("six", tmp_path / "six.wav", "a text"), OPTIONS, tmp_path)
+    assert not isinstance(kept, Rejection)
+    stored, _ = load_channels(tmp_path / kept.audio)
+    assert rms_dbfs(stored[0]) == pytest.approx(rms_dbfs(TONE), abs=0.01)
+    np.testing.assert_array_equal(mixed_down(np.stack([TONE, TONE])), TONE)
+    np.testing.assert_allclose(mixed_down(np.stack([TONE, 0.5 * TONE])), 0.75 * TONE, rtol=1e-6)
+    assert not mixed_down(np.zeros((3, 10), np.float32)).any()
+
+
+def test_the_rest_of_a_corpus_is_kept(tmp_path: Path) -> None:
+    items = []
+    for number, suffix in enumerate((".raw", ".wav", ".mp3", ".opus")):
+        (tmp_path / f"{number}{suffix}").write_bytes(bytes(range(256)) * 20)
+        items.append(SourceItem(f"bad{number}", tmp_path / f"{number}{suffix}", f"bad {number}"))
+    soundfile.write(tmp_path / "good.wav", TONE, 16000)
+    report = prepare_corpus(Source("all", [*items, SourceItem("good", tmp_path / "good.wav", "good")]), tmp_path / "out", OPTIONS).report
+    assert (report["kept"], report["items"]) == (1, 5)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.just("a.wav")
+KNOWN = ["audio", "audio_filepath", "text", "start", "offset", "duration", "end", "id", "speaker", "language", "style"]
+VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=4), SCALARS, max_size=2)
+ROWS = st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=5), VALUES, max_size=6)
+
+
+def read(reader: Callable[[Path], Source], path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    problem, ids = "", []
+    try:
+        ids = [item.id for item in reader(path).items]
+    except UserError as error:
+        problem = str(error)
+    assert "\n" not in problem
+    assert len(set(ids)) == len(ids)
+
+
+def lines(rows: list) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+SLOW = {"max_examples": 10_000, "deadline": None, "suppress_health_check": list(HealthCheck)}
+QUICK = SLOW | {"max_examples": 60}
+
+
+@given(st.lists(ROWS, max_size=4))
+@settings(**QUICK)
+def test_a_list_of_any_json(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
+    read(read_jsonl_corpus, tmp_path_factory.getbasetemp() / "fuzz.jsonl", lines(rows))
+
+
+@given(st.text(alphabet='a1.|,;\t"\n\r wav\u0301\0é', max_size=80) | st.text(max_size=60))
+@settings(**QUICK)
+def test_a_table_of_any_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    read(read_csv_corpus, tmp_path_factory.getbasetemp() / "fuzz.csv", text.encode("utf-8", "surrogatepass"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@given(st.lists(ROWS, max_size=4))
+@settings(**SLOW)
+def test_ten_thousand_lists(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
+    read(read_jsonl_corpus, tmp_path_factory.getbasetemp() / "fuzz.jsonl", lines(rows))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@given(st.text(alphabet='a1.|,;\t"\n\r wav\u0301\0é', max_size=80) | st.text(max_size=60))
+@settings(**SLOW)
+def test_ten_thousand_tables(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    read(read_csv_corpus, tmp_path_factory.getbasetemp() / "fuzz.csv", text.encode("utf-8", "surrogatepass"))
