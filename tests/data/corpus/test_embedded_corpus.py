@@ -13,7 +13,7 @@ from kalle.data.corpus.lists import embedded_folder, read_embedded
 from kalle.data.corpus.prepare import prepare_corpus
 from kalle.data.corpus.splits import SplitPolicy, normalised, word_count
 
-CORPUS = Path(__file__).parents[2] / "recipes" / "quickstart" / "corpus"
+CORPUS = Path(__file__).parents[3] / "recipes" / "quickstart" / "corpus"
 
 
 @pytest.fixture(scope="module")
