@@ -12,6 +12,7 @@ from kalle.errors import UserError
 from kalle.evaluation import Settings, SpeakingConfig, evaluate_synthesis, evaluate_wavs
 from kalle.evaluation.metrics import DurationRatio, MelL1
 from kalle.evaluation.protocols import other_recordings
+from kalle.evaluation.report import terminal_report
 from kalle.evaluation.similarity import Similarity
 from kalle.evaluation.test_list import TestItem
 from kalle.evaluation.word_errors import WER
@@ -144,6 +145,14 @@ def test_wavs_are_rescored_without_a_model(items: list[TestItem], transcriber: o
     assert result.value("wavs", "mel_l1") == 0
     assert result.counts["wavs"]["errors"] == 1
     assert "a_2.wav" in next(row["error"] for row in result.rows if "error" in row)
+    shown = terminal_report(result)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "|" not in shown
+    (row,) = [line for line in shown.splitlines() if line.startswith("wer_corpus")]
+    assert row.endswith("lower is better")
+    assert "wavs: 0.0% of the words were not understood, against 0.0% of the recordings; 1 of 3 items could not be scored." in " ".join(
+        shown.split()
+    )
     unaligned = evaluate_wavs(folder, items, metrics, tmp_path / "out2", settings=QUICK)
     assert unaligned.value("wavs", "mel_l1") is None
 

@@ -176,7 +176,7 @@ def test_numbers_out_of_bounds_are_refused_in_our_words(page: Any) -> None:
     page.fill("#text textarea", TEXT)
     cap_seconds(page, -1)
     page.click("#speak")
-    page.wait_for_function("document.querySelector('#message').innerText.includes('raise the longest length')")
+    page.wait_for_function("document.querySelector('#message').innerText.includes('Bad longest length: got -1.0')")
     page.get_by_label("Longest sentence in seconds").fill("0.5")
     assert page.locator("#seed input").input_value() == ""
     page.locator("#seed input").fill("1.5")
@@ -243,7 +243,25 @@ def test_stop_keeps_what_was_made(page: Any) -> None:
     assert "stopped by you" in page.inner_text("#facts")
     assert player(page)["state"] == "stopped"
     assert page.is_enabled("#speak")
-    assert page.is_disabled("#stop")
+
+
+def test_stop_ends_the_playback_of_a_result_too(page: Any) -> None:
+    page.fill("#text textarea", TEXT)
+    cap_seconds(page, 2)
+    page.click("#speak")
+    spoken(page)
+    page.click("#audio button[aria-label=Play]")
+    page.wait_for_selector("#audio button[aria-label=Pause]")
+    page.click("#stop")
+    page.wait_for_selector("#audio button[aria-label=Play]")
+    assert player(page)["state"] in ("stopped", "done")
+
+
+def test_a_bad_upload_is_said_before_anything_is_spoken(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "notes.wav").write_text("no audio")
+    page.get_by_label("Recording", exact=True).check()
+    page.set_input_files("#recording input[type=file]", tmp_path / "notes.wav")
+    page.wait_for_function("document.querySelector('#voice-message').innerText.includes('Unreadable audio')")
 
 
 def test_two_users_wait_for_each_other(page: Any, browser: Any, address: str) -> None:
@@ -268,6 +286,10 @@ def test_two_users_wait_for_each_other(page: Any, browser: Any, address: str) ->
 @pytest.mark.parametrize("source", ["Stored voice", "Recording", "Random voice"])
 def test_it_fits_a_phone(page: Any, source: str) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
+    for place in ("0", "document.body.scrollHeight"):
+        page.evaluate(f"window.scrollTo(0, {place})")
+        box = page.locator("#speak").bounding_box()
+        assert 0 <= box["y"] <= 844 - box["height"], "Speak is in reach wherever one is on the page"
     page.get_by_label(source, exact=True).check()
     page.fill("#text textarea", TEXT)
     cap_seconds(page, 0.5)

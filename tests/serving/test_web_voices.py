@@ -14,6 +14,7 @@ import torch
 from page_calls import HI, pcm, ran
 
 from kalle.audio import read_audio, to_pcm16
+from kalle.serving import voices
 from kalle.serving.handlers import MODELS_OWN, Handlers
 from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.kalle import Kalle
@@ -124,33 +125,52 @@ def test_a_voice_that_cannot_be_put_in_place_leaves_nothing(handlers: Handlers, 
     assert list(handlers.backend.voices.folder.iterdir()) == []
 
 
-def test_hours_in_a_small_file_are_refused_undecoded(handlers: Handlers, tmp_path: Path, monkeypatch) -> None:
+def test_hours_in_a_small_file_are_refused(handlers: Handlers, tmp_path: Path) -> None:
     path = tmp_path / "long.flac"
     soundfile.write(path, np.zeros(16000 * 600, np.int16), 16000)
-    decoded: list[int] = []
-    read = soundfile.SoundFile.read
-
-    def counted(file: soundfile.SoundFile, *arguments, **options) -> np.ndarray:
-        samples = read(file, *arguments, **options)
-        decoded.append(len(samples))
-        return samples
-
-    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
     choice = VoiceChoice(RECORDING, recording=str(path), transcript="Hours.")
-    for message in (handlers.sample(choice)[1], ran(handlers, replace(HI, voice=choice))[1][-1].message):
+    for message in (handlers.uploaded(str(path)), handlers.sample(choice)[1], ran(handlers, replace(HI, voice=choice))[1][-1].message):
         assert "Too long: got 600.00 s of audio" in message
         assert "expected at most 60 s" in message
-    assert max(decoded, default=0) <= 60 * 16000 + 1
 
 
 def test_a_recording_is_decoded_once(handlers: Handlers, recording: str, monkeypatch) -> None:
-    calls: list[object] = []
-    read = soundfile.SoundFile.read
-    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *given, **options: calls.append(1) or read(*given, **options))
+    calls: list[Path] = []
+    decode = voices.decode_apart
+    monkeypatch.setattr(voices, "decode_apart", lambda path, longest: calls.append(path) or decode(path, longest))
+    assert "1.5 s of audio at 16000 Hz" in handlers.uploaded(recording)
     choice = VoiceChoice(RECORDING, recording=recording, transcript="A tone.")
     _, views = ran(handlers, replace(HI, voice=choice))
     assert "a short prompt: got 1.50 s" in views[-1].facts
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "ended its process"),
+        ("import sys; sys.exit(3)", "ended its process"),
+        ("bytearray(10 ** 12)", "ended its process"),
+        ("import time; time.sleep(60)", "took more than 0.5 s"),
+    ],
+)
+def test_a_decoder_that_dies_or_hangs_is_a_bad_recording(
+    handlers: Handlers, recording: str, monkeypatch: pytest.MonkeyPatch, program: str, message: str
+) -> None:
+    monkeypatch.setattr(voices, "_DECODE", program)
+    monkeypatch.setattr(voices, "DECODE_SECONDS", 0.5 if "sleep" in program else 60.0)
+    said = handlers.uploaded(recording)
+    assert "Unreadable audio: " in said
+    assert message in said
+    monkeypatch.undo()
+    assert "can be read" in handlers.uploaded(recording), "the next upload is fine"
+
+
+def test_a_bad_upload_is_said_at_once(handlers: Handlers, tmp_path: Path) -> None:
+    (tmp_path / "notes.wav").write_text("no audio")
+    assert "Unreadable audio" in handlers.uploaded(str(tmp_path / "notes.wav"))
+    assert handlers.uploaded(None) == ""
+    assert "load the page again" in handlers.uploaded({"path": "x"})
 
 
 def test_messages_do_not_tell_where_files_are(handlers: Handlers) -> None:

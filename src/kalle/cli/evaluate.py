@@ -40,13 +40,14 @@ def testset_path(override: str) -> str:
 def evaluate_composed(config: DictConfig) -> Result | None:
     """Run the evaluation that Hydra composed and log its report; None when items of other ranks are not scored yet."""
     from kalle.evaluation import evaluate
+    from kalle.evaluation.report import terminal_report
 
     filled = filled_config(config)
     result = evaluate(filled)
     if result is None:
         return None
     out = Path(filled.out)
-    logger.info("%s", (out / "report.md").read_text(encoding="utf-8"))
+    logger.info("%s\n\nmore in %s", terminal_report(result), out / "report.md")
     if result.errors:
         logger.warning("%d items could not be scored; see error in %s", result.errors, out / "items.jsonl")
     return result

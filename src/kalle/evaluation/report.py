@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from kalle.evaluation.scoring import Estimate, Row, Scores, count_rows, summaris
 from kalle.files import folder_lock, write_atomic
 
 RESULT_NAMES = ("results.json", "items.jsonl", "report.md", "figure.png")
+TERMINAL_COLUMNS = 80
 PACKAGES = ("kalle-tts", "torch", "numpy", "lhotse")
 
 
@@ -55,6 +57,8 @@ class Result:
     notes: Sequence[str]
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the run as a whole, such as latent health."""
+    lower_is_better: Mapping[str, bool | None] = field(default_factory=dict)
+    """The direction of each aggregate; None where there is no better."""
 
     def value(self, system: str, name: str) -> float | None:
         """The mean called ``name`` of ``system``; None when it was not measured."""
@@ -98,6 +102,7 @@ def finish(
         counts=count_rows(scores.rows),
         notes=[*notes, *unmeasured(scores.metrics, scores.rows)],
         extra=dict(extra or {}),
+        lower_is_better={rule.name: rule.lower_is_better for rule in rules},
     )
     with folder_lock(out, "results", wait=True):  # two ranks may end at the same time
         write_atomic(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows))
@@ -151,6 +156,43 @@ def report(result: Result) -> str:
     lines += [f"- note: {note}" for note in result.notes]
     lines += ["", "Settings: " + _pairs(result.config), "", "Versions: " + _pairs(result.versions), ""]
     return "\n".join(lines)
+
+
+def terminal_report(result: Result) -> str:
+    """The result for a terminal of 80 columns: a row an aggregate, with its direction, then one sentence and what to know beside it."""
+    systems = list(result.summary)
+    names = list(dict.fromkeys(name for estimates in result.summary.values() for name in estimates))
+    first, width = max(map(len, [*names, "metric"])), 24 if len(systems) < 3 else 22
+    lines = [f"{'metric':<{first}}" + "".join(f"{system[: width - 1]:>{width}}" for system in systems)]
+    for name in names:
+        cells = "".join(f"{_narrow(result.summary[system].get(name)):>{width}}" for system in systems)
+        better = {True: "  lower is better", False: "  higher is better"}.get(result.lower_is_better.get(name), "")  # type: ignore[arg-type]
+        lines.append(f"{name:<{first}}{cells}{better}")
+    notes = [f"note: {note}" for note in result.notes if "no item offers" not in note]
+    lines += ["", *(textwrap.fill(text, TERMINAL_COLUMNS) for text in (verdict(result), *notes))]
+    return "\n".join(lines)
+
+
+def _narrow(value: Estimate | None) -> str:
+    if value is None:
+        return "–"
+    half = "" if value.interval is None else f" ±{(value.interval[1] - value.interval[0]) / 2:.3f}"
+    return f"{value.value:.3f}{half}"
+
+
+def verdict(result: Result) -> str:
+    """One sentence on what was scored: its word errors beside those of the recordings, else its first metric; and what failed."""
+    scored = [system for system in result.summary if system != "recording"] or list(result.summary)
+    system = scored[0]
+    wer, ceiling = result.value(system, "wer_corpus"), result.value("recording", "wer_corpus")
+    if wer is not None:
+        said = f"{system}: {wer:.1%} of the words were not understood"
+        said += f", against {ceiling:.1%} of the recordings" if ceiling is not None and system != "recording" else ""
+    else:
+        name, value = next(iter(result.summary[system].items()), ("", None))
+        said = f"{system}: nothing was measured" if value is None else f"{system}: {name} is {value.value:.3f} over {value.count} items"
+    failed, items = result.counts[system]["errors"], result.counts[system]["items"]
+    return f"{said}; " + (f"{failed} of {items} items could not be scored." if failed else f"all {items} items were scored.")
 
 
 def _cell(value: Estimate | None, items: int) -> str:

@@ -228,6 +228,14 @@ class Handlers:
         except UserError as error:
             return None, self._mistake(error)
 
+    def uploaded(self, recording: object) -> str:
+        """A recording was uploaded or recorded: whether it can be used, at once and not when it is to speak."""
+        try:
+            path = _string(recording, "recording")
+            return notice_html(f"The recording can be read: {self.backend.voices.check_recording(path)}.") if path else ""
+        except UserError as error:
+            return self._mistake(error)
+
     def keep(self, choice: VoiceChoice, name: object, consent: object = None) -> KeepOutcome:
         """ "Keep this voice" was pressed."""
         try:

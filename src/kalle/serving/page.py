@@ -144,6 +144,10 @@ TITLE = "kalle"
 MODEL_QUEUE = "model"
 """Every event that runs the model waits in this one queue, so that one at a time does."""
 SILENCE_PLAYER = "() => { document.dispatchEvent(new Event('kalle-silence')); }"
+SILENCE_ALL = """() => {
+  document.dispatchEvent(new Event('kalle-silence'));
+  for (const pause of document.querySelectorAll('#audio button[aria-label="Pause"], #sample button[aria-label="Pause"]')) pause.click();
+}"""
 CACHE_SWEEP_SECONDS, CACHE_SECONDS = 600, 3600
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Events of the page are no public API."""
@@ -171,6 +175,8 @@ def look() -> dict[str, Any]:
 
 def _wire_voice(handlers: Handlers, voice: VoiceParts) -> None:
     voice.source.change(_groups, voice.source, [*voice.groups, voice.sample], queue=False, **QUIET)
+    for given in (voice.recording.upload, voice.recording.stop_recording, voice.recording.clear):
+        given(handlers.uploaded, voice.recording, voice.message, queue=False, api_visibility="private", show_progress_on=voice.message)
     voice.another.click(lambda: str(fresh_seed()), None, voice.seed, queue=False, **QUIET)
 
     def listened(*fields: Any) -> tuple[Any, str]:
@@ -229,7 +235,7 @@ def _wire_speech(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> 
             concurrency_limit=1,
             **QUIET,
         )
-    speech.stop.click(stopped, None, view, queue=False, js=SILENCE_PLAYER, **QUIET)
+    speech.stop.click(stopped, None, view, queue=False, js=SILENCE_ALL, **QUIET)
     for sound in (speech.audio, voice.sample):
         sound.play(None, js=SILENCE_PLAYER, **QUIET)
     speech.text.change(None, speech.text, None, js=(ASSETS / "counter.js").read_text(encoding="utf-8"), **QUIET)
@@ -246,7 +252,7 @@ def _shown(view: View) -> list[Any]:
         view.facts,
         view.figure,
         gr.Button(interactive=not view.busy),
-        gr.Button(interactive=view.busy),
+        gr.Button(interactive=view.busy or bool(view.token)),  # it also stops what is being played
     ]
 
 

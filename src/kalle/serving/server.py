@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -34,6 +35,7 @@ LOGGER = logging.getLogger(__name__)
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 OWN_SITE = frozenset({"same-origin", "none"})
+_HOST = re.compile(r"(?:(?P<name>[A-Za-z0-9._-]+)|\[(?P<address>[0-9A-Fa-f:.]+)\])(?::[0-9]{1,5})?")
 FOREIGN_HOST = "refused: this page is served to this machine only, under its own name"
 FOREIGN_PAGE = "refused: the request comes from another page"
 
@@ -79,11 +81,9 @@ def loopback_names(host: str) -> frozenset[str]:
 
 
 def host_name(host: str) -> str | None:
-    """The name in a ``Host`` header, without its port and brackets; None where there is none."""
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
+    """The name in a ``Host`` header, without its port and brackets; None for anything else, user information or a path among it."""
+    match = _HOST.fullmatch(host)
+    return None if match is None else (match["name"] or match["address"]).lower()
 
 
 def _own(site: str | None, origin: str | None, host: str) -> bool:
