@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -54,11 +55,19 @@ def test_every_panel_shows_its_values_on_one_time_axis(spoken: Speech) -> None:
 def test_nothing_spoken_and_a_rule_that_never_stops_are_drawn_too(spoken: Speech, silent: Speech) -> None:
     assert "nothing spoken" in speech_figure(silent, 400, 300).get_suptitle()
     assert pixels(speech_figure(silent, 400, 300)).shape[:2] == (300, 400)
-    import dataclasses
-
     never = speech_figure(dataclasses.replace(spoken, stop=StopRule(0.0)))
     assert len(never.axes[3].lines) == 1
     pixels(never)
+
+
+def test_the_frame_that_ended_the_speech_is_drawn_behind_the_last(spoken: Speech) -> None:
+    ended = dataclasses.replace(spoken, stop_reason="end", end_frame_kl=0.004, end_frame_probability=0.75)
+    axis = speech_figure(ended).axes[3]
+    marker = axis.lines[2]
+    assert (list(marker.get_xdata()), list(marker.get_ydata())) == ([spoken.seconds], [0.004])
+    assert "probability 0.75" in marker.get_label()
+    assert axis.get_ylim()[0] < 0.004
+    assert len(speech_figure(spoken).axes[3].lines) == 2, "cut at the cap, no frame ended it"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PDF"])

@@ -43,12 +43,15 @@ CLOSED_PIPE = 141
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        ["usage: kalle COMMAND [OPTIONS]", "", *lines, "", "`kalle COMMAND --help` explains one; `kalle --version` prints the version."]
-    )
+    more = [
+        "`kalle COMMAND --help` explains one; `kalle --version` prints the version;",
+        "`kalle --completion bash|zsh|fish` prints what completes words in your shell.",
+    ]
+    return "\n".join(["usage: kalle COMMAND [OPTIONS]", "", *lines, "", *more])
 
 
-def _run_typer(name: str, arguments: Sequence[str]) -> int:
+def typer_command(name: str) -> Any:
+    """The click command of ``name``, one of those that typer runs."""
     import typer
     from typer.main import get_command
 
@@ -57,7 +60,11 @@ def _run_typer(name: str, arguments: Sequence[str]) -> int:
     if app is None:
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         app.command()(getattr(module, name))
-    command = get_command(app)
+    return get_command(app)
+
+
+def _run_typer(name: str, arguments: Sequence[str]) -> int:
+    command = typer_command(name)
     code = command.main(args=_with_help(command, arguments), prog_name=f"kalle {name}", standalone_mode=False)
     return int(code) if isinstance(code, int) else 0
 
@@ -103,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sys.stdout.write(f"kalle {__version__}\n")
         return 0
+    if given[0] in ("--completion", "--complete"):
+        return _completion(given)
     if given[0] not in COMMANDS:
         return _fail(f"unknown command: got {given[0]!r}, expected one of {', '.join(COMMANDS)}; see `kalle --help`")
     try:
@@ -128,6 +137,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_refusal(error))
     except Exception as error:
         return _fail(too_much(error)) if is_too_much(error) else _fail_usage(error)
+
+
+def _completion(given: Sequence[str]) -> int:
+    from kalle.cli.completion import COMPLETE, candidates, script
+    from kalle.errors import UserError
+
+    if given[0] == COMPLETE:
+        sys.stdout.write("".join(f"{word}\n" for word in candidates(given[1:])))
+        return 0
+    try:
+        sys.stdout.write(script(given[1] if len(given) > 1 else ""))
+    except UserError as error:
+        return _fail(str(error))
+    return 0
 
 
 def _closed_pipe() -> int:

@@ -133,22 +133,24 @@ def _draw_spread(axis: Axes, speech: Speech) -> None:
 
 
 def _draw_end(axis: Axes, speech: Speech) -> None:
+    """The divergence at every frame, and as a marker behind the last one that of the frame that ended the speech, which is not spoken."""
     axis.set_ylabel("end KL, nats/dim")
     axis.set_yscale("log")
     if not speech.frames:
         return
     values = speech.end_kl.astype(np.float64).clip(min=_LOWEST_KL)
-    if speech.end_frame_kl is not None:
-        frame_s, end_kl = speech.seconds / speech.frames, max(speech.end_frame_kl, _LOWEST_KL)
-        axis.plot(speech.seconds + frame_s / 2, end_kl, "o", markersize=5, color=_ORANGE, label="the frame that ended the speech")
-        values = np.append(values, end_kl)
-    axis.step(_edges(speech), _held(values[: speech.frames]), where="post", linewidth=1.3, color=_ORANGE, label="to the end distribution")
+    axis.step(_edges(speech), _held(values), where="post", linewidth=1.3, color=_ORANGE, label="to the end distribution")
     threshold = speech.stop.threshold if speech.stop.probability is None else 0.0  # it has no say beside a probability
-    lowest = values.min()
+    levels = [values.min(), values.max()]
     if threshold > 0:
         axis.axhline(threshold, linestyle="--", linewidth=1.1, color=_GREY, label=f"threshold {threshold:.3g}")
-        lowest = min(lowest, threshold)
-    axis.set_ylim(lowest / 2, max(values.max(), threshold) * 8)  # room for the legend
+        levels.append(threshold)
+    if speech.end_frame_kl is not None:
+        end = max(float(speech.end_frame_kl), _LOWEST_KL)
+        said = "" if speech.end_frame_probability is None else f", probability {speech.end_frame_probability:.2f}"
+        axis.plot([speech.seconds], [end], "v", markersize=8, color=_BLUE, clip_on=False, label=f"frame that ended it{said}")
+        levels.append(end)
+    axis.set_ylim(min(levels) / 2, max(levels) * 8)  # room for the legend
     axis.legend(loc="upper right", fontsize=8, framealpha=0.8)
 
 
