@@ -143,4 +143,4 @@ def test_another_model_refuses(model: Path, reference: Path, tmp_path: Path, cap
     assert main(["voices", "show", "v.safetensors", "--model", str(model)]) == 0
     assert f"fits {model}: no: the adapter does not fit" in capsys.readouterr().out
     assert main([*say, "--adapter", "v.safetensors"]) == 2
-    assert "it is a voice: give it as --voice" in capsys.readouterr().err
+    assert "it is a voice: give it as the voice" in capsys.readouterr().err

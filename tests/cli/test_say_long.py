@@ -141,7 +141,10 @@ def test_a_change_is_noticed_and_restart_forgets(model: Path, book: Path, tmp_pa
     assert json.loads((tmp_path / "out.wav.parts" / "00003.json").read_text())["text"] == "It ends with this one."
     capsys.readouterr()
     assert say(model, "--text-file", book, "-o", out, "--seed", 4) == 2
-    assert "were spoken otherwise: another seed; give what you gave then to continue, --restart" in capsys.readouterr().err
+    assert (
+        "were spoken otherwise: another seed; give the same to continue, remove the folder to begin again (--restart)"
+        in capsys.readouterr().err
+    )
     assert out.read_bytes() == first
     assert say(model, "--text-file", book, "-o", out, "--seed", 4, "--restart") == 0
     assert out.read_bytes() != first

@@ -15,9 +15,11 @@ from kalle.cli.main import main
 from kalle.data.latents.shards import LatentRecord, ShardFolder
 from kalle.errors import UserError
 from kalle.evaluation.calibration import (
+    ConfidenceCalibration,
     EndScores,
     batches_of,
     calibrate,
+    calibrate_confidence,
     end_scores,
     held_out,
     rates_at,
@@ -25,9 +27,11 @@ from kalle.evaluation.calibration import (
 )
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
+from kalle.synthesis.generate import Request
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import StopRule
-from kalle.synthesis.weights import read_folder
+from kalle.synthesis.speech import Speech
+from kalle.synthesis.weights import StoredConfidence, read_folder, write_confidence
 
 TEXTS = ("one", "two words", "three whole words", "four")
 FRAMES = (6, 9, 7, 12)
@@ -255,3 +259,35 @@ def test_free_running_counts_the_endings(kalle: Kalle) -> None:
     assert never.duration_ratio == pytest.approx(kalle.synthesize("a", seed=0, stop=StopRule(0.0)).frames / 10)
     always = speak_freely(kalle, ["a", "b"], [10, 10], StopRule(1e9))
     assert (always.no_end_rate, always.duration_ratio) == (0.0, 0.4)
+
+
+def test_the_confidence_of_speech_is_measured_against_that_of_random_ids(kalle: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spoken(lm: object, flowvae: object, request: Request) -> Speech:
+        asked.append(request.text_ids)
+        confidence = 0.75 + 0.01 * (len(asked) % 4) if len(asked) % 2 else 0.5
+        log_std = np.full((3, 16), np.log(1 / confidence - 1), np.float32)
+        return Speech(np.zeros(3, np.float32), 16000, "end", 0, log_std, log_std, log_std[:, 0], 9)
+
+    monkeypatch.setattr("kalle.evaluation.calibration.speak", spoken)
+    found = calibrate_confidence(kalle, TEXTS)
+    assert len(asked) == 2 * len(TEXTS)
+    for good, bad in zip(asked[::2], asked[1::2], strict=True):
+        assert len(good) == len(bad)
+        assert torch.equal(good[[0, -2, -1]], bad[[0, -2, -1]]), "only the words differ"
+        assert not torch.equal(good, bad)
+    stored = found.to_stored()
+    assert (stored.detected_rate, stored.false_alarm_rate, stored.utterances) == (1.0, 0.0, len(TEXTS))
+    assert 0.5 < stored.low < 0.75 < stored.usual < 0.8
+    assert found.separates
+    assert not ConfidenceCalibration(found.good, found.good, 1.0).separates
+
+
+def test_a_stored_confidence_is_what_doubtful_speech_is_known_by(model: Path) -> None:
+    write_confidence(model, StoredConfidence(low=0.999, temperature=1.0))
+    loaded = Kalle.from_pretrained(model, "cpu")
+    assert loaded.config.confidence == StoredConfidence(low=0.999, temperature=1.0)
+    options = {"seed": 1, "max_seconds": 0.4, "stop": StopRule(0.0)}
+    assert loaded.synthesize("Hi.", **options).doubtful
+    assert not loaded.synthesize("Hi.", temperature=0.5, **options).doubtful, "it was not measured at this temperature"

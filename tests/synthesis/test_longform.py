@@ -267,7 +267,7 @@ def test_other_settings_are_noticed(roomy: Kalle, tmp_path: Path, changed: dict[
         return LongForm(model, text, voice_of(roomy, voice), GenerationOptions(seed=seed, **options))
 
     list(long().parts(PartStore(tmp_path / "parts", settings_of(long()))))
-    with pytest.raises(UserError, match=rf"{named}; .*--restart"):
+    with pytest.raises(UserError, match=rf"{named}; .*to begin again"):
         PartStore(tmp_path / "parts", settings_of(long(**changed)))
 
 

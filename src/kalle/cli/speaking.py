@@ -110,7 +110,7 @@ STREAM_FLAGS: Mapping[str, Any] = {
 _NAMED = (
     {"latency_frames": "--latency", "chunk_frames": "--chunk", "pause_s": "--pause", "paragraph_pause_s": "--paragraph-pause"}
     | {name: f"--{name.replace('_', '-')}" for name in ("max_seconds", "by_sentences", "max_frames")}
-    | {"(text)": "(--prompt-text)"}
+    | {"(text)": "(--prompt-text)", "(restart)": "(--restart)"}
 )
 """Parameters that the library's messages name, and the flags they have here."""
 

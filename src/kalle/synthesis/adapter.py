@@ -246,7 +246,7 @@ class Adapter:
             raise UserError(f"not an adapter file: '{path}' ({error}); {AGAIN}") from None
         if metadata.get("format") != FORMAT:
             got = metadata.get("format")
-            hint = "; it is a voice: give it as --voice" if str(got).startswith("kalle-voice") else f"; {AGAIN}"
+            hint = "; it is a voice: give it as the voice" if str(got).startswith("kalle-voice") else f"; {AGAIN}"
             raise UserError(f"not an adapter file: '{path}' has format {got!r}, expected {FORMAT!r}{hint}")
         return cls.from_parts(metadata.get("adapter", ""), tensors, path)
 

@@ -103,7 +103,7 @@ def _notices(out: Path) -> set[str]:
     if not out.exists():
         return set()
     if not out.is_dir() or any(path.is_dir() or path.name == CONFIG_NAME for path in out.iterdir()):
-        raise UserError(f"already there: got --out '{out}', expected a new folder, or one with a card alone; choose another or empty it")
+        raise UserError(f"already there: got '{out}', expected a new folder, or one with a card alone; choose another or empty it")
     return {path.name for path in out.iterdir()}
 
 

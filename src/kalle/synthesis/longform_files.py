@@ -156,7 +156,7 @@ def _check_same(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, An
         named = ", ".join(_NAMES.get(name, name.replace("_", " ")) for name in different)
         raise UserError(
             f"the sentences in '{folder}' were spoken otherwise: another {named}; "
-            "give what you gave then to continue, --restart to begin again, or another output"
+            "give the same to continue, remove the folder to begin again (restart), or choose another output"
         )
 
 

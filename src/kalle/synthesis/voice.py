@@ -123,7 +123,7 @@ class Voice:
             raise UserError(f"not a voice file: '{path}' ({error}); make the voice again") from None
         if metadata.get("format") not in (FORMAT, WITH_ADAPTER):
             got = metadata.get("format")
-            hint = "give it as --adapter, beside a voice" if str(got).startswith("kalle-adapter") else "make the voice again"
+            hint = "give it as an adapter, beside a voice" if str(got).startswith("kalle-adapter") else "make the voice again"
             raise UserError(f"not a voice file: '{path}' has format {got!r}, expected {FORMAT!r}; {hint}")
         prefix = "bound_to."
         bound = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
@@ -262,10 +262,10 @@ def voice_path(folder: str | Path, name: str) -> Path:
     if not _NAME.fullmatch(name) or len(name) > LONGEST_NAME:
         raise UserError(
             f"bad voice name: got {name!r}, expected up to {LONGEST_NAME} letters, digits, spaces, dots and hyphens, the first a letter "
-            "or digit; choose another --name"
+            "or digit; choose another name"
         )
     if name == RANDOM_VOICE:
-        raise UserError(f"bad voice name: got {name!r}, which asks for a made-up voice, expected another; choose another --name")
+        raise UserError(f"bad voice name: got {name!r}, which asks for a made-up voice, expected another; choose another name")
     return Path(folder) / VOICES_FOLDER / f"{name}{SUFFIX}"
 
 

@@ -140,7 +140,7 @@ def read_folder(folder: str | Path) -> FolderConfig:
     if not (root / TOKENIZER_FOLDER / TOKENIZER_NAME).is_file():
         raise UserError(
             f"no tokenizer in '{folder}': expected {TOKENIZER_FOLDER}/{TOKENIZER_NAME}; "
-            "copy the tokenizer folder of these weights there, or convert again with --tokenizer DIR"
+            "copy the tokenizer folder of these weights there, or convert the released files again with theirs"
         )
     stop_head = bool(read_json(part_folder(root, "lm") / CONFIG_NAME).get("stop_head"))
     path = root / CONFIG_NAME
@@ -239,7 +239,7 @@ def shipped_weights() -> Path:
     if folder is None:
         raise UserError(
             f"no weights: this installation lacks {SHIPPED}, the model that ships with it; install kalle again, fetch the released files "
-            "with `kalle download`, train a model (make quickstart), or give a weight folder with --model"
+            "with `kalle download`, train a model (make quickstart), or give a weight folder"
         )
     return folder
 
