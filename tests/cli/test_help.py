@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import MISSING, fields
+from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 
 from kalle.cli.main import main
 from kalle.cli.speaking import SAY_FLAGS, STREAM_FLAGS
+from kalle.errors import UserError
 from kalle.synthesis.options import GenerationOptions
 
 MOST_LINES = 60
@@ -54,3 +57,45 @@ def test_every_command_is_declared_without_torch() -> None:
     code = "import sys, kalle.cli.say, kalle.cli.stream, kalle.cli.voices; raise SystemExit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert importlib.import_module("kalle.cli.say").say.__name__ == "say"
+
+
+VALUES = {
+    "seed": "7",
+    "temperature": "0.5",
+    "guidance": "2.0",
+    "max_seconds": "3.0",
+    "language": "zh",
+    "normalise": "",
+    "by_sentences": "",
+    "pause_s": "0.5",
+    "paragraph_pause_s": "1.5",
+    "rolling": "",
+    "retries": "4",
+    "latency_frames": "6",
+    "chunk_frames": "3",
+}
+
+
+@pytest.mark.parametrize(("command", "flags"), [("say", SAY_FLAGS), ("stream", STREAM_FLAGS)], ids=["say", "stream"])
+def test_every_flag_reaches_the_library_as_the_option_of_its_name(command: str, flags, tmp_path: Path, monkeypatch) -> None:
+    """The recipe of docs/architecture.md: a field and a flag are all that an option needs to get to the place that uses it."""
+    received: list[GenerationOptions] = []
+
+    def speak(kalle: object, text: str, told: object, voice: object, options: GenerationOptions, **_: object) -> None:
+        received.append(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr("kalle.cli.say.speak_to_file", speak)
+    monkeypatch.setattr("kalle.cli.say.speak_long_to_file", speak)
+    model = SimpleNamespace(stream=lambda text, voice, options: speak(None, text, None, voice, options))
+    for name in ("say", "stream"):
+        monkeypatch.setattr(f"kalle.cli.{name}.load_model", lambda *_: model)
+    monkeypatch.setattr("kalle.cli.say.model_folder", lambda *_, **__: None)
+    for name in flags:
+        declared = get_args(flags[name])[1]
+        written = [each for each in (declared.default, *(declared.param_decls or ())) if isinstance(each, str)]
+        flag = next(iter(written), f"--{name.replace('_', '-')}").split("/")[0]
+        value = [VALUES[name]] if VALUES[name] else []
+        assert main([command, "Hi.", "-o", str(tmp_path / "a.wav"), flag, *value]) == 2
+        assert getattr(received[-1], name) != getattr(GenerationOptions(), name), name
+    assert len(received) == len(flags)
