@@ -110,7 +110,7 @@ def kalle_narrow(kalle_tiny: Kalle) -> Kalle:
     return Kalle(kalle_tiny.flowvae, lm, kalle_tiny.tokenizer)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(text=st.text(max_size=40), fields=option_fields)
 @example(text="Hello.", fields={"seed": 1, "max_seconds": 1e308, "retries": 0})
 def test_any_request_is_answered_or_refused(kalle_narrow: Kalle, text: str, fields: dict[str, Any]) -> None:
@@ -147,6 +147,7 @@ def _speak_elsewhere(folder: Path, out: Path) -> None:
     np.save(out, Kalle.from_pretrained(folder, "cpu").synthesize("Hello.", seed=5, max_seconds=CAP).audio)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_weight_folder(weight_folder: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "a.npy", tmp_path / "b.npy"]
     context = multiprocessing.get_context("spawn")

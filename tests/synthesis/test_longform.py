@@ -194,7 +194,7 @@ def test_bad_values_are_refused(roomy: Kalle) -> None:
 
 
 @given(st.text(st.sampled_from("ab .!?,\n中文。！😀שلپ1۲—*"), max_size=120))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_word_of_any_text_is_left_out(kalle_tiny: Kalle, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kalle_tiny.lm.backbone, "config", with_positions(kalle_tiny, 4096))
@@ -208,10 +208,10 @@ def test_no_word_of_any_text_is_left_out(kalle_tiny: Kalle, text: str) -> None:
     assert all(a.start_sample + len(a.audio) <= b.start_sample for a, b in itertools.pairwise(parts))
 
 
-def test_a_hundred_thousand_characters(roomy: Kalle) -> None:
-    text = "This is a sentence with six words. " * 2858
+def test_twenty_thousand_characters(roomy: Kalle) -> None:
+    text = "This is a sentence with six words. " * 600
     long = LongForm(Scripted(roomy, lambda *_: {"seconds": 0.1}), text)
-    assert sum(1 for _ in long) == len(long) == 2858
+    assert sum(1 for _ in long) == len(long) == 600
 
 
 def test_the_real_chain_resumes_to_the_same_parts(kalle_tiny: Kalle, tmp_path: Path) -> None:
