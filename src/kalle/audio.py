@@ -219,6 +219,8 @@ def _decode(path: Path, longest_seconds: float) -> tuple[Audio, int]:
 def _decode_sndfile(path: Path, longest_seconds: float) -> tuple[Audio, int]:
     with soundfile.SoundFile(path) as file:
         most = _most_samples(path, longest_seconds, file.samplerate, file.channels)
+        if file.format == "OGG":
+            file.seek(0)  # an Opus stream whose granule positions begin late is opened in its middle
         frames = file.read(-1 if most is None else most + 1, dtype="float32", always_2d=True)
         if most is not None and len(frames) > most:
             raise _too_long(path, longest_seconds, file.frames / file.samplerate)

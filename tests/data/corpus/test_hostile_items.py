@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from kalle.audio import load_channels, rms_dbfs
 from kalle.data.corpus.check import PrepareOptions, check_item, mixed_down
+from kalle.data.corpus.cuts import load_audio, load_cuts
 from kalle.data.corpus.items import AUDIO_SUFFIXES, Rejection, Source, SourceItem
 from kalle.data.corpus.lists import read_csv_corpus, read_jsonl_corpus
 from kalle.data.corpus.prepare import prepare_corpus
@@ -91,6 +92,40 @@ def test_silent_channels_do_not_make_a_mix_quieter(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mixed_down(np.stack([TONE, TONE])), TONE)
     np.testing.assert_allclose(mixed_down(np.stack([TONE, 0.5 * TONE])), 0.75 * TONE, rtol=1e-6)
     assert not mixed_down(np.zeros((3, 10), np.float32)).any()
+
+
+def shifted(content: bytes, samples: int) -> bytes:
+    """An Ogg stream as one that was cut out of a longer one: every granule position raised by ``samples``."""
+    out, at = b"", 0
+    while at < len(content):
+        segments = content[at + 26]
+        page = bytearray(content[at : at + 27 + segments + sum(content[at + 27 : at + 27 + segments])])
+        position = struct.unpack("<q", page[6:14])[0]
+        page[6:14] = struct.pack("<q", position + samples if position > 0 else position)
+        page[22:26] = bytes(4)
+        checksum = 0
+        for byte in page:
+            checksum ^= byte << 24
+            for _ in range(8):
+                checksum = (checksum << 1 ^ (0x04C11DB7 if checksum >> 31 else 0)) & 0xFFFFFFFF
+        page[22:26] = struct.pack("<I", checksum)
+        out, at = out + bytes(page), at + len(page)
+    return out
+
+
+@pytest.mark.parametrize("late", [0, 500, 48000 * 3600])
+def test_opus_that_begins_late_is_read_from_its_beginning(tmp_path: Path, late: int) -> None:
+    content = encoded("OGG", "OPUS", np.tile(TONE, 3))
+    (tmp_path / "whole.opus").write_bytes(content)
+    (tmp_path / "late.opus").write_bytes(shifted(content, late))
+    expected, _ = load_channels(tmp_path / "whole.opus")
+    np.testing.assert_array_equal(load_channels(tmp_path / "late.opus")[0], expected)
+    report = prepare_corpus(
+        Source("one", [SourceItem("a", tmp_path / "late.opus", "a text")]), tmp_path / "out", PrepareOptions(max_seconds=5.0)
+    ).report
+    assert report["converted_to_flac"] == int(late > 0)
+    [cut] = load_cuts(tmp_path / "out", "train")
+    np.testing.assert_allclose(load_audio(cut, 16000), expected[0], atol=1e-4)
 
 
 def test_the_rest_of_a_corpus_is_kept(tmp_path: Path) -> None:
