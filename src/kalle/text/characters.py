@@ -54,7 +54,7 @@ _ENGLISH = {
 }  # fmt: skip
 _NO_SOUND = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff]")
 _MARKUP = (
-    (re.compile(r"<!--.*?-->|</?[A-Za-z][^<>]*>", re.DOTALL), " "),
+    (re.compile(r"<!--.*?-->|</?[A-Za-z][\w-]*(?:\s+[\w:-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'|[^\s\"'<>]+))*\s*/?>", re.DOTALL), " "),
     (re.compile(r"!?\[([^\[\]]*)\]\((?!/[^()]*/\))[^()]*\)"), r"\1"),
     (re.compile(r"^[ \t]*(?:[-*_=][ \t]*){3,}$|^[ \t]{0,3}(?:#{1,6}|>)[ \t]+", re.MULTILINE), ""),
     (re.compile(r"^[ \t]*(?:[-*+•]|\d+[.)])[ \t]+(?=\S)", re.MULTILINE), ", "),
