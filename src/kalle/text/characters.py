@@ -22,6 +22,34 @@ LEARNT_TEXTS = 20
 LEARNT_SHARE = 1e-4
 """A character counts as learnt when so many training texts hold it, and such a share of them."""
 _MOST_NAMED = 20
+_HEADLINE_WORDS = 4
+_SMALL_IN_HEADLINES = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "and",
+        "or",
+        "nor",
+        "but",
+        "of",
+        "to",
+        "in",
+        "on",
+        "at",
+        "by",
+        "for",
+        "from",
+        "with",
+        "as",
+        "is",
+        "are",
+        "into",
+        "over",
+        "up",
+        "vs",
+    ]
+)
 
 _REPLACED = {
     '"“”„‟«»″〝〞': ('"', ""),
@@ -234,20 +262,26 @@ def _decomposed(character: str) -> tuple[str, ...]:
 
 
 def _in_small_letters(text: str) -> str:
-    """Words in capitals with a capital in front alone; a short one that stands alone is an abbreviation, read by its letters."""
+    """``text`` with words in capitals, and the words of a headline, in small letters, but for the start of a sentence.
+
+    A short word that stands alone in capitals, or one without a vowel, is an abbreviation and read by its letters.
+    """
     words = list(re.finditer(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))
-    capital = [len(word[0]) > 1 and word[0] == word[0].upper() and word[0] != word[0].lower() for word in words]
+    capital = [len(word[0]) > 1 and word[0] == word[0].upper() != word[0].lower() for word in words]
+    begun_large = sum(word[0][0].isupper() for word in words)
+    headline = begun_large >= _HEADLINE_WORDS and all(word[0][0].isupper() or word[0] in _SMALL_IN_HEADLINES for word in words)
     parts, place = [], 0
     for index, word in enumerate(words):
         parts.append(text[place : word.start()])
-        near = any(capital[max(index - 1, 0) : index] + capital[index + 1 : index + 2])
-        if not capital[index]:
-            parts.append(word[0])
-        elif near or (len(word[0]) > 3 and re.search("[AEIOUYaeiouy]", word[0])):
-            parts.append(word[0][0] + word[0][1:].lower())
-        else:
-            parts.append(" ".join(word[0]))
         place = word.end()
+        near = any(capital[max(index - 1, 0) : index] + capital[index + 1 : index + 2])
+        if capital[index] and not near and (len(word[0]) < 4 or not re.search("[AEIOUYaeiouy]", word[0])):
+            parts.append(" ".join(word[0]))
+        elif capital[index] or (headline and len(word[0]) > 1):
+            starts = re.search(r"(?:^|[.!?])\W*$", text[: word.start()])
+            parts.append(word[0].capitalize() if starts else word[0].lower())
+        else:
+            parts.append(word[0])
     return "".join([*parts, text[place:]])
 
 
