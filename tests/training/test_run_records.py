@@ -88,17 +88,9 @@ def test_a_dry_run_knows_mixes(lm_overrides: list[str], tmp_path: Path, capsys) 
     assert "data: train 24 utterances" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ("lm.latent_dim=8", "the latents have 4 dimensions but lm.latent_dim is 8"),
-        ("data.latents=nowhere", "not a complete latent folder: got 'nowhere'"),
-        ("objective.end_weigth=1", "unknown configuration key"),
-    ],
-)
-def test_a_dry_run_finds_mistakes(more: str, message: str, lm_overrides: list[str], tmp_path: Path, capsys) -> None:
-    assert main(["train", "lm", *lm_overrides, f"out={tmp_path / 'run'}", more, "--dry-run"]) == 2
-    assert message in capsys.readouterr().err
+def test_a_dry_run_finds_mistakes(lm_overrides: list[str], tmp_path: Path, capsys) -> None:
+    assert main(["train", "lm", *lm_overrides, f"out={tmp_path / 'run'}", "lm.latent_dim=8", "--dry-run"]) == 2
+    assert "the latents have 4 dimensions but lm.latent_dim is 8" in capsys.readouterr().err
 
 
 def test_the_plan_adds_up() -> None:

@@ -75,7 +75,7 @@ def test_drops_are_a_function_of_seed_epoch_and_utterance(make, batch: LMBatch) 
     assert dropped(batch, make(seed=1, text_drop=0.5).augmented(batch)) != first
 
 
-def test_the_noise_of_a_visit_is_the_same_with_and_without(make, batch: LMBatch) -> None:
+def test_the_noise_of_a_sample_is_the_same_with_and_without(make, batch: LMBatch) -> None:
     one, other = (make(text_drop=drop, input_noise=0.5).augmented(batch) for drop in (0.0, 0.5))
     assert torch.equal(one.latents, other.latents)
     assert dropped(one, other)

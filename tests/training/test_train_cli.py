@@ -91,21 +91,16 @@ def test_init_continues_from_weights(lm_overrides: list[str], toy_weights: Path,
     ("stage", "more", "message"),
     [
         ("lm", ["lm.latent_dim=8"], "the latents have 4 dimensions but lm.latent_dim is 8; set lm.latent_dim=4"),
-        ("lm", ["lm.backbone.vocab_size=100"], "the tokenizer has 265 tokens but the model embeds 100; set lm.backbone.vocab_size=265"),
         (
             "lm",
             ["resume=gone.ckpt"],
             "no checkpoint to resume from: got resume='gone.ckpt', expected auto, never or an existing .ckpt file",
         ),
-        ("lm", ["data.latents=nowhere"], "not a complete latent folder: got 'nowhere'"),
         ("lm", ["device=tpu9"], "unknown device: got 'tpu9'"),
-        ("flowvae", ["data.corpus=nowhere"], "not a prepared corpus: got 'nowhere'"),
         ("flowvae", ["data.segment_samples=1000"], "segment_samples must be a positive multiple of the samples per frame (160): got 1000"),
         ("flowvae", ["flowvae.encoder.strides=[10,15]"], "encoder and decoder must agree on the samples per frame: got 150 and 160"),
         ("flowvae", ["data.hop_length=320"], "data.hop_length is 320 but the Flow-VAE has 160 samples a frame; set data.hop_length=160"),
         ("flowvae", ["precision=fp7"], "Lightning refuses its values: Precision 'fp7' is invalid"),
-        ("flowvae", ["callbacks.checkpoint.every_steps=0"], "callbacks.checkpoint.every_steps: got 0, expected at least 1"),
-        ("lm", ["objective.end_weigth=1"], "unknown configuration key: got 'objective.end_weigth', expected one of: objective.direction, "),
     ],
 )
 def test_mistakes_are_one_line(stage: str, more: list[str], message: str, flowvae_overrides, lm_overrides, tmp_path, capsys) -> None:

@@ -19,12 +19,12 @@ def test_a_linear_layer_keeps_its_input_and_multiplies_once() -> None:
 
 
 def test_what_is_estimated_is_what_a_real_step_keeps(toy_lm_config: KalleLMConfig, toy_flowvae_config: FlowVAEConfig) -> None:
-    judging = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
+    discriminators = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
     with without_storage():
         estimated = lm_footprint(KalleLM(toy_lm_config), 3, 7, 20)
-        estimated_wave = flowvae_footprint(FlowVAE(toy_flowvae_config), Discriminators(judging), 2, 3200)
+        estimated_wave = flowvae_footprint(FlowVAE(toy_flowvae_config), Discriminators(discriminators), 2, 3200)
     real = lm_footprint(KalleLM(toy_lm_config), 3, 7, 20)
-    real_wave = flowvae_footprint(FlowVAE(toy_flowvae_config), Discriminators(judging), 2, 3200)
+    real_wave = flowvae_footprint(FlowVAE(toy_flowvae_config), Discriminators(discriminators), 2, 3200)
     assert estimated == real
     assert (estimated_wave.flops, estimated_wave.batch) == (real_wave.flops, real_wave.batch)
     # Constants of a few bytes are kept once a process or once a call, depending on what ran before.
@@ -35,5 +35,6 @@ def test_what_is_estimated_is_what_a_real_step_keeps(toy_lm_config: KalleLMConfi
 def test_twice_the_batch_is_twice_the_step(toy_lm_config: KalleLMConfig) -> None:
     with without_storage():
         one, two = (lm_footprint(KalleLM(toy_lm_config), items, 7, 20) for items in (2, 4))
-    assert 1.9 * one.activation_bytes < two.activation_bytes <= 2 * one.activation_bytes
+    # The table of rotary angles is kept once.
+    assert 1.8 * one.activation_bytes < two.activation_bytes <= 2 * one.activation_bytes
     assert two.flops == 2 * one.flops
