@@ -129,3 +129,13 @@ def test_a_dataset_that_is_none(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"words": ["a"]}).save_to_disk(tmp_path / "silent")
     with pytest.raises(UserError, match="no audio column: got words"):
         read_hugging_face(str(tmp_path / "silent"))
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"id": "a"}', '{"type": "MonoCut"}', '{"id": "a", "sources": 5, "sampling_rate": 1, "num_samples": 1}']
+)
+def test_damaged_manifests_are_one_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "cuts.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError) as caught:
+        read_lhotse(tmp_path)
+    assert "\n" not in str(caught.value)

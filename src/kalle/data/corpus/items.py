@@ -167,7 +167,7 @@ def collected(
     same = Counter(_file_name(made) for made in names.values())
     ids = {key: made if same[_file_name(made)] == 1 else _marked(made, "\0".join(key)) for key, made in names.items()}
     left_out = [Rejection(safe_id(one.id), *map(printable, (one.audio, one.reason, one.detail))) for one in rejected]
-    return Source(name or corpus, [replace(item, id=ids[key], origin="") for key, item in kept.items()], left_out, notes or {})
+    return Source(printable(name or corpus), [replace(item, id=ids[key], origin="") for key, item in kept.items()], left_out, notes or {})
 
 
 def safe_id(name: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +93,15 @@ def read_lhotse(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") 
         split = next((found for word in first.name.split(".")[0].split("_") if (found := split_of_part(word))), None)
         try:
             manifests = [load_manifest_lazy(file) for file in (first, second) if file is not None]
-        except Exception as error:
-            raise UserError(f"cannot read '{first}' ({type(error).__name__}: {error}); {_MANIFESTS}; write it again with lhotse") from None
-        if second is None:
-            items += from_cuts(manifests[0], split, rejected, language)
-        else:
-            items += from_manifests(manifests[0], manifests[1], split, rejected, language)
-    named = [_with_speaker(item, speaker) for item in items]
+            if second is None:
+                items += from_cuts(manifests[0], split, rejected, language)
+            else:
+                items += from_manifests(manifests[0], manifests[1], split, rejected, language)
+        except Exception as error:  # lhotse parses what it is given, line by line
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"cannot read '{first}' ({reason}); {_MANIFESTS}; write it again with lhotse") from None
+    named = [item if item.speaker != UNKNOWN_SPEAKER else replace(item, speaker=speaker) for item in items]
     return collected("lhotse manifests", named, rejected, {"lhotse manifests": len(pairs)}, path.resolve().name.split(".")[0])
-
-
-def _with_speaker(item: SourceItem, speaker: str) -> SourceItem:
-    from dataclasses import replace
-
-    return item if item.speaker != UNKNOWN_SPEAKER else replace(item, speaker=speaker)
 
 
 def _manifest_files(path: Path) -> list[tuple[Path, Path | None]]:
