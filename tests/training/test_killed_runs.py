@@ -146,7 +146,7 @@ def assert_same_end(one: Path, other: Path, stage: str) -> None:
 
 def longer(stage: str, overrides: Overrides, *more: str) -> list[str]:
     """Dropout draws from the global generators, data workers prepare ahead, and epochs are a few batches long."""
-    dropout = ["+lm.backbone.attention_dropout=0.2"] if stage == "lm" else []
+    dropout = ["lora=default", "lora.rank=2", "lora.dropout=0.2"] if stage == "lm" else []
     words = [f"trainer.max_steps={STEPS}", "trainer.val_check_interval=15", "callbacks.checkpoint.every_steps=7", "data.num_workers=1"]
     return [*overrides, *words, *dropout, *more]
 
@@ -154,7 +154,7 @@ def longer(stage: str, overrides: Overrides, *more: str) -> list[str]:
 def test_dropout_draws_from_the_global_generators(lm_overrides: list[str], tmp_path: Path) -> None:
     """Otherwise the tests below would say nothing about them."""
     finished("lm", longer("lm", lm_overrides, "trainer.max_steps=3"), tmp_path / "with")
-    finished("lm", longer("lm", lm_overrides, "trainer.max_steps=3", "lm.backbone.attention_dropout=0.0"), tmp_path / "without")
+    finished("lm", longer("lm", lm_overrides, "trainer.max_steps=3", "lora.dropout=0.0"), tmp_path / "without")
     assert log(tmp_path / "with")[2]["train/total"] != log(tmp_path / "without")[2]["train/total"]
 
 

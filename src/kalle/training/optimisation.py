@@ -136,8 +136,7 @@ def parameter_groups(lm: KalleLM, decay_all: bool = True) -> list[dict[str, Any]
 
 def draws_dropout(lm: nn.Module) -> bool:
     """Whether a pass of ``lm`` in training draws random numbers."""
-    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in lm.modules())
-    return dropout or any(getattr(module, "attention_dropout", 0.0) for module in lm.modules())
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in lm.modules())
 
 
 def finish(lm: KalleLM) -> None:
