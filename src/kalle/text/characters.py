@@ -23,33 +23,7 @@ LEARNT_SHARE = 1e-4
 """A character counts as learnt when so many training texts hold it, and such a share of them."""
 _MOST_NAMED = 20
 _HEADLINE_WORDS = 4
-_SMALL_IN_HEADLINES = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "and",
-        "or",
-        "nor",
-        "but",
-        "of",
-        "to",
-        "in",
-        "on",
-        "at",
-        "by",
-        "for",
-        "from",
-        "with",
-        "as",
-        "is",
-        "are",
-        "into",
-        "over",
-        "up",
-        "vs",
-    ]
-)
+_SMALL_IN_HEADLINES = re.compile("an?|the|and|n?or|but|of|to|in|on|at|by|for|from|with|as|is|are|into|over|up|vs")
 
 _REPLACED = {
     '"“”„‟«»″〝〞': ('"', ""),
@@ -269,7 +243,7 @@ def _in_small_letters(text: str) -> str:
     words = list(re.finditer(r"[^\W\d_]+(?:['’][^\W\d_]+)*", text))
     capital = [len(word[0]) > 1 and word[0] == word[0].upper() != word[0].lower() for word in words]
     begun_large = sum(word[0][0].isupper() for word in words)
-    headline = begun_large >= _HEADLINE_WORDS and all(word[0][0].isupper() or word[0] in _SMALL_IN_HEADLINES for word in words)
+    headline = begun_large >= _HEADLINE_WORDS and all(word[0][0].isupper() or _SMALL_IN_HEADLINES.fullmatch(word[0]) for word in words)
     parts, place = [], 0
     for index, word in enumerate(words):
         parts.append(text[place : word.start()])
