@@ -26,7 +26,7 @@ def joined(pieces: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(frames=st.integers(1, 30), chunk=st.integers(1, 12), latency=st.sampled_from([None, 9, 12]), seed=st.integers(0, 2**31))
 def test_a_stream_equals_the_whole(kalle_tiny: Kalle, frames: int, chunk: int, latency: int | None, seed: int) -> None:
     stream = kalle_tiny.stream("Hello there.", seed=seed, max_seconds=frames * 0.08, stop=NEVER, latency_frames=latency, chunk_frames=chunk)

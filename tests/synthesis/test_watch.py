@@ -195,7 +195,7 @@ def test_no_watcher_where_nothing_shall_stop_or_the_release_is_reproduced(flowva
 
 
 @pytest.mark.parametrize("period", [1, 4])
-@pytest.mark.parametrize("chunk", [1, 50])
+@pytest.mark.parametrize("chunk", [8, 50])
 def test_a_stream_tells_how_much_of_the_loop_was_heard(flowvae_tiny, period: int, chunk: int) -> None:
     request, kept = request_of(torch.arange(5), 90, seed=1, chunk_frames=chunk), 30 + period
     whole = speak(scripted(period), flowvae_tiny, request)  # type: ignore[arg-type]
