@@ -19,12 +19,17 @@ FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
 @pytest.fixture
-def port(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def page(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     pytest.importorskip("gradio")
     monkeypatch.setenv(serving.GRADIO_FOLDER, str(backend.temporary / "page"))
     page = launch(backend, WebOptions(port=0))
-    yield page.server_port
+    yield page
     page.close(verbose=False)
+
+
+@pytest.fixture
+def port(page: Any) -> int:
+    return page.server_port
 
 
 def ask(port: int, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> tuple[int, str]:
@@ -53,6 +58,27 @@ def test_the_server_answers_its_own_page_only(port: int) -> None:
         assert ask(port, "POST", "/gradio_api/upload", {"Host": own, **foreign, **FORM}, UPLOAD) == (403, FOREIGN_PAGE)
         assert ask(port, "POST", "/gradio_api/queue/join", {"Host": own, **foreign, **as_json}, join) == (403, FOREIGN_PAGE)
     assert ask(port, "POST", "/gradio_api/upload", {"Host": own, "Origin": "http://127.0.0.1:1", **FORM}, UPLOAD) == (403, FOREIGN_PAGE)
+
+
+def test_events_of_a_foreign_shape_are_refused_and_never_a_bug(port: int, page: Any, caplog: Any) -> None:
+    """Whatever is in the fields: no exception of Gradio, whose answer would be 500."""
+    headers = {"Host": f"127.0.0.1:{port}", "Content-Type": "application/json"}
+    named = {getattr(event.fn, "__name__", ""): (number, len(event.inputs)) for number, event in page.fns.items()}
+    events = [named[name] for name in ("begun", "listened", "kept", "uploaded")] + [(number, 3) for number in (999, -1, "x", None, [])]
+    for number, inputs in events:
+        for value in (5, True, 1e308, [1], {"path": "/etc/passwd"}, {"path": 5}, "\0"):
+            body = json.dumps({"data": [value] * inputs, "fn_index": number, "session_hash": "a"}).encode()
+            assert ask(port, "POST", "/gradio_api/run/predict", headers, body)[0] == 422, (number, value)
+        for data in (5, [None] * 40, {}, None):
+            body = json.dumps({"data": data, "fn_index": number, "session_hash": "a"}).encode()
+            assert ask(port, "POST", "/gradio_api/queue/join", headers, body)[0] == 422, (number, data)
+    assert ask(port, "POST", "/gradio_api/queue/join", headers, b"[" * 10**5)[0] == 422
+    assert ask(port, "POST", "/gradio_api/queue/join", headers, b" " * 2**21)[0] == 422
+    assert "Traceback" not in caplog.text
+    begun = next(key for key, fn in page.fns.items() if getattr(fn.fn, "__name__", "") == "begun")
+    fields = ["Hi.", "3", 1.0, "0.4", "stored", None, None, "", ""]
+    body = json.dumps({"data": fields, "fn_index": begun, "session_hash": "a"}).encode()
+    assert ask(port, "POST", "/gradio_api/run/predict", headers, body)[0] == 200, "the page's own events go on"
 
 
 def answered(names: frozenset[str] | None, method: str, headers: dict[str, str]) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import gradio as gr
 
 from kalle.errors import UserError
 from kalle.serving.handlers import MODELS_OWN, Handlers, KeepOutcome, View, choice_from, error_html, fresh_seed, request_from_fields
+from kalle.serving.server import FieldTest
 from kalle.serving.voices import RANDOM, RECORDING, STORED
 
 EXAMPLES = {
@@ -164,6 +165,40 @@ def build(handlers: Handlers) -> gr.Blocks:
         )
         page.unload(_leaving(handlers))
     return page
+
+
+def field_checks(page: gr.Blocks, handlers: Handlers, uploads: Path) -> dict[int, list[FieldTest]]:
+    """For every event of ``page`` that calls a function: whether a value that a client sent fits each of its input components.
+
+    Gradio answers others with an exception. Recordings are files below ``uploads``, where Gradio puts what it is sent.
+    """
+
+    def test_of(component: Any) -> FieldTest:
+        if isinstance(component, gr.Slider):
+            return lambda value: _is_number(value) and component.minimum <= value <= component.maximum
+        if isinstance(component, gr.Radio):
+            return lambda value: value in [choice for _, choice in component.choices]
+        if isinstance(component, gr.Dropdown):
+            return lambda value: value is None or value in handlers.voices()
+        if isinstance(component, gr.Audio):
+            return lambda value: value is None or _is_upload(value, uploads)
+        if isinstance(component, gr.Dataset):
+            return lambda value: type(value) is int and 0 <= value < len(component.samples or [])
+        return lambda value: value is None or isinstance(value, str)
+
+    return {number: [test_of(part) for part in event.inputs] for number, event in page.fns.items() if event.fn is not None}
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_upload(value: object, uploads: Path) -> bool:
+    path = value.get("path") if isinstance(value, dict) else None
+    if not isinstance(path, str) or "\0" in path:
+        return False
+    found = Path(path).resolve()
+    return found.is_relative_to(uploads.resolve()) and found.is_file()
 
 
 def look() -> dict[str, Any]:

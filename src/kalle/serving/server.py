@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
+import json
 import logging
 import os
 import re
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import gradio as gr
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 LOGGER = logging.getLogger(__name__)
@@ -75,6 +76,58 @@ class OriginCheck:
         return None if _own(headers.get("sec-fetch-site"), headers.get("origin"), host) else FOREIGN_PAGE
 
 
+class FieldCheck:
+    """ASGI middleware that answers 422 to an event whose fields do not fit the page, which Gradio would answer with an exception.
+
+    ``fields`` has the tests of the inputs of every event, by its number (``kalle.serving.page.field_checks``).
+    """
+
+    def __init__(self, app: ASGIApp, fields: Mapping[int, Sequence[FieldTest]]) -> None:
+        self._app, self._fields = app, fields
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says."""
+        if scope["type"] != "http" or scope["method"] != "POST" or _EVENT_PATH.search(scope["path"]) is None:
+            await self._app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more and len(body) <= LARGEST_EVENT_BYTES:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        problem = "the request is too large" if len(body) > LARGEST_EVENT_BYTES else self._problem(body)
+        if problem is not None:
+            from starlette.responses import JSONResponse
+
+            LOGGER.warning("refused: %s", problem)
+            await JSONResponse({"detail": problem}, status_code=422)(scope, receive, send)
+            return
+        sent = False
+
+        async def replay() -> Message:
+            nonlocal sent
+            if sent:
+                return await receive()
+            sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, send)
+
+    def _problem(self, body: bytes) -> str | None:
+        try:
+            event = json.loads(body)
+        except (ValueError, RecursionError):
+            return "the request is not JSON"
+        number = event.get("fn_index") if isinstance(event, dict) else None
+        if type(number) is not int or number not in self._fields:
+            return "the page has no such event; load it again"
+        values, tests = event.get("data"), self._fields[number]
+        if not isinstance(values, list) or len(values) != len(tests):
+            return f"the event takes {len(tests)} fields; load the page again"
+        bad = [index for index, (value, test) in enumerate(zip(values, tests, strict=True)) if not test(value)]
+        return f"field {bad[0] + 1} does not fit the page; load it again" if bad else None
+
+
 def loopback_names(host: str) -> frozenset[str]:
     """The names of a page that listens on the loopback address ``host``."""
     return LOOPBACK_NAMES | {host.lower().strip("[]")}
@@ -105,7 +158,11 @@ LOOPBACK = "127.0.0.1"
 PORT = 7860
 GRADIO_FOLDER = "GRADIO_TEMP_DIR"
 LARGEST_UPLOAD = "50mb"
+LARGEST_EVENT_BYTES = 2**20
+_EVENT_PATH = re.compile(r"/(?:run|api|call)/|/queue/join$")
 _POLL_SECONDS = 0.02
+FieldTest = Callable[[object], bool]
+"""Whether a value that a client sent fits a component."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +233,7 @@ def launch(backend: Backend, options: WebOptions) -> gr.Blocks:
     from starlette.routing import Route
 
     from kalle.serving.handlers import Handlers
-    from kalle.serving.page import build, look
+    from kalle.serving.page import build, field_checks, look
 
     if not is_loopback(options.host):
         LOGGER.warning("whoever reaches %s can use the page and keep voices here: there is no password", options.host)
@@ -186,7 +243,9 @@ def launch(backend: Backend, options: WebOptions) -> gr.Blocks:
         )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there.
     port = listenable_port(options.host, options.port)
-    page = build(Handlers(backend))
+    handlers = Handlers(backend)
+    page = build(handlers)
+    uploads = Path(os.environ.get(GRADIO_FOLDER) or backend.temporary / "page")
     page.queue(default_concurrency_limit=None)
     try:
         page.launch(
@@ -209,7 +268,10 @@ def launch(backend: Backend, options: WebOptions) -> gr.Blocks:
                     Route("/kalle/audio/{token}", audio_route(backend.jobs)),
                     Route("/kalle/ahead/{token}", ahead_route(backend.jobs)),
                 ],
-                "middleware": [Middleware(OriginCheck, names=own_names(options))],
+                "middleware": [
+                    Middleware(OriginCheck, names=own_names(options)),
+                    Middleware(FieldCheck, fields=field_checks(page, handlers, uploads)),
+                ],
             },
             **look(),
         )
