@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from kalle.data.jsonl import fingerprint
 from kalle.data.ranks import OthersUnfinished, Share
 from kalle.errors import UserError
 from kalle.evaluation import Settings, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs
-from kalle.evaluation.journal import Journal, fingerprint, folder_digest
+from kalle.evaluation.journal import Journal, folder_digest
 from kalle.evaluation.metrics import DurationRatio, MelL1
 from kalle.evaluation.test_list import TestItem
 from kalle.files import folder_lock

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -21,11 +21,6 @@ from kalle.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 JOURNAL_FOLDER = "progress"
-
-
-def fingerprint(facts: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of ``facts``, all that decides a row: journals with another one are of another evaluation."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def folder_digest(folder: str | Path) -> str:

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kalle.data.jsonl import fingerprint
 from kalle.data.ranks import OthersUnfinished, rank_device, share_of_process
 from kalle.errors import UserError
-from kalle.evaluation.journal import Journal, fingerprint, folder_digest
+from kalle.evaluation.journal import Journal, folder_digest
 from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelL1, Metric
 from kalle.evaluation.protocols import SpeakingConfig, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs, wav_folder
 from kalle.evaluation.report import Result, Settings, versions

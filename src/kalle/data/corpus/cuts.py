@@ -21,7 +21,7 @@ from lhotse.cut import Cut, MixedCut
 from lhotse.serialization import deserialize_item
 
 from kalle.data.corpus.splits import SPLITS
-from kalle.data.journal import parse_json
+from kalle.data.jsonl import parse_json
 from kalle.errors import UserError
 from kalle.files import atomic_file, output_folder, write_atomic
 

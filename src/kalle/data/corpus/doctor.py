@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from kalle.data.corpus.figures import FIGURES, FIGURES_FOLDER, OVERVIEW_NAME, wr
 from kalle.data.corpus.measures import MEASUREMENTS_NAME, MeasuredItem, Progress, collect_measures
 from kalle.data.corpus.quality import CheckResult, Limits, examine, worst
 from kalle.data.corpus.report import histogram
-from kalle.data.journal import write_jsonl
+from kalle.data.jsonl import fingerprint, write_jsonl
 from kalle.files import output_folder, write_atomic
 
 REPORT_JSON, REPORT_MD, ITEMS_NAME = "report.json", "report.md", "items.jsonl"
@@ -152,9 +151,9 @@ def write_filtered(diagnosis: Diagnosis, corpus: Path, out: Path, remove: Sequen
         cuts.setdefault(key[0], [])
         if key not in removed:
             cuts[key[0]].append(cut)
-    fingerprint = hashlib.sha256(json.dumps([source, list(remove), asdict(limits), sorted(removed)]).encode()).hexdigest()
+    mark = fingerprint([source, list(remove), asdict(limits), sorted(removed)])
     with output_folder(out):
-        write_derived(out, cuts, report, _filtered_markdown(report, findings), FILTERED_BY, fingerprint)
+        write_derived(out, cuts, report, _filtered_markdown(report, findings), FILTERED_BY, mark)
         write_jsonl(out / ITEMS_NAME, flagged_rows(diagnosis.items, removing))
     return report
 

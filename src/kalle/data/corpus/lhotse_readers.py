@@ -25,7 +25,7 @@ from kalle.data.corpus.items import (
     plain_fields,
     split_of_part,
 )
-from kalle.data.journal import read_lines, read_text_line
+from kalle.data.jsonl import read_lines, read_text_line
 from kalle.errors import UserError
 
 _WHOLE_S = 1e-3

@@ -24,7 +24,7 @@ from kalle.data.corpus.items import (
     split_of_part,
 )
 from kalle.data.corpus.splits import SPLITS, normalised
-from kalle.data.journal import parse_json, read_jsonl, read_lines, read_text_line
+from kalle.data.jsonl import parse_json, read_jsonl, read_lines, read_text_line
 from kalle.errors import UserError
 
 TRANSCRIPTS_NAME = "transcripts.jsonl"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kalle.audio import PCM16_SCALE, Audio, clipped_share, to_pcm16
 from kalle.data.corpus.cuts import corpus_cuts, load_audio
-from kalle.data.journal import Journal
+from kalle.data.jsonl import ResumeJournal
 from kalle.errors import UserError
 from kalle.text.languages import LANGUAGE_OF_SCRIPT, script_of
 
@@ -335,7 +335,7 @@ def collect_measures(corpus: Path, out: Path, jobs: int, progress: Progress) -> 
     """
     cuts = corpus_cuts(corpus)
     stamps = {key: _stamp(cut) for key, cut in cuts.items()}
-    journal = Journal(out / MEASUREMENTS_NAME, f"kalle data doctor measures {MEASURES_VERSION}")
+    journal = ResumeJournal(out / MEASUREMENTS_NAME, f"kalle data doctor measures {MEASURES_VERSION}")
     try:
         sounds: dict[tuple[str, str], Measures] = {}
         for entry in journal.entries:

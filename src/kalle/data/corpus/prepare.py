@@ -23,7 +23,7 @@ from kalle.data.corpus.cuts import COMPLETED_NAME, REPORT_JSON, REPORT_MD, cuts_
 from kalle.data.corpus.items import Rejection, Source, SourceItem
 from kalle.data.corpus.report import build_report, markdown
 from kalle.data.corpus.splits import SPLITS
-from kalle.data.journal import Journal, parse_json
+from kalle.data.jsonl import ResumeJournal, parse_json
 from kalle.errors import UserError
 from kalle.files import output_folder, write_atomic
 
@@ -99,7 +99,7 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
         return Prepared(out, finished, unchanged=True, resumed_items=0)
     with output_folder(out):
         (out / COMPLETED_NAME).unlink(missing_ok=True)
-        journal = Journal(out / JOURNAL_NAME, fingerprint)
+        journal = ResumeJournal(out / JOURNAL_NAME, fingerprint)
         try:
             resumed, kept, rejected = _listen(source, out, options, journal, progress, jobs)
             report = _finish(source, out, options, fingerprint, kept, rejected)
@@ -148,7 +148,7 @@ def _marker(out: Path, fingerprint: str) -> str:
 
 
 def _listen(
-    source: Source, out: Path, options: PrepareOptions, journal: Journal, progress: Progress, jobs: int
+    source: Source, out: Path, options: PrepareOptions, journal: ResumeJournal, progress: Progress, jobs: int
 ) -> tuple[int, list[Kept], list[Rejection]]:
     """How many results an earlier run had left, and the results of all items in the source's order."""
     results: dict[str, Kept | Rejection] = {}

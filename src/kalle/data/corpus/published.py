@@ -23,7 +23,7 @@ from kalle.data.corpus.items import (
     split_of_part,
 )
 from kalle.data.corpus.lhotse_readers import from_cuts
-from kalle.data.journal import parse_json, read_lines, read_text_line
+from kalle.data.jsonl import parse_json, read_lines, read_text_line
 from kalle.errors import UserError
 from kalle.text.languages import detect_language
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ from kalle.audio import Audio
 from kalle.data.corpus.cuts import check_target, corpus_cuts, corpus_digest, load_audio, write_derived
 from kalle.data.corpus.figures import AGREEMENT_NAME, write_agreement_figure
 from kalle.data.corpus.measures import MeasuredItem, Measures, Progress, audio_stamp, item_of
-from kalle.data.journal import Journal, write_jsonl
+from kalle.data.jsonl import ResumeJournal, fingerprint, write_jsonl
 from kalle.errors import UserError
 from kalle.files import output_folder
 from kalle.text.languages import has_words
@@ -110,7 +109,8 @@ def retranscribe_corpus(
         write_jsonl(out / ITEMS_NAME, [{**asdict(verdict), "error_rate": verdict.error_rate} for verdict in verdicts])
         write_agreement_figure(out, verdicts, options.max_error_rate)
         kept = _kept(cuts, verdicts)
-        write_derived(out, kept, report, markdown(report), MADE_BY, _fingerprint(source["digest"], recogniser, options))
+        mark = fingerprint([source["digest"], dict(recogniser.description), asdict(options)])
+        write_derived(out, kept, report, markdown(report), MADE_BY, mark)
     return report
 
 
@@ -126,7 +126,7 @@ def _transcripts(
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """The journal entry of every cut that fits the recogniser's window: its transcript, or why its audio could not be read."""
     stamps = {key: f"{languages[key]}:{cut.start:.6f}+{cut.duration:.6f}:{audio_stamp(cut)}" for key, cut in cuts.items()}
-    journal = Journal(out / TRANSCRIPTS_NAME, json.dumps(dict(recogniser.description), sort_keys=True))
+    journal = ResumeJournal(out / TRANSCRIPTS_NAME, json.dumps(dict(recogniser.description), sort_keys=True))
     try:
         done = {(entry["split"], entry["id"]): entry for entry in journal.entries}
         done = {key: entry for key, entry in done.items() if stamps.get(key) == entry["stamp"]}
@@ -191,11 +191,6 @@ def _kept(cuts: Mapping[tuple[str, str], Cut], verdicts: Sequence[Verdict]) -> d
             cut = fastcopy(cut, supervisions=said)
         kept[verdict.split].append(cut)
     return kept
-
-
-def _fingerprint(source: str, recogniser: Recogniser, options: RetranscribeOptions) -> str:
-    facts = [source, dict(recogniser.description), asdict(options)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 OTHER_THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)

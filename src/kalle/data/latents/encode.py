@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import time
 from collections import Counter, deque
@@ -21,6 +19,7 @@ from torch import nn
 
 from kalle.checkpoint import check_fields, weights_hash, write_json
 from kalle.data.corpus.cuts import cut_field, load_audio
+from kalle.data.jsonl import fingerprint
 from kalle.data.latents.shards import (
     COMPLETED_NAME,
     INFO_NAME,
@@ -355,7 +354,7 @@ def _shards(encoder: CorpusEncoder, root: Path, split: str, utterances: Sequence
     size = encoder.config.shard_size
     parts = [utterances[start : start + size] for start in range(0, len(utterances), size)]
     folder.check_only(len(parts))
-    return [_Shard(folder, number, part, fingerprint(encoder, part)) for number, part in enumerate(parts)]
+    return [_Shard(folder, number, part, shard_mark(encoder, part)) for number, part in enumerate(parts)]
 
 
 def _all(shards: Mapping[str, Sequence[_Shard]]) -> list[_Shard]:
@@ -373,14 +372,14 @@ def planned(split: str, cuts: Sequence[Cut], encoder: CorpusEncoder) -> list[Utt
     return utterances
 
 
-def fingerprint(encoder: CorpusEncoder, utterances: Sequence[Utterance]) -> str:
+def shard_mark(encoder: CorpusEncoder, utterances: Sequence[Utterance]) -> str:
     """SHA-256 (hex) of all that decides the content of a shard, short of the audio itself."""
     config = encoder.config
     facts = [
         [encoder.encoder_hash, str(encoder.dtype), config.pad_to_hop, config.speaker_mels],
         *[[u.id, u.text, u.speaker, u.gaps_samples, [(c.id, c.start, c.duration) for c in u.cuts]] for u in utterances],
     ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return fingerprint(facts)
 
 
 def _write(encoder: CorpusEncoder, shard: _Shard, share: Share, done: Callable[[int], None]) -> None:

@@ -7,9 +7,7 @@ and a header for each cut, and an object store a request for each file; a shard 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from lhotse.cut import Cut
 
 from kalle.checkpoint import read_json, write_json
 from kalle.data.corpus.cuts import load_audio
+from kalle.data.jsonl import fingerprint
 from kalle.data.latents.shards import COMPLETED_NAME, INFO_NAME, ShardFolder, read_info_file, read_table, whole_table, write_index
 from kalle.data.latents.storage import Folder, is_url
 from kalle.data.latents.table import Table
@@ -117,7 +116,7 @@ def portions(cuts: Sequence[Cut], config: WaveShardConfig) -> Iterator[list[Cut]
 def _shard(folder: ShardFolder, number: int, cuts: Sequence[Cut], config: WaveShardConfig) -> dict[str, Any]:
     """The record of one shard, which is written unless it is complete already."""
     facts = [[config.sample_rate_hz], *[[cut.id, cut.start, cut.duration, [said.to_dict() for said in cut.supervisions]] for cut in cuts]]
-    mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    mark = fingerprint(facts)
     found = folder.finished(number, mark)
     if found is not None:
         return found

@@ -63,7 +63,7 @@ def fingerprint(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Journal:
+class ResumeJournal:
     """An append-only JSONL file whose first line names the work it belongs to; incomplete last lines are dropped.
 
     `entries` holds what an earlier, interrupted run of the same work had finished.
