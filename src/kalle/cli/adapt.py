@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalle.cli.interrupts import interruptible
+from kalle.cli.process import interruptible
 from kalle.cli.speaking import ModelOption, load_model, renamed
 from kalle.errors import UserError
 

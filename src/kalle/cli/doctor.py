@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kalle.cli.interrupts import interruptible
+from kalle.cli.process import interruptible
 from kalle.errors import UserError
 
 CKPT = Path("ckpt")

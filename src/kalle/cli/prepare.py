@@ -97,7 +97,7 @@ def run_prepare(
     headers_only: bool = False,
 ) -> None:
     """Check ``source`` into the corpus folder ``out`` and print its report. A part that a corpus holds out itself gets no share."""
-    from kalle.cli.interrupts import interruptible
+    from kalle.cli.process import interruptible
     from kalle.data.corpus.check import PrepareOptions
     from kalle.data.corpus.prepare import prepare_corpus
     from kalle.data.corpus.splits import SplitPolicy

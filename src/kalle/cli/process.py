@@ -1,12 +1,16 @@
-"""How the process of a command begins and ends."""
+"""The process of a command or a script: its threads, an interrupt, a mistake in the words of its flags, its end."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import os
 import sys
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+
+from kalle.errors import UserError
 
 SPINS = "1000"
 """Some tens of microseconds: longer than threads of an idle machine wait for each other, shorter than a turn of another program."""
@@ -41,3 +45,47 @@ def leave(code: int, command: str | None) -> None:
     except OSError:  # the reader is gone; the ordinary way says so
         sys.exit(code)
     os._exit(code)
+
+
+@contextlib.contextmanager
+def interruptible(message: str = "interrupted; run the same command again") -> Iterator[None]:
+    """Ctrl-C as one line and exit code 130; typer itself would add an empty line."""
+    import typer
+
+    from kalle.cli.main import INTERRUPTED
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def script_main(run: Callable[[], None], interrupted: str, flags: Mapping[str, str] | None = None) -> int:
+    """Call ``run``; a user's mistake, or what the system refuses, is one line and exit code 2, Ctrl-C the line ``interrupted`` and 130.
+
+    ``flags`` maps the flags that messages name to what the script calls them.
+    """
+    import typer
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        with interruptible(interrupted):
+            run()
+    except UserError as error:
+        return fail(str(error), flags)
+    except OSError as error:
+        return fail(f"{error.strerror}: '{error.filename}'" if error.filename else str(error), flags)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def fail(message: str, flags: Mapping[str, str] | None = None) -> int:
+    """Print ``message`` with the script's own ``flags``; returns the exit code of a mistake."""
+    from kalle.cli.main import USAGE_ERROR
+
+    for theirs, ours in (flags or {}).items():
+        message = message.replace(theirs, ours)
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return USAGE_ERROR
