@@ -1,10 +1,8 @@
-"""Audio files in and out: mono float32 arrays in [-1, 1], resampled on reading, PCM16 written atomically."""
+"""Audio files in and out: mixed down and resampled to mono float32 in [-1, 1] on reading, written atomically as 16 bits."""
 
 from __future__ import annotations
 
 import errno
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,18 +13,16 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from kalle.decoding import AudioError, Decoded, empty_audio, open_audio
 from kalle.errors import UserError
 from kalle.files import atomic_file
 
 Audio = NDArray[np.float32]
 PCM16_SCALE = 32767.0
-# Raw G.722 has no header, so a decoder cannot guess it from the content.
-HEADERLESS = {".g722": "g722"}
 LONGEST_WAV_BYTES = 2**32 - 4096
 """A WAV file counts its bytes in 32 bits."""
-MOST_VALUES_A_SECOND = 384_000
-"""Of a file whose length is bounded, all channels together: 192 kHz in stereo. A header may claim any rate."""
-_LONGEST_BELIEVED_SECONDS = 1e9
+SILENT_BELOW_LOUDEST_DB = 40.0
+"""A channel whose level lies further below the loudest one's is silent: it is not counted when channels are averaged."""
 WRITABLE = {
     ".wav": ("WAV", "PCM_16"),
     ".flac": ("FLAC", "PCM_16"),
@@ -37,52 +33,91 @@ WRITABLE = {
 """Suffix -> format and encoding of libsndfile."""
 
 
-class AudioError(UserError):
-    """A file that gives no usable audio; ``reason`` is one of missing, unreadable, empty, not finite, too long."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 def load_channels(path: str | Path, longest_seconds: float | None = None) -> tuple[Audio, int]:
     """Decode a whole file as it is stored: float32 (channels, S) and its sample rate in Hz.
 
-    libsndfile reads it, else PyAV where that is installed. Raises AudioError when the file is missing,
-    unreadable, without samples, or holds NaN or infinity; with ``longest_seconds`` also when it is longer, of which no more
-    than that is ever decoded: a small file can hold hours of silence, and its header may say anything.
+    libsndfile reads it, else PyAV where that is installed (`kalle.decoding`). Raises AudioError when the file is missing, unreadable,
+    without samples, has more than 64 channels, or holds NaN or infinity; with ``longest_seconds`` also when it is longer: by its header
+    before anything is decoded, and else before more than that is kept, for a small file can hold hours of silence.
+    A WAV file whose header was never finished (0 samples, followed by samples) is read to its end, with a warning in the log.
     """
     path = Path(path)
-    _require_content(path)
-    channels, rate_hz = _decode(path, math.inf if longest_seconds is None else longest_seconds)
+    with open_audio(path, longest_seconds) as decoded:
+        blocks = list(decoded.blocks)
+        channels = np.ascontiguousarray(np.concatenate(blocks).T) if blocks else np.zeros((decoded.channels, 0), np.float32)
     if channels.shape[1] == 0:
-        raise AudioError(f"no audio in '{path}': got 0 samples, expected speech; record or fetch the file again", "empty")
-    if not np.isfinite(channels).all():
-        bad = int((~np.isfinite(channels)).sum())
-        raise AudioError(f"not finite: '{path}' holds {bad} NaN or infinite samples, expected numbers only; export it again", "not finite")
-    return channels, rate_hz
+        raise empty_audio(path)
+    return channels, decoded.rate_hz
 
 
-def read_audio(path: str | Path, sample_rate_hz: int = 16000) -> Audio:
-    """Read a file as mono float32 (S,) at ``sample_rate_hz``: channels are averaged, another rate is resampled.
+def load_mono(path: str | Path, longest_seconds: float | None = None) -> tuple[Audio, int]:
+    """Decode a whole file and mix its channels down as ``mix_down`` does: float32 (S,) and its sample rate. Errors as `load_channels`."""
+    path = Path(path)
+    with open_audio(path, longest_seconds) as decoded:
+        mono = _mixed(decoded, lambda total, last: total)
+    if not len(mono):
+        raise empty_audio(path)
+    return mono, decoded.rate_hz
 
-    Raises AudioError (a UserError) as `load_channels` does.
+
+def read_audio(path: str | Path, sample_rate_hz: int = 16000, longest_seconds: float | None = None) -> Audio:
+    """Read a file as mono float32 (S,) at ``sample_rate_hz``: channels are averaged (`mix_down`), another rate is resampled.
+
+    It is decoded in blocks, so memory is 4 bytes a sample of the result. Raises AudioError (a UserError) as `load_channels` does.
     """
-    channels, rate_hz = load_channels(path)
-    mono = resample(channels.mean(axis=0, dtype=np.float32), rate_hz, sample_rate_hz)
-    if mono.size == 0:
+    path = Path(path)
+    with open_audio(path, longest_seconds) as decoded:
+        if decoded.rate_hz == sample_rate_hz:
+            mono = _mixed(decoded, lambda total, last: total)
+        else:
+            _check_rates(decoded.rate_hz, sample_rate_hz)
+            stream = soxr.ResampleStream(decoded.rate_hz, sample_rate_hz, 1, dtype="float32")
+            mono = _mixed(decoded, stream.resample_chunk)
+    if not len(mono):
         raise AudioError(f"no audio in '{path}': too short for one sample at {sample_rate_hz} Hz; record it again", "empty")
+    return mono
+
+
+def mix_down(channels: Audio) -> Audio:
+    """The average (S,) of those of ``channels`` (C, S) that are not silent.
+
+    A channel more than `SILENT_BELOW_LOUDEST_DB` below the loudest one does not count: speech on one of six channels keeps its level,
+    where the average of all six would be 16 dB quieter. Two channels of speech are averaged as ever.
+    """
+    power = np.mean(np.square(channels, dtype=np.float64), axis=1)
+    return np.asarray(channels.sum(axis=0, dtype=np.float32) / np.float32(_active(power)), dtype=np.float32)
+
+
+def _active(power: NDArray[np.float64]) -> int:
+    """How many channels of that ``power`` (C,) are not silent; all when all are."""
+    return int(np.count_nonzero(power >= power.max() * 10 ** (-SILENT_BELOW_LOUDEST_DB / 10))) if power.size else 1
+
+
+def _mixed(decoded: Decoded, further: Callable[[Audio, bool], Audio]) -> Audio:
+    """The mix of all blocks, each sent through ``further`` (sum of the channels, whether it is the last)."""
+    power, parts = np.zeros(decoded.channels), []
+    # Silent channels add nothing to the sum, so that how many there are may be known at the end.
+    for block in decoded.blocks:
+        power += np.square(block, dtype=np.float64).sum(axis=0)
+        parts.append(further(block.sum(axis=1, dtype=np.float32), False))
+    parts.append(further(np.zeros(0, np.float32), True))
+    mono = np.concatenate(parts)
+    mono /= np.float32(_active(power))
     return mono
 
 
 def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:
     """Band-limited resampling of mono float32 (S,) to (about S * to_hz / from_hz,); a UserError for a rate that is none."""
-    for rate_hz in (from_hz, to_hz):
-        if not rate_hz > 0:
-            raise UserError(f"bad sample rate: got {rate_hz} Hz, expected more than 0; give the rate the audio was recorded at")
+    _check_rates(from_hz, to_hz)
     if from_hz == to_hz:
         return np.ascontiguousarray(audio, dtype=np.float32)
     return np.asarray(soxr.resample(audio, from_hz, to_hz), dtype=np.float32)
+
+
+def _check_rates(*rates_hz: int) -> None:
+    for rate_hz in rates_hz:
+        if not rate_hz > 0:
+            raise UserError(f"bad sample rate: got {rate_hz} Hz, expected more than 0; give the rate the audio was recorded at")
 
 
 def write_audio(path: str | Path, audio: NDArray[np.floating], sample_rate_hz: int) -> None:
@@ -189,98 +224,3 @@ def clipped_share(audio: Audio, level: float = 0.999, run_samples: int = 3) -> f
     edges = np.flatnonzero(np.diff(np.concatenate(([False], loud, [False])).astype(np.int8)))
     lengths = edges[1::2] - edges[::2]
     return float(lengths[lengths >= run_samples].sum()) / max(audio.size, 1)
-
-
-def _require_content(path: Path) -> None:
-    if not path.is_file():
-        raise AudioError(f"audio file not found: got '{path}', expected a readable audio file; check the path", "missing")
-    if path.stat().st_size == 0:
-        raise AudioError(f"empty file: '{path}' has 0 bytes, expected audio; record or fetch the file again", "empty")
-
-
-def _decode(path: Path, longest_seconds: float) -> tuple[Audio, int]:
-    if path.suffix.lower() not in HEADERLESS:
-        try:
-            return _decode_sndfile(path, longest_seconds)
-        # A TypeError is the answer to a suffix that means samples without a header.
-        except (soundfile.LibsndfileError, OSError, TypeError) as error:
-            problem = str(error)
-    else:
-        problem = "it needs PyAV (`pip install av`)"
-    decoded = _decode_av(path, longest_seconds)
-    if decoded is None:
-        raise AudioError(
-            f"unreadable audio: '{path}' ({_one_line(problem)}); expected WAV, FLAC, Ogg, Opus, MP3 or what PyAV decodes; convert it",
-            "unreadable",
-        )
-    return decoded
-
-
-def _decode_sndfile(path: Path, longest_seconds: float) -> tuple[Audio, int]:
-    with soundfile.SoundFile(path) as file:
-        most = _most_samples(path, longest_seconds, file.samplerate, file.channels)
-        if file.format == "OGG":
-            file.seek(0)  # an Opus stream whose granule positions begin late is opened in its middle
-        frames = file.read(-1 if most is None else most + 1, dtype="float32", always_2d=True)
-        if most is not None and len(frames) > most:
-            raise _too_long(path, longest_seconds, file.frames / file.samplerate)
-        return np.ascontiguousarray(frames.T), int(file.samplerate)
-
-
-def _decode_av(path: Path, longest_seconds: float) -> tuple[Audio, int] | None:
-    """float32 (channels, S) and the rate by way of PyAV; None when PyAV is absent or finds no audio."""
-    try:
-        import av
-    except ImportError:
-        return None
-    try:
-        with av.open(str(path), format=HEADERLESS.get(path.suffix.lower())) as container:
-            if not container.streams.audio:
-                return None
-            frames = _av_frames(path, container, av.AudioResampler(format="fltp"), longest_seconds)
-    except AudioError:
-        raise
-    except (av.FFmpegError, OSError, ValueError):
-        return None
-    if not frames:
-        return np.zeros((1, 0), dtype=np.float32), 1
-    return np.concatenate([frame.to_ndarray() for frame in frames], axis=1), int(frames[0].sample_rate)
-
-
-def _av_frames(path: Path, container: Any, resampler: Any, longest_seconds: float) -> list[Any]:
-    """The frames of the first audio stream, refused as soon as they are too long together."""
-    kept: list[Any] = []
-    samples = 0
-    for frame in itertools.chain(container.decode(audio=0), (None,)):
-        for out in resampler.resample(frame):
-            kept.append(out)
-            samples += out.samples
-            most = _most_samples(path, longest_seconds, out.sample_rate, len(out.layout.channels))
-            if most is not None and samples > most:
-                raise _too_long(path, longest_seconds)
-    return kept
-
-
-def _most_samples(path: Path, longest_seconds: float, rate_hz: int, channels: int) -> int | None:
-    """How many samples a channel may have; None for any number."""
-    if math.isinf(longest_seconds):
-        return None
-    if rate_hz * channels > MOST_VALUES_A_SECOND:
-        raise AudioError(
-            f"too many samples a second in '{path}': got {channels} channels at {rate_hz} Hz, expected at most {MOST_VALUES_A_SECOND} "
-            "together; convert it",
-            "too long",
-        )
-    return int(longest_seconds * rate_hz)
-
-
-def _too_long(path: Path, longest_seconds: float, seconds: float = math.inf) -> AudioError:
-    # A file that was written into a pipe doesn't know its length, which reads as the largest there is.
-    got = f"{seconds:.2f} s" if longest_seconds < seconds < _LONGEST_BELIEVED_SECONDS else f"more than {longest_seconds:g} s"
-    return AudioError(
-        f"too long: got {got} of audio in '{path}', expected at most {longest_seconds:g} s; record or cut it again", "too long"
-    )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -239,15 +240,50 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     module.load_state_dict(dict(given), strict=False)
 
 
-def require_fit(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: str | Path) -> None:
-    """A UserError that lists every tensor of ``got`` missing, superfluous, misshapen or mistyped."""
+def require_fit(
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    source: str | Path,
+    remedy: str = "use the configuration the weights were made with",
+) -> None:
+    """A UserError that counts the tensors of ``got`` that are missing, superfluous, misshapen or mistyped, and names the first."""
     problems = mismatches(expected, got)
     if problems:
+        raise UserError(f"the weights in '{source}' do not fit the model ({len(problems)} tensors): {_by_kind(problems)}; {remedy}")
+
+
+def _by_kind(problems: Iterable[str]) -> str:
+    """The first of each kind of ``mismatches``."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kind, _, what = problem.partition(": ")
+        kinds.setdefault(kind, []).append(what)
+    return "; ".join(f"{kind}: {first_of(some, 3)}" for kind, some in kinds.items())
+
+
+def first_of(items: Iterable[str], shown: int = 4) -> str:
+    """The first of many ``items`` for one line, and how many are left out."""
+    every = list(items)
+    separator = "; " if any(", " in item or "; " in item for item in every[:shown]) else ", "
+    return separator.join(every[:shown]) + (f" and {len(every) - shown} more" if len(every) > shown else "")
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """A UserError that names tensors which hold NaN or infinity: a model with such weights says nothing or noise."""
+    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if bad:
         raise UserError(
-            f"the weights in '{source}' do not fit the model ({len(problems)} tensors): "
-            + "; ".join(problems)
-            + "; use the configuration the weights were made with"
+            f"weights that are not finite: '{source}' holds NaN or infinity in {len(bad)} of {len(tensors)} tensors ({first_of(bad)}); "
+            "fetch them again, or take an earlier checkpoint of the training"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True
+    # One pass and no copy; NaN passes through.
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 class _Unfilled(TorchFunctionMode):
@@ -282,7 +318,8 @@ def load_module(
     dtypes: Mapping[str, torch.dtype] | None = None,
     skip: Callable[[str], bool] = lambda name: False,
 ) -> Module:
-    """The module that ``build`` makes with the weights in ``folder``, in evaluation mode; a UserError when they do not fit it.
+    """The module that ``build`` makes with the weights in ``folder``, in evaluation mode; a UserError when they do not fit it
+    or are not finite.
 
     Nothing is drawn at random and, on the CPU, nothing copied that has its dtype already: the weights are the mapped file. A tensor has the
     dtype that ``build`` gives it, or the one of the first prefix of its name in ``dtypes``; what the file does not hold keeps its own.
@@ -294,6 +331,7 @@ def load_module(
         module = build()
     expected, tensors = module.state_dict(), {name: tensor for name, tensor in read_weights(folder).items() if not skip(name)}
     require_fit(expected, tensors, folder)
+    require_finite(tensors, folder)
     mapped = dict(tensors)
     for name, tensor in mapped.items():
         if expected[name].is_floating_point():

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kalle.checkpoint import first_of
 from kalle.errors import UserError
 from kalle.files import unwritable
 
+logger = logging.getLogger(__name__)
+
+GENERATOR = "generator"
 LFS_POINTER = b"version https://git-lfs"
 _ZIP, _PICKLE = b"PK", b"\x80"
 """How files of torch.save begin, today's and those before 1.6."""
@@ -86,10 +91,63 @@ def only_tensors(values: Mapping[str, Any], source: str | Path) -> dict[str, Ten
     ]
     if wrong:
         raise UserError(
-            f"not the released format: '{source}' holds {len(wrong)} entries that are no dense tensors: {', '.join(wrong)}; "
+            f"not the released format: '{source}' holds {len(wrong)} entries that are no dense tensors: {first_of(wrong)}; "
             "give the published file"
         )
     return {name: value.detach() for name, value in values.items()}
+
+
+def released_tensors(content: Mapping[str, Any], expected: Iterable[str], source: str | Path) -> dict[str, Tensor]:
+    """The dense tensors of ``content`` under the release's names, some of which are ``expected``.
+
+    Understood is what trainers wrap a state dict in: one under a key, as the release itself has it ("generator") or a checkpoint does
+    ("state_dict", "ema"), names that begin with the path of a module (DataParallel's "module.", a LightningModule's attribute, an averaged
+    copy's "ema_model.") or contain torch.compile's "_orig_mod.", and weight norm as a parametrization. What is taken off and left
+    out is logged. UserError when ``content`` holds something else.
+    """
+    wanted = frozenset(expected)
+    state, where = _state_dict(content, wanted)
+    tensors = only_tensors(state, source)
+    plain = {_plain(name): tensor for name, tensor in tensors.items()}
+    prefixes = {begins for name in plain if (begins := _begins(name, wanted)) is not None} | {""}
+    prefix = max(sorted(prefixes, key=len), key=lambda prefix: sum(prefix + name in plain for name in wanted))
+    kept = {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}
+    others = [name for name in plain if not name.startswith(prefix)]
+    beside = [str(key) for key in content if where and key != where]
+    if prefix or plain.keys() != tensors.keys() or (where and where != GENERATOR):
+        logger.info("'%s': %d tensors under '%s%s'", source, len(kept), f"{where}: " if where else "", prefix)
+    if others or beside:
+        logger.warning("'%s' holds more than the model, left out: %s", source, first_of([*beside, *others]))
+    return kept
+
+
+def _state_dict(content: Mapping[str, Any], wanted: Collection[str]) -> tuple[Mapping[str, Any], str]:
+    """``content``, or the mapping inside it that has most of the ``wanted`` names, and its key."""
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return content, ""
+    inside = {str(key): value for key, value in content.items() if isinstance(value, Mapping) and value}
+    if not inside:
+        return content, ""
+    # The first of equals in this order: a checkpoint with an average beside its weights is taken by its weights.
+    order = sorted(inside, key=lambda key: (key not in (GENERATOR, "state_dict", "model", "module"), key))
+
+    key = max(order, key=lambda key: sum(_begins(_plain(str(name)), wanted) is not None for name in inside[key]))
+    return inside[key], key
+
+
+def _plain(name: str) -> str:
+    """``name`` in the release's spelling of weight norm, without the module that torch.compile puts around another."""
+    name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    for ours, released in (("original0", "weight_g"), ("original1", "weight_v")):
+        name = name.removesuffix(f"parametrizations.weight.{ours}") + (released if name.endswith(f"parametrizations.weight.{ours}") else "")
+    return name
+
+
+def _begins(name: str, wanted: Collection[str]) -> str | None:
+    """What stands before a ``wanted`` name at the end of ``name``; None when none is there."""
+    parts = name.split(".")
+    starts = (count for count in range(len(parts)) if ".".join(parts[count:]) in wanted)
+    return next(("".join(part + "." for part in parts[:count]) for count in starts), None)
 
 
 def write_pickle(path: Path, value: Mapping[str, Any]) -> None:

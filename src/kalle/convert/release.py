@@ -16,9 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, mismatches, read_json, read_weights, write_json, write_tensors
+from kalle.checkpoint import (
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    WEIGHTS_NAME,
+    read_json,
+    read_weights,
+    require_finite,
+    require_fit,
+    write_json,
+    write_tensors,
+)
 from kalle.convert import CONVERTED
-from kalle.convert.pickles import only_tensors, read_pickle, write_pickle
+from kalle.convert.pickles import GENERATOR, read_pickle, released_tensors, write_pickle
 from kalle.convert.release_format import (
     LM_EMBEDDING,
     LM_HEAD,
@@ -44,7 +54,6 @@ PARTS = (FLOWVAE, LM, TOKENIZER)
 RELEASED_FLOWVAE, RELEASED_LM = ("flowvae.pt", "flowvae.json"), ("model.pt", "lm.json")
 """Weights and configuration as ``convert_to_release`` names them."""
 _RELEASED_WEIGHTS = (RELEASED_FLOWVAE[0], RELEASED_LM[0])
-GENERATOR = "generator"
 
 _log = logging.getLogger(__name__)
 
@@ -150,20 +159,13 @@ def _folder_config(before: Mapping[str, Any], staging: Path, out: Path) -> dict[
 def _convert_flowvae(weights: Path, config_path: Path, folder: Path) -> None:
     values = read_json(config_path)
     config = flowvae_config(values, config_path)
-    content = read_pickle(weights)
-    surplus = [str(key) for key in content if key != GENERATOR]
-    if not isinstance(content.get(GENERATOR), Mapping) or surplus:
-        keys = ", ".join(map(str, content)) or "none"
-        raise UserError(
-            f"not the released format: '{weights}' has the keys {keys}, expected a state dict under '{GENERATOR}' alone; "
-            "give the published flowvae.pt"
-        )
-    tensors = only_tensors(content[GENERATOR], weights)
     expected = _flowvae_shapes(config)
     stages, blocks = _flowvae_sizes(config)
     names = released_flowvae_names(expected, stages, blocks)
+    tensors = released_tensors(read_pickle(weights), names.values(), weights)
     remedy = f"give the JSON of these weights, not '{config_path}'"
-    _require_equal({names[name]: shape for name, shape in expected.items()}, tensors, weights, remedy)
+    require_fit({names[name]: shape for name, shape in expected.items()}, tensors, weights, remedy)
+    require_finite(tensors, weights)
     assert flowvae_names(tensors, stages, blocks) == {released: ours for ours, released in names.items()}
     write_tensors(folder / WEIGHTS_NAME, {ours: tensors[released] for ours, released in names.items()})
     write_json(folder / CONFIG_NAME, config.to_dict())
@@ -172,18 +174,19 @@ def _convert_flowvae(weights: Path, config_path: Path, folder: Path) -> None:
 
 def _convert_lm(weights: Path, config_path: Path | None, folder: Path) -> None:
     values = dict(RELEASED_BACKBONE) if config_path is None else read_json(config_path)
-    tensors = only_tensors(read_pickle(weights), weights)
+    tensors = released_tensors(read_pickle(weights), (LM_EMBEDDING, LM_HEAD), weights)
     config = lm_config(values, tensors, config_path or "the released configuration")
     head = tensors.pop(LM_HEAD, None)
     expected = _lm_shapes(config)
     names = released_lm_names(expected)
     remedy = "give their own configuration with --lm-config" + ("" if config_path is None else f", not '{config_path}'")
-    _require_equal({names[name]: shape for name, shape in expected.items()}, tensors, weights, remedy)
+    require_fit({names[name]: shape for name, shape in expected.items()}, tensors, weights, remedy)
     if head is not None and not _same_bits(head, tensors[LM_EMBEDDING]):
         raise UserError(
             f"not tied: in '{weights}' {LM_HEAD} differs from {LM_EMBEDDING}, expected the same values; "
             "KALL-E has tied embeddings, give its model.pt"
         )
+    require_finite(tensors, weights)
     assert lm_names(tensors) == {released: ours for ours, released in names.items()}
     write_tensors(folder / WEIGHTS_NAME, {ours: tensors[released] for ours, released in names.items()})
     write_json(folder / CONFIG_NAME, config.to_dict())
@@ -198,7 +201,8 @@ def _release_flowvae(folder: Path, weights: Path, config_path: Path) -> None:
     elif flowvae_config(values, folder / RELEASE_NAME) != config:
         raise UserError(f"'{folder / RELEASE_NAME}' contradicts {CONFIG_NAME}, expected the same model; remove the one that is wrong")
     tensors = read_weights(folder)
-    _require_equal(_flowvae_shapes(config), tensors, folder, "convert or train it again")
+    require_fit(_flowvae_shapes(config), tensors, folder, "convert or train it again")
+    require_finite(tensors, folder)
     names = released_flowvae_names(tensors, *_flowvae_sizes(config), source=str(folder))
     write_pickle(weights, {GENERATOR: {released: tensors[ours] for ours, released in names.items()}})
     write_json(config_path, values)
@@ -209,7 +213,8 @@ def _release_lm(folder: Path, weights: Path, config_path: Path) -> None:
     if config.normalise_latents:
         raise UserError(f"no released format for '{folder}': the release cannot hold normalise_latents, expected a model without it")
     tensors = read_weights(folder)
-    _require_equal(_lm_shapes(config), tensors, folder, "convert or train it again")
+    require_fit(_lm_shapes(config), tensors, folder, "convert or train it again")
+    require_finite(tensors, folder)
     recorded = _recorded(folder)
     released = {theirs: tensors[ours] for ours, theirs in released_lm_names(tensors, source=str(folder)).items()}
     if recorded.get("lm_head", True):
@@ -256,13 +261,6 @@ def _flowvae_sizes(config: FlowVAEConfig) -> tuple[int, int]:
     """Encoder stages and blocks per decoder stage, which the released numbering depends on."""
     assert isinstance(config.decoder, BigVGANConfig), config.decoder
     return len(config.encoder.strides), len(config.decoder.block_kernel_sizes)
-
-
-def _require_equal(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], source: Path, remedy: str) -> None:
-    problems = mismatches(expected, got)
-    if problems:
-        listed = "; ".join(problems)
-        raise UserError(f"the weights in '{source}' do not fit the configuration ({len(problems)} tensors): {listed}; {remedy}")
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:

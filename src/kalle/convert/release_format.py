@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kalle.checkpoint import first_of
 from kalle.errors import UserError
 from kalle.models.backbone import BackboneConfig
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAEConfig
@@ -315,7 +316,7 @@ def _map_names(names: Iterable[str], rules: list[Rule], inverse: list[Rule], sou
         else:
             mapping[name] = renamed
     if unknown:
-        listed = ", ".join(unknown)
+        listed = first_of(unknown)
         raise UserError(f"{expected}: '{source}' holds {len(unknown)} tensors of unknown name: {listed}; give the file as it was published")
     assert len(set(mapping.values())) == len(mapping), "two names map to one"
     return mapping

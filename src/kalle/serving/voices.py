@@ -6,9 +6,6 @@ import hashlib
 import logging
 import os
 import secrets
-import subprocess
-import sys
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from kalle.audio import Audio, resample, write_audio
+from kalle.audio import Audio, load_mono, resample, write_audio
 from kalle.errors import UserError
 from kalle.files import unwritable
 from kalle.synthesis.kalle import Kalle
@@ -30,25 +27,6 @@ LOGGER = logging.getLogger(__name__)
 SAMPLE_SECONDS = 6.0
 SAMPLE_TEXT = "This is how I sound."
 _REMEMBERED = 32
-DECODE_SECONDS = 60.0
-DECODE_BYTES = 4 * 2**30
-"""Address space of the process that decodes an upload."""
-_DECODE = """
-import contextlib, sys
-import numpy
-from kalle.audio import load_channels
-from kalle.errors import UserError
-recording, longest_seconds, most_bytes, out = sys.argv[1:]
-with contextlib.suppress(ImportError):  # not everywhere
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (int(most_bytes), int(most_bytes)))
-try:
-    channels, rate_hz = load_channels(recording, float(longest_seconds))
-except UserError as error:
-    sys.exit(f"mistake: {error}")
-numpy.save(out, channels.mean(axis=0, dtype=numpy.float32))
-print(rate_hz)
-"""
 Value = TypeVar("Value")
 STORED, RECORDING, RANDOM = "stored", "recording", "random"
 
@@ -188,7 +166,7 @@ class VoiceStore:
         return CheckedVoice(voice, tuple(prompt_warnings(resample(audio, rate_hz, rate), rate, transcript, rate_hz)))
 
     def _decoded(self, recording: Path) -> tuple[Audio, int]:
-        return self._recordings.get((recording, _changed(recording)), lambda: decode_apart(recording, LONGEST_PROMPT_SECONDS))
+        return self._recordings.get((recording, _changed(recording)), lambda: load_mono(recording, LONGEST_PROMPT_SECONDS))
 
     def _publish(self, voice: Voice, path: Path, name: str) -> None:
         """Write ``path`` whole, and never in the place of a file that came there since it was looked for."""
@@ -228,30 +206,6 @@ class VoiceStore:
     def _folders(self) -> list[Path]:
         beside = [] if self.kalle.folder is None else [self.kalle.folder / VOICES_FOLDER]
         return [self.folder, *(folder for folder in beside if folder != self.folder)]
-
-
-def decode_apart(recording: Path, longest_seconds: float) -> tuple[Audio, int]:
-    """The audio of ``recording``, mono float32 (S,), and its rate in Hz, decoded in a process of its own.
-
-    Decoders are large programs that read what strangers send. One that crashes, hangs or fills the memory ends with its process, and the
-    page goes on: a UserError, as for a recording that cannot be read.
-    """
-    with tempfile.TemporaryDirectory(prefix="kalle-decode-") as folder:
-        out = Path(folder) / "audio.npy"
-        command = [sys.executable, "-c", _DECODE, str(recording.absolute()), str(longest_seconds), str(DECODE_BYTES), str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        name = recording.name
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DECODE_SECONDS, env=environment)
-        except subprocess.TimeoutExpired:
-            raise UserError(f"unreadable audio: '{name}' took more than {DECODE_SECONDS:g} s to decode; convert it to WAV") from None
-        if done.returncode == 0 and out.is_file():
-            return np.load(out, allow_pickle=False), int(done.stdout)
-    said = done.stderr.strip().splitlines()[-1:] or [""]
-    if said[0].startswith("mistake: "):
-        raise UserError(said[0].removeprefix("mistake: "))
-    LOGGER.warning("decoding '%s' ended with code %d: %s", recording, done.returncode, said[0])
-    raise UserError(f"unreadable audio: decoding '{name}' ended its process; convert it to WAV, or give another recording")
 
 
 def _replace(temporary: Path, reserved: Path) -> None:

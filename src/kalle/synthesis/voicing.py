@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kalle.audio import Audio, clipped_share, load_channels, resample, rms_dbfs
+from kalle.audio import Audio, clipped_share, load_mono, resample, rms_dbfs
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.speaker import SpeakerMel
@@ -144,8 +144,8 @@ def random_voice_text(language: str | None) -> str:
 def _waveform(kalle: Kalle, audio: str | Path | NDArray[np.floating], sample_rate_hz: int | None) -> tuple[Audio, int]:
     """Mono samples (S,) at the model's rate, and the rate they were recorded at."""
     if isinstance(audio, str | Path):
-        channels, rate_hz = load_channels(audio, LONGEST_PROMPT_SECONDS)
-        return resample(channels.mean(axis=0, dtype=np.float32), rate_hz, kalle.sample_rate), rate_hz
+        mono, rate_hz = load_mono(audio, LONGEST_PROMPT_SECONDS)
+        return resample(mono, rate_hz, kalle.sample_rate), rate_hz
     wav, rate_hz = np.asarray(audio, dtype=np.float32), sample_rate_hz or kalle.sample_rate
     if wav.ndim != 1 or not wav.size or not np.isfinite(wav).all():
         raise UserError(

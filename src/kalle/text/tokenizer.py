@@ -100,8 +100,13 @@ class Tokenizer:
             return cls(backend)
         except UserError:
             raise
-        except Exception as error:  # the Rust side raises bare Exception
-            raise UserError(f"not a tokenizer: '{path}' ({str(error).splitlines()[0]}); fetch or write it again") from None
+        except BaseException as error:
+            # The Rust side raises bare Exception, and its panics are not even that.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(
+                f"not a tokenizer: '{path}' ({(str(error).splitlines() or [type(error).__name__])[0]}); fetch or write it again"
+            ) from None
 
     @classmethod
     def bytes(cls) -> Tokenizer:

@@ -15,8 +15,8 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kalle.audio import load_channels, rms_dbfs
-from kalle.data.corpus.check import PrepareOptions, check_item, mixed_down
+from kalle.audio import load_channels, mix_down, rms_dbfs
+from kalle.data.corpus.check import PrepareOptions, check_item
 from kalle.data.corpus.cuts import load_audio, load_cuts
 from kalle.data.corpus.items import AUDIO_SUFFIXES, Rejection, Source, SourceItem
 from kalle.data.corpus.lists import read_csv_corpus, read_jsonl_corpus
@@ -89,9 +89,9 @@ def test_silent_channels_do_not_make_a_mix_quieter(tmp_path: Path) -> None:
     assert not isinstance(kept, Rejection)
     stored, _ = load_channels(tmp_path / kept.audio)
     assert rms_dbfs(stored[0]) == pytest.approx(rms_dbfs(TONE), abs=0.01)
-    np.testing.assert_array_equal(mixed_down(np.stack([TONE, TONE])), TONE)
-    np.testing.assert_allclose(mixed_down(np.stack([TONE, 0.5 * TONE])), 0.75 * TONE, rtol=1e-6)
-    assert not mixed_down(np.zeros((3, 10), np.float32)).any()
+    np.testing.assert_array_equal(mix_down(np.stack([TONE, TONE])), TONE)
+    np.testing.assert_allclose(mix_down(np.stack([TONE, 0.5 * TONE])), 0.75 * TONE, rtol=1e-6)
+    assert not mix_down(np.zeros((3, 10), np.float32)).any()
 
 
 def shifted(content: bytes, samples: int) -> bytes:

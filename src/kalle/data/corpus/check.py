@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from kalle.audio import Audio, AudioError, clipped_share, load_channels, resample, rms_dbfs, write_audio
+from kalle.audio import Audio, AudioError, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
 from kalle.data.corpus.items import TAG, Rejection, SourceItem
 from kalle.data.corpus.splits import SplitPolicy, normalised
 from kalle.errors import UserError
 
-_SILENT_CHANNEL = 0.01
-"""Level of a channel against the loudest, -40 dB, below which it is not part of the mix."""
 ROUNDING_S = 0.1
 """How far a segment may reach beyond its recording, for lists that give times rounded; what is beyond does not exist."""
 LONGEST_RECORDING_SECONDS = 4 * 3600.0
@@ -242,7 +240,7 @@ def _sound_problem(sound: ItemAudio, options: PrepareOptions) -> tuple[str, str]
         return "too long", f"got {seconds:.3f} s, expected at most {options.max_seconds} s"
     if sound.channels is None:
         return None
-    level = rms_dbfs(mixed_down(sound.channels))
+    level = rms_dbfs(mix_down(sound.channels))
     if level < options.silent_below_dbfs:
         return "silent", f"got {level:.1f} dBFS, expected at least {options.silent_below_dbfs} dBFS"
     # Averaging hides a clipped channel, so each is looked at by itself.
@@ -257,16 +255,9 @@ def _stored(item: SourceItem, sound: ItemAudio, wanted_hz: int, out: Path) -> tu
     if sound.channels is None or (sound.channel_count == 1 and item.inside is None and _soundfile_agrees(item, sound)):
         return str(item.audio), sound.rate_hz, sound.file_samples, sound.start_samples
     relative = f"audio/{item.id}.flac"
-    converted = resample(mixed_down(sound.channels), sound.rate_hz, wanted_hz)
+    converted = resample(mix_down(sound.channels), sound.rate_hz, wanted_hz)
     write_audio(out / relative, converted, wanted_hz)
     return relative, wanted_hz, converted.size, 0
-
-
-def mixed_down(channels: Audio) -> Audio:
-    """The mean (S,) of those of ``channels`` (C, S) that sound: a silent one would make the others quieter."""
-    levels = np.sqrt(np.mean(np.square(channels, dtype=np.float64), axis=1))
-    sounding = levels >= levels.max() * _SILENT_CHANNEL
-    return np.asarray(channels[sounding].mean(axis=0, dtype=np.float32))
 
 
 def _soundfile_agrees(item: SourceItem, sound: ItemAudio) -> bool:
