@@ -90,3 +90,12 @@ def test_the_peak_sees_what_was_held_and_let_go() -> None:
         torch.ones(64 * 2**20).sum()
     if not busy.since_start:
         assert busy.bytes - idle.bytes > 150 * 2**20
+
+
+def test_the_algorithm_without_a_cache_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalle.evaluation.benchmark.LONGEST_UNCACHED_S", 0.0)
+    out = tmp_path / "bench.json"
+    assert main(["bench", "synthesis", *FAST, "--seconds", "0.4", "--out", str(out)]) == 0
+    cached, uncached = json.loads(out.read_text())["rows"][:2]
+    assert "no cache" in uncached["step"]
+    assert 0 < uncached["speech_seconds"] < cached["speech_seconds"]
