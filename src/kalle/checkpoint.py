@@ -32,6 +32,8 @@ SHIPPED = "kalle-nano"
 Module = TypeVar("Module", bound=nn.Module)
 PART_NAMES = {"flowvae": "Flow-VAE", "lm": "language model"}
 """Names of the parts in messages."""
+_LONGEST_LIST = 64
+"""Entries of a list in a configuration."""
 _DEVICES = "auto, cpu, cuda, cuda:N, or mps where torch has one"
 
 
@@ -401,6 +403,21 @@ def check_fields(config: Any, key: str) -> None:
         if not any(_fits(value, choice) for choice in choices):
             path, expected = f"{key}.{name}" if key else name, " or ".join(map(_spoken, choices))
             raise UserError(f"{path}: got {value!r}, expected {expected}; correct it")
+
+
+def check_sizes(config: Any, key: str, most: int = 2**16, **other: int) -> None:
+    """A UserError that names the first whole number of the dataclass instance ``config``, in a list too, below 1 or beyond ``most``.
+
+    ``other`` bounds fields of their own. A damaged or hostile file must not ask for all memory, or a network without end.
+    """
+    for field in dataclasses.fields(config):
+        value, limit = getattr(config, field.name), other.get(field.name, most)
+        numbers = value if isinstance(value, tuple) else (value,)
+        whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
+        if len(numbers) > _LONGEST_LIST or not all(1 <= number <= limit for number in whole):
+            raise UserError(
+                f"{key}.{field.name}: got {value!r}, expected whole numbers from 1 to {limit}, at most {_LONGEST_LIST}; correct it"
+            )
 
 
 def _fits(value: Any, hint: Any) -> bool:

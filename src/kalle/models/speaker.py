@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kalle.checkpoint import check_sizes
 from kalle.errors import UserError
 from kalle.models.mel import LogMel, MelConfig
 
@@ -85,6 +86,7 @@ class SpeakerEncoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dilations", tuple(self.dilations))
+        check_sizes(self, "speaker")
         if self.channels % self.scale:
             raise UserError(
                 f"speaker encoder: got {self.channels} channels in {self.scale} groups, expected a multiple; change channels or scale"

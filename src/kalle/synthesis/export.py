@@ -17,6 +17,7 @@ from kalle.checkpoint import (
     permission_errors,
     read_json,
     read_weights,
+    require_finite,
     require_fit,
     write_json,
     write_weights,
@@ -113,6 +114,7 @@ def _export_part(source: Path, target: Path, part: str, dtype: torch.dtype, max_
         module = FlowVAE(FlowVAEConfig.from_dict(values, where)) if part == "flowvae" else KalleLM(KalleLMConfig.from_dict(values, where))
     tensors = read_weights(source)
     require_fit(module.state_dict(), tensors, source)
+    require_finite(tensors, source)
     ordered = {name: tensors[name] for name in module.state_dict()}
     small, rounding = rounded(ordered, {name for name, _ in module.named_buffers()}, dtype)
     target.mkdir(parents=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from kalle.checkpoint import check_fields, dataclass_from_dict
+from kalle.checkpoint import check_fields, check_sizes, dataclass_from_dict
 from kalle.errors import UserError
 
 
@@ -26,6 +26,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "strides", tuple(self.strides))
+        check_sizes(self, "encoder", residual_layers=20)
         if len(self.channels) != len(self.strides) + 1:
             raise UserError(
                 f"encoder.channels must have one entry more than encoder.strides: got {len(self.channels)} and {len(self.strides)}; "
@@ -45,6 +46,9 @@ class FlowConfig:
     """Of its convolutions."""
     wavenet_layers: int = 4
     """Layers of a coupling's network."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "flow", couplings=256, wavenet_layers=256)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class BigVGANConfig:
         check_fields(self, "decoder")
         for name in ("strides", "block_kernel_sizes", "block_dilations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_sizes(self, "decoder")
 
     @property
     def hop_length(self) -> int:
@@ -89,6 +94,9 @@ class ISTFTConfig:
     n_fft: int = 640
     hop_length_stft: int = 160
     kind: str = "istft"
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "decoder", blocks=1024)
 
     @property
     def hop_length(self) -> int:
@@ -112,6 +120,7 @@ class FlowVAEConfig:
     decoder: BigVGANConfig | ISTFTConfig = field(default_factory=BigVGANConfig)
 
     def __post_init__(self) -> None:
+        check_sizes(self, "flowvae", sample_rate=2**20)
         if self.decoder.hop_length != self.hop_length:
             raise UserError(
                 f"encoder and decoder must agree on the samples per frame: got {self.hop_length} and {self.decoder.hop_length}; "
