@@ -43,7 +43,7 @@ MOST_VALUES_A_SECOND = 384_000
 MOST_CHANNELS = 64
 """More than any recording has, and no more than the resampler of FFmpeg takes."""
 DECODER_MEMORY_BYTES = 2 * 2**30
-"""What the decoding process may map, beyond what it has when it starts."""
+"""Memory that the decoding process may map beyond that of its start."""
 DECODER_SECONDS = 60.0
 """How long the decoding process may be silent within a file."""
 _LONGEST_BELIEVED_SECONDS = 1e9
@@ -70,7 +70,7 @@ class Decoded:
     rate_hz: int
     channels: int
     seconds: float | None
-    """What the header claims; None where it does not know."""
+    """The length that the header claims; None where it states none."""
     blocks: Iterator[Samples]
 
 
@@ -189,7 +189,7 @@ def _sndfile_blocks(file: soundfile.SoundFile) -> Iterator[Samples]:
 
 
 class _Rest(io.RawIOBase):
-    """What follows ``start`` in a file, as a file."""
+    """The part of a file after ``start``, as a file."""
 
     def __init__(self, file: IO[bytes], start: int) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class _Decoder:
 
 
 class _DecodingError(Exception):
-    """What a decoder says of a file that it cannot read."""
+    """The message of a decoder for a file that it cannot read."""
 
 
 _decoder = _Decoder()

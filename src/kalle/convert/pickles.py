@@ -144,7 +144,7 @@ def _plain(name: str) -> str:
 
 
 def _begins(name: str, wanted: Collection[str]) -> str | None:
-    """What stands before a ``wanted`` name at the end of ``name``; None when none is there."""
+    """The prefix before a ``wanted`` name at the end of ``name``; None when there is none."""
     parts = name.split(".")
     starts = (count for count in range(len(parts)) if ".".join(parts[count:]) in wanted)
     return next(("".join(part + "." for part in parts[:count]) for count in starts), None)
