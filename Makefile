@@ -8,7 +8,7 @@ JOBS ?= 2
 # Other MINUTES than the usual ones get a folder of their own.
 tag = $(if $(filter-out $(1),$(MINUTES)),-$(MINUTES),)
 PIP := $(BIN)/pip --disable-pip-version-check
-# Without a GPU: make TORCH_INDEX=INDEX test
+# Without a GPU: make TORCH_INDEX=… test, with the index of torch's CPU builds that PyTorch's installation page names.
 TORCH_INDEX ?=
 # ASR=no leaves out the recognisers of recognisers.txt.
 ASR ?= yes

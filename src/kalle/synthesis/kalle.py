@@ -22,7 +22,7 @@ from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.models.int8 import Int8Backbone, require_engine
-from kalle.models.lm import KalleLM, quantisable
+from kalle.models.lm import KalleLM, compile_layers, quantisable
 from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.batch import DEFAULT_FRAME_BUDGET, speak_batch
 from kalle.synthesis.generate import Request
@@ -83,6 +83,7 @@ class Kalle:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         quantize: str | None = None,
+        compile: bool = False,
     ) -> Kalle:
         """Load a weight folder (see docs/architecture.md), one with the released files, a hub id OWNER/NAME, or kalle-nano, which ships.
 
@@ -91,7 +92,8 @@ class Kalle:
         the CPU and bfloat16 on CUDA; its heads and the Flow-VAE are fp32 always. UserError for anything that isn't there.
         ``quantize`` "int8" computes the backbone with 8-bit weights on the CPU, by onnxruntime (extra ``fast``); they are made once and
         kept beside the others. "auto" does so where the model is large enough to gain and this machine can, and logs what it took.
-        A model with 8-bit weights takes no adapter.
+        A model with 8-bit weights takes no adapter. ``compile`` runs the layers of the backbone through torch.compile, which takes from
+        seconds to minutes at the first texts and needs a C++ compiler; 8-bit weights are not compiled.
         On the CPU the weights are the mapped files: while they are in use, replace a file by a rename, never overwrite it in place.
         """
         resolved = resolve_device(device)
@@ -102,6 +104,8 @@ class Kalle:
         flowvae = FlowVAE.from_pretrained(folder, resolved)
         chosen = resolve_quantize(quantize, folder, resolved, dtype)
         lm = KalleLM.from_pretrained(folder, resolved, precision, quantize=chosen)
+        if compile and chosen is None:
+            compile_layers(lm)
         return cls(flowvae, lm, load_tokenizer(folder), config, folder)
 
     @property
