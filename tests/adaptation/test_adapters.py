@@ -247,10 +247,10 @@ def test_damaged_files(kalle: Kalle, learnt: Adaptation, tmp_path: Path) -> None
         with pytest.raises(UserError, match=f"a damaged adapter: .*{message}"):
             Adapter.load(path)
     learnt.voice.save(path)
-    with pytest.raises(UserError, match="it is a voice: give it as --voice"):
+    with pytest.raises(UserError, match="it is a voice: give it as the voice"):
         Adapter.load(path)
     learnt.adapter.save(path)
-    with pytest.raises(UserError, match=r"not a voice file.*give it as --adapter"):
+    with pytest.raises(UserError, match=r"not a voice file.*give it as"):
         Voice.load(path)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UserError, match="not an adapter file"):
