@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kalle.checkpoint import write_tensors
 from kalle.errors import UserError
 from kalle.files import DiskError
 from kalle.gaussian import DiagGaussian
@@ -162,6 +163,17 @@ def predictions(lm: KalleLM) -> DiagGaussian:
         return lm.predict_all(torch.arange(9)[None], torch.randn(1, 30, 4, generator=generator))[0]
 
 
+def changed(folder: Path) -> tuple[KalleLM, Tensor]:
+    """The model in ``folder`` with other layers, and its predictions, which are clearly others."""
+    lm = KalleLM.from_pretrained(folder)
+    before = predictions(lm).mean
+    with torch.no_grad():
+        lm.backbone.layers[0].mlp.up_proj.weight.mul_(1000)
+    after = predictions(lm).mean
+    assert relative_error(before, after) > 2 * ROUNDING
+    return lm, after
+
+
 @engine
 def test_the_language_model_predicts_nearly_the_same(folder: Path) -> None:
     exact, int8 = predictions(KalleLM.from_pretrained(folder)), predictions(KalleLM.from_pretrained(folder, quantize="int8"))
@@ -209,10 +221,7 @@ def test_a_file_that_does_not_belong_is_made_anew(own_folder: Path, harm: str, c
     elif harm == "bit":
         (part / FILE_NAME).write_bytes(stored[:-1] + bytes([stored[-1] ^ 64]))
     elif harm == "other weights":
-        other = KalleLM.from_pretrained(own_folder)
-        with torch.no_grad():
-            other.backbone.layers[0].mlp.up_proj.weight.mul_(1.5)
-            expected = predictions(other).mean
+        other, expected = changed(own_folder)
         other.save_pretrained(own_folder)
     elif harm == "no record":
         (part / RECORD_NAME).unlink()
@@ -222,6 +231,20 @@ def test_a_file_that_does_not_belong_is_made_anew(own_folder: Path, harm: str, c
     again = predictions(KalleLM.from_pretrained(own_folder, quantize="int8")).mean
     assert "to 8 bits" in caplog.text
     assert relative_error(again, expected) < ROUNDING
+
+
+@engine
+def test_weights_that_are_replaced_meanwhile_are_quantised_again(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, expected = changed(own_folder)
+
+    def written_late(path: Path, tensors: dict[str, Tensor]) -> None:
+        monkeypatch.undo()
+        other.save_pretrained(own_folder)
+        write_tensors(path, tensors)
+
+    monkeypatch.setattr("kalle.models.int8_weights.write_tensors", written_late)
+    for _ in range(2):
+        assert relative_error(predictions(KalleLM.from_pretrained(own_folder, quantize="int8")).mean, expected) < ROUNDING
 
 
 @engine

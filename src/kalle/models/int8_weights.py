@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ ZERO = 128
 """The code of 0: a code c means (c - 128) * scale."""
 FILE_NAME, RECORD_NAME = "int8.safetensors", "int8.json"
 _FORMAT = 1
+_TRIES = 3
+"""How often 8-bit weights are made where the weights are replaced meanwhile."""
 _PREFIX = "backbone."
 _QUANTISED = (f"{_PREFIX}layers.", f"{_PREFIX}norm.")
 """Beginnings of the names of the weights that the 8-bit file replaces."""
@@ -123,18 +125,20 @@ def int8_tensors(part: Path, config: BackboneConfig) -> dict[str, Tensor]:
     A file that is missing, damaged or made of other weights is made (anew), with a line in the log; where the folder cannot be written,
     the tensors are made in memory. UserError for weights that are not finite.
     """
-    try:
-        return _read(part, config)
-    except _UnusableError as unusable:
-        logger.info("quantising the language model of '%s' to 8 bits: %s", part, unusable)
-    weights = {name: tensor for name, tensor in read_weights(part).items() if is_quantised(name)}
-    tensors = dict(quantised_backbone(config, {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}))
-    try:
-        _write(part, weights, tensors)
-    except DiskError as error:
-        logger.warning("the 8-bit weights are not kept, so that this takes as long the next time: %s", error)
-        return tensors
-    return _read(part, config)
+    for _ in range(_TRIES):
+        try:
+            return _read(part, config)
+        except _UnusableError as unusable:
+            logger.info("quantising the language model of '%s' to 8 bits: %s", part, unusable)
+        before = _stamps(weight_files(part))
+        weights = {name: tensor for name, tensor in read_weights(part).items() if is_quantised(name)}
+        tensors = dict(quantised_backbone(config, {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}))
+        try:
+            _write(part, weights, tensors, before)
+        except DiskError as error:
+            logger.warning("the 8-bit weights are not kept, so that this takes as long the next time: %s", error)
+            break
+    return tensors
 
 
 class _UnusableError(Exception):
@@ -155,7 +159,7 @@ def _read(part: Path, config: BackboneConfig) -> dict[str, Tensor]:
     if record.get("format") != _FORMAT:
         raise _UnusableError("what is stored has another format")
     # Hashing takes seconds at full size: files that have not been touched since they were compared are not compared again.
-    stamps = _stamps(part)
+    stamps = _stamps((*weight_files(part), path))
     if record.get("files") == stamps:
         return tensors
     if record.get("file_sha256") != _file_hash(path):
@@ -169,12 +173,18 @@ def _read(part: Path, config: BackboneConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _write(part: Path, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def _write(part: Path, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], before: Mapping[str, list[int]]) -> None:
+    """Keep ``tensors``, made of ``weights`` of the files stamped ``before``: such as are replaced meanwhile must not pass for these."""
     path = part / FILE_NAME
     with disk_errors(part):
         (part / RECORD_NAME).unlink(missing_ok=True)
     write_tensors(path, tensors)
-    record = {"format": _FORMAT, "weights_sha256": tensors_hash(weights), "file_sha256": _file_hash(path), "files": _stamps(part)}
+    record = {
+        "format": _FORMAT,
+        "weights_sha256": tensors_hash(weights),
+        "file_sha256": _file_hash(path),
+        "files": {**before, **_stamps((path,))},
+    }
     write_json(part / RECORD_NAME, record)
 
 
@@ -182,9 +192,9 @@ def _weights_hash(part: Path) -> str:
     return tensors_hash({name: tensor for name, tensor in read_weights(part).items() if is_quantised(name)})
 
 
-def _stamps(part: Path) -> dict[str, list[int]]:
-    """Size and time of change of the weight files and of the 8-bit file, by name."""
-    stats = {path.name: path.stat() for path in (*weight_files(part), part / FILE_NAME)}
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of change of ``files``, by name."""
+    stats = {path.name: path.stat() for path in files}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
