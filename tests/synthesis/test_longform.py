@@ -249,6 +249,13 @@ def test_a_part_whose_files_are_damaged_is_spoken_again(roomy: Kalle, tmp_path: 
     (tmp_path / "parts" / "00002.wav").unlink()
     assert store.read(2, long.sentences[2]) is None
     assert np.array_equal(store.read(3, long.sentences[3]).audio, parts[3].audio)
+    for name in ("00003.wav", "00003.safetensors", "00003.json"):
+        path = tmp_path / "parts" / name
+        whole = path.read_bytes()
+        for damaged in (b"", b"RIFF", b"{}", whole[: len(whole) // 2]):
+            path.write_bytes(damaged)
+            assert store.read(3, long.sentences[3]) is None, (name, damaged[:4])
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from kalle.synthesis.longform import LongForm
     from kalle.synthesis.voice import Voice
 
+logger = logging.getLogger(__name__)
 SETTINGS_NAME = "settings.json"
 LOCK_NAME = "lock"
 LINE_COLUMNS = 42
@@ -61,6 +63,13 @@ class PartStore:
         wav, frames, note = self._paths(index)
         if not note.is_file() or not wav.is_file() or not frames.is_file():
             return None
+        try:
+            return self._read(wav, frames, note, sentence)
+        except (UserError, soundfile.LibsndfileError, KeyError, TypeError, ValueError) as error:
+            logger.warning("sentence %d is spoken again, its files in '%s' are damaged: %s", index + 1, self.folder, error)
+            return None
+
+    def _read(self, wav: Path, frames: Path, note: Path, sentence: Sentence) -> Part | None:
         stored, arrays = read_json(note), read_tensors(frames)
         samples, rate_hz = soundfile.read(wav, dtype="int16") if stored["samples"] else (np.zeros(0, dtype=np.int16), None)
         if (stored["text"], stored["samples"]) != (sentence.text, len(samples)) or rate_hz not in (None, stored["speech"]["sample_rate"]):
