@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kalle.errors import UserError
 from kalle.models.int8 import Int8Backbone
 from kalle.models.int8_weights import FILE_NAME
+from kalle.models.lm import KalleLM
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.options import SpeechRequest
+from kalle.synthesis.longform import LongForm
+from kalle.synthesis.longform_files import settings_of
+from kalle.synthesis.options import GenerationOptions, SpeechRequest
 from kalle.synthesis.release_compat import ReleaseCompatibility
 
 engine = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))), reason="the extra 'fast' is not installed")
@@ -50,6 +55,22 @@ def test_what_needs_the_weights_themselves_is_refused(int8: Kalle) -> None:
         int8.synthesize(TEXT, compatibility=ReleaseCompatibility(config_dtype=True))
     with pytest.raises(UserError, match="load the model without quantize"):
         _ = int8.lm_hash
+
+
+@engine
+def test_other_layers_are_another_model_to_a_continued_long_text(weight_folder: Path, tmp_path: Path) -> None:
+    def model() -> object:
+        kalle = Kalle.from_pretrained(folder, "cpu", quantize="int8")
+        return settings_of(LongForm(kalle, TEXT, options=GenerationOptions(seed=1, max_seconds=1)))["model"]
+
+    folder = Path(shutil.copytree(weight_folder, tmp_path / "weights"))
+    before = model()
+    assert model() == before
+    lm = KalleLM.from_pretrained(folder)
+    with torch.no_grad():
+        lm.backbone.layers[0].mlp.up_proj.weight.mul_(2)
+    lm.save_pretrained(folder)
+    assert model() != before
 
 
 def test_auto_leaves_a_small_model_as_it_is(weight_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,14 +20,17 @@ import soundfile
 import torch
 
 from kalle.audio import from_pcm16, write_audio
-from kalle.checkpoint import read_json, read_tensors, weights_hash, write_json, write_tensors
+from kalle.checkpoint import part_folder, read_json, read_tensors, read_weights, tensors_hash, weights_hash, write_json, write_tensors
 from kalle.errors import UserError
+from kalle.models.int8 import Int8Backbone
+from kalle.models.lm import PART
 from kalle.synthesis.longform import Part
 from kalle.synthesis.speech import FRAME_ARRAYS, Speech
 from kalle.text.sentences import Sentence
 
 if TYPE_CHECKING:
     from kalle.synthesis.adapter import Adapter
+    from kalle.synthesis.kalle import Kalle
     from kalle.synthesis.longform import LongForm
     from kalle.synthesis.voice import Voice
 
@@ -139,12 +142,20 @@ def settings_of(long: LongForm) -> dict[str, Any]:
         # Sentences and words also depend on the versions of the libraries that find them.
         "words": hashlib.sha256("\n".join(long.words(sentence.text)[0] for sentence in long.sentences).encode()).hexdigest(),
         "voice": _voice_hash(long.voice, long.voice.adapter or kalle.adapter),
-        "model": hashlib.sha256((weights_hash(kalle.lm) + weights_hash(kalle.flowvae)).encode()).hexdigest(),
+        "model": hashlib.sha256((_lm_hash(kalle) + weights_hash(kalle.flowvae)).encode()).hexdigest(),
         "device": kalle.device.type,
         "dtype": str(next(kalle.lm.backbone.parameters()).dtype),
         "sentences": len(long),
         **json.loads(json.dumps(dataclasses.asdict(kalle.filled_in(long.options)))),
     }
+
+
+def _lm_hash(kalle: Kalle) -> str:
+    """Hash of the language model; with 8-bit layers, which are no part of its state, also of the weights that they were made of."""
+    own = weights_hash(kalle.lm)
+    if kalle.folder is None or not isinstance(kalle.lm.backbone, Int8Backbone):
+        return own
+    return own + tensors_hash(read_weights(part_folder(kalle.folder, PART)))
 
 
 def _voice_hash(voice: Voice, adapter: Adapter | None) -> str:
