@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
@@ -27,6 +28,7 @@ from kalle.training import (
     LMObjective,
     LMTrainingConfig,
     TrainerConfig,
+    WeightsFolder,
     plan_lm,
     train_flowvae,
     train_lm,
@@ -95,6 +97,15 @@ def test_a_plan_is_the_same_path_without_storage(lm_config: LMTrainingConfig) ->
     assert not Path(lm_config.out).exists()
     with pytest.raises(UserError, match="freeze: no parameter fits"):
         plan_lm(dataclasses.replace(lm_config, freeze=("nothing.*",)))
+
+
+def test_a_plan_refuses_a_flowvae_that_did_not_make_the_latents(
+    lm_config: LMTrainingConfig, toy_flowvae_config: FlowVAEConfig, tmp_path: Path
+) -> None:
+    torch.manual_seed(99)
+    FlowVAE(toy_flowvae_config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="give the Flow-VAE they were encoded with"):
+        plan_lm(dataclasses.replace(lm_config, flowvae=WeightsFolder(str(tmp_path / "other"))))
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,10 @@ def train_flowvae(
 
 
 def plan_flowvae(config: FlowVAETrainingConfig) -> Plan:
-    """The plan of `train_flowvae` in numbers, and every UserError that it would raise before its first step. Writes nothing."""
+    """The plan of `train_flowvae` in numbers; UserError for what cannot be trained, but for damage of the weights to start from.
+
+    Writes nothing.
+    """
     _check_strategy(config)
     config = replace(config, data=replace(config.data, cache=False, num_workers=0))
     storageless = without_storage()

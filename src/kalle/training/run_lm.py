@@ -76,10 +76,15 @@ def train_lm(config: LMTrainingConfig, *, callbacks: Sequence[Callback] = (), lo
 
 
 def plan_lm(config: LMTrainingConfig) -> Plan:
-    """The plan of `train_lm` in numbers, and every UserError that it would raise before its first step. Writes nothing."""
+    """The plan of `train_lm` in numbers; UserError for what cannot be trained, but for damage of the weights to start from.
+
+    Writes nothing.
+    """
     storageless = without_storage()
     built = _build(replace(config, data=replace(config.data, cache=False, num_workers=0)), storageless)
     config, lm, data = built.config, built.module.lm, built.data
+    if config.flowvae.folder is not None:
+        check_encoder(FlowVAE.from_pretrained(config.flowvae.folder), config.flowvae.folder, built.info, data.latents)
     rows, text, frames = largest_rows(data, config.rows)
     with storageless:
         footprint = lm_footprint(lm, rows, text, frames, "utterances" if config.rows is None else "packed rows")
