@@ -10,7 +10,7 @@ import torch
 from kalle.audio import read_audio
 from kalle.errors import UserError
 from kalle.evaluation import ScoreItem, Settings, evaluate_reconstruction
-from kalle.evaluation.metrics import Aggregate, DurationRatio, MelL1
+from kalle.evaluation.metrics import Aggregate, DurationRatio, MelDistance
 from kalle.evaluation.test_list import TestItem
 from kalle.evaluation.word_errors import WER
 from kalle.gaussian import DiagGaussian
@@ -34,7 +34,7 @@ class Broken:
 
 
 def test_rows_summary_and_files(flowvae: FlowVAE, items: list[TestItem], transcriber: object, tmp_path: Path) -> None:
-    metrics = [WER(transcriber, ["seed_tts"]), MelL1(), DurationRatio()]  # type: ignore[arg-type]
+    metrics = [WER(transcriber, ["seed_tts"]), MelDistance(), DurationRatio()]  # type: ignore[arg-type]
     result = evaluate_reconstruction(
         flowvae, items, metrics, tmp_path / "out", sample=True, settings=Settings(resamples=50, figure_items=1)
     )
@@ -55,7 +55,7 @@ def test_rows_summary_and_files(flowvae: FlowVAE, items: list[TestItem], transcr
 
 
 def test_the_mean_is_decoded_and_written(flowvae: FlowVAE, items: list[TestItem], tmp_path: Path) -> None:
-    result = evaluate_reconstruction(flowvae, items[:1], [MelL1()], tmp_path, settings=QUICK)
+    result = evaluate_reconstruction(flowvae, items[:1], [MelDistance()], tmp_path, settings=QUICK)
     wav = torch.from_numpy(items[0].audio())[None]
     with torch.no_grad():
         expected = flowvae.decode(flowvae.encode(wav).mean)[0]
@@ -74,12 +74,12 @@ def test_a_perfect_codec_has_distance_zero(
     monkeypatch.setattr(FlowVAE, "encode", encode)
     monkeypatch.setattr(FlowVAE, "decode", lambda self, z: z.flatten(1))
     monkeypatch.setattr(FlowVAE, "to_prior", lambda self, z: z)
-    assert evaluate_reconstruction(flowvae, items, [MelL1()], tmp_path, settings=QUICK).value("reconstruction", "mel_l1") == 0
+    assert evaluate_reconstruction(flowvae, items, [MelDistance()], tmp_path, settings=QUICK).value("reconstruction", "mel_l1") == 0
 
 
 def test_same_seed_same_rows_and_an_item_does_not_depend_on_the_others(flowvae: FlowVAE, items: list[TestItem], tmp_path: Path) -> None:
     def sampled(name: str, chosen: list[TestItem], seed: int) -> list[float]:
-        result = evaluate_reconstruction(flowvae, chosen, [MelL1()], tmp_path / name, sample=True, seed=seed, settings=QUICK)
+        result = evaluate_reconstruction(flowvae, chosen, [MelDistance()], tmp_path / name, sample=True, seed=seed, settings=QUICK)
         return [row["mel_l1"] for row in result.rows if row["system"] == "reconstruction_sample"]
 
     first = sampled("a", items[:2], 1)
@@ -90,7 +90,7 @@ def test_same_seed_same_rows_and_an_item_does_not_depend_on_the_others(flowvae: 
 
 def test_a_missing_recording_is_counted_and_the_rest_scored(flowvae: FlowVAE, items: list[TestItem], tmp_path: Path) -> None:
     gone = dataclasses.replace(items[1], audio_path=tmp_path / "gone.wav")
-    result = evaluate_reconstruction(flowvae, [items[0], gone, items[2]], [MelL1()], tmp_path / "out", settings=QUICK)
+    result = evaluate_reconstruction(flowvae, [items[0], gone, items[2]], [MelDistance()], tmp_path / "out", settings=QUICK)
     assert result.errors == 1
     assert result.counts["reconstruction"] == {"items": 3, "errors": 1, "metric_errors": {}}
     assert result.summary["reconstruction"]["mel_l1"].count == 2
@@ -99,7 +99,7 @@ def test_a_missing_recording_is_counted_and_the_rest_scored(flowvae: FlowVAE, it
 
 
 def test_a_metric_that_is_not_finite_is_an_error(flowvae: FlowVAE, items: list[TestItem], tmp_path: Path) -> None:
-    result = evaluate_reconstruction(flowvae, items, [Broken(), MelL1()], tmp_path, settings=QUICK)
+    result = evaluate_reconstruction(flowvae, items, [Broken(), MelDistance()], tmp_path, settings=QUICK)
     assert result.counts["reconstruction"]["metric_errors"] == {"broken": 3}
     assert result.value("reconstruction", "broken") is None
     assert any("broken failed on every item" in note for note in result.notes)
@@ -108,16 +108,16 @@ def test_a_metric_that_is_not_finite_is_an_error(flowvae: FlowVAE, items: list[T
 def test_nothing_to_score_leaves_nothing(flowvae: FlowVAE, items: list[TestItem], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="the list is empty"):
-        evaluate_reconstruction(flowvae, [], [MelL1()], out)
+        evaluate_reconstruction(flowvae, [], [MelDistance()], out)
     with pytest.raises(UserError, match="got no metric"):
         evaluate_reconstruction(flowvae, items, [], out)
     with pytest.raises(UserError, match=r"1 of 1 items failed.*no recording"):
-        evaluate_reconstruction(flowvae, [TestItem("x", "text only")], [MelL1()], out)
+        evaluate_reconstruction(flowvae, [TestItem("x", "text only")], [MelDistance()], out)
     assert not out.exists()
 
 
 def test_recordings_can_be_left_out(flowvae: FlowVAE, items: list[TestItem], tmp_path: Path) -> None:
     settings = dataclasses.replace(QUICK, score_recordings=False)
-    result = evaluate_reconstruction(flowvae, items, [MelL1()], tmp_path, settings=settings)
+    result = evaluate_reconstruction(flowvae, items, [MelDistance()], tmp_path, settings=settings)
     assert set(result.summary) == {"reconstruction"}
     assert not (tmp_path / "figure.png").exists()

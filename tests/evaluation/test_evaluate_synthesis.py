@@ -10,7 +10,7 @@ import pytest
 from kalle.audio import Audio, read_audio
 from kalle.errors import UserError
 from kalle.evaluation import Settings, SpeakingConfig, evaluate_synthesis, evaluate_wavs
-from kalle.evaluation.metrics import DurationRatio, MelL1
+from kalle.evaluation.metrics import DurationRatio, MelDistance
 from kalle.evaluation.protocols import other_recordings
 from kalle.evaluation.report import terminal_report
 from kalle.evaluation.similarity import Similarity
@@ -45,7 +45,7 @@ def speech_of(samples: int, stop_reason: str = "end", seed: int = 0) -> Speech:
 
 
 def test_a_real_tiny_model_speaks_and_is_scored(kalle: Kalle, items: list[TestItem], transcriber: object, tmp_path: Path) -> None:
-    metrics = [WER(transcriber, ["seed_tts"]), Similarity(embedder=Lengths()), DurationRatio(), MelL1()]  # type: ignore[arg-type]
+    metrics = [WER(transcriber, ["seed_tts"]), Similarity(embedder=Lengths()), DurationRatio(), MelDistance()]  # type: ignore[arg-type]
     result = evaluate_synthesis(kalle, items[:2], metrics, tmp_path, settings=Settings(resamples=50, figure_items=1))
     assert result.value("recording", "wer_utt_mean") == 0
     assert result.value("synthesis", "wer_utt_mean") == 1
@@ -139,7 +139,7 @@ def test_wavs_are_rescored_without_a_model(items: list[TestItem], transcriber: o
     for item in items[:2]:
         assert item.audio_path is not None
         (folder / f"{item.file_stem}.wav").write_bytes(item.audio_path.read_bytes())
-    metrics = [WER(transcriber, ["seed_tts"]), MelL1()]  # type: ignore[arg-type]
+    metrics = [WER(transcriber, ["seed_tts"]), MelDistance()]  # type: ignore[arg-type]
     result = evaluate_wavs(folder, items, metrics, tmp_path / "out", aligned=True, settings=QUICK)
     assert result.value("wavs", "wer_utt_mean") == 0
     assert result.value("wavs", "mel_l1") == 0
@@ -159,10 +159,10 @@ def test_wavs_are_rescored_without_a_model(items: list[TestItem], transcriber: o
 
 def test_wavs_that_are_not_there(items: list[TestItem], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="folder of wavs not found"):
-        evaluate_wavs(tmp_path / "nowhere", items, [MelL1()], tmp_path / "out")
+        evaluate_wavs(tmp_path / "nowhere", items, [MelDistance()], tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"got none of 3.*a_0\.wav"):
-        evaluate_wavs(tmp_path / "empty", items, [MelL1()], tmp_path / "out")
+        evaluate_wavs(tmp_path / "empty", items, [MelDistance()], tmp_path / "out")
     with pytest.raises(UserError, match="the list is empty"):
-        evaluate_wavs(tmp_path / "empty", [], [MelL1()], tmp_path / "out")
+        evaluate_wavs(tmp_path / "empty", [], [MelDistance()], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from kalle.data.ranks import OthersUnfinished, Share
 from kalle.errors import UserError
 from kalle.evaluation import Settings, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs
 from kalle.evaluation.journal import Journal, folder_digest
-from kalle.evaluation.metrics import DurationRatio, MelL1
+from kalle.evaluation.metrics import DurationRatio, MelDistance
 from kalle.evaluation.test_list import TestItem
 from kalle.files import folder_lock
 from kalle.models.flowvae import FlowVAE
@@ -24,7 +24,7 @@ NAMES = ("results.json", "items.jsonl", "report.md", "figure.png")
 
 def score(kind: str, flowvae: FlowVAE, kalle: Kalle, items: list[TestItem], out: Path, share: Share, **options: Any) -> bool:
     """Whether the evaluation is complete after this rank."""
-    metrics = [MelL1(), DurationRatio()]
+    metrics = [MelDistance(), DurationRatio()]
     with Journal(out, "mark", share, len(items), **options) as journal:
         try:
             if kind == "reconstruction":
@@ -74,7 +74,7 @@ def test_ranks_leave_what_one_process_does(kind: str, flowvae: FlowVAE, kalle: K
 
 def test_the_journal_adds_nothing_to_a_result(flowvae: FlowVAE, kalle: Kalle, named: list[TestItem], tmp_path: Path) -> None:
     assert score("reconstruction", flowvae, kalle, named, tmp_path / "a", Share())
-    evaluate_reconstruction(flowvae, named, [MelL1(), DurationRatio()], tmp_path / "b", sample=True, settings=SETTINGS)
+    evaluate_reconstruction(flowvae, named, [MelDistance(), DurationRatio()], tmp_path / "b", sample=True, settings=SETTINGS)
     for name in NAMES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

@@ -12,12 +12,18 @@ from kalle.cli.evaluate import filled_config
 from kalle.cli.hydra_entry import compose
 from kalle.errors import UserError
 from kalle.evaluation import EvaluateConfig, ReconstructionConfig, SpeakingConfig, TestListConfig, evaluate
-from kalle.evaluation.metrics import DurationRatio, MelL1
+from kalle.evaluation.metrics import DurationRatio, MelDistance
 from kalle.synthesis.options import GenerationOptions
 
 
 def config(test_list: Path, out: Path, **options: object) -> EvaluateConfig:
-    given = {"kind": "wavs", "wavs": test_list.parent, "metrics": [MelL1(), DurationRatio()], "aligned": True, "resamples": 20} | options
+    given = {
+        "kind": "wavs",
+        "wavs": test_list.parent,
+        "metrics": [MelDistance(), DurationRatio()],
+        "aligned": True,
+        "resamples": 20,
+    } | options
     return EvaluateConfig(testset=TestListConfig(test_list, limit=2), out=out, figure_items=0, **given)  # type: ignore[arg-type]
 
 

@@ -157,7 +157,7 @@ class PESQ:
         return {"mode": self.mode, "pesq": importlib.metadata.version("pesq")}
 
 
-class MelL1:
+class MelDistance:
     """L1 distance of log-mel spectrograms, the reconstruction loss of the Flow-VAE, in nepers; 0 for equal signals."""
 
     name = "mel_l1"

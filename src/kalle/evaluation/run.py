@@ -13,7 +13,7 @@ from kalle.data.jsonl import fingerprint
 from kalle.data.ranks import OthersUnfinished, rank_device, share_of_process
 from kalle.errors import UserError
 from kalle.evaluation.journal import Journal, folder_digest
-from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelL1, Metric
+from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelDistance, Metric
 from kalle.evaluation.protocols import SpeakingConfig, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs, wav_folder
 from kalle.evaluation.report import Result, Settings, versions
 from kalle.evaluation.similarity import Similarity
@@ -35,7 +35,7 @@ SUMMARY_KEYS = frozenset({"out", "device", "metrics", "rank", "world_size", "res
 
 def standard_metrics(languages: Sequence[str] = ("en",)) -> list[Metric]:
     """The metrics of `kalle evaluate` unless told otherwise; UserError for a package or a recogniser that is missing."""
-    return [WER(languages=languages), Similarity(), STOI(), PESQ("wb"), PESQ("nb"), MelL1(), DurationRatio()]
+    return [WER(languages=languages), Similarity(), STOI(), PESQ("wb"), PESQ("nb"), MelDistance(), DurationRatio()]
 
 
 @dataclass(frozen=True)
