@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from kalle.audio import read_audio, write_audio
-from kalle.checkpoint import read_json
 from kalle.convert.release import find_tokenizer, release_folder
 from kalle.errors import UserError
 from kalle.synthesis import ReleaseCompatibility
@@ -158,11 +157,10 @@ def test_a_failed_conversion_leaves_no_folder(ckpt: Path) -> None:
 
 
 def test_without_its_json_the_published_configuration_is_assumed(ckpt: Path) -> None:
-    released = read_json(REFERENCE / "released_flowvae_config.json")
     (ckpt / "flowvae.json").unlink()
     with pytest.raises(UserError, match="misshapen") as caught:
         release_folder(ckpt)
-    assert str(released["upsample_initial_channel"]) in str(caught.value)
+    assert "expected (24, 12, 4)" in str(caught.value), "widths of the published encoder"
 
 
 def test_the_tokenizer_folder_is_found(ckpt: Path) -> None:
