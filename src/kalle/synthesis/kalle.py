@@ -241,10 +241,10 @@ class Kalle:
         """Speak ``text`` as ``synthesize`` does and yield audio, float32 (n,), while the frames are being generated.
 
         The pieces put together equal ``synthesize`` with the same seed and ``retries=0``, within the decoder's tolerance at
-        ``latency_frames``, but for the level of the sentences of a long text, which a stream leaves as it is. A piece holds
-        ``chunk_frames`` frames; the first comes once
-        ``latency_frames`` + 1 are there. What was heard can't be taken back: a bad ending is not tried again, and
-        speech that turns out to be stuck is cut only as far as it has not been yielded (``Speech.stuck_seconds`` says how much was).
+        ``latency_frames``. In a long text a stream leaves the level of the sentences as it is, and tries none of an odd pace again.
+        A piece holds ``chunk_frames`` frames; the first comes once ``latency_frames`` + 1 are there. What was heard can't be taken
+        back: a bad ending is not tried again, and speech that turns out to be stuck is cut only as far as it has not been yielded
+        (``Speech.stuck_seconds`` says how much was).
         """
         return SpeechStream(self, SpeechRequest(text, voice, options, **fields))
 
