@@ -344,6 +344,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"\b(0\d)/(\d\d)\b(?!/)", lambda m: _numeric_date("", m[1], m[2], m[0])),
         (r"\bthe the\b", "the"),
         (rf"(?<![\d:])(\d\d?):(\d\d)(?::(\d\d))?{_HALF_OF_DAY}?(?![:\d])", _time),
+        (rf"(?<![\d.,:$£€-])(1[0-2]|0?[1-9])\.([0-5]\d)(){_HALF_OF_DAY}", _time),
         (rf"\b(\d\d?)(){_HALF_OF_DAY}", _hour),
         (r"(?<![\w.])([ap])\.m\.", lambda m: f"{m[1].upper()} M" + _full_stop(m)),
         (r"(?<![\d:])(\d+):(\d+)(?![\d:])", lambda m: f"{m[1]} to {m[2]}"),
