@@ -84,7 +84,7 @@ def test_an_interrupted_download_goes_on_in_the_next_run(hub: Hub, tmp_path: Pat
     hub.requests.clear()
     fetch(hub, tmp_path / "out")
     assert hub.ranges("model.pt") == ["bytes=20000-"]
-    assert "model.pt: going on at 0.0 of 0.1 MB" in caplog.text
+    assert "model.pt: continuing at 0.0 of 0.1 MB" in caplog.text
     assert without_record(tmp_path / "out") == expected()
 
 

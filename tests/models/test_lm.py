@@ -227,9 +227,8 @@ def test_loading_lists_every_tensor_that_does_not_fit(tmp_path):
         KalleLM.from_pretrained(tmp_path)
     message = str(caught.value)
     assert "4 tensors" in message
-    assert "missing: audio_linear.bias (32,)" in message
-    assert "missing: backbone.norm.weight (32,)" in message
-    assert "misshapen: distribution_linear.bias is (3,), expected (8,)" in message
+    for name in ("audio_linear.bias (32,)", "backbone.norm.weight (32,)", "distribution_linear.bias is (3,), expected (8,)"):
+        assert name in message
     assert "superfluous: speaker_projection.bias (2,)" in message
 
 
