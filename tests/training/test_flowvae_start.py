@@ -26,7 +26,7 @@ def test_a_decoder_trains_on_under_an_encoder_that_stays(flowvae_overrides: list
 def test_the_start_decides_the_architecture(flowvae_overrides: list[str], tmp_path: Path, capsys) -> None:
     start = tmp_path / "start"
     assert main(["train", "flowvae", *flowvae_overrides, f"out={start}"]) == 0
-    other = [f"init={start / 'weights'}", "flowvae.latent_dim=9", "freeze=[encoder.*]", "--dry-run"]
+    other = [f"init={start / 'weights'}", "flowvae.latent_dim=10", "freeze=[encoder.*]", "--dry-run"]
     assert main(["train", "flowvae", *flowvae_overrides, f"out={tmp_path / 'other'}", *other]) == 0
     assert not (tmp_path / "other").exists()
 
