@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from kalle.training import (
     train_flowvae,
     train_lm,
 )
+from kalle.training.run import data_contents
 
 QUICK = TrainerConfig(max_steps=2, val_check_interval=2, log_every_n_steps=1, devices=1)
 
@@ -106,6 +110,28 @@ def test_a_plan_refuses_a_flowvae_that_did_not_make_the_latents(
     FlowVAE(toy_flowvae_config).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="give the Flow-VAE they were encoded with"):
         plan_lm(dataclasses.replace(lm_config, flowvae=WeightsFolder(str(tmp_path / "other"))))
+
+
+def test_data_that_was_made_anew_in_its_place_is_noticed(lm_config: LMTrainingConfig, toy_latents: Path, tmp_path: Path) -> None:
+    latents = Path(shutil.copytree(toy_latents, tmp_path / "latents"))
+    config = dataclasses.replace(lm_config, data=dataclasses.replace(lm_config.data, latents=str(latents)))
+    train_lm(config, loggers=[])
+    longer = dataclasses.replace(config, trainer=dataclasses.replace(QUICK, max_steps=3))
+    info = json.loads((latents / "info.json").read_text())
+    (latents / "info.json").write_text(json.dumps({**info, "mean": [value + 1e-3 for value in info["mean"]]}))
+    with pytest.raises(UserError, match=r"what '.*latents' holds.*allow_changes=true"):
+        train_lm(longer, loggers=[])
+    (latents / "info.json").write_text((toy_latents / "info.json").read_text())
+    assert train_lm(longer, loggers=[]).trainer.global_step == 3
+
+
+def test_the_cuts_of_a_corpus_are_told_apart(tmp_path: Path) -> None:
+    values = {"data": {"corpus": [{"path": str(tmp_path), "share": 1.0}]}}
+    found = set()
+    for content in (b"one", b"two", b"one"):
+        (tmp_path / "cuts_train.jsonl.gz").write_bytes(gzip.compress(content))
+        found.add(data_contents(values)[str(tmp_path)])
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(

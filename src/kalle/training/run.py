@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -49,6 +50,8 @@ _LOADING = frozenset({"cache", "cache_dir", "num_workers", "pin_memory", "hop_le
 """Keys of data that change no batch, or follow from the model."""
 PACKAGES = ("torch", "lightning", "transformers", "lhotse", "numpy", "hydra-core")
 MAX_DIFF_BYTES = 5_000_000
+_GZIP_TRAILER_BYTES = 8
+"""Checksum and length of the uncompressed content end a gzip file (RFC 1952, section 2.3.1)."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,39 @@ def check_unchanged(checkpoint: Path, values: Mapping[str, Any]) -> None:
         if isinstance(old, dict) and isinstance(new, Mapping):
             pairs = [(f"{name}.{key}", old[key], new[key]) for key in new if key in old and key not in _LOADING]
         changed += [f"{key} was {was} and is {now}" for key, was, now in pairs if not _same(was, now)]
+    contents, starts = data_contents(values), _earlier(path.with_name(RECORD_NAME))
+    recorded = starts[-1].get("data") if starts and isinstance(starts[-1], dict) else None
+    if isinstance(recorded, dict):
+        changed += [f"what '{folder}' holds" for folder, content in contents.items() if recorded.get(folder, content) != content]
     if changed:
         raise UserError(
             f"'{checkpoint}' was trained with other values: {'; '.join(changed)}; expected the same, for a run is one training; choose "
             "out=NEW, or allow_changes=true to continue with the new ones"
         )
+
+
+def data_contents(values: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of what says which items each folder of ``values["data"]`` holds: info.json of latents, the checksums of a corpus' cuts.
+
+    A folder elsewhere than on a local disk is left out.
+    """
+    data = values.get("data") or {}
+    given = data.get("latents") or data.get("corpus") or []
+    sources = [given] if isinstance(given, str) else list(given)
+    folders = [str(source["path"] if isinstance(source, Mapping) else source) for source in sources]
+    return {folder: _digest(Path(folder)) for folder in folders if Path(folder).is_dir()}
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    info = folder / "info.json"
+    if info.is_file():
+        digest.update(info.read_bytes())
+    for cuts in sorted(folder.glob("cuts_*.jsonl.gz")):
+        with cuts.open("rb") as file:
+            file.seek(max(0, cuts.stat().st_size - _GZIP_TRAILER_BYTES))
+            digest.update(cuts.name.encode() + file.read())
+    return digest.hexdigest()
 
 
 def _without_targets(value: Any) -> Any:
@@ -306,6 +337,7 @@ def write_record(out: Path, config: dict[str, Any], trainer: lightning.Trainer, 
         "versions": versions(),
         "git": git,
         "machine": machine(trainer),
+        "data": data_contents(config),
         "config": config,
     }
     write_json(path, {"starts": [*starts, start]})
