@@ -201,7 +201,7 @@ def audio_facts() -> Iterator[Fact]:
     else:
         yield Fact("audio", "codecs", f"libsndfile {soundfile.__libsndfile_version__} reads {', '.join(READ_FORMATS)}")
     found = [player.name for player in available_players()]
-    yield Fact("audio", "players", ", ".join(found) or "none; only `kalle stream --play` and `kalle voices play` need one")
+    yield Fact("audio", "players", ", ".join(found) or "none; only `--play` and `kalle voices play` need one")
 
 
 def disk_facts(folder: Path) -> Iterator[Fact]:
