@@ -256,7 +256,7 @@ def test_show_text_loads_no_model(model: Path, book: Path, capsys, monkeypatch) 
         ('"They have been here."', ["-> They have been here."]),
         ("The children like\nto go.", ["1 [0:24] The children like to go."]),
         ("I asked Ms. Johnson.", ["1 [0:20] I asked Ms. Johnson."]),
-        ("STOP at 10:45:30 — *now*!", ["-> Stop at ten forty-five and thirty seconds, now!"]),
+        ("STOP at 10:45:30 — *now*!", ["-> STOP at 10:45:30 — now!"]),
         ("word " * 25 + "at 10:45:30 sharp.", ["spoken: in 2 sentences", "at 10:45:30 sharp."]),
         ("Hi 😀", ["-> Hi", "warning: these weights never learnt some signs, which are left out: 😀"]),
         ("你好", ["warning: the text looks like language 'zh', and these weights speak en"]),

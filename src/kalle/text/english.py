@@ -152,6 +152,11 @@ def _unit(match: re.Match[str]) -> str:
     return f"{plain(match[1])} {_one(_UNITS[match[2]], match[1])}"
 
 
+def _apart(match: re.Match[str]) -> str:
+    """A space where ``match`` touches a letter or digit before it, so that words don't run together."""
+    return " " if match.string[: match.start()][-1:].isalnum() else ""
+
+
 def _money(match: re.Match[str]) -> str:
     sign, number = match["sign"], match["number"].rstrip(_NO_YEAR)
     scale = _SCALES.get(match["short"] or "", match["scale"])
@@ -353,7 +358,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"\b100s\b", "hundreds"),
         (r"(?<!\w)['’]?([1-9])0s\b", lambda m: _TENS[int(m[1])]),
         (rf"([$£€])({_NUMBER}) ?[-–] ?\1?({_NUMBER})(?!\d)", lambda m: f"{plain(m[2])} to {plain(m[3])} {_CURRENCIES[m[1]][0]}s"),
-        (rf"(?P<sign>(?:\bUS|\bA|\bC)?[$£€¥₹₩]|\b(?:{_CODES})(?= ?\d)) ?(?P<number>{_NUMBER}){_SCALE}", _money),
+        (rf"(?P<sign>(?:\bUS|\bA|\bC)?\$|[£€¥₹₩]|\b(?:{_CODES})(?= ?\d)) ?(?P<number>{_NUMBER}){_SCALE}", lambda m: _apart(m) + _money(m)),
         (rf"\b(?P<number>{_NUMBER})(?P<scale>)(?P<short>)\s?(?P<sign>[$£€¥₹₩]|(?:{_CODES})\b)", _money),
         (r"¢(\d+)", r"\1 cents"),
         (r"(\d+)(?:['′]| ?ft\.?) ?(\d+)(?:[\"″]| ?in\b\.?(?= ))", lambda m: f"{plain(m[1])} feet {plain(m[2])} inches"),

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def test_the_commands_refuse_it(tmp_path: Path, row: dict[str, Any]) -> None:
     as_source(row, tmp_path / "ran")
     write(tmp_path, row)
     for words in (["data", "shard", tmp_path, tmp_path / "o"], ["data", "doctor", tmp_path, "--out", tmp_path / "d"]):
-        done = subprocess.run(["kalle", *map(str, words)], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-m", "kalle", *map(str, words)], capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: cannot read"), done.stderr
         assert done.stderr.count("\n") == 1
