@@ -107,7 +107,7 @@ class Quickstart:
         """Measure the tuned model's stop rule; where that gives none to use, it keeps the one of the weights it comes from."""
         start, tuned = Path(self.model) / "config.json", self.tuned / "config.json"
         known: dict[str, Any] = read_json(start) if start.is_file() else {}
-        write_json(tuned, read_json(tuned) | {key: known[key] for key in ("stop", "language", "temperature") if key in known})
+        write_json(tuned, read_json(tuned) | {key: known[key] for key in ("stop", "language", "temperature", "text") if key in known})
         try:
             dispatch(["calibrate", str(self.tuned), "--latents", str(self.latents)])
         except UserError as error:
