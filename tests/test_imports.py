@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,21 @@ EXTRAS = (
     "submitit",
 )
 """Top-level modules that only the extras bring."""
-CORE = ("audio", "checkpoint", "convert", "errors", "extras", "files", "gaussian", "losses", "models", "progress", "synthesis", "text")
+CORE = [
+    "audio",
+    "checkpoint",
+    "convert",
+    "errors",
+    "extras",
+    "files",
+    "gaussian",
+    "losses",
+    "models",
+    "progress",
+    "seeds",
+    "synthesis",
+    "text",
+]
 
 BLOCK = f"""
 import importlib.util
@@ -53,7 +68,7 @@ sys.meta_path.insert(0, Block())
 """
 
 
-def modules(under: tuple[str, ...] = ("",)) -> list[str]:
+def modules(under: Sequence[str] = ("",)) -> list[str]:
     found = []
     for path in sorted(SOURCE.rglob("*.py")):
         parts = path.relative_to(SOURCE).with_suffix("").parts

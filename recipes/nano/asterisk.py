@@ -26,9 +26,8 @@ from kalle.cli.stages import recipe_main
 from kalle.data.corpus.items import safe_id, spoken_text
 from kalle.data.corpus.lists import REJECTED_NAME, TRANSCRIPTS_NAME
 from kalle.data.corpus.splits import SplitPolicy, normalised
-from kalle.data.jsonl import write_jsonl
 from kalle.errors import UserError
-from kalle.files import disk_errors, write_atomic
+from kalle.files import disk_errors, write_atomic, write_jsonl
 
 BUILD_NAME = "build.json"
 SAMPLE_RATE_HZ = 16000

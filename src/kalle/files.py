@@ -1,4 +1,4 @@
-"""Files and folders that appear as a whole or not at all, locks between processes, and one line for a place that cannot be written.
+"""Files and folders that appear as a whole or not at all, locks between processes, JSON lines, and errors of a disk in one line.
 
 Until it is complete, a file has a temporary name beside its target that nobody can foresee, and is made by O_EXCL | O_NOFOLLOW: a link
 planted in a shared folder is never followed, and two writers of one file don't disturb each other (the last one wins).
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import json
 import logging
 import os
 import re
@@ -19,7 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kalle.errors import UserError
 
@@ -291,3 +293,55 @@ def _acquire(path: Path, wait: bool) -> tuple[FileLock | None, str | None]:
             logger.warning("no locks on the file system of '%s' (%s): see to it that every rank runs once", path.parent, error.strerror)
             return None, None
         return lock, None
+
+
+def parse_json(content: str | bytes) -> dict[str, Any]:
+    """The JSON object in ``content``; a ValueError says on one line why there is none: numbers of thousands of digits, deep nesting."""
+    try:
+        row = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({getattr(error, 'msg', '') or str(error).split(';')[0]})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"it holds a {type(row).__name__}")
+    return row
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, the file whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every line of a JSONL file as an object; a UserError names the file and the line that is not one."""
+    if not path.is_file():
+        raise UserError(f"file not found: got '{path}', expected a JSONL file; check the path")
+    rows = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(parse_json(line))
+        except ValueError as error:
+            raise UserError(f"bad line: '{path}' line {number}: {error}; expected one JSON object a line; correct that line") from None
+    return rows
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file (a byte-order mark is dropped); a UserError for another encoding."""
+    try:
+        # str.splitlines also cuts at U+2028 and U+0085, which JSON strings may hold; reading has made \r\n a \n.
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text: '{path}' at byte {error.start}; expected UTF-8; convert it with iconv") from None
+
+
+def read_text_line(path: Path) -> str:
+    """The whole of a UTF-8 text file on one line; a UserError for another encoding."""
+    return " ".join(" ".join(read_lines(path)).split())
+
+
+def fingerprint(facts: Any) -> str:
+    """SHA-256 (hex) of ``facts``, all that decides a result: what another fingerprint has left is of other work."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -18,9 +18,10 @@ from kalle.adaptation.adapt import Adaptation, adapt
 from kalle.adaptation.learning import AdaptOptions, learn
 from kalle.adaptation.sequences import prompt_sequence, read_recording
 from kalle.errors import UserError
+from kalle.seeds import purpose_seed
 from kalle.synthesis.adapter import ROWS, Adapter, base_hash, decode_change, encode_changes
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.options import SpeechRequest, StopRule, derived_seed
+from kalle.synthesis.options import SpeechRequest, StopRule
 from kalle.synthesis.release_compat import OURS, ReleaseCompatibility
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import Voice
@@ -96,7 +97,7 @@ def test_the_model_that_learnt_is_the_one_that_is_stored(kalle: Kalle) -> None:
         longer = learn(kalle.lm, "b", [sequence], dataclasses.replace(options, steps=6, warmup_share=1.0), 2e-2)
         again = learn(kalle.lm, "b", [sequence], dataclasses.replace(options, steps=7, warmup_share=6 / 7), 2e-2)
         assert again.losses[:6] == longer.losses
-        generator = torch.Generator().manual_seed(derived_seed("kalle adapt noise 0"))
+        generator = torch.Generator().manual_seed(purpose_seed("kalle adapt noise 0"))
         noises = [torch.randn(sequence.noise_shape, generator=generator) for _ in range(7)]
         with torch.no_grad():
             loss = float(sequence.loss(longer.adapter.applied_to(kalle.lm), noises[6], "prediction_posterior"))

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from kalle.data.jsonl import fingerprint
-from kalle.data.ranks import OthersUnfinished, Share
+from kalle.data.shared_work import OthersUnfinished, RankJournals, Share
 from kalle.errors import UserError
 from kalle.evaluation import Settings, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs
-from kalle.evaluation.journal import Journal, folder_digest
 from kalle.evaluation.metrics import DurationRatio, MelDistance
+from kalle.evaluation.run import folder_digest
 from kalle.evaluation.test_list import TestItem
-from kalle.files import folder_lock
+from kalle.files import fingerprint, folder_lock
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
 
@@ -25,7 +24,7 @@ NAMES = ("results.json", "items.jsonl", "report.md", "figure.png")
 def score(kind: str, flowvae: FlowVAE, kalle: Kalle, items: list[TestItem], out: Path, share: Share, **options: Any) -> bool:
     """Whether the evaluation is complete after this rank."""
     metrics = [MelDistance(), DurationRatio()]
-    with Journal(out, "mark", share, len(items), **options) as journal:
+    with RankJournals(out, "mark", share, len(items), **options) as journal:
         try:
             if kind == "reconstruction":
                 evaluate_reconstruction(flowvae, items, metrics, out, sample=True, settings=SETTINGS, journal=journal)
@@ -132,18 +131,18 @@ def test_failed_items_are_tried_once_more(flowvae: FlowVAE, kalle: Kalle, named:
 
 
 def test_rows_of_another_evaluation_are_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with Journal(tmp_path, "a", Share(), 2) as journal:
+    with RankJournals(tmp_path, "a", Share(), 2) as journal:
         journal.keep(0, [{"system": "x", "id": "0", "text": "", "audio_s": 1.0}])
-    with Journal(tmp_path, "a", Share(), 2) as journal:
+    with RankJournals(tmp_path, "a", Share(), 2) as journal:
         assert journal.pending() == [1]
-    with caplog.at_level(logging.INFO), Journal(tmp_path, "b", Share(), 2) as journal:
+    with caplog.at_level(logging.INFO), RankJournals(tmp_path, "b", Share(), 2) as journal:
         assert journal.pending() == [0, 1]
     assert "starting anew" in caplog.text
 
 
 def test_two_processes_of_one_rank_are_refused(tmp_path: Path) -> None:
     with folder_lock(tmp_path, "rank-1", wait=False), pytest.raises(UserError, match="rank 1 of 2 already evaluates into"):
-        Journal(tmp_path, "a", Share(1, 2), 2).__enter__()
+        RankJournals(tmp_path, "a", Share(1, 2), 2).__enter__()
 
 
 def test_the_fingerprint_follows_settings_and_files(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from kalle.audio import load_channels
-from kalle.data.jsonl import read_jsonl
+from kalle.files import read_jsonl
 
 pytestmark = pytest.mark.slow
 

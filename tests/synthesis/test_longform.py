@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from kalle.errors import UserError
 from kalle.models.backbone import BackboneConfig
+from kalle.seeds import sentence_seed
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.longform import LongForm, Part, even_gain_db, loudness_db, rolling_voice, sentence_seed, speak_long
+from kalle.synthesis.longform import LongForm, Part, even_gain_db, loudness_db, rolling_voice, speak_long
 from kalle.synthesis.longform_files import PartStore, settings_of, stored_seed
 from kalle.synthesis.options import GenerationOptions, SpeechRequest, usual_seconds
 from kalle.synthesis.speech import Speech

@@ -18,10 +18,11 @@ from kalle.checkpoint import write_json
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.seeds import purpose_seed
 from kalle.synthesis import voicing
 from kalle.synthesis.generate import Frame, Generation, generate
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.options import StopRule, derived_seed
+from kalle.synthesis.options import StopRule
 from kalle.synthesis.voice import Binding, Voice, find_voice, stored_voices, voice_files, voice_path
 from kalle.synthesis.voicing import RANDOM_VOICE_SECONDS, RANDOM_VOICE_STOP, letters, random_voice, spectral_flatness, spoken_voice
 from kalle.synthesis.weights import FolderConfig
@@ -281,7 +282,7 @@ def test_no_voice_is_made_of_the_noise_of_the_frames(kalle_wide: Kalle, kalle_sp
 def test_the_seeds_of_voices_stay_as_they_are() -> None:
     """Others give other voices."""
     purposes = ("speaker latent", "random voice", "prompt posterior")
-    assert [derived_seed(f"kalle {purpose} 5") for purpose in purposes] == SEEDS_OF_5
+    assert [purpose_seed(f"kalle {purpose} 5") for purpose in purposes] == SEEDS_OF_5
 
 
 SEEDS_OF_5 = [743679983, 947138197, 762823505]

@@ -19,8 +19,8 @@ from kalle.audio import Audio, resample
 from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ, MetricError
 from kalle.evaluation.similarity import SpeakerEmbedder
+from kalle.seeds import purpose_seed
 from kalle.synthesis.adapter import Adapter
-from kalle.synthesis.options import derived_seed
 from kalle.synthesis.release_compat import OURS, ReleaseCompatibility
 from kalle.synthesis.voice import Voice
 
@@ -132,7 +132,7 @@ def _pairs(audio: Source | Sequence[Source], text: str | Sequence[str]) -> list[
 
 
 def _kls(lm: KalleLM, adapted: KalleLM, sequences: Sequence[PromptSequence], options: AdaptOptions) -> BeforeAfter:
-    seed = derived_seed(f"kalle adapt measure {options.seed}")
+    seed = purpose_seed(f"kalle adapt measure {options.seed}")
     return BeforeAfter(*(mean_kl(model, sequences, KL_DRAWS, seed, options.direction) for model in (lm, adapted)))
 
 

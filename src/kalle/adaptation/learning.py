@@ -19,8 +19,9 @@ from kalle.errors import UserError
 from kalle.losses.latent import Direction
 from kalle.models.lm import KalleLM
 from kalle.models.lora import linear_layers, low_rank_layers, new_factors, with_low_rank, with_weights
+from kalle.seeds import purpose_seed
 from kalle.synthesis.adapter import LORA_A, LORA_B, SPEAKER_PARTS, Adapter
-from kalle.synthesis.options import check_seed, derived_seed
+from kalle.synthesis.options import check_seed
 
 Mode = Literal["lora", "full"]
 DEFAULT_STEPS = 200
@@ -159,7 +160,7 @@ def trainable(lm: KalleLM, options: AdaptOptions) -> tuple[KalleLM, dict[str, nn
     """A model over the memory of ``lm`` and, by name, those of its parameters that learn: factors, or fp32 copies of all weights."""
     if options.mode == "lora":
         layers = linear_layers(lm, SPEAKER_PARTS)
-        generator = torch.Generator().manual_seed(derived_seed(f"kalle adapt factors {options.seed}"))
+        generator = torch.Generator().manual_seed(purpose_seed(f"kalle adapt factors {options.seed}"))
         view = with_low_rank(lm, new_factors(layers, options.rank, generator), options.scale)
         chosen: dict[str, nn.Parameter] = {}
         for name, layer in low_rank_layers(view):
@@ -188,7 +189,7 @@ def _steps(
 ) -> tuple[tuple[float, ...], float]:
     optimizer = _optimizer(parameters, lr, options.weight_decay)
     scheduler = LambdaLR(optimizer, schedule(options.steps, options.warmup_steps))
-    generator = torch.Generator().manual_seed(derived_seed(f"kalle adapt noise {options.seed}"))
+    generator = torch.Generator().manual_seed(purpose_seed(f"kalle adapt noise {options.seed}"))
     losses: list[float] = []
     started = clock()
     while len(losses) < options.steps and not _spent(losses, clock() - started, options.seconds):

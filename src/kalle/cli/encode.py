@@ -28,7 +28,7 @@ def encode_composed(config: DictConfig) -> dict[str, Any] | None:
     Returns the info.json of the latent folder; None when shards of other ranks are not there yet.
     """
     from kalle.data.latents.run import encode
-    from kalle.data.ranks import OthersUnfinished, share_of_process
+    from kalle.data.shared_work import OthersUnfinished, share_of_process
     from kalle.progress import progress_bar
 
     built = encoding_config(config)

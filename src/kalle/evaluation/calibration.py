@@ -22,8 +22,9 @@ from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
+from kalle.seeds import purpose_seed
 from kalle.synthesis.generate import Request
-from kalle.synthesis.options import SpeechRequest, StopRule, derived_seed
+from kalle.synthesis.options import SpeechRequest, StopRule
 from kalle.synthesis.speech import speak
 from kalle.synthesis.weights import StoredConfidence, StoredStop, load_tokenizer
 from kalle.text.tokenizer import BEFORE_SPEECH
@@ -267,7 +268,7 @@ def _garbled(kalle: Kalle, request: Request, text: str) -> Request:
     count, after = max(1, len(kalle.tokenizer.encode(text)) - 1), len(BEFORE_SPEECH)
     ids = request.text_ids.clone()
     words = ids[max(1, len(ids) - after - count) : len(ids) - after]
-    generator = torch.Generator().manual_seed(derived_seed(f"kalle calibrate {request.seed}"))
+    generator = torch.Generator().manual_seed(purpose_seed(f"kalle calibrate {request.seed}"))
     words.copy_(torch.randint(kalle.tokenizer.special(BEFORE_SPEECH[0]), (len(words),), generator=generator))
     return replace(request, text_ids=ids)
 

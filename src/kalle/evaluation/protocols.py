@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kalle.audio import Audio, read_audio, resample, write_audio
+from kalle.data.shared_work import RankJournals
 from kalle.errors import UserError
 from kalle.evaluation.figures import FigureRow
-from kalle.evaluation.journal import Journal, score_items
 from kalle.evaluation.metrics import RATE_HZ, Aggregate, Metric, ScoreItem
 from kalle.evaluation.report import Result, Settings, finish
 from kalle.evaluation.scoring import Row, Scores, counted
@@ -23,6 +23,7 @@ from kalle.evaluation.test_list import TestItem
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import latent_health
 from kalle.models.flowvae import FlowVAE
+from kalle.progress import progress_bar
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
@@ -110,6 +111,29 @@ def other_recordings(items: Sequence[TestItem]) -> list[TestItem | None]:
     return found
 
 
+def score_items(
+    items: Sequence[TestItem],
+    scores: Scores,
+    journal: RankJournals | None,
+    score: Callable[[int, TestItem], None],
+    description: str,
+    show: bool,
+) -> None:
+    """Call ``score(index, item)`` for every item that is this process's to score; ``scores.rows`` then holds those of all items.
+
+    Without a journal all items are scored, in memory. OthersUnfinished when other ranks have not ended.
+    """
+    indices = list(range(len(items))) if journal is None else journal.pending()
+    with progress_bar(show) as bar:
+        for index in bar.track(indices, description=description):
+            before = len(scores.rows)
+            score(index, items[index])
+            if journal is not None:
+                journal.keep(index, scores.rows[before:])
+    if journal is not None:
+        scores.rows = journal.merged()
+
+
 def evaluate_reconstruction(
     flowvae: FlowVAE,
     items: Sequence[TestItem],
@@ -119,7 +143,7 @@ def evaluate_reconstruction(
     sample: bool = False,
     seed: int = 0,
     settings: Settings | None = None,
-    journal: Journal | None = None,
+    journal: RankJournals | None = None,
 ) -> Result:
     """Encode and decode every recording and compare the two, cropped to the shorter.
 
@@ -258,7 +282,7 @@ def evaluate_synthesis(
     config: SpeakingConfig | None = None,
     voice: Voice | None = None,
     settings: Settings | None = None,
-    journal: Journal | None = None,
+    journal: RankJournals | None = None,
 ) -> Result:
     """Speak every text and score it: WER against the text, SIM to the prompt, or to another recording of the speaker when unprompted.
 
@@ -343,7 +367,7 @@ def evaluate_wavs(
     *,
     aligned: bool = False,
     settings: Settings | None = None,
-    journal: Journal | None = None,
+    journal: RankJournals | None = None,
 ) -> Result:
     """Score ``folder``/ID.wav (or .flac, .ogg, .opus, .mp3) for every item; "/" in an id is "_" in the file's name.
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kalle.data.jsonl import fingerprint
-from kalle.data.ranks import OthersUnfinished, rank_device, share_of_process
+from kalle.data.shared_work import OthersUnfinished, RankJournals, rank_device, share_of_process
 from kalle.errors import UserError
-from kalle.evaluation.journal import Journal, folder_digest
 from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelDistance, Metric
 from kalle.evaluation.protocols import SpeakingConfig, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs, wav_folder
 from kalle.evaluation.report import Result, Settings, versions
 from kalle.evaluation.similarity import Similarity
 from kalle.evaluation.test_list import TestItem, TestList, TestListConfig, read_test_list
 from kalle.evaluation.word_errors import WER
-from kalle.files import output_folder
+from kalle.files import fingerprint, output_folder
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
 
@@ -109,14 +108,16 @@ def evaluate(config: EvaluateConfig) -> Result | None:
     try:
         with output_folder(out):
             mark = fingerprint(_facts(config, test_list, metrics))
-            with Journal(out, mark, share, len(test_list.items), resume=config.resume == "auto") as journal:
+            with RankJournals(out, mark, share, len(test_list.items), resume=config.resume == "auto") as journal:
                 return _score(config, test_list.items, metrics, settings, journal)
     except OthersUnfinished as unfinished:
         logger.info("%s", unfinished)
         return None
 
 
-def _score(config: EvaluateConfig, items: Sequence[TestItem], metrics: Sequence[Metric], settings: Settings, journal: Journal) -> Result:
+def _score(
+    config: EvaluateConfig, items: Sequence[TestItem], metrics: Sequence[Metric], settings: Settings, journal: RankJournals
+) -> Result:
     if config.kind == "wavs":
         assert config.wavs is not None
         return evaluate_wavs(config.wavs, items, metrics, config.out, aligned=config.aligned, settings=settings, journal=journal)
@@ -148,3 +149,12 @@ def _facts(config: EvaluateConfig, test_list: TestList, metrics: Sequence[Metric
     described = {metric.name: dict(metric.describe()) for metric in metrics}
     scored = {"score_recordings": config.score_recordings, "metrics": described}
     return {"settings": settings, **scored, "items": items, "source": digest, "versions": versions()}
+
+
+def folder_digest(folder: str | Path) -> str:
+    """SHA-256 (hex) of the names and contents of all files under ``folder``."""
+    digest, root = hashlib.sha256(), Path(folder)
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(root)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import statistics
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from kalle.audio import Audio, from_pcm16, to_pcm16
 from kalle.errors import UserError
+from kalle.seeds import sentence_seed
 from kalle.synthesis.generate import FloatArray
 from kalle.synthesis.options import GenerationOptions, SpeechRequest, cap_frames, fits_one_request, usual_seconds
 from kalle.synthesis.speech import Speech, joined
@@ -263,16 +263,6 @@ def why_by_sentences(words: str, options: GenerationOptions, longest_seconds: fl
     if not fits_one_request(words):
         return "it is too long for one request"
     return None if fits_one_request(words, longest_seconds) else f"these weights keep up {longest_seconds:g} s in one request"
-
-
-def sentence_seed(seed: int, index: int, again: int = 0) -> int:
-    """The seed of sentence ``index`` of a text spoken with ``seed``; ``again`` counts further tries.
-
-    The first has that of the whole, so that a text of one sentence is the same however it is spoken.
-    """
-    if index == again == 0:
-        return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{again}".encode()).digest()[:7], "big")
 
 
 def shortened(text: str, longest: int = 30) -> str:

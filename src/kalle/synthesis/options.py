@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import operator
 import unicodedata
@@ -219,14 +218,6 @@ def check_seed(seed: object) -> int:
     if not 0 <= number < SEED_LIMIT:
         raise UserError(f"bad seed: got {seed!r}, expected an integer from 0 to 2**63 - 1; leave it out to draw one")
     return number
-
-
-def derived_seed(purpose: str) -> int:
-    """A seed below 2**31 that ``purpose``, words with the user's seed in them, decides.
-
-    Noise for two purposes must not be seeded with the same number: both would draw the same values.
-    """
-    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big") % 2**31
 
 
 def usual_seconds(text: str) -> float:

@@ -19,8 +19,9 @@ from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM
+from kalle.seeds import purpose_seed
 from kalle.synthesis.generate import FloatArray, Frame, FrameWatcher, Generation, Request, Watcher, model_for, run
-from kalle.synthesis.options import StopRule, cap_seconds, derived_seed, usual_seconds
+from kalle.synthesis.options import StopRule, cap_seconds, usual_seconds
 from kalle.synthesis.release_compat import OURS, ConvertedModels
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def needs_retry(speech: Speech) -> bool:
 
 def next_seed(seed: int, attempt: int) -> int:
     """The seed of try number ``attempt``, which is ``seed`` itself for 0 and else a number below 2**31 that both decide."""
-    return seed if attempt == 0 else derived_seed(f"kalle retry {seed} {attempt}")
+    return seed if attempt == 0 else purpose_seed(f"kalle retry {seed} {attempt}")
 
 
 def retry_request(request: Request, attempt: int) -> Request:

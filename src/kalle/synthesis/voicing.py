@@ -15,8 +15,9 @@ from kalle.audio import Audio, clipped_share, load_mono, resample, rms_dbfs
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.speaker import SpeakerMel
+from kalle.seeds import purpose_seed
 from kalle.synthesis.generate import generate
-from kalle.synthesis.options import StopRule, check_seed, derived_seed
+from kalle.synthesis.options import StopRule, check_seed
 from kalle.synthesis.voice import FLOWVAE_ENCODER, RANDOM, RECORDING, SPEAKER_ENCODER, Voice
 from kalle.text.tokenizer import check_text, prompt_ids
 
@@ -168,7 +169,7 @@ def _prompt_latents(kalle: Kalle, wav: torch.Tensor, seed: int) -> torch.Tensor:
 
 def _generator(purpose: str, seed: int) -> torch.Generator:
     """The noise of a voice: ``seed`` itself is that of the frames of speech, which must not be the same values."""
-    return torch.Generator().manual_seed(derived_seed(f"kalle {purpose} {seed}"))
+    return torch.Generator().manual_seed(purpose_seed(f"kalle {purpose} {seed}"))
 
 
 @torch.no_grad()

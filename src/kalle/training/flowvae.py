@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from kalle.checkpoint import check_fields
-from kalle.data.seeds import standard_noise
 from kalle.losses.adversarial import OverParts, discriminator_loss, feature_matching_loss, generator_loss
 from kalle.losses.latent import LatentHealth, flow_kl
 from kalle.losses.spectral import LogMel, MelConfig, MelL1, mel_l1
@@ -19,6 +18,7 @@ from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.model import FlowVAEOutput
+from kalle.seeds import standard_noise
 from kalle.training.distributed import frozen, sum_over_ranks
 from kalle.training.optimisation import OptimizerFactory, SchedulerFactory
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from kalle.checkpoint import check_fields
-from kalle.data.seeds import derived_seed
 from kalle.errors import UserError
 from kalle.losses.alignment import TextAttention, alignment_loss
 from kalle.losses.latent import Direction, next_distribution_loss, speaker_kl, stop_bce, stop_rows
 from kalle.models.batch import LMBatch, Packing, RowLayout
 from kalle.models.lm import KalleLM
+from kalle.seeds import derived_seed
 from kalle.text.tokenizer import without_text
 from kalle.training.distributed import Reduction, global_weight, is_sharded, shard_language_model
 from kalle.training.optimisation import OptimizerFactory, SchedulerFactory, draws_dropout, parameter_groups

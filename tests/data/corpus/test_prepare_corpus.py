@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.data import jsonl
+from kalle.data import shared_work
 from kalle.data.corpus import prepare
 from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
@@ -246,11 +246,11 @@ def test_an_interrupted_rebuild_does_not_pass_for_the_finished_old_one(tmp_path:
 
 
 def test_line_separators_inside_a_text_do_not_tear_the_journal(tmp_path: Path) -> None:
-    first = jsonl.ResumeJournal(tmp_path / "journal.jsonl", "same")
+    first = shared_work.ResumeJournal(tmp_path / "journal.jsonl", "same")
     first.add({"id": "a", "text": "one\u2028two\u0085three"})
     first.add({"id": "b"})
     first.close()
-    second = jsonl.ResumeJournal(tmp_path / "journal.jsonl", "same")
+    second = shared_work.ResumeJournal(tmp_path / "journal.jsonl", "same")
     second.close()
     assert [entry["id"] for entry in second.entries] == ["a", "b"]
 
@@ -296,11 +296,11 @@ def no_room_for_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_room_for_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(self: jsonl.ResumeJournal, entry: object) -> None:
+    def add(self: shared_work.ResumeJournal, entry: object) -> None:
         self._file = FullFile()
         full_disk()
 
-    monkeypatch.setattr(jsonl.ResumeJournal, "add", add)
+    monkeypatch.setattr(shared_work.ResumeJournal, "add", add)
 
 
 class FullFile:

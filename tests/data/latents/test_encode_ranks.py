@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus, in_background
 from kalle.data.latents.shards import read_info
-from kalle.data.ranks import OthersUnfinished, Share, local_rank, share_of_process
+from kalle.data.shared_work import OthersUnfinished, Share, local_rank, share_of_process
 from kalle.errors import UserError
 from kalle.files import LOCKS_FOLDER, folder_lock
 from kalle.models.flowvae import FlowVAE

@@ -177,7 +177,7 @@ def test_folders_of_different_encoders_do_not_mix(two: list[str], key: str, valu
 def test_batches_equal_the_padded_samples_of_each_item(two: list[str]) -> None:
     from torch.nn.utils.rnn import pad_sequence
 
-    from kalle.data.seeds import standard_noise
+    from kalle.seeds import standard_noise
 
     data = lm(two[0])
     items = {item.id: index for index, item in enumerate(data.dataset("train").items)}

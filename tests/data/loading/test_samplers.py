@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalle.data.loading.samplers import BudgetBatchSampler, ConstantSampler, FixedSizeBatchSampler, RankSampler, equal_buckets
-from kalle.data.seeds import derived_seed, standard_noise
+from kalle.seeds import derived_seed, standard_noise
 
 items = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=80)
 

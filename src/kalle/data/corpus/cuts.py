@@ -21,9 +21,8 @@ from lhotse.cut import Cut, MixedCut
 from lhotse.serialization import deserialize_item
 
 from kalle.data.corpus.splits import SPLITS
-from kalle.data.jsonl import parse_json
 from kalle.errors import UserError
-from kalle.files import atomic_file, output_folder, write_atomic
+from kalle.files import atomic_file, output_folder, parse_json, write_atomic
 
 COMPLETED_NAME = ".completed"
 REPORT_JSON, REPORT_MD = "report.json", "report.md"

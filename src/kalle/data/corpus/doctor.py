@@ -16,8 +16,7 @@ from kalle.data.corpus.figures import FIGURES, FIGURES_FOLDER, OVERVIEW_NAME, wr
 from kalle.data.corpus.measures import MEASUREMENTS_NAME, MeasuredItem, Progress, collect_measures
 from kalle.data.corpus.quality import CheckResult, Limits, examine, worst
 from kalle.data.corpus.report import histogram
-from kalle.data.jsonl import fingerprint, write_jsonl
-from kalle.files import output_folder, write_atomic
+from kalle.files import fingerprint, output_folder, write_atomic, write_jsonl
 
 REPORT_JSON, REPORT_MD, ITEMS_NAME = "report.json", "report.md", "items.jsonl"
 EXAMPLES = 5

@@ -25,8 +25,8 @@ from kalle.data.corpus.items import (
     plain_fields,
     split_of_part,
 )
-from kalle.data.jsonl import read_lines, read_text_line
 from kalle.errors import UserError
+from kalle.files import read_lines, read_text_line
 
 _WHOLE_S = 1e-3
 _MANIFESTS = "expected cuts*.jsonl.gz, or *recordings*.jsonl.gz beside *supervisions*.jsonl.gz of the same name (lhotse manifests)"

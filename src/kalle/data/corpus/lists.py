@@ -24,8 +24,8 @@ from kalle.data.corpus.items import (
     split_of_part,
 )
 from kalle.data.corpus.splits import SPLITS, normalised
-from kalle.data.jsonl import parse_json, read_jsonl, read_lines, read_text_line
 from kalle.errors import UserError
+from kalle.files import parse_json, read_jsonl, read_lines, read_text_line
 
 TRANSCRIPTS_NAME = "transcripts.jsonl"
 REJECTED_NAME = "rejected.jsonl"

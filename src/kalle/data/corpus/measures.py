@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kalle.audio import PCM16_SCALE, Audio, clipped_share, to_pcm16
 from kalle.data.corpus.cuts import corpus_cuts, load_audio
-from kalle.data.jsonl import ResumeJournal
+from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
 from kalle.text.languages import LANGUAGE_OF_SCRIPT, script_of
 

@@ -23,9 +23,9 @@ from kalle.data.corpus.cuts import COMPLETED_NAME, REPORT_JSON, REPORT_MD, cuts_
 from kalle.data.corpus.items import Rejection, Source, SourceItem
 from kalle.data.corpus.report import build_report, markdown
 from kalle.data.corpus.splits import SPLITS
-from kalle.data.jsonl import ResumeJournal, parse_json
+from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
-from kalle.files import output_folder, write_atomic
+from kalle.files import output_folder, parse_json, write_atomic
 
 CHUNK_ITEMS = 8
 CHUNKS_AHEAD = 4

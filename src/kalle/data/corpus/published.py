@@ -23,8 +23,8 @@ from kalle.data.corpus.items import (
     split_of_part,
 )
 from kalle.data.corpus.lhotse_readers import from_cuts
-from kalle.data.jsonl import parse_json, read_lines, read_text_line
 from kalle.errors import UserError
+from kalle.files import parse_json, read_lines, read_text_line
 from kalle.text.languages import detect_language
 
 MICROPHONES = ("mic1", "mic2")

@@ -17,9 +17,9 @@ from kalle.audio import Audio
 from kalle.data.corpus.cuts import check_target, corpus_cuts, corpus_digest, load_audio, write_derived
 from kalle.data.corpus.figures import AGREEMENT_NAME, write_agreement_figure
 from kalle.data.corpus.measures import MeasuredItem, Measures, Progress, audio_stamp, item_of
-from kalle.data.jsonl import ResumeJournal, fingerprint, write_jsonl
+from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
-from kalle.files import output_folder
+from kalle.files import fingerprint, output_folder, write_jsonl
 from kalle.text.languages import has_words
 
 MADE_BY = "kalle data retranscribe"

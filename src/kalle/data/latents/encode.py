@@ -19,7 +19,6 @@ from torch import nn
 
 from kalle.checkpoint import check_fields, weights_hash, write_json
 from kalle.data.corpus.cuts import cut_field, load_audio
-from kalle.data.jsonl import fingerprint
 from kalle.data.latents.shards import (
     COMPLETED_NAME,
     INFO_NAME,
@@ -31,13 +30,13 @@ from kalle.data.latents.shards import (
     read_info,
     write_index,
 )
-from kalle.data.ranks import OthersUnfinished, Share
-from kalle.data.seeds import numpy_generator
+from kalle.data.shared_work import OthersUnfinished, Share
 from kalle.errors import UserError
-from kalle.files import folder_lock, output_folder
+from kalle.files import fingerprint, folder_lock, output_folder
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import constant_gaussian_baseline
 from kalle.models.flowvae import FlowVAE
+from kalle.seeds import numpy_generator
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")

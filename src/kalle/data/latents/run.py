@@ -10,7 +10,7 @@ from typing import Any
 from kalle.checkpoint import check_fields
 from kalle.data.corpus.cuts import load_cuts
 from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, Progress, encode_corpus
-from kalle.data.ranks import rank_device, share_of_process
+from kalle.data.shared_work import rank_device, share_of_process
 from kalle.models.flowvae import FlowVAE
 from kalle.models.speaker import SpeakerMel
 

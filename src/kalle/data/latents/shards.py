@@ -34,11 +34,10 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from kalle.checkpoint import read_json, write_json
-from kalle.data.jsonl import parse_json
 from kalle.data.latents.storage import Folder
 from kalle.data.latents.table import Ragged, Table, Texts, array_of, numbered
 from kalle.errors import UserError
-from kalle.files import write_atomic
+from kalle.files import parse_json, write_atomic
 from kalle.gaussian import DiagGaussian
 
 LATENTS = "latents"

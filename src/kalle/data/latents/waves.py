@@ -21,12 +21,11 @@ from lhotse.cut import Cut
 
 from kalle.checkpoint import read_json, write_json
 from kalle.data.corpus.cuts import load_audio
-from kalle.data.jsonl import fingerprint
 from kalle.data.latents.shards import COMPLETED_NAME, INFO_NAME, ShardFolder, read_info_file, read_table, whole_table, write_index
 from kalle.data.latents.storage import Folder, is_url
 from kalle.data.latents.table import Table
 from kalle.errors import UserError
-from kalle.files import output_folder
+from kalle.files import fingerprint, output_folder
 
 logger = logging.getLogger(__name__)
 RECORDING = "recording"

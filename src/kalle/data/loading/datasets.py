@@ -22,10 +22,10 @@ from kalle.data.latents.storage import Folder
 from kalle.data.latents.table import Ragged, Table, TokenLists, array_of, joined_tables, starts_of
 from kalle.data.loading.samplers import Sample
 from kalle.data.loading.text_forms import TextForms
-from kalle.data.seeds import numpy_generator, standard_noise, standard_noise_into
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.batch import LMBatch, WaveBatch
+from kalle.seeds import numpy_generator, standard_noise, standard_noise_into
 from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.tokenizer import Tokenizer, prompt_ids
 

@@ -13,8 +13,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from kalle.data.latents.mix import Mix
-from kalle.data.seeds import numpy_generator
 from kalle.errors import UserError
+from kalle.seeds import numpy_generator
 
 logger = logging.getLogger(__name__)
 BatchSampler = Callable[[int], Sequence[list[int]]]

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from kalle.data.latents.table import Ragged, Table, Texts, starts_of
-from kalle.data.seeds import numpy_generator
 from kalle.files import atomic_file
+from kalle.seeds import numpy_generator
 from kalle.text.phonemes import LANGUAGE, PhonemeTokenizer, WordForms, prompt_forms
 from kalle.text.tokenizer import BEFORE_SPEECH
 
