@@ -185,7 +185,7 @@ def key_table(rows: list[tuple[str, str, str]]) -> list[str]:
 
 def configuration_page() -> str:
     """The keys of the trainings from their dataclasses, and the YAML files with their comments."""
-    from kalle.cli.train_help import keys, nested
+    from kalle.cli.train import keys, nested
     from kalle.training import FlowVAETrainingConfig, LMTrainingConfig
 
     lines = [

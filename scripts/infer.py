@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kalle.cli.process import script_main
+from kalle.cli.main import script_main
 
 FLAGS = {
     "--prompt-text": "--prompt_text",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kalle.cli.process import script_main
+from kalle.cli.main import script_main
 
 CKPT = Path(__file__).resolve().parents[1] / "ckpt"
 

@@ -38,7 +38,7 @@ EXTRAS = (
     "submitit",
 )
 """Top-level modules that only the extras bring."""
-CORE = [
+CORE = (
     "audio",
     "checkpoint",
     "convert",
@@ -52,7 +52,7 @@ CORE = [
     "seeds",
     "synthesis",
     "text",
-]
+)
 
 BLOCK = f"""
 import importlib.util

@@ -13,7 +13,7 @@ from kalle.checkpoint import read_json
 from kalle.data.corpus.cuts import load_cuts
 from kalle.data.loading.datamodules import LMDataModule
 from kalle.evaluation.probe import probe
-from kalle.losses.spectral import LogMel, MelConfig, mel_l1
+from kalle.losses.waveform import LogMel, MelConfig, mel_l1
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
 from kalle.text.tokenizer import Tokenizer

@@ -23,9 +23,8 @@ from debian import download_packages, find_packages, read_package
 
 from kalle.audio import AudioError, load_channels, write_encoded
 from kalle.cli.stages import recipe_main
-from kalle.data.corpus.items import safe_id, spoken_text
+from kalle.data.corpus.items import SplitPolicy, normalised, safe_id, spoken_text
 from kalle.data.corpus.lists import REJECTED_NAME, TRANSCRIPTS_NAME
-from kalle.data.corpus.splits import SplitPolicy, normalised
 from kalle.errors import UserError
 from kalle.files import disk_errors, write_atomic, write_jsonl
 

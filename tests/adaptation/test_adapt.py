@@ -12,8 +12,18 @@ from adapt_tools import TEXT, sweep
 
 import kalle as package
 from kalle.adaptation.adapt import adapt
-from kalle.adaptation.learning import NANO_FULL_LR, AdaptOptions, default_lr, learn, schedule, trainable
-from kalle.adaptation.sequences import PromptSequence, mean_kl, prompt_sequence, read_recording
+from kalle.adaptation.learning import (
+    NANO_FULL_LR,
+    AdaptOptions,
+    PromptSequence,
+    default_lr,
+    learn,
+    mean_kl,
+    prompt_sequence,
+    read_recording,
+    schedule,
+    trainable,
+)
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.synthesis.kalle import Kalle

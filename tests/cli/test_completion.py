@@ -5,8 +5,7 @@ import subprocess
 
 import pytest
 
-from kalle.cli.completion import SCRIPTS, candidates
-from kalle.cli.main import main
+from kalle.cli.main import SCRIPTS, candidates, main
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kalle.cli.hydra_entry import folder_per_job
-from kalle.cli.launch import rank_command
+from kalle.cli.train import rank_command
 from kalle.errors import UserError
 from kalle.training.distributed import started_ranks, wanted_ranks
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from kalle.cli.process import SPINS, share_the_cores
+from kalle.cli.main import SPINS, share_the_cores
 
 CODE = """
 import atexit, sys, threading, time, types
 sys.modules['torch'] = types.ModuleType('torch')  # only its name counts
-from kalle.cli.process import leave
+from kalle.cli.main import leave
 class Teardown:
     def __del__(self):
         print("taken apart", flush=True)

@@ -10,8 +10,8 @@ import torch
 from kalle.cli.main import main
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.training.checkpoint_files import LAST, step_path
-from kalle.training.run_lm import copy_flowvae
+from kalle.training.checkpointing import LAST, step_path
+from kalle.training.lm import copy_flowvae
 
 CROPS = "{_target_: kalle.data.loading.datasets.SpeakerConfig, crop_frames: 20, latent_dim: 16}"
 

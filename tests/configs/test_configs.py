@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 
 from kalle.cli.hydra_entry import compose, configs_dir, folder_override, run_hydra
 from kalle.cli.main import main
-from kalle.cli.train import training_config
-from kalle.cli.train_help import keys, nested
+from kalle.cli.train import keys, nested, training_config
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM
@@ -169,7 +168,7 @@ def test_speaker_variant_fits_its_data() -> None:
 @pytest.mark.parametrize("root", ["train_flowvae", "train_lm"])
 def test_a_composed_configuration_is_the_default_dataclass(root: str) -> None:
     """Every default stands in the dataclass; configs/ chooses sizes."""
-    from kalle.losses.spectral import MelConfig, MelL1
+    from kalle.losses.waveform import MelConfig, MelL1
 
     built = training_config(compose(root, REQUIRED[root]))
     if isinstance(built, FlowVAETrainingConfig):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kalle.convert.llama import load_text_weights, with_text_backbone
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.text_weights import load_text_weights, with_text_backbone
 
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 

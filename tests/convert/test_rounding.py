@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kalle.convert.rounding import rounded
 from kalle.errors import UserError
+from kalle.synthesis.export import rounded
 
 HALVES = [torch.float16, torch.bfloat16]
 

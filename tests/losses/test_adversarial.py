@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kalle.losses.adversarial import discriminator_loss, feature_matching_loss, generator_loss
+from kalle.losses.waveform import discriminator_loss, feature_matching_loss, generator_loss
 
 
 def test_discriminator_loss_is_zero_for_perfect_scores():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from kalle.losses.alignment import alignment_loss, diagonal_band
+from kalle.losses.latent import alignment_loss, diagonal_band
 
 
 def attention_to(columns: list[int], width: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from kalle.errors import UserError
-from kalle.losses.spectral import LogMel, MelConfig, MelL1, MultiScaleMel, mel_l1, multi_scale_configs
+from kalle.losses.waveform import LogMel, MelConfig, MelL1, MultiScaleMel, mel_l1, multi_scale_configs
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kalle.errors import UserError
-from kalle.losses.adversarial import discriminator_loss, feature_matching_loss, generator_loss
+from kalle.losses.waveform import discriminator_loss, feature_matching_loss, generator_loss
 from kalle.models.discriminators import (
     DiscriminatorConfig,
     Discriminators,

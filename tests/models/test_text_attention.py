@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from kalle.errors import UserError
-from kalle.losses.alignment import HEAD, TextAttention
+from kalle.losses.latent import HEAD, TextAttention
 from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
-from kalle.text.characters import LearntTexts, check_language, learnt_characters, map_characters
-from kalle.text.frontend import TextFrontEnd
+from kalle.text.frontend import LearntTexts, TextFrontEnd, check_language, learnt_characters, map_characters
 
 ENGLISH = string.ascii_letters + ",;:'!?.-"
 RUSSIAN = "абвгдежзийклмнопрстуфхцчшщъыьэюяё,.!?"

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
-from kalle.text.english import english_words
-from kalle.text.normalise import normalise
+from kalle.text.normalise import english_words, normalise
 
 pytest.importorskip("inflect")
 pytest.importorskip("wetext")
@@ -98,10 +97,9 @@ def test_a_long_text_is_read_in_pieces() -> None:
 
 @pytest.mark.parametrize(("language", "library"), [("en", "inflect"), ("zh", "wetext")])
 def test_without_the_library_the_message_names_the_extra(monkeypatch, language: str, library: str) -> None:
-    from kalle.text import english
     from kalle.text import normalise as module
 
-    for cached in (english._engine, module._wetext):
+    for cached in (module._engine, module._wetext):
         cached.cache_clear()
     real = builtins.__import__
 

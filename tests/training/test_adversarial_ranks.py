@@ -91,7 +91,7 @@ def one_step_by_hand(config: FlowVAEConfig) -> dict[str, Tensor]:
     outputs = [module.flowvae(one.wav, noise=module.noise(one)) for one in batches]
     discriminators = module.discriminators
     assert discriminators is not None
-    from kalle.losses.adversarial import discriminator_loss
+    from kalle.losses.waveform import discriminator_loss
 
     for one, output in zip(batches, outputs, strict=True):
         (discriminator_loss(discriminators(one.wav).scores, discriminators(output.wav.detach()).scores) / RANKS).backward()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kalle.errors import UserError
 from kalle.files import DiskError
-from kalle.training.checkpoint_files import (
+from kalle.training.checkpointing import (
     BEST,
     LAST,
     DirectCheckpointIO,

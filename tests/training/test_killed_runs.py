@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kalle.training.checkpoint_files import LAST, step_of, step_paths
+from kalle.training.checkpointing import LAST, step_of, step_paths
 from training.distributed import free_port, rank_environment
 
 STEPS = 40
@@ -247,7 +247,7 @@ def guarded_on_rank(folder: str) -> dict[str, Any]:
     import lightning
     from torch.utils.data import DataLoader
 
-    from kalle.training.update_guard import GuardConfig, UpdateGuard
+    from kalle.training.optimisation import GuardConfig, UpdateGuard
     from training.test_update_guard import Line, batches
 
     rank = torch.distributed.get_rank()

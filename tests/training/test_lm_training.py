@@ -11,7 +11,7 @@ import torch
 from kalle.errors import UserError
 from kalle.evaluation.probe import probe
 from kalle.gaussian import DiagGaussian
-from kalle.losses.alignment import TextAttention
+from kalle.losses.latent import TextAttention
 from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.speaker import SpeakerEncoderConfig

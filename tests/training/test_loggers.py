@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from kalle.training.loggers import MetricsCSV
+from kalle.training.callbacks import MetricsCSV
 
 
 def rows(folder: Path, version: int = 0) -> list[dict[str, str]]:

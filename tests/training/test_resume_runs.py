@@ -23,8 +23,7 @@ from kalle.cli.hydra_entry import compose
 from kalle.cli.train import training_config
 from kalle.errors import UserError
 from kalle.training import FlowVAETrainingConfig, TrainingResult, WarmupCosine, train_flowvae, train_lm
-from kalle.training.checkpoint_files import LAST, step_of, step_path, step_paths
-from kalle.training.checkpointing import CheckpointConfig
+from kalle.training.checkpointing import LAST, CheckpointConfig, step_of, step_path, step_paths
 
 Train = Callable[..., TrainingResult]
 STAGES = ("flowvae", "lm")

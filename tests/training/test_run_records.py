@@ -17,8 +17,7 @@ from kalle.cli.main import main
 from kalle.errors import UserError
 from kalle.training import run as run_record
 from kalle.training.callbacks import StepSeeds
-from kalle.training.checkpoint_files import BEST, LAST, step_paths
-from kalle.training.checkpointing import CheckpointConfig, LastCheckpoint
+from kalle.training.checkpointing import BEST, LAST, CheckpointConfig, LastCheckpoint, step_paths
 from kalle.training.plan import Footprint, Plan, SplitCount
 from training.test_update_guard import Line, batches
 
@@ -200,7 +199,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path: Path, monkeypat
     """The state in the middle is not saved, the run goes on, the next is."""
     import errno
 
-    import kalle.training.checkpoint_files as files
+    import kalle.training.checkpointing as files
 
     original = torch.save
 

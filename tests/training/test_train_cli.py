@@ -20,7 +20,7 @@ from kalle.cli.main import main
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
 from kalle.synthesis.kalle import Kalle
-from kalle.training.checkpoint_files import LAST
+from kalle.training.checkpointing import LAST
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kalle.adaptation.learning import AdaptOptions, default_lr, learn
-from kalle.adaptation.sequences import PromptSequence, Recording, Reporter, mean_kl, prompt_sequence, read_recording
+from kalle.adaptation.learning import (
+    AdaptOptions,
+    PromptSequence,
+    Recording,
+    Reporter,
+    default_lr,
+    learn,
+    mean_kl,
+    prompt_sequence,
+    read_recording,
+)
 from kalle.audio import Audio, resample
 from kalle.errors import UserError
 from kalle.evaluation.metrics import RATE_HZ, MetricError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.cli.speaking import ModelOption, load_model, renamed
 from kalle.errors import UserError
 
@@ -136,7 +136,7 @@ class _Progress:
         return self
 
     def report(self, step: int, steps: int, loss: float, seconds: float) -> None:
-        """See ``kalle.adaptation.sequences.Reporter``."""
+        """See ``kalle.adaptation.learning.Reporter``."""
         if self._task is None:
             self._task = self._bar.add_task("adapt", total=steps)
         self._bar.update(self._task, completed=step, description=f"adapt, loss {loss:.3f}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kalle.cli.bench_train import train
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:

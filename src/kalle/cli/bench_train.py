@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _encoded(folder: Path, latent_dim: int) -> Path:
 
     import torch
 
-    from kalle.data.latents.run import EncodingConfig, encode
+    from kalle.data.latents.encode import EncodingConfig, encode
     from kalle.models.flowvae import FlowVAE
 
     torch.manual_seed(SEED)

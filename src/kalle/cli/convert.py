@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
 

@@ -61,7 +61,7 @@ def doctor(
 @contextmanager
 def measuring(out: Path, label: str) -> Iterator[Callable[[Iterable[Any], int], Iterable[Any]]]:
     """Yields what puts a progress bar around an iterable of known length; Ctrl-C is one line that says how to continue."""
-    from kalle.cli.process import interruptible
+    from kalle.cli.main import interruptible
     from kalle.progress import progress_bar
 
     again = f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped"

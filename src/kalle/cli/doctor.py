@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.errors import UserError
 
 CKPT = Path("ckpt")

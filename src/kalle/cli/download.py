@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.convert import CONVERTED
 from kalle.hub import DEFAULT_REPOSITORY
 

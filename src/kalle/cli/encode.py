@@ -1,4 +1,4 @@
-"""``kalle encode``: composes a configuration and calls `kalle.data.latents.run.encode`."""
+"""``kalle encode``: composes a configuration and calls `kalle.data.latents.encode.encode`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kalle.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from kalle.data.latents.run import EncodingConfig
+    from kalle.data.latents.encode import EncodingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def encode_composed(config: DictConfig) -> dict[str, Any] | None:
 
     Returns the info.json of the latent folder; None when shards of other ranks are not there yet.
     """
-    from kalle.data.latents.run import encode
+    from kalle.data.latents.encode import encode
     from kalle.data.shared_work import OthersUnfinished, share_of_process
     from kalle.progress import progress_bar
 
@@ -55,8 +55,7 @@ def encoding_config(config: DictConfig) -> EncodingConfig:
     """The dataclass that ``config`` describes; a UserError for a missing value or one of the wrong type."""
     from omegaconf import OmegaConf
 
-    from kalle.data.latents.encode import EncodeConfig, JoinConfig
-    from kalle.data.latents.run import EncodingConfig
+    from kalle.data.latents.encode import EncodeConfig, EncodingConfig, JoinConfig
 
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def export(
         from kalle.synthesis.options import language_code
 
         language = language_code(language)
-        from kalle.convert.rounding import HALF_DTYPES
-        from kalle.synthesis.export import export_folder
+        from kalle.synthesis.export import HALF_DTYPES, export_folder
         from kalle.synthesis.weights import resolve_weights
 
         limit = int(max_shard_mb * BYTES_PER_MB)

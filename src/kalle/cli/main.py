@@ -1,14 +1,18 @@
-"""The `kalle` command: one module a command, each imported only when it runs."""
+"""The `kalle` command: one module a command, each imported only when it runs; shell completion; how a process starts and ends."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
+
+from kalle.errors import UserError
 
 COMMANDS = {
     "say": "speak a text, or a whole book, into a file",
@@ -90,7 +94,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int = USAGE_ERROR) -> int:
-    from kalle.cli.launch import error_prefix
+    from kalle.cli.train import error_prefix
 
     sys.stderr.write(error_prefix() + " ".join(message.split()) + "\n")
     return code
@@ -98,8 +102,6 @@ def _fail(message: str, code: int = USAGE_ERROR) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on stderr and exit code 2; anything else is a bug and shows its traceback."""
-    from kalle.errors import UserError
-
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not given or given[0] in ("-h", "--help", "help"):
@@ -140,8 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _completion(given: Sequence[str]) -> int:
-    from kalle.cli.completion import COMPLETE, candidates, script
-    from kalle.errors import UserError
 
     if given[0] == COMPLETE:
         sys.stdout.write("".join(f"{word}\n" for word in candidates(given[1:])))
@@ -194,10 +194,153 @@ def _fail_usage(error: Exception) -> int:
 
 def run() -> None:
     """The console script: `main`, and the end of the process."""
-    from kalle.cli.process import leave, share_the_cores
-
     share_the_cores(os.environ)
     leave(main(), sys.argv[1] if len(sys.argv) > 1 else None)
+
+
+COMPLETE = "--complete"
+"""The scripts call ``kalle --complete WORD…`` with the words behind `kalle`, the last of them unfinished."""
+SCRIPTS = {
+    "bash": """_kalle() {
+    local IFS=$'\\n'
+    COMPREPLY=($(kalle --complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+    [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace
+}
+complete -o default -F _kalle kalle
+""",
+    "zsh": """#compdef kalle
+_kalle() {
+    local -a found
+    found=(${(f)"$(kalle --complete "${(@)words[2,CURRENT]}" 2>/dev/null)"})
+    if (( ${#found} )); then compadd -S '' -- "${(M)found[@]:#*=}"; compadd -- "${(@)found:#*=}"; else _files; fi
+}
+compdef _kalle kalle
+""",
+    "fish": """function __kalle_complete
+    kalle --complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null
+end
+complete -c kalle -a '(__kalle_complete)'
+""",
+}
+
+
+def script(shell: str) -> str:
+    """The script for ``shell``; a UserError for one there is none for."""
+    if shell not in SCRIPTS:
+        raise UserError(f"--completion: got '{shell}', expected {', '.join(SCRIPTS)}; for bash: eval \"$(kalle --completion bash)\"")
+    return SCRIPTS[shell]
+
+
+def candidates(words: Sequence[str]) -> list[str]:
+    """Words that may stand for the last of ``words``; none where it is a file or free text."""
+    *before, unfinished = words or [""]
+    if not before:
+        found = [*COMMANDS, "--help", "--version", "--completion"]
+    elif before[0] in HYDRA_COMMANDS:
+        found = _keys(before)
+    elif before[0] in COMMANDS:
+        found = _options(before, unfinished)
+    else:
+        found = list(SCRIPTS) if before == ["--completion"] else []
+    return [word for word in found if word.startswith(unfinished)]
+
+
+def _options(before: Sequence[str], unfinished: str) -> list[str]:
+    """Flags and subcommands of a command that typer runs."""
+    command: Any = typer_command(before[0])
+    for word in before[1:]:
+        command = getattr(command, "commands", {}).get(word, command)
+    flags = [flag for parameter in command.params for flag in parameter.opts if flag.startswith("--")]
+    return [*getattr(command, "commands", {}), *(["--help", *flags] if unfinished.startswith("-") else [])]
+
+
+def _keys(before: Sequence[str]) -> list[str]:
+    """The top keys of a command that Hydra composes, as KEY=."""
+    from kalle.cli.hydra_entry import configs_dir
+
+    stages = getattr(importlib.import_module(f"kalle.cli.{before[0]}"), "STAGES", ())
+    if before[0] == "train" and len(before) == 1:
+        return list(stages) or ["flowvae", "lm"]
+    name = f"train_{before[1]}" if before[0] == "train" else before[0]
+    path = configs_dir() / f"{name}.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    keys = [line.partition(":")[0] for line in lines if line and line[0].isalpha() and ":" in line]
+    return [f"{key}=" for key in keys if key not in ("defaults", "hydra")]
+
+
+SPINS = "1000"
+"""Some tens of microseconds: longer than threads of an idle machine wait for each other, shorter than a turn of another program."""
+_OF_THE_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+AT_ONCE = frozenset({"say"})
+"""Commands after which nothing is left to do but to end: one process, no thread of theirs, every file closed."""
+
+
+def share_the_cores(environment: MutableMapping[str, str]) -> None:
+    """Have GNU's OpenMP, which torch computes with on Linux, give up a core soon while it waits; to be called before torch is imported.
+
+    Left alone, each thread waits by counting for milliseconds. Where another program runs too, the one that is waited for has no core to
+    run on: a small model then speaks several times slower on two cores than on one. What the user set is left as it is.
+    """
+    if not any(name in environment for name in _OF_THE_USER):
+        environment["GOMP_SPINCOUNT"] = SPINS
+
+
+def leave(code: int, command: str | None) -> None:
+    """End the process with ``code``.
+
+    After a command of `AT_ONCE` it ends once what was registered with ``atexit`` has run and the streams are flushed. Unloading the CUDA
+    libraries that torch brings touches 120 MB that were never needed, and takes half a second.
+    """
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    if command not in AT_ONCE or "torch" not in sys.modules or others:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the reader is gone; the ordinary way says so
+        sys.exit(code)
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def interruptible(message: str = "interrupted; run the same command again") -> Iterator[None]:
+    """Ctrl-C as one line and exit code 130; typer itself would add an empty line."""
+    import typer
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def script_main(run: Callable[[], None], interrupted: str, flags: Mapping[str, str] | None = None) -> int:
+    """Call ``run``; a user's mistake, or what the system refuses, is one line and exit code 2, Ctrl-C the line ``interrupted`` and 130.
+
+    ``flags`` maps the flags that messages name to what the script calls them.
+    """
+    import typer
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        with interruptible(interrupted):
+            run()
+    except UserError as error:
+        return fail(str(error), flags)
+    except OSError as error:
+        return fail(f"{error.strerror}: '{error.filename}'" if error.filename else str(error), flags)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+def fail(message: str, flags: Mapping[str, str] | None = None) -> int:
+    """Print ``message`` with the script's own ``flags``; returns the exit code of a mistake."""
+    for theirs, ours in (flags or {}).items():
+        message = message.replace(theirs, ours)
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return USAGE_ERROR
 
 
 if __name__ == "__main__":

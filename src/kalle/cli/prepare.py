@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalle.data.corpus.readers import READERS, Option, Reader
+from kalle.data.corpus.items import READERS, Option, Reader
 
 if TYPE_CHECKING:
     from kalle.data.corpus.items import Source
@@ -97,10 +97,10 @@ def run_prepare(
     headers_only: bool = False,
 ) -> None:
     """Check ``source`` into the corpus folder ``out`` and print its report. A part that a corpus holds out itself gets no share."""
-    from kalle.cli.process import interruptible
+    from kalle.cli.main import interruptible
     from kalle.data.corpus.check import PrepareOptions
+    from kalle.data.corpus.items import SplitPolicy
     from kalle.data.corpus.prepare import prepare_corpus
-    from kalle.data.corpus.splits import SplitPolicy
     from kalle.progress import progress_bar
 
     own = {item.split for item in source.items}
@@ -116,7 +116,7 @@ def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int
     from rich.console import Console
     from rich.table import Table
 
-    from kalle.data.corpus.report import tables
+    from kalle.data.corpus.prepare import tables
 
     console = Console(highlight=False)
     if unchanged:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.convert import CONVERTED
 from kalle.errors import UserError
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.cli.speaking import DeviceOption, FolderOption, TemperatureOption, load_model, model_folder, renamed
 from kalle.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kalle.cli.process import interruptible
+from kalle.cli.main import interruptible
 from kalle.cli.speaking import FolderOption, QuantizeOption, load_model
 from kalle.errors import UserError
 

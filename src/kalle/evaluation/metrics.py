@@ -14,7 +14,7 @@ import torch
 from kalle.audio import Audio
 from kalle.errors import UserError
 from kalle.extras import require
-from kalle.losses.spectral import mel_l1
+from kalle.losses.waveform import mel_l1
 from kalle.models.mel import LogMel, MelConfig
 
 RATE_HZ = 16000

@@ -22,8 +22,7 @@ from kalle.convert import CONVERTED
 from kalle.convert.release import holds_release, release_folder
 from kalle.errors import UserError
 from kalle.synthesis.options import GenerationOptions, StopRule, default_stop
-from kalle.text.characters import LearntTexts, check_language
-from kalle.text.frontend import TextFrontEnd
+from kalle.text.frontend import LearntTexts, TextFrontEnd, check_language
 from kalle.text.languages import language_in_its_script
 from kalle.text.tokenizer import PHONEMES_NAME, TOKENIZER_NAME, Tokenizer
 

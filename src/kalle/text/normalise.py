@@ -13,11 +13,381 @@ from typing import TYPE_CHECKING
 
 from kalle.errors import UserError
 from kalle.extras import install_command
-from kalle.text.english import english_words
 from kalle.text.languages import detect_language
 
 if TYPE_CHECKING:
+    import inflect
     from wetext import Normalizer
+
+_MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December")
+_MONTH = "|".join(_MONTHS)
+_SHORT_MONTHS = {month[:3]: month for month in _MONTHS} | {"Sept": "September"}
+_WORDS = {
+    "Dr.": "Doctor",
+    "Mr.": "Mister",
+    "Mrs.": "Missus",
+    "Ms.": "Miz",
+    "Prof.": "Professor",
+    "Capt.": "Captain",
+    "Sgt.": "Sergeant",
+    "Lt.": "Lieutenant",
+    "Col.": "Colonel",
+    "Gen.": "General",
+    "Gov.": "Governor",
+    "Sen.": "Senator",
+    "Rep.": "Representative",
+    "Rev.": "Reverend",
+    "Mt.": "Mount",
+    "vs.": "versus",
+    "approx.": "approximately",
+    "e.g.": "for example",
+    "i.e.": "that is",
+    "w/o": "without",
+    "w/": "with",
+    "and/or": "and or",
+    "24/7": "twenty-four seven",
+    "9/11": "nine eleven",
+}
+_WORDS_AT_AN_END = {
+    "etc.": "et cetera", "Jr.": "Junior", "Sr.": "Senior", "Ave.": "Avenue", "Blvd.": "Boulevard", "Rd.": "Road", "Inc.": "Incorporated",
+    "Ltd.": "Limited", "Corp.": "Corporation", "Bros.": "Brothers", "dept.": "department", "Dept.": "Department",
+}  # fmt: skip
+"""Abbreviations whose full stop may end a sentence too."""
+_CURRENCIES = {
+    "$": ("dollar", "cent"), "£": ("pound", "penny"), "€": ("euro", "cent"), "¥": ("yen", ""), "₹": ("rupee", ""), "₩": ("won", ""),
+    "US$": ("US dollar", "cent"), "A$": ("Australian dollar", "cent"), "C$": ("Canadian dollar", "cent"), "USD": ("US dollar", "cent"),
+    "EUR": ("euro", "cent"), "GBP": ("pound", "penny"), "JPY": ("yen", ""), "CNY": ("yuan", ""), "CHF": ("Swiss franc", ""),
+}  # fmt: skip
+_SAME_IN_PLURAL = ("yen", "won", "yuan")
+_SCALES = {"k": "thousand", "K": "thousand", "m": "million", "M": "million", "bn": "billion", "B": "billion", "b": "billion"}
+_UNITS = {
+    "km/h": "kilometers per hour", "mph": "miles per hour", "m/s": "meters per second", "km": "kilometers", "cm": "centimeters",
+    "mm": "millimeters", "m": "meters", "kg": "kilograms", "mg": "milligrams", "g": "grams", "lbs": "pounds", "lb": "pounds",
+    "oz": "ounces", "ft": "feet", "mi": "miles", "ml": "milliliters", "mL": "milliliters", "L": "liters", "GHz": "gigahertz",
+    "MHz": "megahertz", "kHz": "kilohertz", "Hz": "hertz", "TB": "terabytes", "GB": "gigabytes", "MB": "megabytes", "kB": "kilobytes",
+    "KB": "kilobytes", "Mbps": "megabits per second", "min": "minutes", "mins": "minutes", "hr": "hours", "hrs": "hours",
+    "sec": "seconds", "secs": "seconds", "ms": "milliseconds", "kWh": "kilowatt hours", "kW": "kilowatts", "MW": "megawatts",
+    "dB": "decibels", "sqft": "square feet", "sq ft": "square feet", "m²": "square meters", "m2": "square meters",
+    "km²": "square kilometers", "km2": "square kilometers", "cm²": "square centimeters", "ft²": "square feet", "m³": "cubic meters",
+    "cm³": "cubic centimeters", "°C": "degrees Celsius", "°F": "degrees Fahrenheit", "°": "degrees", "℃": "degrees Celsius",
+    "℉": "degrees Fahrenheit", "%": "percent", "‰": "per mille", "¢": "cents",
+}  # fmt: skip
+_TENS = ("", "tens", "twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties")
+_ROMAN = {
+    "I": 1, "II": 2, "III": 3, "IV": 4, "V": 5, "VI": 6, "VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11, "XII": 12, "XIII": 13,
+    "XIV": 14, "XV": 15, "XVI": 16, "XVII": 17, "XVIII": 18, "XIX": 19, "XX": 20, "XXI": 21, "XXII": 22, "XXIII": 23,
+}  # fmt: skip
+_RULERS = "Henry|Louis|George|Edward|Charles|William|Richard|Philip|Francis|Frederick|Napoleon|Elizabeth|Catherine|Benedict|Paul|Pius"
+_SIGNS = {
+    "+": "plus", "=": "equals", "×": "times", "÷": "divided by", "<": "is less than", ">": "is greater than", "≤": "is at most",
+    "≥": "is at least", "±": "plus or minus", "^": "to the power of",
+}  # fmt: skip
+_IN_ADDRESSES = {".": " dot ", "/": " slash ", ":": " colon ", "-": " dash ", "_": " underscore ", "@": " at ", "?": " question mark ",
+                 "=": " equals ", "&": " and ", "#": " hash ", "%": " percent ", "+": " plus ", "~": " tilde "}  # fmt: skip
+_VULGAR = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
+_NO_YEAR = "\ue000"
+"""Behind a number that is no year: it had thousands separators or counts something. A character for private use."""
+_NUMBER = rf"\d+(?:\.\d+)?{_NO_YEAR}?"
+_LONGEST_CARDINAL_DIGITS = 15
+
+
+def cardinal(number: int) -> str:
+    """``number`` in words, without "and" and commas: one thousand two hundred thirty-four."""
+    return " ".join(str(_engine().number_to_words(str(number), andword="", comma="")).split())
+
+
+def ordinal(number: int) -> str:
+    """``number`` as a rank: twenty-first."""
+    return " ".join(str(_engine().number_to_words(_engine().ordinal(str(number)), andword="", comma="")).split())
+
+
+def year(number: int) -> str:
+    """A year of four digits as it is said: nineteen oh five, two thousand five, twenty twenty-four."""
+    century, rest = divmod(number, 100)
+    if century % 10 == 0 and rest < 10:
+        return cardinal(number)
+    return f"{cardinal(century)} " + ("hundred" if rest == 0 else f"oh {cardinal(rest)}" if rest < 10 else cardinal(rest))
+
+
+def digits(number: str) -> str:
+    """Digit by digit."""
+    return " ".join(cardinal(int(digit)) for digit in number)
+
+
+def plain(number: str) -> str:
+    """A number without sign or separators: a decimal digit by digit after its point, a leading zero or too many digits digit by digit."""
+    whole, _, fraction = number.rstrip(_NO_YEAR).partition(".")
+    one_by_one = len(whole) > _LONGEST_CARDINAL_DIGITS or (len(whole) > 1 and whole[0] == "0")
+    spoken = digits(whole) if one_by_one else cardinal(int(whole or "0"))
+    return f"{spoken} point {digits(fraction)}" if fraction else spoken
+
+
+def english_words(text: str) -> str:
+    """``text`` with every number of ASCII digits in words, and what ``RULES`` know besides. UserError without inflect."""
+    # Digits of every script as ASCII, which is what int and the rules read.
+    text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text if c != _NO_YEAR)
+    for pattern, replacement in RULES:
+        text = pattern.sub(replacement, text)
+    return text.replace(_NO_YEAR, "")
+
+
+@lru_cache(maxsize=1)
+def _engine() -> inflect.engine:
+    try:
+        import inflect
+    except ImportError:
+        raise UserError(
+            f"English text normalisation needs inflect, which is not installed: run {install_command('text')}, or leave normalisation out"
+        ) from None
+    return inflect.engine()
+
+
+def _one(words: str, number: str) -> str:
+    """A plural unit in the singular where ``number`` is 1."""
+    if number != "1" or words in ("percent", "per mille") or words.endswith("hertz"):
+        return words
+    head, _, tail = words.partition(" ")
+    if head in ("square", "cubic", "kilowatt"):
+        return f"{head} {_one(tail, number)}"
+    singular = {"feet": "foot", "inches": "inch"}.get(head, head.removesuffix("s"))
+    return f"{singular} {tail}".strip()
+
+
+def _unit(match: re.Match[str]) -> str:
+    return f"{plain(match[1])} {_one(_UNITS[match[2]], match[1])}"
+
+
+def _apart(match: re.Match[str]) -> str:
+    """A space where ``match`` touches a letter or digit before it, so that words don't run together."""
+    return " " if match.string[: match.start()][-1:].isalnum() else ""
+
+
+def _money(match: re.Match[str]) -> str:
+    sign, number = match["sign"], match["number"].rstrip(_NO_YEAR)
+    scale = _SCALES.get(match["short"] or "", match["scale"])
+    whole, _, fraction = number.partition(".")
+    major, minor = _CURRENCIES[sign]
+    plural = major if major in _SAME_IN_PLURAL else f"{major}s"
+    if scale:
+        return f"{plain(number)} {scale} {plural}"
+    if len(fraction) != 2 or not minor:
+        return f"{plain(number)} {major if number == '1' else plural}"
+    amount = f"{plain(whole)} {major if whole == '1' else plural}"
+    if fraction == "00":
+        return amount
+    small = f"{cardinal(int(fraction))} {minor if fraction == '01' else {'penny': 'pence'}.get(minor, 'cents')}"
+    return small if whole == "0" else f"{amount} and {small}"
+
+
+def _date(month: str, day: str, in_year: str | None) -> str:
+    return f"{month} {ordinal(int(day))}" + (f", {_year_or_number(in_year)}" if in_year else "")
+
+
+def _day_first(match: re.Match[str]) -> str:
+    in_year = f", {_year_or_number(match[3])}" if match[3] else ""
+    return f"the {ordinal(int(match[1]))} of {match[2]}{in_year}"
+
+
+def _ruler(match: re.Match[str]) -> str:
+    return f"{match[1]} the {ordinal(_ROMAN[match[2]])}" if match[2] in _ROMAN else match[0]
+
+
+def _roman(match: re.Match[str]) -> str:
+    return f"{match[1]} {cardinal(_ROMAN[match[2]])}" if match[2] in _ROMAN else match[0]
+
+
+def _numeric_date(in_year: str, month: str, day: str, written: str) -> str:
+    if int(month) > 12:
+        month, day = day, month
+    return _date(_MONTHS[int(month) - 1], day, in_year) if 1 <= int(month) <= 12 and 1 <= int(day) <= 31 else written
+
+
+def _year_or_number(number: str) -> str:
+    return year(int(number)) if len(number) == 4 and number.isdigit() and 1100 <= int(number) <= 2099 else plain(number)
+
+
+def _time(match: re.Match[str]) -> str:
+    hour, minute, second, half = int(match[1]), int(match[2]), match[3], (match[4] or "")
+    stop = _full_stop(match) if half.endswith(".") else ""
+    half = f" {half[0].upper()} M{stop}" if half else ""
+    if hour > 24 or minute > 59 or int(second or 0) > 59:
+        return " to ".join(cardinal(int(part)) for part in match.groups()[:3] if part) + half
+    minutes = "" if minute == 0 else f" oh {cardinal(minute)}" if minute < 10 else f" {cardinal(minute)}"
+    if second:
+        seconds = f" and {cardinal(int(second))} {'second' if int(second) == 1 else 'seconds'}"
+        return f"{cardinal(hour)}{minutes}{seconds}{half}"
+    if not minutes and not half:
+        minutes = " o'clock" if 1 <= hour <= 12 else " hundred"
+    return f"{cardinal(hour)}{minutes}{half}"
+
+
+def _hour(match: re.Match[str]) -> str:
+    return f"{cardinal(int(match[1]))} {match[3][0].upper()} M" + (_full_stop(match) if match[3].endswith(".") else "")
+
+
+def _version(match: re.Match[str]) -> str:
+    before = " " if match.string[match.start() - 1 : match.start()].isalpha() else ""
+    return before + " point ".join(plain(part) for part in match[0].split("."))
+
+
+def _full_stop(match: re.Match[str]) -> str:
+    """A full stop where the one of an abbreviation ends the sentence too."""
+    return "." if re.match(r"\s*$|\s+[A-Z“\"]", match.string[match.end() :]) else ""
+
+
+def _at_an_end(match: re.Match[str]) -> str:
+    return _WORDS_AT_AN_END[match[0]] + _full_stop(match)
+
+
+def _saint_or_street(match: re.Match[str]) -> str:
+    named = re.search(r"(?:[A-Z][\w'’]*|\d(?:st|nd|rd|th)) $", match.string[: match.start()])
+    followed = re.match(r" [A-Z]", match.string[match.end() :])
+    return "Saint" if followed and not named else "Street" + _full_stop(match)
+
+
+def _letters(match: re.Match[str]) -> str:
+    return " ".join(match[0].replace(".", "")).upper() + ("." if match.end() == len(match.string) else "")
+
+
+def _address(match: re.Match[str]) -> str:
+    """A web or mail address as it is spelled out; a name that is no word, such as https, letter by letter."""
+    text, stop = (match[0][:-1], match[0][-1]) if match[0][-1] in ".,;:!?)" else (match[0], "")
+    text = re.sub(r"^(https?|ftp|www)(?=[:.])", lambda name: " ".join(name[0]), text)
+    return " ".join("".join(_IN_ADDRESSES.get(c, c) for c in text).split()) + stop
+
+
+def _phone(match: re.Match[str]) -> str:
+    groups = [group for group in re.findall(r"\d+", match[0]) if group]
+    spoken = ["eight hundred" if group == "800" else digits(group) for group in groups]
+    return ("plus " if match[0].startswith("+") else "") + ", ".join(spoken)
+
+
+def _hundreds(match: re.Match[str]) -> str:
+    """The number of a room or flight: one oh one, three seventy."""
+    first, rest = match[2][0], int(match[2][1:])
+    return f"{match[1]} {cardinal(int(first))} " + ("hundred" if rest == 0 else f"oh {cardinal(rest)}" if rest < 10 else cardinal(rest))
+
+
+def _thousands(match: re.Match[str]) -> str:
+    followed = re.match(r"\.\d|[A-Za-z]", match.string[match.end() :])
+    return re.sub(r"[, \u00a0\u202f]", "", match[0]) + ("" if followed else _NO_YEAR)
+
+
+def _counting(match: re.Match[str]) -> str:
+    """Four digits before what they count; "in 1984 people ..." is a year."""
+    year_follows = re.search(r"\b(?:[Ii]n|[Ss]ince|[Uu]ntil|[Bb]y) $", match.string[: match.start()])
+    return match[0] if year_follows else match[0] + _NO_YEAR
+
+
+def _fraction(match: re.Match[str]) -> str:
+    top, bottom = int(match[1]), int(match[2])
+    if top == bottom:
+        return f"{plain(match[1])} {plain(match[2])}"
+    if not 0 < top < bottom <= 100:
+        return f"{plain(match[1])} over {plain(match[2])}"
+    name = {2: "half", 4: "quarter"}.get(bottom, ordinal(bottom))
+    return f"{cardinal(top)} {name if top == 1 else 'halves' if bottom == 2 else name + 's'}"
+
+
+def _decade(match: re.Match[str]) -> str:
+    century, ten = match[1], int(match[2])
+    if ten == 0:
+        return "two thousands" if century == "20" else f"{cardinal(int(century))} hundreds"
+    return f"{cardinal(int(century))} {_TENS[ten]}"
+
+
+def _standalone(match: re.Match[str]) -> str:
+    """A number, apart from the letters it touches: A4 is A four."""
+    text, (start, end) = match.string, match.span()
+    before = " " if start and text[start - 1].isalpha() else ""
+    after = " " if end < len(text) and text[end].isalpha() else ""
+    return before + _year_or_number(match[0]) + after
+
+
+_Replacement = str | Callable[[re.Match[str]], str]
+_SCALE = r"(?:\s?(?P<scale>thousand|million|billion|trillion)\b|(?P<short>k|K|m|M|bn|B|b)\b)?"
+_CODES = "USD|EUR|GBP|JPY|CNY|CHF"
+_UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
+_HALF_OF_DAY = r"(?: ?([ap]\.m\.|[ap]m\b|[AP]\.M\.|[AP]M\b))"
+_ADDRESS = (
+    r"\b(?:https?://|ftp://|www\.)[^\s<>\"]+|\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+|"
+    r"\b(?:[a-z\d-]+\.)+(?:com|org|net|edu|gov|io)\b(?:/[^\s<>\"]*)?"
+)
+_PHONE = (
+    r"(?<![\w.])\+\d[\d .()-]{6,}\d\b|(?<![\w-])\d{3}-\d{4}\b(?!-)|"
+    r"(?<![\w.-])(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}\b(?![-.]\d)"
+)
+_COUNTED = (
+    "dollars|euros|pounds|people|men|women|children|students|soldiers|members|points|items|votes|steps|miles|meters|metres|kilometers|feet|"
+    "times|days|hours|minutes|seconds|years|words|pages|copies|units|calories|tons|acres|degrees|percent|million|billion"
+)
+"""Nouns that a number of four digits counts when it precedes them: it is no year then."""
+RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (_ADDRESS, _address),
+        (r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.,+-])(?<!\d )\d{1,3}(?:[ \u00a0\u202f]\d{3}){2,}(?![\d,]| \d)", _thousands),
+        (rf"(?<![\d.,:/-])(\d{{4}})(?= (?:{_COUNTED})\b)", _counting),
+        (f"[{''.join(_VULGAR)}]", lambda m: (" " if m.start() and m.string[m.start() - 1].isdigit() else "") + _VULGAR[m[0]]),
+        (r"(?<=\b[A-Z][a-z]{2}) Dr\.(?! [A-Z])|(?<=[a-z]{3}) Dr\.(?! [A-Z])", " Drive"),
+        (r"(?<![\w.])(?:" + "|".join(map(re.escape, _WORDS)) + r")(?![\w/])", lambda m: _WORDS[m[0]]),
+        (r"(?<![\w.])(?:" + "|".join(map(re.escape, _WORDS_AT_AN_END)) + r")(?!\w)", _at_an_end),
+        (r"\bSt\.", _saint_or_street),
+        (rf"\b({'|'.join(_SHORT_MONTHS)})\.?(?= \d)", lambda m: _SHORT_MONTHS[m[1]]),
+        (r"\bpp\. ?(?=\d)", "pages "),
+        (r"\bp\. ?(?=\d)", "page "),
+        (r"\b[Nn]os\. ?(?=\d)", "numbers "),
+        (r"(?:\b[Nn]o\.|№|#) ?(?=\d)", "number "),
+        (r"(?<!\w)#(?=[A-Za-z])", "hashtag "),
+        (r"\b(World War|Chapter|Part|Act|Volume|Book) ([IVX]{2,5}|V|X)\b", _roman),
+        (rf"\b({_RULERS}) ([IVX]{{2,6}}|V|X)\b", _ruler),
+        (r"(?<![\w.])(?:[A-Z]\.){2,}(?!\w)|(?<![\w.])Ph\.D\.", _letters),
+        (_PHONE, _phone),
+        (r"(?<=\b[Cc]all )(?:\d{3})\b(?![-,.:%]?\d)|(?<=\b[Dd]ial )(?:\d{3})\b", lambda m: digits(m[0])),
+        (r"\b([Rr]oom|[Ff]light|[Hh]ighway|[Ss]uite) (\d{3})\b", _hundreds),
+        (r"\b(\d\d?)\.(\d\d?)\.(\d{4})\b", lambda m: _numeric_date(m[3], m[2], m[1], m[0])),
+        (r"(?<![\d.])\d+(?:\.\d+){2,}\b", _version),
+        (r"\b(\d{4})-(\d\d)-(\d\d)\b", lambda m: _numeric_date(m[1], m[2], m[3], m[0])),
+        (r"\b(\d\d?)/(\d\d?)/(\d{4})\b", lambda m: _numeric_date(m[3], m[1], m[2], m[0])),
+        (rf"\b({_MONTH}) (\d\d?)(?:st|nd|rd|th)?(?:,? (\d{{4}}))?\b(?![:%])", lambda m: _date(m[1], m[2], m[3])),
+        (rf"\b(\d\d?)(?:st|nd|rd|th)? ({_MONTH})(?:,? (\d{{4}}))?\b", _day_first),
+        (r"\b(0\d)/(\d\d)\b(?!/)", lambda m: _numeric_date("", m[1], m[2], m[0])),
+        (r"\bthe the\b", "the"),
+        (rf"(?<![\d:])(\d\d?):(\d\d)(?::(\d\d))?{_HALF_OF_DAY}?(?![:\d])", _time),
+        (rf"(?<![\d.,:$£€-])(1[0-2]|0?[1-9])\.([0-5]\d)(){_HALF_OF_DAY}", _time),
+        (rf"\b(\d\d?)(){_HALF_OF_DAY}", _hour),
+        (r"(?<![\w.])([ap])\.m\.", lambda m: f"{m[1].upper()} M" + _full_stop(m)),
+        (r"(?<![\d:])(\d+):(\d+)(?![\d:])", lambda m: f"{m[1]} to {m[2]}"),
+        (r"\b1000s\b", "thousands"),
+        (r"\b(1\d|20)(\d)0s\b", _decade),
+        (r"\b100s\b", "hundreds"),
+        (r"(?<!\w)['’]?([1-9])0s\b", lambda m: _TENS[int(m[1])]),
+        (rf"([$£€])({_NUMBER}) ?[-–] ?\1?({_NUMBER})(?!\d)", lambda m: f"{plain(m[2])} to {plain(m[3])} {_CURRENCIES[m[1]][0]}s"),
+        (rf"(?P<sign>(?:\bUS|\bA|\bC)?\$|[£€¥₹₩]|\b(?:{_CODES})(?= ?\d)) ?(?P<number>{_NUMBER}){_SCALE}", lambda m: _apart(m) + _money(m)),
+        (rf"\b(?P<number>{_NUMBER})(?P<scale>)(?P<short>)\s?(?P<sign>[$£€¥₹₩]|(?:{_CODES})\b)", _money),
+        (r"¢(\d+)", r"\1 cents"),
+        (r"(\d+)(?:['′]| ?ft\.?) ?(\d+)(?:[\"″]| ?in\b\.?(?= ))", lambda m: f"{plain(m[1])} feet {plain(m[2])} inches"),
+        (rf"(?<=[\d{_NO_YEAR}]) ?[-–] ?(?=\d)", " to "),
+        (r"(?<![\w)])[-−](?=\.?\d)", "minus "),
+        (r"[~≈] ?(?=\d)", "about "),
+        (rf"(?<![\d.])({_NUMBER}) ?({_UNIT})(?![\w°])(?!\.\w)", _unit),
+        (r"(?<=\d)(?= (?:1/[234]|2/3|3/4)(?![\d/]))", " and"),
+        (r"(?<![\d/])(\d+)/(\d+)(?![\d/])", _fraction),
+        (r"\b(\d+)(?:st|nd|rd|th)(?:-(?=\w))?(?!\w)", lambda m: ordinal(int(m[1])) + (" " if m[0].endswith("-") else "")),
+        (r"(?<=\w) ?([+=×÷^<>≤≥±]) ?(?=[\w.])", lambda m: f" {_SIGNS[m[1]]} "),
+        (r"(?<!\w)([+±]) ?(?=\d)", lambda m: f"{_SIGNS[m[1]]} "),
+        (r"(?<=\d)x(?!\w)", " times"),
+        (r"(?<=[a-z])/(?:h|hr|hour)\b", " an hour"),
+        (r"(?<=[a-z])/(day|week|month|year|person)\b", r" a \1"),
+        (r"(?<=[A-Za-z])/(?=[A-Za-z])", " slash "),
+        (r"(?<=\w) ?& ?(?=\w)", " and "),
+        (r"(?<!\w)@(?=\w)", "at "),
+        (r"(?<=\w)@(?=\w)", " at "),
+        (r"(?<![\w.])\.(\d+)", lambda m: f"point {digits(m[1])}"),
+        (_NUMBER, _standalone),
+    )
+)
+
 
 LANGUAGES = ("en", "zh")
 _LONGEST_PIECE = 500

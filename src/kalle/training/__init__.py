@@ -21,13 +21,11 @@ from kalle.training.config import (
     TrainerConfig,
     WeightsFolder,
 )
-from kalle.training.flowvae import ClipSchedule, FlowVAEObjective
-from kalle.training.lm import LMObjective
+from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, plan_flowvae, train_flowvae
+from kalle.training.lm import LMObjective, plan_lm, train_lm
 from kalle.training.optimisation import AdamWConfig, Exponential, WarmupCosine
 from kalle.training.plan import Plan
 from kalle.training.run import TrainingResult
-from kalle.training.run_flowvae import plan_flowvae, train_flowvae
-from kalle.training.run_lm import plan_lm, train_lm
 
 __all__ = [
     "AdamWConfig",

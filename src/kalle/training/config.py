@@ -22,12 +22,11 @@ from kalle.models.flowvae import FlowVAEConfig
 from kalle.models.lm import KalleLMConfig
 from kalle.models.lora import LoRAConfig
 from kalle.text.tokenizer import Tokenizer
+from kalle.training.callbacks import KINDS
 from kalle.training.checkpointing import CheckpointConfig
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective
 from kalle.training.lm import LMObjective
-from kalle.training.loggers import KINDS
-from kalle.training.optimisation import AdamWConfig, Exponential, OptimizerFactory, SchedulerFactory, WarmupCosine
-from kalle.training.update_guard import GuardConfig
+from kalle.training.optimisation import AdamWConfig, Exponential, GuardConfig, OptimizerFactory, SchedulerFactory, WarmupCosine
 
 
 @dataclass(frozen=True)

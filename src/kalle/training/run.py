@@ -28,15 +28,12 @@ from torch import nn
 from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, read_json, resolve_device, write_json
 from kalle.errors import UserError
 from kalle.files import folder_lock, output_folder, write_atomic
-from kalle.training.callbacks import EMA, RunProgress, StepSeeds
-from kalle.training.checkpoint_files import check_checkpoint, resume_path, step_of
-from kalle.training.checkpointing import LastCheckpoint, Preempted, saved_log_step
+from kalle.training.callbacks import EMA, LogTail, RunProgress, StepSeeds, build_loggers
+from kalle.training.checkpointing import LastCheckpoint, Preempted, check_checkpoint, resume_path, saved_log_step, step_of
 from kalle.training.config import TrainingConfig, plain, precision_of
 from kalle.training.distributed import FSDP, process_count, sharded_strategy, started_ranks
-from kalle.training.loggers import LogTail, build_loggers
-from kalle.training.optimisation import parameter_counts
+from kalle.training.optimisation import UpdateGuard, parameter_counts
 from kalle.training.plan import make_plan
-from kalle.training.update_guard import UpdateGuard
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import soundfile
 
 from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
+from kalle.data.corpus.items import SplitPolicy, normalised, word_count
 from kalle.data.corpus.lists import embedded_folder, read_embedded
 from kalle.data.corpus.prepare import prepare_corpus
-from kalle.data.corpus.splits import SplitPolicy, normalised, word_count
 
 CORPUS = Path(__file__).parents[3] / "recipes" / "quickstart" / "corpus"
 

@@ -15,9 +15,8 @@ from kalle.data import shared_work
 from kalle.data.corpus import prepare
 from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.items import REASONS, Rejection, Source, SourceItem
+from kalle.data.corpus.items import REASONS, Rejection, Source, SourceItem, SplitPolicy
 from kalle.data.corpus.prepare import Prepared, prepare_corpus
-from kalle.data.corpus.splits import SplitPolicy
 from kalle.errors import UserError
 
 OPTIONS = PrepareOptions(min_seconds=0.3, max_seconds=2.0)

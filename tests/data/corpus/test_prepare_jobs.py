@@ -14,11 +14,9 @@ import soundfile
 
 from kalle.data.corpus.check import Kept, PrepareOptions, check_item
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.items import Source, SourceItem
-from kalle.data.corpus.prepare import CHUNK_ITEMS, WorkerLost, check_parallel, prepare_corpus
+from kalle.data.corpus.items import Source, SourceItem, SplitPolicy
+from kalle.data.corpus.prepare import CHUNK_ITEMS, NAMES_SHOWN, WorkerLost, check_parallel, prepare_corpus, tables
 from kalle.data.corpus.published import read_emilia
-from kalle.data.corpus.report import NAMES_SHOWN, tables
-from kalle.data.corpus.splits import SplitPolicy
 
 SPLIT = SplitPolicy(0.0, 0.0)
 

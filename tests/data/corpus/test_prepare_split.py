@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalle.data.corpus.splits import SPLITS, SplitPolicy, normalised, word_count
+from kalle.data.corpus.items import SPLITS, SplitPolicy, normalised, word_count
 from kalle.errors import UserError
 
 texts = st.text(max_size=60)

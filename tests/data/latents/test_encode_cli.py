@@ -13,7 +13,7 @@ import pytest
 import kalle
 from kalle.cli.encode import encoding_config, run
 from kalle.cli.hydra_entry import compose, folder_override
-from kalle.data.latents.run import EncodingConfig, encode
+from kalle.data.latents.encode import EncodingConfig, encode
 from kalle.data.latents.shards import read_info, read_items
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE

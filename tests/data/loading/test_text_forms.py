@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kalle.data.latents.table import Table, Texts, numbered
-from kalle.data.loading.text_forms import TextForms
+from kalle.data.loading.datasets import TextForms
 from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.tokenizer import Tokenizer, prompt_ids
 
@@ -60,7 +60,7 @@ def test_without_shares_nothing_is_left() -> None:
 def test_readings_are_kept_for_the_next_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = PhonemeTokenizer.create(cache=tmp_path / "readings")
     before = TextForms.of(TABLE, tokenizer)
-    monkeypatch.setattr("kalle.data.loading.text_forms._read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("kalle.data.loading.datasets._read", lambda *_: pytest.fail("read again"))
     after = TextForms.of(TABLE, tokenizer)
     assert drawn(after, 1) == drawn(before, 1)
     assert after.lengths.tolist() == before.lengths.tolist()

@@ -12,8 +12,7 @@ import numpy as np
 import soundfile
 
 from kalle.audio import Audio, AudioError, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
-from kalle.data.corpus.items import TAG, Rejection, SourceItem
-from kalle.data.corpus.splits import SplitPolicy, normalised
+from kalle.data.corpus.items import TAG, Rejection, SourceItem, SplitPolicy, normalised
 from kalle.errors import UserError
 
 ROUNDING_S = 0.1

@@ -20,7 +20,7 @@ from lhotse.audio.backend import LibsndfileBackend, get_current_audio_backend, s
 from lhotse.cut import Cut, MixedCut
 from lhotse.serialization import deserialize_item
 
-from kalle.data.corpus.splits import SPLITS
+from kalle.data.corpus.items import SPLITS
 from kalle.errors import UserError
 from kalle.files import atomic_file, output_folder, parse_json, write_atomic
 

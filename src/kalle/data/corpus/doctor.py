@@ -14,8 +14,8 @@ from lhotse.cut import Cut
 from kalle.data.corpus.cuts import check_target, corpus_digest, write_derived
 from kalle.data.corpus.figures import FIGURES, FIGURES_FOLDER, OVERVIEW_NAME, write_figures
 from kalle.data.corpus.measures import MEASUREMENTS_NAME, MeasuredItem, Progress, collect_measures
+from kalle.data.corpus.prepare import histogram
 from kalle.data.corpus.quality import CheckResult, Limits, examine, worst
-from kalle.data.corpus.report import histogram
 from kalle.files import fingerprint, output_folder, write_atomic, write_jsonl
 
 REPORT_JSON, REPORT_MD, ITEMS_NAME = "report.json", "report.md", "items.jsonl"

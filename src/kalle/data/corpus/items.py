@@ -1,12 +1,13 @@
-"""The form in which every reader returns a corpus: source items, rejections, and what readers share."""
+"""The form in which every reader returns a corpus: source items, rejections, splits; and the table of the readers."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -253,3 +254,156 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, str):
         return _is_unicode(value)
     return isinstance(value, int | float) and abs(value) < _LARGEST_NUMBER
+
+
+SPLITS = ("train", "valid", "test")
+
+
+def normalised(text: str) -> str:
+    """Case, punctuation, accents' encoding and spacing removed: what two readings of one text have in common.
+
+    Apostrophes vanish ("we're" is "were"), every other sign becomes a space. May be empty.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).replace("'", "").replace("\u2019", "")
+    # Marks (M*) belong to the letter before them in scripts such as Devanagari.
+    spaced = "".join(char if unicodedata.category(char)[0] in "LNM" else " " for char in folded)
+    return " ".join(spaced.split())
+
+
+def word_count(text: str) -> int:
+    """Number of words of the normalised text."""
+    return len(normalised(text).split())
+
+
+@dataclass(frozen=True)
+class SplitPolicy:
+    """Shares of distinct texts held out, by length: texts outside [min_words, max_words] use shares times ``outside_scale``.
+
+    Short prompts say little about quality and are needed in training; very long ones would eat the training minutes.
+    """
+
+    valid_share: float = 0.02
+    test_share: float = 0.02
+    seed: int = 0
+    min_words: int = 0
+    max_words: int = 1_000_000
+    outside_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if min(self.valid_share, self.test_share) < 0 or self.valid_share + self.test_share >= 1:
+            raise UserError(
+                f"split shares: got valid {self.valid_share} and test {self.test_share}, expected both >= 0 and a sum below 1; change them"
+            )
+
+    def assign(self, text: str) -> str:
+        """The split of ``text``: a function of its normalised form and the seed alone, not of the rest of the corpus."""
+        key = normalised(text)
+        scale = 1.0 if self.min_words <= len(key.split()) <= self.max_words else self.outside_scale
+        position = self._position(key)
+        if position < self.test_share * scale:
+            return "test"
+        return "valid" if position < (self.test_share + self.valid_share) * scale else "train"
+
+    def _position(self, key: str) -> float:
+        digest = hashlib.sha256(f"{self.seed}\n{key}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    def completed(self, texts: Sequence[str], splits: Sequence[str], fixed: Collection[str] = ()) -> list[str]:
+        """``splits`` of ``texts`` with at least one text in training and in each part that has a share, if there are texts enough.
+
+        A small corpus has parts that no hash falls into. Such a part gets the text of the lowest hash out of the largest other one, all
+        items of it. ``fixed`` are the parts that hold items of their own besides.
+        """
+        keys = [normalised(text) for text in texts]
+        found = dict(zip(keys, splits, strict=True))
+        wanted = {"train": True, "valid": self.valid_share > 0, "test": self.test_share > 0}
+        for part in (part for part, share in wanted.items() if share and part not in fixed):
+            counts = Counter(found.values())
+            if not counts[part] and counts and max(counts.values()) > 1:
+                largest = max(SPLITS, key=lambda name: counts[name])
+                found[min((key for key, split in found.items() if split == largest), key=self._position)] = part
+        return [found[key] for key in keys]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a reader: its parameter, the command's flag."""
+
+    name: str
+    help: str
+    default: str | None = ""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader by its module in ``kalle.data.corpus`` and its name."""
+
+    module: str
+    function: str
+    help: str
+    options: tuple[Option, ...] = ()
+    source: str = "DIR"
+    source_help: str = "the folder of the corpus, unpacked"
+    headers: bool = True
+    """Whether some of its recordings can be checked by their headers alone."""
+
+    def read(self, source: Any, **options: Any) -> Source:
+        """The items that the reader finds in ``source``. Imported when it runs, because lhotse takes seconds."""
+        reader: Callable[..., Source] = getattr(importlib.import_module(f"kalle.data.corpus.{self.module}"), self.function)
+        return reader(source, **options)
+
+
+SPEAKER = Option("speaker", "speaker of items that name none", UNKNOWN_SPEAKER)
+LANGUAGE = Option("language", "language of items that name none, such as en")
+FOLDER_SPEAKER = Option("speaker", "speaker of every item; `folders` takes the name of its folder", UNKNOWN_SPEAKER)
+READERS: Mapping[str, Reader] = {
+    "folder": Reader(
+        *("lists", "read_folder", "A folder of audio files, each with a text file beside it.", (FOLDER_SPEAKER, LANGUAGE)),
+        source_help="x.wav (or flac, mp3, opus, m4a …) beside x.txt or x.lab, at any depth",
+    ),
+    "jsonl": Reader(
+        *("lists", "read_jsonl_corpus", "A JSONL list; audio paths are relative to it. A line's own split wins over the shares."),
+        (SPEAKER, LANGUAGE),
+        source="FILE",
+        source_help='{"audio", "text", "id"?, "speaker"?, "language"?, "split"?} a line, or the usual other names',
+    ),
+    "csv": Reader(
+        *("lists", "read_csv_corpus", "A table with a header line, or `audio|text` rows; audio paths are relative to it."),
+        (
+            Option("delimiter", "what separates the columns, such as , or tab; found by itself"),
+            Option("columns", "the columns of a table without a header, such as audio,speaker,text; - for one that is not used"),
+            SPEAKER,
+            LANGUAGE,
+        ),
+        source="FILE",
+        source_help="a CSV or TSV file",
+    ),
+    "ljspeech": Reader("lhotse_readers", "read_ljspeech", "LJSpeech 1.1. Expected: metadata.csv and wavs/."),
+    "libritts": Reader("lhotse_readers", "read_libritts", "LibriTTS and LibriTTS-R. Any of their parts; dev is valid, test is test."),
+    "librispeech": Reader("lhotse_readers", "read_librispeech", "LibriSpeech. Any of its parts; dev is valid, test is test."),
+    "aishell3": Reader("lhotse_readers", "read_aishell3", "AISHELL-3. Expected: spk-info.txt, train/ and test/; test is kept as test."),
+    "commonvoice": Reader("published", "read_common_voice", "Common Voice. Expected: clips/ and train, dev, test.tsv, for each locale."),
+    "esd": Reader("published", "read_esd", "ESD, emotional speech. Expected: 0001/ to 0020/ with their lists; emotions are kept."),
+    "emilia": Reader("published", "read_emilia", "Emilia. Expected: x.json beside x.mp3, in folders or in *.tar; or a tar.", (LANGUAGE,)),
+    "kaldi": Reader("published", "read_kaldi", "A Kaldi data folder. Expected: wav.scp and text, at least.", (SPEAKER, LANGUAGE)),
+    "lhotse": Reader("lhotse_readers", "read_lhotse", "lhotse manifests, as its own recipes write them.", (SPEAKER, LANGUAGE)),
+    "vctk": Reader(
+        *("published", "read_vctk", "VCTK 0.92 and 0.80. Expected: txt/ and wav48_silence_trimmed/ or wav48/."),
+        (Option("mic", "which microphone of release 0.92: mic1 or mic2", "mic1"),),
+    ),
+    "hf": Reader(
+        *("hugging_face", "read_hugging_face", "A Hugging Face dataset. Expected: an audio and a text column; its splits are kept."),
+        (
+            Option("config", "configuration of a dataset on the hub, such as clean", None),
+            Option("audio_column", "column of the audio, where it isn't found by its name", None),
+            Option("text_column", "column of the texts", None),
+            Option("speaker_column", "column of the speakers", None),
+            Option("language_column", "column of the languages", None),
+            SPEAKER,
+            LANGUAGE,
+        ),
+        source="DATASET",
+        source_help="a save_to_disk folder, parquet files, or a name on the hub",
+        headers=False,
+    ),
+}

@@ -13,6 +13,7 @@ from typing import Any
 
 from kalle.data.corpus.items import (
     AUDIO_SUFFIXES,
+    SPLITS,
     UNKNOWN_SPEAKER,
     Rejection,
     Source,
@@ -20,10 +21,10 @@ from kalle.data.corpus.items import (
     audio_name,
     collected,
     is_plain,
+    normalised,
     printable,
     split_of_part,
 )
-from kalle.data.corpus.splits import SPLITS, normalised
 from kalle.errors import UserError
 from kalle.files import parse_json, read_jsonl, read_lines, read_text_line
 

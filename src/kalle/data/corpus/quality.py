@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kalle.data.corpus.items import normalised
 from kalle.data.corpus.measures import (
     SCRIPTS_OF_LANGUAGE,
     MeasuredItem,
@@ -19,7 +20,6 @@ from kalle.data.corpus.measures import (
     odd_characters,
     script_counts,
 )
-from kalle.data.corpus.splits import normalised
 from kalle.errors import UserError
 from kalle.text.languages import SYLLABLE_LETTERS
 

@@ -1,4 +1,4 @@
-"""Work done ahead in background threads, in order."""
+"""The latents of a prepared corpus as shards: `encode(config)`, called from a notebook, a test or `kalle encode`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lhotse.cut import Cut
 from torch import nn
 
 from kalle.checkpoint import check_fields, weights_hash, write_json
-from kalle.data.corpus.cuts import cut_field, load_audio
+from kalle.data.corpus.cuts import cut_field, load_audio, load_cuts
 from kalle.data.latents.shards import (
     COMPLETED_NAME,
     INFO_NAME,
@@ -30,13 +30,16 @@ from kalle.data.latents.shards import (
     read_info,
     write_index,
 )
-from kalle.data.shared_work import OthersUnfinished, Share
+from kalle.data.shared_work import OthersUnfinished, Share, rank_device, share_of_process
 from kalle.errors import UserError
 from kalle.files import fingerprint, folder_lock, output_folder
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import constant_gaussian_baseline
 from kalle.models.flowvae import FlowVAE
+from kalle.models.speaker import SpeakerMel
 from kalle.seeds import numpy_generator
+
+logger = logging.getLogger(__name__)
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -180,7 +183,6 @@ def _one_pass(cuts: list[Cut], config: JoinConfig, number: int, speaker: str, sa
     return groups
 
 
-logger = logging.getLogger(__name__)
 TRAIN = "train"
 DIRECTIONS = ("prediction_posterior", "posterior_prediction")
 Progress = Callable[[int, int], None]
@@ -455,3 +457,39 @@ def _finish(encoder: CorpusEncoder, root: Path, recorded: Mapping[str, list[dict
     write_json(root / INFO_NAME, info)
     (root / COMPLETED_NAME).touch()
     return read_info(root)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingConfig:
+    """The corpus, the folder to write, and the share of this process."""
+
+    flowvae: str | Path
+    """Weight folder, NAME or NAME/flowvae."""
+    corpus: str | Path
+    """Folder that `kalle prepare` wrote."""
+    out: str | Path
+    """Latent folder; encode again to continue after an interruption."""
+    options: EncodeConfig = field(default_factory=EncodeConfig)
+    splits: Sequence[str] = ("train", "valid", "test")
+    device: str = "auto"
+    """auto, cpu or cuda; with several processes each has a GPU of its own."""
+    rank: int | None = None
+    """The part of this process of ``world_size``; None: what torchrun or SLURM say, else all of it."""
+    world_size: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "splits", tuple(self.splits))
+        check_fields(self, "")
+
+
+def encode(config: EncodingConfig, report: Progress | None = None) -> dict[str, Any]:
+    """Encode this process's share of a corpus; returns the info.json of the complete latent folder.
+
+    ``report`` is called with the numbers of utterances done and of all. OthersUnfinished when shards of other processes are not there
+    yet; a UserError for a folder that is no corpus or has no Flow-VAE.
+    """
+    share = share_of_process(config.rank, config.world_size)
+    flowvae = FlowVAE.from_pretrained(config.flowvae, device=rank_device(config.device))
+    splits = {split: load_cuts(config.corpus, split) for split in config.splits}
+    encoder = CorpusEncoder(flowvae, config.options, SpeakerMel() if config.options.speaker_mels else None)
+    return encode_corpus(encoder, splits, config.out, report, share)
