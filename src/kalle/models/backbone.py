@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kalle.errors import UserError
-from kalle.models.lm_state import KVCache, LayerCache
+from kalle.models.lm_state import CachedState, KVCache, LayerCache
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -331,6 +331,16 @@ class Backbone(nn.Module):
             else:
                 hidden = layer(hidden, rotary, mask, None if past_key_values is None else past_key_values.layer(number))
         return BackboneOutput(self.norm(hidden))
+
+    def new_state(self) -> CachedState:
+        """The state before the first position."""
+        return CachedState(KVCache())
+
+    def advance(self, embeddings: Tensor, state: CachedState) -> tuple[Tensor, CachedState]:
+        """Read ``embeddings`` (B, W, H) behind ``state``: the hidden state (B, H) of the last position, and the extended state."""
+        new = embeddings.shape[1]
+        hidden = self(embeddings, state.attention_mask(new), state.position_ids(new), state.cache).last_hidden_state
+        return hidden[:, -1], state
 
 
 def _choose_kernels(device: torch.device) -> None:

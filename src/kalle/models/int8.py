@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ class Int8State(LMState):
     """Keys and values of layer 0, then of layer 1, …: fp32 (B, kv_heads, room, head_dim) each; empty before the first position."""
     lengths: tuple[int, ...] = ()
 
-    def _joined(self, states: Sequence[LMState]) -> Int8State:
+    def _joined(self, states: Sequence[Int8State]) -> Int8State:
         lengths = tuple(length for state in states for length in state.lengths)
-        longest, parts = max(lengths), zip(*(cast("Int8State", state).buffers for state in states), strict=True)
+        longest, parts = max(lengths), zip(*(state.buffers for state in states), strict=True)
         return Int8State(tuple(torch.cat([_resized(part, _room_for(longest), longest) for part in same]) for same in parts), lengths)
 
     def _selected(self, rows: Sequence[int]) -> Int8State:

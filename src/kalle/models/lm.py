@@ -16,10 +16,10 @@ from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.backbone import Backbone, BackboneConfig
 from kalle.models.batch import LMBatch, Packing, RowLayout, packed_layout, padded_layout
-from kalle.models.int8 import Int8Backbone, Int8State, require_engine
+from kalle.models.int8 import Int8Backbone, require_engine
 from kalle.models.int8_weights import int8_tensors, is_quantised
 from kalle.models.layers import without_autocast
-from kalle.models.lm_state import CachedState, KVCache, LMState
+from kalle.models.lm_state import LMState
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
 
 PART = "lm"
@@ -250,11 +250,13 @@ class KalleLM(nn.Module):
 
     def read(self, text_ids: Tensor, prompt_latents: Tensor | None = None, speaker_latent: Tensor | None = None) -> tuple[Tensor, LMState]:
         """As ``prefill``, with the last position's hidden state (B, H) in place of what ``predict_from`` makes of it."""
-        return self._advance(self._context(text_ids, prompt_latents, speaker_latent), self._new_state())
+        hidden, state = self.backbone.advance(self._context(text_ids, prompt_latents, speaker_latent), self.backbone.new_state())
+        return hidden, state
 
     def append(self, z: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         """As ``step``, with the hidden state (B, H) of the new position in place of what ``predict_from`` makes of it."""
-        return self._advance(self._embed_latents(z[:, None]), state)
+        hidden, state = self.backbone.advance(self._embed_latents(z[:, None]), state)
+        return hidden, state
 
     def predict_from(self, hidden: Tensor) -> NextFrame:
         """The prediction (..., D) that belongs to hidden states (..., H)."""
@@ -278,7 +280,8 @@ class KalleLM(nn.Module):
 
         The rows of ``state`` may differ in length, see ``LMState.join``.
         """
-        return self._extend(self._embed_latents(z[:, None]), state)
+        hidden, state = self.append(z, state)
+        return self._head(hidden), state
 
     def encode_speaker(self, mels: Tensor) -> DiagGaussian:
         """Distribution (B, H) of the speaker latent of ``mels`` (B, 80, F)."""
@@ -294,9 +297,6 @@ class KalleLM(nn.Module):
         distribution = self.encode_speaker(batch.speaker_mels)
         return (distribution.mean if batch.speaker_noise is None else distribution.sample(batch.speaker_noise)), distribution
 
-    def _new_state(self) -> LMState:
-        return self.backbone.new_state() if isinstance(self.backbone, Int8Backbone) else CachedState(KVCache())
-
     def _context(self, text_ids: Tensor, latents: Tensor | None, speaker_latent: Tensor | None) -> Tensor:
         """Embeddings (B, W, H) of ``[speaker] text latents``."""
         parts = [self.backbone.embed_tokens(text_ids)]
@@ -306,24 +306,6 @@ class KalleLM(nn.Module):
             parts.append(self._embed_latents(latents))
         dtype = self.backbone.embed_tokens.weight.dtype
         return torch.cat([part.to(dtype) for part in parts], dim=1)
-
-    def _extend(self, embeddings: Tensor, state: LMState) -> tuple[NextFrame, LMState]:
-        hidden, state = self._advance(embeddings, state)
-        return self._head(hidden), state
-
-    def _advance(self, embeddings: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        if isinstance(state, Int8State):
-            hidden, after = self.backbone.advance(embeddings, state)
-            return hidden, after
-        assert isinstance(state, CachedState), f"a state of another kind: {type(state).__name__}"
-        new = embeddings.shape[1]
-        hidden = self.backbone(
-            inputs_embeds=embeddings,
-            attention_mask=state.attention_mask(new),
-            position_ids=state.position_ids(new),
-            past_key_values=state.cache,
-        ).last_hidden_state
-        return hidden[:, -1], state
 
     def _embed_latents(self, z: Tensor) -> Tensor:
         with without_autocast(z.device):

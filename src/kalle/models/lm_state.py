@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 _LEAST_ROOM = 64
+_State = TypeVar("_State", bound="LMState")
 
 
 class LayerCache:
@@ -100,23 +101,23 @@ class LMState(ABC):
         return max(self.lengths, default=0)
 
     @staticmethod
-    def join(states: Sequence[LMState]) -> LMState:
+    def join(states: Sequence[_State]) -> _State:
         """One state with the rows of all ``states`` in order, which are of one kind and have seen something each."""
         assert states, "join of no states"
         assert all(state.length for state in states), "join of states without positions"
         return states[0] if len(states) == 1 else states[0]._joined(states)
 
-    def select(self, rows: Sequence[int]) -> LMState:
+    def select(self, rows: Sequence[int]) -> Self:
         """The given rows in the given order."""
         assert rows, "select of no rows"
         return self if list(rows) == list(range(self.rows)) else self._selected(rows)
 
     @abstractmethod
-    def _joined(self, states: Sequence[LMState]) -> LMState:
+    def _joined(self, states: Sequence[Self]) -> Self:
         """``join`` of more than one, of which this is the first."""
 
     @abstractmethod
-    def _selected(self, rows: Sequence[int]) -> LMState:
+    def _selected(self, rows: Sequence[int]) -> Self:
         """``select`` of other rows than all in their order."""
 
 
@@ -161,10 +162,10 @@ class CachedState(LMState):
             return None
         return torch.arange(self.length, self.length + new, device=self.padding.device) - self.padding[:, None]
 
-    def _joined(self, states: Sequence[LMState]) -> CachedState:
+    def _joined(self, states: Sequence[CachedState]) -> CachedState:
         width = max(state.length for state in states)
         cache = KVCache()
-        for number, layers in enumerate(zip(*(cast("CachedState", state)._layers() for state in states), strict=True)):
+        for number, layers in enumerate(zip(*(state._layers() for state in states), strict=True)):
             keys, values = (_align_right(parts, width) for parts in zip(*layers, strict=True))
             cache.update(keys, values, number)
         return self._padded([length for state in states for length in state.lengths], cache)
