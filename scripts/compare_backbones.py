@@ -13,8 +13,8 @@ from kalle.cli.hydra_entry import compose
 from kalle.cli.train import training_config
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import next_distribution_loss
-from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch, Packing
 
 ROWS = {"nano": 8, "small": 4}
 

@@ -46,12 +46,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: list[str] | None = None) -> None:
     """Speak; a UserError for every mistake."""
     given = parse(arguments)
-    from kalle.cli.say import Told, check_output, speak_to_file
-    from kalle.cli.speaking import check_request, choose_voice
+    from kalle.cli.say import Told, check_say_output, speak_to_file
+    from kalle.cli.speaking import check_before_loading, choose_voice
     from kalle.convert.release import release_folder
 
-    check_output(given.output)
-    check_request(given.target_text, given.prompt_wav_path, given.prompt_text, None)
+    check_say_output(given.output)
+    check_before_loading(given.target_text, given.prompt_wav_path, given.prompt_text, None)
     model = given.model or release_folder(given.ckpt)
     from kalle.synthesis.kalle import Kalle
     from kalle.synthesis.options import GenerationOptions

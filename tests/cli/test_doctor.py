@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from kalle import extras
 from kalle.checkpoint import read_json, read_tensors, write_json, write_tensors
 from kalle.cli import doctor as command
-from kalle.cli.doctor import Fact, examine
+from kalle.cli.doctor import Fact, examine_machine
 from kalle.cli.main import main
 from kalle.text.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def model(toy_weights: Path, tmp_path: Path) -> Path:
 
 
 def fact_of(model: Path, name: str = "toy", quick: bool = False) -> tuple[Fact, bool]:
-    facts, able = examine(model, quick)
+    facts, able = examine_machine(model, quick)
     return next(fact for fact in facts if fact.name == name), able
 
 
@@ -40,7 +40,7 @@ def test_a_machine_that_speaks(model: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_fresh_install_has_no_problem() -> None:
-    facts, able = examine(None, quick=True, ckpt=Path("nowhere"))
+    facts, able = examine_machine(None, quick=True, ckpt=Path("nowhere"))
     assert able, "the weights that ship speak"
     assert [fact for fact in facts if fact.status == "problem"] == []
     assert any(fact.name == "kalle-nano" for fact in facts)
@@ -94,12 +94,12 @@ def test_packages_that_are_missing_or_too_old(model: Path, monkeypatch: pytest.M
         "serve": [Requirement("no-such")],
     }
     monkeypatch.setattr(extras, "requirements", lambda: needed)
-    facts = {fact.name: fact for fact in examine(model, quick=True)[0]}
+    facts = {fact.name: fact for fact in examine_machine(model, quick=True)[0]}
     assert (facts["numpy"].status, facts["numpy"].remedy) == ("problem", "pip install 'numpy>=999'")
     assert facts["eval"].value == "incomplete: missing, expected no-such-package>=1"
     assert (facts["serve"].value, facts["serve"].status) == ("not installed", "note")
     assert "[serve]" in (facts["serve"].remedy or "")
-    assert not examine(model, quick=True)[1]
+    assert not examine_machine(model, quick=True)[1]
 
 
 def test_a_check_that_raises_is_a_problem(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_a_check_that_raises_is_a_problem(model: Path, monkeypatch: pytest.Monke
         raise OSError("libtorch.so: cannot open")
 
     monkeypatch.setattr(command, "version_facts", broken)
-    facts, able = examine(model, quick=True)
+    facts, able = examine_machine(model, quick=True)
     assert not able
     assert any("OSError: libtorch.so" in fact.value for fact in facts)
 

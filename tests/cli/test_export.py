@@ -17,7 +17,7 @@ from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.longform import LongForm, why_by_sentences
 from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.voice import Voice
-from kalle.synthesis.weights import read_folder
+from kalle.synthesis.weights import read_weight_folder
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_it_speaks_and_is_half_the_size(source: Path, tmp_path: Path, capsys) ->
     assert "lm: 2 tensors keep their precision: latent_mean, latent_std" in told.out
     assert "the default voice anna is not there" in told.err
     assert (out / "README.md").read_text() == "a card"
-    config = read_folder(out)
+    config = read_weight_folder(out)
     assert (config.language, config.voice) == ("en", "anna")
     assert (config.stop.threshold, config.stop.min_index) == (0.25, 5)
     before, after = ({name: read_weights(folder / "lm")[name] for name in read_weights(source / "lm")} for folder in (source, out))
@@ -153,13 +153,13 @@ def test_the_stored_temperature_is_what_requests_without_one_get(source: Path, t
 def test_a_stored_temperature_that_cannot_be(source: Path) -> None:
     write_json(source / "config.json", read_json(source / "config.json") | {"temperature": -0.5})
     with pytest.raises(UserError, match=r"bad temperature in .*: got -0.5, expected a finite number of at least 0"):
-        read_folder(source)
+        read_weight_folder(source)
 
 
 def test_what_weights_keep_up_is_stored_and_heeded(source: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "out", "One two three four five six. Seven eight nine ten."
     assert export(source, out, "--longest-seconds", "2.5") == 0
-    assert read_folder(out).longest_seconds == Kalle.from_pretrained(out, "cpu").config.longest_seconds == 2.5
+    assert read_weight_folder(out).longest_seconds == Kalle.from_pretrained(out, "cpu").config.longest_seconds == 2.5
     assert [piece.text for piece in LongForm(Kalle.from_pretrained(out, "cpu"), text).sentences] == text.replace(". ", ".|").split("|")
     assert why_by_sentences(text, GenerationOptions(), 2.5) == "these weights keep up 2.5 s in one request"
     for enough in (3.5, None):
@@ -173,4 +173,4 @@ def test_a_length_that_cannot_be_kept_up(given: str, source: Path, tmp_path: Pat
     assert "expected a finite one above 0" in capsys.readouterr().err
     write_json(source / "config.json", read_json(source / "config.json") | {"longest_seconds": float(given)})
     with pytest.raises(UserError, match=r"bad longest_seconds in .*, expected a finite one above 0"):
-        read_folder(source)
+        read_weight_folder(source)

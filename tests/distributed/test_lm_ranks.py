@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch
 from kalle.training.lm import KalleLMTraining, LMObjective
 from training.distributed import on_ranks
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalle.checkpoint import read_json, weights_hash, write_json
-from kalle.cli.calibrate import report
+from kalle.cli.calibrate import calibration_lines
 from kalle.cli.main import main
 from kalle.data.latents.shards import LatentRecord, ShardFolder
 from kalle.errors import UserError
@@ -26,12 +26,12 @@ from kalle.evaluation.calibration import (
     speak_freely,
 )
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch
+from kalle.models.lm_batch import LMBatch
 from kalle.synthesis.generate import Request
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import StopRule
 from kalle.synthesis.speech import Speech
-from kalle.synthesis.weights import StoredConfidence, read_folder, write_confidence
+from kalle.synthesis.weights import StoredConfidence, read_weight_folder, write_confidence
 
 TEXTS = ("one", "two words", "three whole words", "four")
 FRAMES = (6, 9, 7, 12)
@@ -75,7 +75,7 @@ def test_the_threshold_lies_in_the_middle_of_the_valley() -> None:
     chosen = calibrate(scores(([9, 9, 9, 9, 0.9], 0.01), ([9, 9, 9, 9, 1.6, 2.0], 0.04)))
     assert chosen.rates.threshold == pytest.approx(np.sqrt(0.04 * 0.9), rel=1e-3)
     assert (chosen.rates.false_stop, chosen.rates.missed_stop, chosen.separates) == (0, 0, True)
-    assert "warning" not in "\n".join(report(chosen))
+    assert "warning" not in "\n".join(calibration_lines(chosen))
 
 
 def test_of_two_valleys_the_wider_is_taken() -> None:
@@ -94,7 +94,7 @@ def test_guarded_frames_cannot_stop_and_ends_too_early_are_missed() -> None:
 def test_a_hopeless_model_is_told() -> None:
     chosen = calibrate(scores(*[([9, 9, 9, 9, 0.5], 1.0 + i / 10) for i in range(10)]))
     assert not chosen.separates
-    assert "warning: no threshold separates the ends from the rest" in report(chosen)[-1]
+    assert "warning: no threshold separates the ends from the rest" in calibration_lines(chosen)[-1]
 
 
 class Scripted(torch.nn.Module):
@@ -215,7 +215,7 @@ def test_the_command_prints_a_table_and_stores_the_rule(taught: Path, latents: P
     assert stored["language"] == "en"
     assert stored["stop"]["utterances"] == 4
     assert stored["stop"]["min_index"] == 2
-    assert read_folder(model).stop == StopRule(stored["stop"]["threshold"], 2)
+    assert read_weight_folder(model).stop == StopRule(stored["stop"]["threshold"], 2)
     assert f"threshold {stored['stop']['threshold']:.4g} nats per dimension, above frame index 2" in out
     assert "<- chosen" in out
     assert "of 2 texts did not end by themselves" in out

@@ -11,7 +11,7 @@ from torch import nn
 from kalle.evaluation.probe import LMProbe, derangement, probe, with_shuffled_texts
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import constant_gaussian_baseline
-from kalle.models.batch import LMBatch
+from kalle.models.lm_batch import LMBatch
 
 D = 3
 TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), max_size=12)

@@ -19,7 +19,7 @@ from kalle.losses.latent import (
     next_distribution_loss,
     speaker_kl,
 )
-from kalle.models.batch import LMBatch
+from kalle.models.lm_batch import LMBatch
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 DIRECTIONS = {"prediction_posterior": "pred_target", "posterior_prediction": "target_pred"}

@@ -9,8 +9,8 @@ import torch
 
 from kalle.checkpoint import read_tensors, write_json, write_tensors
 from kalle.errors import UserError
-from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch
 from kalle.models.speaker import SpeakerEncoderConfig
 
 BACKBONE = {

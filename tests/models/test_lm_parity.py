@@ -7,7 +7,7 @@ import torch
 
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import next_distribution_loss, speaker_kl
-from kalle.models.batch import LMBatch
+from kalle.models.lm_batch import LMBatch
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 DIRECTIONS = {"prediction_posterior": "pred_target", "posterior_prediction": "target_pred"}

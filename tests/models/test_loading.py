@@ -12,9 +12,9 @@ from torch import nn
 
 from kalle.checkpoint import load_module, read_tensors, write_tensors
 from kalle.errors import UserError
-from kalle.models.batch import LMBatch
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch
 from kalle.models.speaker import SpeakerEncoderConfig
 
 BACKBONE = json.loads((Path(__file__).parents[1] / "reference" / "lm_tiny.json").read_text())

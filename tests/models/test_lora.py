@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kalle.errors import UserError
-from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch
 from kalle.models.lora import PROJECTIONS, LoRAConfig, add_lora, also_trained, lora_factors, merge_lora, remove_lora
 
 SMALL = LoRAConfig(rank=2, alpha=4.0)

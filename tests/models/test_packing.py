@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import next_distribution_loss
-from kalle.models.batch import LMBatch, Packing, packed_layout, padded_layout
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch, Packing, packed_layout, padded_layout
 from kalle.models.speaker import SpeakerEncoderConfig
 
 SPEAKER = SpeakerEncoderConfig(channels=16, embedding_dim=8, pooled_channels=16, attention_channels=8)

@@ -8,8 +8,8 @@ import torch
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import next_distribution_loss
-from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig, compile_layers, recompute_activations, set_attention
+from kalle.models.lm_batch import LMBatch, Packing
 from kalle.models.lora import LoRAConfig, add_lora
 
 CPU = torch.device("cpu")

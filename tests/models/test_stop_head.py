@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kalle.errors import UserError
-from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig, NextFrame
+from kalle.models.lm_batch import LMBatch, Packing
 
 EXACT = {"atol": 1e-5, "rtol": 1e-4}
 FRAMES, TEXTS = [7, 3, 5], [4, 6, 2]

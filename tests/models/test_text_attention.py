@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaModel
 
 from kalle.errors import UserError
 from kalle.losses.latent import HEAD, TextAttention
-from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch, Packing
 from kalle.models.speaker import SpeakerEncoderConfig
 
 SPEAKER = SpeakerEncoderConfig(channels=16, embedding_dim=8, pooled_channels=16, attention_channels=8)

@@ -9,8 +9,8 @@ import torch
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import next_distribution_loss
-from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch
 from kalle.models.text_weights import CompactEmbedding, compact_vocabulary, expand_vocabulary
 
 USED = torch.tensor([7, 3, 200, 3, 11])

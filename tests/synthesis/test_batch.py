@@ -13,7 +13,7 @@ from kalle.models.lm import KalleLM
 from kalle.synthesis import Frame, Generation, StopRule
 from kalle.synthesis.batch import BatchedGenerator, Generated, RowError, generate_batch, iterate_batch
 from kalle.synthesis.generate import Request
-from kalle.synthesis.generate import run as generate_request
+from kalle.synthesis.generate import run_row as generate_request
 from kalle.synthesis.release_compat import ReleaseCompatibility
 
 DIM, HIDDEN = 8, 64

@@ -10,10 +10,10 @@ import torch
 
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch
+from kalle.models.lm_batch import LMBatch
 from kalle.synthesis import Frame, GenerationOptions, ReleaseCompatibility, StopRule, generate
 from kalle.synthesis.release_compat import UncachedLM
-from kalle.synthesis.weights import read_folder
+from kalle.synthesis.weights import read_weight_folder
 
 DROPPING = GenerationOptions(compatibility=ReleaseCompatibility(drop_last_frame_always=True))
 
@@ -253,4 +253,4 @@ def test_a_bad_threshold_in_a_file_names_the_file(weight_folder: Path) -> None:
     path = weight_folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"stop": {"threshold": -1.0}}))
     with pytest.raises(UserError, match=f"bad value in '{path}': stop.bad stop threshold: got -1.0"):
-        read_folder(weight_folder)
+        read_weight_folder(weight_folder)

@@ -20,7 +20,7 @@ from kalle.synthesis.generate import Frame, RowSampler
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import DEFAULT_STOP_PROBABILITY, SpeechRequest
 from kalle.synthesis.release_compat import UncachedLM
-from kalle.synthesis.weights import FolderConfig, StoredStop, read_folder, write_stop
+from kalle.synthesis.weights import FolderConfig, StoredStop, read_weight_folder, write_stop
 
 CAP = 30
 
@@ -154,23 +154,23 @@ def with_head(folder: Path, headed: KalleLM) -> Path:
 
 
 def test_the_rule_of_a_folder_goes_by_its_head_where_none_is_stored(weight_folder: Path, headed: KalleLM) -> None:
-    assert read_folder(weight_folder).stop == StopRule()
+    assert read_weight_folder(weight_folder).stop == StopRule()
     folder = with_head(weight_folder, headed)
     default = StopRule(probability=DEFAULT_STOP_PROBABILITY)
-    assert read_folder(folder).stop == Kalle.from_pretrained(folder, "cpu").config.stop == default
+    assert read_weight_folder(folder).stop == Kalle.from_pretrained(folder, "cpu").config.stop == default
     write_json(folder / "config.json", {"language": "en"})
-    assert read_folder(folder).stop == default
+    assert read_weight_folder(folder).stop == default
 
 
 def test_a_probability_is_stored_with_the_weights_and_held(weight_folder: Path, headed: KalleLM) -> None:
     folder = with_head(weight_folder, headed)
     write_stop(folder, StoredStop(0.5, 6, probability=0.25))
-    assert read_folder(folder).stop == StopRule(0.5, 6, probability=0.25)
+    assert read_weight_folder(folder).stop == StopRule(0.5, 6, probability=0.25)
     kalle = Kalle.from_pretrained(folder, "cpu")
     assert kalle.resolve(SpeechRequest("Hi.")).stop.probability == 0.25
     write_stop(folder, StoredStop(0.5, 6))
     assert "probability" not in json.loads((folder / "config.json").read_text())["stop"]
-    assert read_folder(folder).stop == StopRule(0.5, 6)
+    assert read_weight_folder(folder).stop == StopRule(0.5, 6)
 
 
 def test_a_stored_probability_without_a_head_is_refused(weight_folder: Path) -> None:

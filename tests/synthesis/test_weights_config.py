@@ -9,13 +9,13 @@ from kalle.checkpoint import read_json, write_json
 from kalle.errors import UserError
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions, SpeechRequest, StopRule
-from kalle.synthesis.weights import FolderConfig, StoredStop, read_folder, write_stop
+from kalle.synthesis.weights import FolderConfig, StoredStop, read_weight_folder, write_stop
 from kalle.text.phonemes import PhonemeTokenizer
 
 
 def config(folder: Path, values: dict[str, Any]) -> FolderConfig:
     write_json(folder / "config.json", values)
-    return read_folder(folder)
+    return read_weight_folder(folder)
 
 
 def test_every_known_key_is_read(weight_folder: Path) -> None:
@@ -57,14 +57,14 @@ def test_a_calibrated_stop_is_stored_beside_the_other_keys(weight_folder: Path) 
     after = read_json(weight_folder / "config.json")
     assert after.pop("stop") == {"threshold": 0.12, "min_index": 2, "false_stop_rate": 0.01, "missed_stop_rate": 0.02, "utterances": 50}
     assert after == before
-    assert read_folder(weight_folder).stop == StopRule(0.12, 2)
+    assert read_weight_folder(weight_folder).stop == StopRule(0.12, 2)
     assert sorted(path.name for path in weight_folder.iterdir()) == ["config.json", "flowvae", "lm", "tokenizer"]
 
 
 def test_a_folder_without_config_gets_one_with_the_stop(weight_folder: Path) -> None:
     (weight_folder / "config.json").unlink()
     write_stop(weight_folder, StoredStop(0.12, 2))
-    assert read_folder(weight_folder).stop == StopRule(0.12, 2)
+    assert read_weight_folder(weight_folder).stop == StopRule(0.12, 2)
 
 
 def test_a_broken_config_is_left_as_it_is(weight_folder: Path) -> None:
@@ -112,4 +112,4 @@ def test_words_without_phonemes_are_named(weight_folder: Path) -> None:
     spelled = Kalle(kalle.flowvae, kalle.lm, PhonemeTokenizer(kalle.tokenizer._backend, symbols="həlO"))
     request = SpeechRequest("Kubernetes, [hello](/həlO/).", options=GenerationOptions(seed=0))
     assert "lacks them: Kubernetes;" in spelled.resolve(request).warnings[0]
-    assert read_folder(weight_folder).given_phonemes
+    assert read_weight_folder(weight_folder).given_phonemes

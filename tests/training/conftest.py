@@ -7,7 +7,7 @@ import lightning
 import pytest
 from torch.utils.data import DataLoader
 
-from kalle.models.batch import LMBatch, WaveBatch
+from kalle.models.lm_batch import LMBatch, WaveBatch
 
 
 def fit(module: lightning.LightningModule, batches: Sequence[WaveBatch | LMBatch], steps: int, **options: Any) -> lightning.Trainer:

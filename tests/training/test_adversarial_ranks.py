@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.lm_batch import WaveBatch
 from kalle.training.callbacks import EMA
 from kalle.training.distributed import AdversarialDDP
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining

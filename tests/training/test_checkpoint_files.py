@@ -21,7 +21,7 @@ from kalle.training.checkpointing import (
     LAST,
     DirectCheckpointIO,
     damage,
-    keep_best,
+    keep_best_checkpoints,
     point_last,
     prune,
     resume_path,
@@ -107,14 +107,14 @@ def test_a_file_cut_anywhere_is_noticed(share: float, tmp_path_factory: pytest.T
 
 def test_pruning_keeps_what_it_is_told_and_the_best(tmp_path: Path) -> None:
     paths = [save(tmp_path, step) for step in range(1, 5)]
-    keep_best(paths[0])
+    keep_best_checkpoints(paths[0])
     torn = tmp_path / "step-00000009.ckpt.0123456789abcdef.partial"
     torn.touch()
     os.utime(torn, (0, 0))
     prune(tmp_path, paths[2:])
     assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, LAST, "step-00000003.ckpt", "step-00000004.ckpt"]
     assert torch.load(tmp_path / BEST, weights_only=True)["global_step"] == 1
-    keep_best(paths[3])
+    keep_best_checkpoints(paths[3])
     assert torch.load(tmp_path / BEST, weights_only=True)["global_step"] == 4
 
 

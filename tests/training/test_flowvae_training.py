@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.lm_batch import WaveBatch
 from kalle.training.distributed import frozen
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
 from kalle.training.optimisation import GuardConfig, UpdateGuard, WarmupCosine

@@ -36,7 +36,7 @@ from kalle.training import (
     train_flowvae,
     train_lm,
 )
-from kalle.training.run import data_contents
+from kalle.training.session import data_contents
 
 QUICK = TrainerConfig(max_steps=2, val_check_interval=2, log_every_n_steps=1, devices=1)
 

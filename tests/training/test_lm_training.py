@@ -12,8 +12,8 @@ from kalle.errors import UserError
 from kalle.evaluation.probe import probe
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import TextAttention
-from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch, Packing
 from kalle.models.speaker import SpeakerEncoderConfig
 from kalle.training.callbacks import EMA
 from kalle.training.lm import KalleLMTraining, LMObjective

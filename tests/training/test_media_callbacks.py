@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch, WaveBatch
 from kalle.synthesis.options import StopRule
 from kalle.text.tokenizer import Tokenizer
 from kalle.training.callbacks import EMA, ReconstructionMedia, SpeechMedia, log_speech, mel_image, speech_sampler

@@ -10,7 +10,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.models.lora import LoRAConfig, add_lora
-from kalle.training.optimisation import Exponential, WarmupCosine, draws_dropout, finish, freeze, parameter_counts, parameter_groups
+from kalle.training.optimisation import (
+    Exponential,
+    WarmupCosine,
+    draws_dropout,
+    finish_training,
+    freeze,
+    parameter_counts,
+    parameter_groups,
+)
 
 
 def rates(make, steps: int) -> list[float]:
@@ -92,7 +100,7 @@ def test_dropout_is_seen(lm: KalleLM) -> None:
     add_lora(lm, LoRAConfig(rank=1, dropout=0.1))
     assert draws_dropout(lm)
     names = set(lm.state_dict())
-    finish(lm)
+    finish_training(lm)
     assert not any("lora" in name for name in lm.state_dict())
     assert len(lm.state_dict()) < len(names)
 

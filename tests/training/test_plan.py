@@ -8,14 +8,14 @@ from torch import nn
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
-from kalle.training.plan import flowvae_footprint, lm_footprint, measure, without_storage
+from kalle.training.plan import flowvae_footprint, lm_footprint, measure_memory, without_storage
 
 
 def test_a_linear_layer_keeps_its_input_and_multiplies_once() -> None:
     with without_storage():
         layer = nn.Linear(8, 4)
-        assert measure(lambda: layer(torch.zeros(10, 8)), [layer]) == (10 * 8 * 4, 2 * 10 * 8 * 4)
-        assert measure(lambda: layer(layer(torch.zeros(10, 8))[:, [0, 0, 1, 1, 2, 2, 3, 3]]), [layer])[1] == 2 * 2 * 10 * 8 * 4
+        assert measure_memory(lambda: layer(torch.zeros(10, 8)), [layer]) == (10 * 8 * 4, 2 * 10 * 8 * 4)
+        assert measure_memory(lambda: layer(layer(torch.zeros(10, 8))[:, [0, 0, 1, 1, 2, 2, 3, 3]]), [layer])[1] == 2 * 2 * 10 * 8 * 4
 
 
 def test_what_is_estimated_is_what_a_real_step_keeps(toy_lm_config: KalleLMConfig, toy_flowvae_config: FlowVAEConfig) -> None:

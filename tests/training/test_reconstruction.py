@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kalle.cli.train import reconstruction_metrics
 from kalle.errors import UserError
-from kalle.models.batch import WaveBatch
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.lm_batch import WaveBatch
 from kalle.training.callbacks import ReconstructionMetrics
 from kalle.training.config import FlowVAECallbacks, FlowVAEDataConfig, FlowVAETrainingConfig, MetricsConfig
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining

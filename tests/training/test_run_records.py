@@ -15,7 +15,7 @@ import torch
 
 from kalle.cli.main import main
 from kalle.errors import UserError
-from kalle.training import run as run_record
+from kalle.training import session as run_record
 from kalle.training.callbacks import StepSeeds
 from kalle.training.checkpointing import BEST, LAST, CheckpointConfig, LastCheckpoint, step_paths
 from kalle.training.plan import Footprint, Plan, SplitCount

@@ -11,8 +11,8 @@ import torch
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import stop_bce
-from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch, Packing
 from kalle.training.lm import KalleLMTraining, LMObjective
 from kalle.training.optimisation import WarmupCosine
 

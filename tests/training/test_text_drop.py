@@ -10,8 +10,8 @@ import torch
 
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch, Packing
 from kalle.models.lm import KalleLM, KalleLMConfig
+from kalle.models.lm_batch import LMBatch, Packing
 from kalle.text.tokenizer import Tokenizer, prompt_ids, without_text
 from kalle.training.lm import KalleLMTraining, LMObjective
 

@@ -121,7 +121,7 @@ def test_ctrl_c_is_one_line_and_130(lm_overrides: list[str], tmp_path: Path, cap
             if trainer.global_step == 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("kalle.training.run.StepSeeds", lambda seed: CtrlC())
+    monkeypatch.setattr("kalle.training.session.StepSeeds", lambda seed: CtrlC())
     assert train("lm", lm_overrides, f"out={tmp_path}") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; run the same command again to continue"
     assert torch.load(tmp_path / "checkpoints" / LAST, weights_only=True)["global_step"] == 2

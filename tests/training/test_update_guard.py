@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kalle.errors import UserError
-from kalle.models.batch import WaveBatch
+from kalle.models.lm_batch import WaveBatch
 from kalle.training.optimisation import GuardConfig, NormHistory, UpdateGuard, flattened, gradient_norm
 
 Fit = Callable[..., lightning.Trainer]

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 KL_DRAWS = 4
 """Fixed noises with which a divergence is measured."""
-Source = str | Path | NDArray[np.floating]
+AudioSource = str | Path | NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class Adaptation:
 
 def adapt(
     kalle: Kalle,
-    audio: Source | Sequence[Source],
+    audio: AudioSource | Sequence[AudioSource],
     text: str | Sequence[str],
     *,
     options: AdaptOptions | None = None,
     target_text: str | None = None,
-    validate: Sequence[tuple[Source, str]] = (),
+    validate: Sequence[tuple[AudioSource, str]] = (),
     language: str | None = None,
     sample_rate_hz: int | None = None,
     compatibility: ReleaseCompatibility = OURS,
@@ -132,8 +132,8 @@ def adapt(
     return Adaptation(adapter, spoken, learnt.losses, kl, held_out_kl, similarity, held_out_similarity, learnt.seconds)
 
 
-def _pairs(audio: Source | Sequence[Source], text: str | Sequence[str]) -> list[tuple[Source, str]]:
-    audios: list[Source] = list(audio) if isinstance(audio, list | tuple) else [audio]  # type: ignore[list-item]
+def _pairs(audio: AudioSource | Sequence[AudioSource], text: str | Sequence[str]) -> list[tuple[AudioSource, str]]:
+    audios: list[AudioSource] = list(audio) if isinstance(audio, list | tuple) else [audio]  # type: ignore[list-item]
     texts = [text] if isinstance(text, str) else list(text)
     if len(audios) != len(texts) or not audios:
         raise UserError(f"recordings and transcripts don't pair: got {len(audios)} and {len(texts)}, expected a --text for each")

@@ -64,9 +64,9 @@ def adapt(
     """
     with interruptible(), renamed(FLAGS):
         options = _options(lora, full, steps=steps, lr=lr, seconds=seconds, weight_decay=weight_decay, warmup_share=warmup, seed=seed)
-        from kalle.synthesis.options import language_code
+        from kalle.synthesis.options import checked_language
 
-        language = language_code(language)
+        language = checked_language(language)
         held_out = _paired(validate or [], validate_text or [])
         _check_audio([*audio, *(path for path, _ in held_out)])
         adapter_path = None if voice is not None and output is None else output or Path(f"{audio[0].stem}.adapter{SUFFIX}")

@@ -150,8 +150,8 @@ def _lm_variants(size: str, latents: Path | None, folder: Path, positions: int, 
     """Padded rows in batches of like length, packed rows, then in bf16, then compiled."""
     import torch
 
-    from kalle.models.batch import LMBatch, Packing
     from kalle.models.lm import KalleLM, compile_layers
+    from kalle.models.lm_batch import LMBatch, Packing
     from kalle.text.tokenizer import Tokenizer
     from kalle.training import AdamWConfig, LMDataConfig, LMObjective, WarmupCosine
     from kalle.training.lm import KalleLMTraining
@@ -188,9 +188,9 @@ def _flowvae_variants(
     """The adversarial step in fp32, then in bf16, then compiled."""
     import torch
 
-    from kalle.models.batch import WaveBatch
     from kalle.models.discriminators import DiscriminatorConfig, Discriminators
     from kalle.models.flowvae import FlowVAE
+    from kalle.models.lm_batch import WaveBatch
     from kalle.training import AdamWConfig, ClipSchedule, FlowVAEDataConfig, FlowVAEObjective, WarmupCosine
     from kalle.training.flowvae import FlowVAETraining
 

@@ -37,13 +37,13 @@ def calibrate(
     from kalle.evaluation.calibration import held_out, save_histogram
     from kalle.evaluation.figures import check_image_path
     from kalle.models.lm import KalleLM
-    from kalle.synthesis.weights import read_folder, resolve_weights, write_stop
+    from kalle.synthesis.weights import read_weight_folder, resolve_weights, write_stop
 
     with interruptible():
         if plot is not None:
             check_image_path(plot)
         model = resolve_weights(model)
-        read_folder(model)
+        read_weight_folder(model)
         if in_package(model) and not dry_run:
             raise UserError(
                 f"'{model}' is part of the installed package: expected a weight folder of yours; copy it with "
@@ -53,7 +53,7 @@ def calibrate(
         dataset = held_out(model, lm, latents, split, seed)
         scores = _score(lm, dataset, max_positions)
         calibration = choose(scores, min_index)
-        for line in report(calibration):
+        for line in calibration_lines(calibration):
             typer.echo(line)
         if plot is not None:
             save_histogram(scores, calibration, plot)
@@ -68,7 +68,7 @@ def calibrate(
             typer.echo(_speak_freely(model, dataset, calibration, free_running, device))
 
 
-def report(calibration: Calibration) -> list[str]:
+def calibration_lines(calibration: Calibration) -> list[str]:
     """The printed report: a table of thresholds, the chosen one, and a warning where none is good."""
     chosen = calibration.rates
     lines = [f"{'threshold':>10}  {'false stops':>11}  {'missed stops':>12}  {'sum':>7}"]

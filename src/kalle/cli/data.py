@@ -38,7 +38,7 @@ def doctor(
     Exit code 0, or 1 when a check says bad; with --filter the verdict is that on the filtered copy. An interrupted run continues.
     """
     from kalle.data.corpus.cuts import check_target
-    from kalle.data.corpus.doctor import FILTERED_BY, diagnose, write_filtered
+    from kalle.data.corpus.diagnosis import FILTERED_BY, diagnose, write_filtered
     from kalle.data.corpus.quality import REMOVED_BY_DEFAULT, limits_from, removal_list
 
     limits = limits_from(limit or [])

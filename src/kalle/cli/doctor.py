@@ -45,12 +45,12 @@ def doctor(
 ) -> None:
     """Check versions, extras, device, weights, audio and disk; exit code 0 when speaking works, 1 otherwise. Needs no network."""
     with interruptible():
-        facts, able = examine(model, quick)
+        facts, able = examine_machine(model, quick)
         typer.echo(_as_json(facts, able) if as_json else _as_text(facts, able))
     raise typer.Exit(0 if able else 1)
 
 
-def examine(model: Path | None, quick: bool, ckpt: Path = CKPT) -> tuple[list[Fact], bool]:
+def examine_machine(model: Path | None, quick: bool, ckpt: Path = CKPT) -> tuple[list[Fact], bool]:
     """All facts, and whether speaking works: the core packages, and one weight folder or released files to convert."""
     packages = _checked("versions", version_facts)
     weights = _checked("weights", lambda: weight_facts(model, ckpt, quick))

@@ -45,20 +45,20 @@ def export(
             raise UserError(f"bad size: got --max-shard-mb {max_shard_mb:g}, expected more than 0; leave it out for 15")
         if longest_seconds is not None and not 0 < longest_seconds < float("inf"):
             raise UserError(f"bad length: got --longest-seconds {longest_seconds:g}, expected a finite one above 0; leave it out for any")
-        from kalle.synthesis.options import language_code
+        from kalle.synthesis.options import checked_language
 
-        language = language_code(language)
+        language = checked_language(language)
         from kalle.synthesis.export import HALF_DTYPES, export_folder
         from kalle.synthesis.weights import resolve_weights
 
         limit = int(max_shard_mb * BYTES_PER_MB)
         result = export_folder(resolve_weights(source), out, HALF_DTYPES[dtype.value], limit, language, voice, temperature, longest_seconds)
-        typer.echo("\n".join(report(result, out, dtype.value)))
+        typer.echo("\n".join(export_lines(result, out, dtype.value)))
         for warning in warnings(result, out):
             typer.echo(f"warning: {warning}", err=True)
 
 
-def report(result: Exported, out: Path, dtype: str) -> list[str]:
+def export_lines(result: Exported, out: Path, dtype: str) -> list[str]:
     """The files that were written, one fact a line."""
     lines = [f"wrote {out}: {dtype}, {result.bytes / BYTES_PER_MB:.2f} MB"]
     for name, part in result.parts.items():

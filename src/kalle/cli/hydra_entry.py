@@ -30,7 +30,7 @@ def configs_dir() -> Path:
 
 def node_of(value: Any) -> Any:
     """``value`` as a configuration that builds it again; a dataclass gives its defaults, ``???`` where it has none."""
-    from kalle.training.config import plain
+    from kalle.training.config import plain_values
 
     if isinstance(value, type):
         hints = typing.get_type_hints(value)
@@ -39,7 +39,7 @@ def node_of(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         values = {field.name: node_of(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **values}
-    return plain(value)
+    return plain_values(value)
 
 
 def _default(field: dataclasses.Field[Any], hint: Any) -> Any:

@@ -31,7 +31,7 @@ from kalle.cli.speaking import (
     PromptTextOption,
     QuantizeOption,
     VoiceOption,
-    check_request,
+    check_before_loading,
     choose_voice,
     load_model,
     model_folder,
@@ -108,10 +108,10 @@ def say(
         options = options.changed(compatibility=ReleaseCompatibility.release())
     if show_text:
         return typer.echo(shown_text(written, options, model_folder(model), from_file=text_file is not None, srt=srt))
-    check_output(output or Path(DEFAULT_STEM + DEFAULT_SUFFIX))
+    check_say_output(output or Path(DEFAULT_STEM + DEFAULT_SUFFIX))
     if play and output == STDOUT:
         raise UserError("two places to hear it: got -o - and --play, expected one of them; leave one out")
-    check_request(written, prompt_audio, prompt_text, voice)
+    check_before_loading(written, prompt_audio, prompt_text, voice)
     folder = model_folder(model, quiet=quiet)
     why = why_long(written, options, _config(folder), from_file=text_file is not None, srt=srt)
     with _place(output, play, long=why is not None) as place, _warnings_off(quiet):
@@ -213,7 +213,7 @@ def tell_without_effect(options: GenerationOptions, restart: bool, keep_parts: b
         typer.echo(f"warning: without effect on a text that is spoken in one request: {idle}", err=True)
 
 
-def check_output(output: Path) -> None:
+def check_say_output(output: Path) -> None:
     """A UserError unless ``output`` can be written, by its suffix; - is standard output."""
     from kalle.audio import writable_kind
 
@@ -276,7 +276,7 @@ def speak_to_file(
         write_standard_output(wav_bytes(speech))
     else:
         speech.save(told.output)
-    lines = [told.wrote, *report(speech, elapsed), *(f"warning: {warning}" for warning in wordless(text))]
+    lines = [told.wrote, *say_lines(speech, elapsed), *(f"warning: {warning}" for warning in wordless(text))]
     if text != speech.text:
         lines.append(f"spoken as: {speech.text}")
     told.result(lines, speech_facts(speech, elapsed))
@@ -307,7 +307,7 @@ def speech_facts(speech: Speech, elapsed_seconds: float) -> dict[str, Any]:
     }
 
 
-def report(speech: Speech, elapsed_seconds: float) -> list[str]:
+def say_lines(speech: Speech, elapsed_seconds: float) -> list[str]:
     """Return what `kalle say` prints of speech that was spoken at once, a fact a line; ``elapsed_seconds`` are those of synthesis."""
     endings = {
         "end": "end (the model ended the speech)",
@@ -546,9 +546,9 @@ def _check_folder(folder: Path, restart: bool) -> None:
 
 def _config(folder: Path | None) -> FolderConfig:
     """The settings for speaking that ``folder`` stores; the defaults where there is no folder."""
-    from kalle.synthesis.weights import FolderConfig, read_folder
+    from kalle.synthesis.weights import FolderConfig, read_weight_folder
 
-    return FolderConfig() if folder is None else read_folder(folder)
+    return FolderConfig() if folder is None else read_weight_folder(folder)
 
 
 def shown_text(text: str, options: GenerationOptions, folder: Path | None, *, from_file: bool = False, srt: bool = False) -> str:

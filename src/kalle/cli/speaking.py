@@ -180,7 +180,7 @@ def load_model(model: str | Path | None, device: str, dtype: str = "auto", quant
     return Kalle.from_pretrained(folder, device, dtype, quantize)
 
 
-def check_request(text: str, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
+def check_before_loading(text: str, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
     """Refuse what needs no model to be seen wrong, before one is loaded."""
     from kalle.text.tokenizer import check_text
 

@@ -25,7 +25,7 @@ from kalle.cli.speaking import (
     PromptTextOption,
     QuantizeOption,
     VoiceOption,
-    check_request,
+    check_before_loading,
     choose_voice,
     load_model,
     read_text,
@@ -73,8 +73,8 @@ def stream(
     as a valid file, and leaves with 130.
     """
     written = read_text(text)
-    check_output(output, play)
-    check_request(written, prompt_audio, prompt_text, voice)
+    check_stream_output(output, play)
+    check_before_loading(written, prompt_audio, prompt_text, voice)
     kalle = load_model(model, device, dtype, quantize)
     chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
     started = time.perf_counter()
@@ -84,7 +84,7 @@ def stream(
         raise typer.Exit(code)
 
 
-def check_output(output: str | None, play: bool) -> None:
+def check_stream_output(output: str | None, play: bool) -> None:
     """Refuse an output that can't take a stream, before a model is loaded."""
     if output is None and not play:
         raise UserError("nowhere to speak to: got no --output and no --play, expected a file, - or --play; give one")

@@ -60,9 +60,9 @@ def create(
     """Make a voice from a recording."""
     with interruptible(), renamed({"(text)": "(--text)"}):
         named = chosen_name(name, out, audio.stem)
-        from kalle.synthesis.options import language_code
+        from kalle.synthesis.options import checked_language
 
-        language = language_code(language)
+        language = checked_language(language)
         folder = model_folder(model)
         path = target(folder, out, named, force)
         if not audio.is_file():
@@ -136,7 +136,7 @@ def play(
 ) -> None:
     """Speak a short text in a voice and play it."""
     from kalle.cli.audio_output import play_any
-    from kalle.cli.say import check_output
+    from kalle.cli.say import check_say_output
     from kalle.synthesis.voice import find_voice
     from kalle.text.tokenizer import check_text
 
@@ -145,7 +145,7 @@ def play(
         path = find_voice(folder, voice)
         check_text("-" if text is None else text, "text")
         if output is not None:
-            check_output(output)
+            check_say_output(output)
         kalle = load_model(folder, device)
         chosen = kalle.load_voice(path)
         spoken = text if text is not None else PLAY_TEXTS.get(chosen.language or "en", PLAY_TEXTS["en"])
@@ -252,10 +252,10 @@ def binding_of(model: Path) -> tuple[Binding | None, str | None]:
 
 def default_voice(model: Path) -> str | None:
     """The name of the folder's default voice; None also where the folder can't be read."""
-    from kalle.synthesis.weights import read_folder
+    from kalle.synthesis.weights import read_weight_folder
 
     try:
-        return read_folder(model).voice
+        return read_weight_folder(model).voice
     except UserError:
         return None
 

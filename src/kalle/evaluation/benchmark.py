@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kalle.models.batch import LMBatch
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.flowvae.bigvgan import BigVGANDecoder
 from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.models.lm import KalleLM
+from kalle.models.lm_batch import LMBatch
 from kalle.synthesis.batch import generate_batch
 from kalle.synthesis.generate import Frame, FrameModel, Request, generate
 from kalle.synthesis.options import NEVER, GenerationOptions

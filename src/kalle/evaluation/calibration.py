@@ -19,9 +19,9 @@ from kalle.errors import UserError
 from kalle.evaluation.figures import new_figure, save_figure
 from kalle.extras import install_command
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
+from kalle.models.lm_batch import LMBatch
 from kalle.seeds import purpose_seed
 from kalle.synthesis.generate import Request
 from kalle.synthesis.options import SpeechRequest, StopRule

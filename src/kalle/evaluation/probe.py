@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import Direction, constant_gaussian_baseline, next_distribution_loss
-from kalle.models.batch import LMBatch
 from kalle.models.lm import KalleLM
+from kalle.models.lm_batch import LMBatch
 
 
 @dataclass(frozen=True)

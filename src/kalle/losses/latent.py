@@ -14,19 +14,19 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.backbone import rotate_half
-from kalle.models.batch import LMBatch, RowLayout
 from kalle.models.layers import without_autocast
 from kalle.models.lm import KalleLM
+from kalle.models.lm_batch import LMBatch, RowLayout
 
 if TYPE_CHECKING:
-    from kalle.models.batch import LMBatch
+    from kalle.models.lm_batch import LMBatch
 
 Direction = Literal["prediction_posterior", "posterior_prediction"]
 """Which argument of the KL comes first: KL(prediction || posterior), or the paper's eq. 10, KL(posterior || prediction)."""
-Reduction = Literal["none", "mean", "sum_dim"]
+KLReduction = Literal["none", "mean", "sum_dim"]
 
 
-def flow_kl(z_prior: Tensor, posterior_log_std: Tensor, reduction: Reduction = "mean") -> Tensor:
+def flow_kl(z_prior: Tensor, posterior_log_std: Tensor, reduction: KLReduction = "mean") -> Tensor:
     """KL of the posterior to the flow prior, one Monte-Carlo sample (KALL-E eq. 3-7): ``-log_std - 1/2 + z_p^2 / 2`` per element.
 
     ``z_prior`` (..., D) is flow(z), whose log-determinant is 0, with z drawn from the posterior whose log standard deviation

@@ -15,10 +15,10 @@ from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.backbone import Backbone, BackboneConfig
-from kalle.models.batch import LMBatch, Packing, RowLayout, packed_layout, padded_layout
 from kalle.models.int8 import Int8Backbone, require_engine
 from kalle.models.int8_weights import int8_tensors, is_quantised
 from kalle.models.layers import without_autocast
+from kalle.models.lm_batch import LMBatch, Packing, RowLayout, packed_layout, padded_layout
 from kalle.models.lm_state import LMState
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
 

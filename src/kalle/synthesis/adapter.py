@@ -36,7 +36,7 @@ a number."""
 SPEAKER_PARTS = ("speaker_encoder.", "speaker_projection")
 """Parameters that test-time training does not change (the paper freezes the speaker encoder)."""
 AGAIN = "make the adapter again with `kalle adapt` or `kalle train lm lora=default`"
-Kind = Literal["lora", "full"]
+AdapterKind = Literal["lora", "full"]
 
 
 def base_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -60,7 +60,7 @@ class Adapter:
     A UserError for tensors that are no adapter: names that don't pair, other ranks or dtypes, NaN or infinity.
     """
 
-    kind: Kind
+    kind: AdapterKind
     base: str
     """``base_hash`` of the language model it was made for."""
     tensors: Mapping[str, Tensor]
@@ -219,7 +219,7 @@ class Adapter:
             values = json.loads(header)
             kind, base, scale, notes = values["kind"], str(values["base"]), float(values["scale"]), dict(values["notes"])
             exponents = {str(name): int(exponent) for name, exponent in values["exponents"].items()}
-            return cls(cast("Kind", kind), base, dict(tensors), scale, exponents, notes)
+            return cls(cast("AdapterKind", kind), base, dict(tensors), scale, exponents, notes)
         except UserError as error:
             raise UserError(f"a damaged adapter: '{source}': {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:

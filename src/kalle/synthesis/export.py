@@ -29,7 +29,7 @@ from kalle.files import atomic_folder
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.synthesis.voice import VOICES_FOLDER, Binding, Voice, stored_voices, voice_files, voice_path
-from kalle.synthesis.weights import TOKENIZER_FOLDER, read_folder
+from kalle.synthesis.weights import TOKENIZER_FOLDER, read_weight_folder
 
 HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_RMS_ERROR = 0.01
@@ -135,7 +135,7 @@ def export_folder(
     UserError when ``source`` cannot speak, a tensor does not fit its configuration, or ``out`` holds a model or other folders already.
     """
     source, out = source.absolute(), out.absolute()
-    config = read_folder(source)
+    config = read_weight_folder(source)
     if voice is not None:
         voice_path(out, voice)
     there = _notices(out)

@@ -205,10 +205,10 @@ def generate(
         generator.seed()
     chosen = (options or GenerationOptions()).changed(temperature=temperature, stop=stop or NEVER)
     prompt, speaker = (None if value is None else value[0] for value in (prompt_latents, speaker_latent))
-    return run(lm, Request(text_ids, max_frames, chosen, prompt, speaker, noise), generator, watcher)
+    return run_row(lm, Request(text_ids, max_frames, chosen, prompt, speaker, noise), generator, watcher)
 
 
-def run(lm: FrameModel, request: Request, generator: torch.Generator, watcher: FrameWatcher | None = None) -> Generation:
+def run_row(lm: FrameModel, request: Request, generator: torch.Generator, watcher: FrameWatcher | None = None) -> Generation:
     """``generate`` for a whole request: the frames, none made yet; ``generator`` is the one of its noise. UserError as there."""
     check_request(lm, request)
     row = RowSampler(request, lm.config.latent_dim, generator, watcher)

@@ -42,7 +42,7 @@ from kalle.synthesis.speech import Speech, speak_with_retries
 from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, Voice, find_voice
 from kalle.synthesis.voicing import check_voice, prompt_samples, random_voice, voice_of_samples
-from kalle.synthesis.weights import SHIPPED, FolderConfig, load_tokenizer, read_folder, resolve_weights
+from kalle.synthesis.weights import SHIPPED, FolderConfig, load_tokenizer, read_weight_folder, resolve_weights
 from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.tokenizer import Tokenizer, check_text, prompt_ids
 
@@ -100,7 +100,7 @@ class Kalle:
         precision = resolve_dtype(dtype, resolved)
         check_quantize(quantize, dtype)
         folder = resolve_weights(folder_or_hub_id)
-        config = read_folder(folder)
+        config = read_weight_folder(folder)
         flowvae = FlowVAE.from_pretrained(folder, resolved)
         chosen = resolve_quantize(quantize, folder, resolved, dtype)
         lm = KalleLM.from_pretrained(folder, resolved, precision, quantize=chosen)

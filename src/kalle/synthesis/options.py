@@ -150,7 +150,7 @@ class GenerationOptions:
             if not hasattr(value, "__index__") or value < least:
                 raise UserError(f"bad {name}: got {value!r}, expected an integer of at least {least}; correct it")
             object.__setattr__(self, name, operator.index(value))
-        object.__setattr__(self, "language", language_code(self.language))
+        object.__setattr__(self, "language", checked_language(self.language))
         if self.stop is not None and not isinstance(self.stop, StopRule):
             raise UserError(f"bad stop: got {self.stop!r}, expected a kalle.synthesis.StopRule; correct it")
         if not isinstance(self.compatibility, ReleaseCompatibility):
@@ -199,7 +199,7 @@ class SpeechRequest:
             object.__setattr__(self, name, value)
 
 
-def language_code(language: str | None) -> str | None:
+def checked_language(language: str | None) -> str | None:
     """``language`` in lower case; a UserError unless it looks like an ISO 639 code."""
     if language is None:
         return None

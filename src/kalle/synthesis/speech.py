@@ -20,7 +20,7 @@ from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM
 from kalle.seeds import purpose_seed
-from kalle.synthesis.generate import FloatArray, Frame, FrameWatcher, Generation, Request, Watcher, model_for, run
+from kalle.synthesis.generate import FloatArray, Frame, FrameWatcher, Generation, Request, Watcher, model_for, run_row
 from kalle.synthesis.options import StopRule, cap_seconds, usual_seconds
 from kalle.synthesis.release_compat import OURS, ConvertedModels
 
@@ -181,7 +181,7 @@ def start(
 ) -> tuple[Generation, torch.Generator]:
     """The frames of ``request``, none made yet, and the generator of their noise, which a second draw continues."""
     generator = torch.Generator().manual_seed(request.seed)
-    return run(model_for(lm, request, converted), request, generator, watcher), generator
+    return run_row(model_for(lm, request, converted), request, generator, watcher), generator
 
 
 def watcher_of(flowvae: FlowVAE, request: Request) -> Watcher | None:

@@ -122,7 +122,7 @@ class _Stored:
 
 
 @permission_errors()
-def read_folder(folder: str | Path) -> FolderConfig:
+def read_weight_folder(folder: str | Path) -> FolderConfig:
     """Check that ``folder`` is a weight folder that can speak and read its config.json.
 
     UserError when the folder, a part or the tokenizer is missing, the format is newer than this program, a key or value is not known, or
@@ -150,7 +150,7 @@ def read_folder(folder: str | Path) -> FolderConfig:
 def write_stop(folder: str | Path, stop: StoredStop) -> None:
     """Store ``stop`` in the config.json of the weight folder ``folder`` and leave its other keys alone.
 
-    UserError as ``read_folder``, and when the file cannot be written.
+    UserError as ``read_weight_folder``, and when the file cannot be written.
     """
     _store(folder, "stop", stop.to_dict())
 
@@ -161,7 +161,7 @@ def write_confidence(folder: str | Path, confidence: StoredConfidence) -> None:
 
 
 def _store(folder: str | Path, name: str, value: object) -> None:
-    read_folder(folder)
+    read_weight_folder(folder)
     path = Path(folder) / CONFIG_NAME
     values = read_json(path) if path.is_file() else {"format_version": FORMAT_VERSION}
     write_json(path, values | {name: value})

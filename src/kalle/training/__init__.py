@@ -25,7 +25,7 @@ from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, plan_flowvae,
 from kalle.training.lm import LMObjective, plan_lm, train_lm
 from kalle.training.optimisation import AdamWConfig, Exponential, WarmupCosine
 from kalle.training.plan import Plan
-from kalle.training.run import TrainingResult
+from kalle.training.session import TrainingResult
 
 __all__ = [
     "AdamWConfig",

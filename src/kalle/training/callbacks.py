@@ -27,8 +27,8 @@ from torch import Tensor
 from kalle.errors import UserError
 from kalle.files import write_atomic
 from kalle.losses.waveform import LogMel, MelConfig
-from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE
+from kalle.models.lm_batch import LMBatch, WaveBatch
 from kalle.synthesis.generate import generate
 from kalle.synthesis.options import StopRule, default_stop
 from kalle.text.tokenizer import Tokenizer, prompt_ids

@@ -106,7 +106,7 @@ def point_last(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def keep_best(path: Path) -> None:
+def keep_best_checkpoints(path: Path) -> None:
     """Let best.ckpt beside ``path`` hold the same state, whatever is pruned later."""
     best = path.with_name(BEST)
     with atomic_file(best) as temporary:
@@ -430,7 +430,7 @@ class LastCheckpoint(Checkpoint):
             self._best_value = value
             path = step_path(self.folder, trainer.global_step)
             if trainer.is_global_zero and path.is_file():
-                keep_best(path)
+                keep_best_checkpoints(path)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Restore the signal handlers."""

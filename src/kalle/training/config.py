@@ -16,10 +16,10 @@ from kalle.checkpoint import check_fields, resolve_device
 from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule, Sources
 from kalle.data.loading.datasets import ShortCuts, SpeakerConfig
 from kalle.errors import UserError
-from kalle.models.batch import Packing
 from kalle.models.discriminators import DiscriminatorConfig
 from kalle.models.flowvae import FlowVAEConfig
 from kalle.models.lm import KalleLMConfig
+from kalle.models.lm_batch import Packing
 from kalle.models.lora import LoRAConfig
 from kalle.text.tokenizer import Tokenizer
 from kalle.training.callbacks import KINDS
@@ -426,14 +426,14 @@ def precision_of(config: TrainingConfig) -> str:
     return str(config.precision)
 
 
-def plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """``value`` as JSON values: dataclasses become objects, what is no plain value the name of its type."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {part.name: plain(getattr(value, part.name)) for part in dataclasses.fields(value)}
+        return {part.name: plain_values(getattr(value, part.name)) for part in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain_values(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return value if isinstance(value, bool | int | float | str | None) else f"{type(value).__module__}.{type(value).__qualname__}"

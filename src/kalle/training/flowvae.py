@@ -22,10 +22,10 @@ from kalle.data.loading.datamodules import FlowVAEDataModule
 from kalle.errors import UserError
 from kalle.losses.latent import LatentHealth, flow_kl
 from kalle.losses.waveform import LogMel, MelConfig, MelL1, OverParts, discriminator_loss, feature_matching_loss, generator_loss, mel_l1
-from kalle.models.batch import WaveBatch
 from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.flowvae.model import FlowVAEOutput
+from kalle.models.lm_batch import WaveBatch
 from kalle.seeds import standard_noise
 from kalle.training.callbacks import PairMetric, ReconstructionMedia, ReconstructionMetrics
 from kalle.training.checkpointing import resume_path
@@ -33,7 +33,16 @@ from kalle.training.config import FlowVAETrainingConfig
 from kalle.training.distributed import AdversarialDDP, frozen, process_count, sum_over_ranks
 from kalle.training.optimisation import OptimizerFactory, SchedulerFactory, freeze, parameter_counts
 from kalle.training.plan import Plan, flowvae_footprint, make_plan, without_storage
-from kalle.training.run import CHECKPOINTS_FOLDER, SPLITS, TrainingResult, begin, check_finite, check_optimisation, describe, fit
+from kalle.training.session import (
+    CHECKPOINTS_FOLDER,
+    SPLITS,
+    TrainingResult,
+    begin,
+    check_optimisation,
+    check_weights_finite,
+    describe,
+    fit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +277,7 @@ def train_flowvae(
         more.append(ReconstructionMetrics(metrics, shown.metrics.utterances))
     result = fit(built.config, built.module, built.data, more, loggers, _strategy(config))
     if result.trainer.is_global_zero:
-        check_finite(flowvae)
+        check_weights_finite(flowvae)
         flowvae.save_pretrained(result.weights)
         describe(result.weights, flowvae.config.sample_rate)
     return result

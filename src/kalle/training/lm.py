@@ -23,9 +23,9 @@ from kalle.data.loading.datamodules import LMDataModule
 from kalle.errors import UserError
 from kalle.files import atomic_file
 from kalle.losses.latent import Direction, TextAttention, alignment_loss, next_distribution_loss, speaker_kl, stop_bce, stop_rows
-from kalle.models.batch import LMBatch, Packing, RowLayout
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import PART, KalleLM, KalleLMConfig, compile_layers, recompute_activations, set_attention
+from kalle.models.lm_batch import LMBatch, Packing, RowLayout
 from kalle.models.lora import LoRAConfig, add_lora, also_trained, lora_factors
 from kalle.models.text_weights import compact_vocabulary, expand_vocabulary, load_text_weights, with_text_backbone
 from kalle.seeds import derived_seed
@@ -48,13 +48,22 @@ from kalle.training.optimisation import (
     OptimizerFactory,
     SchedulerFactory,
     draws_dropout,
-    finish,
+    finish_training,
     freeze,
     parameter_counts,
     parameter_groups,
 )
 from kalle.training.plan import Plan, largest_rows, lm_footprint, make_plan, without_storage
-from kalle.training.run import CHECKPOINTS_FOLDER, SPLITS, TrainingResult, begin, check_finite, check_optimisation, describe, fit
+from kalle.training.session import (
+    CHECKPOINTS_FOLDER,
+    SPLITS,
+    TrainingResult,
+    begin,
+    check_optimisation,
+    check_weights_finite,
+    describe,
+    fit,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -322,7 +331,7 @@ def train_lm(config: LMTrainingConfig, *, callbacks: Sequence[Callback] = (), lo
     result = fit(config, built.module, built.data, more, loggers, strategy)
     lm = whole_model(lm)
     if result.trainer.is_global_zero:
-        check_finite(lm)
+        check_weights_finite(lm)
         export_language_model(lm, built.adapters, result.weights, result.trainer.global_step)
         built.data.tokenizer.save(result.weights / "tokenizer")
         if source is not None:
@@ -525,7 +534,7 @@ def export_language_model(lm: KalleLM, adapters: Adapters | None, weights: Path,
     expand_vocabulary(lm)
     if adapters is not None:
         _export_adapters(lm, adapters, weights / ADAPTER_FOLDER, steps)
-    finish(lm)
+    finish_training(lm)
     lm.save_pretrained(weights)
 
 

@@ -150,7 +150,7 @@ def draws_dropout(lm: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in lm.modules())
 
 
-def finish(lm: KalleLM) -> None:
+def finish_training(lm: KalleLM) -> None:
     """Turn a trained model into one with the names of a weight folder, in place: the whole vocabulary, adapters in the weights."""
     expand_vocabulary(lm)
     merge_lora(lm)

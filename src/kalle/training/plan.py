@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kalle.checkpoint import resolve_device
 from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule
-from kalle.models.batch import Packing, packed_layout
 from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
+from kalle.models.lm_batch import Packing, packed_layout
 from kalle.training.config import TrainingConfig, precision_of
 from kalle.training.distributed import process_count
 
@@ -211,7 +211,7 @@ def without_storage() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def measure(forward: Callable[[], Any], modules: list[nn.Module]) -> tuple[int, int]:
+def measure_memory(forward: Callable[[], Any], modules: list[nn.Module]) -> tuple[int, int]:
     """Bytes saved for the backward pass and operations of ``forward``, whose tensors have no storage.
 
     Parameters are not counted, nor square attention matrices: the kernels in use do not keep them. Nor single numbers, of which a
@@ -244,16 +244,16 @@ def lm_footprint(lm: KalleLM, items: int, text: int, frames: int, unit: str = "u
     """
     ids = torch.zeros(items, text, dtype=torch.int64)
     latents = torch.zeros(items, frames, lm.config.latent_dim)
-    size, flops = measure(lambda: lm.predict(ids, latents), [lm.train()])
+    size, flops = measure_memory(lambda: lm.predict(ids, latents), [lm.train()])
     return Footprint(size, 3 * flops, f"{items} {unit} of {text} text positions and {frames} frames, the largest batch")
 
 
 def flowvae_footprint(flowvae: FlowVAE, discriminators: Discriminators | None, items: int, samples: int) -> Footprint:
     """A step on ``items`` crops of ``samples``: the Flow-VAE once; the discriminators on real and generated audio in both updates."""
     wav = torch.zeros(items, samples)
-    size, flops = measure(lambda: flowvae(wav), [flowvae])
+    size, flops = measure_memory(lambda: flowvae(wav), [flowvae])
     step = 3 * flops
     if discriminators is not None:
-        scored, scoring = measure(lambda: discriminators(wav.requires_grad_()), [discriminators])
+        scored, scoring = measure_memory(lambda: discriminators(wav.requires_grad_()), [discriminators])
         size, step = size + 2 * scored, step + 2 * 2 * 3 * scoring
     return Footprint(size, step, f"{items} crops of {samples} samples")

@@ -14,7 +14,7 @@ from lhotse.audio import AudioSource
 from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
 from kalle.data.corpus.hugging_face import read_hugging_face
-from kalle.data.corpus.items import SplitPolicy, language_code, split_of_part
+from kalle.data.corpus.items import SplitPolicy, language_of_name, split_of_part
 from kalle.data.corpus.lhotse_readers import read_lhotse
 from kalle.data.corpus.prepare import prepare_corpus
 from kalle.errors import UserError
@@ -79,7 +79,7 @@ def test_a_place_without_manifests_tells_what_is_expected(tmp_path: Path, kind: 
 def test_names_of_parts_and_languages() -> None:
     parts = ("dev-clean", "validation", "eval", "test.other", "train-clean-100", "all")
     assert [split_of_part(part) for part in parts] == ["valid", "valid", "valid", "test", None, None]
-    assert [language_code(name) for name in ("English", "Chinese", "zh-CN", "pt_BR", "en", None)] == ["en", "zh", "zh", "pt", "en", ""]
+    assert [language_of_name(name) for name in ("English", "Chinese", "zh-CN", "pt_BR", "en", None)] == ["en", "zh", "zh", "pt", "en", ""]
 
 
 def table(folder: Path) -> dict[str, list]:

@@ -16,8 +16,8 @@ from kalle.data.latents.shards import read_items
 from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule, ResumableLoader
 from kalle.data.loading.datasets import SpeakerConfig, speaker_crop
 from kalle.errors import UserError
-from kalle.models.batch import LMBatch, WaveBatch
 from kalle.models.flowvae import FlowVAE
+from kalle.models.lm_batch import LMBatch, WaveBatch
 from kalle.models.speaker import SpeakerMel
 from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.tokenizer import Tokenizer, prompt_ids

@@ -14,7 +14,7 @@ from kalle.data.corpus.items import (
     Source,
     SourceItem,
     collected,
-    language_code,
+    language_of_name,
     plain_fields,
     split_of_part,
 )
@@ -120,7 +120,7 @@ def _rows(
             file if embedded else Path(name or "").resolve(),
             str(values["text"] or ""),
             speaker if who in (None, "") else str(who),
-            language_code(str(values["language"] or "")) or language,
+            language_of_name(str(values["language"] or "")) or language,
             split_of_part(split),
             inside=ArrowCell(name or f"row-{number}", audio, at) if embedded else None,
             custom=plain_fields({kept: row.get(kept) for kept in _KEPT}),

@@ -238,7 +238,7 @@ def split_of_part(part: str) -> str | None:
     return "test" if name.startswith("test") else None
 
 
-def language_code(name: str | None) -> str:
+def language_of_name(name: str | None) -> str:
     """ISO 639 code of a language by its English name, or of a locale such as zh-CN; "" for None."""
     lowered = (name or "").strip().lower().replace("_", "-")
     return LANGUAGE_CODES.get(lowered, lowered.split("-")[0])

@@ -21,7 +21,7 @@ from kalle.data.corpus.items import (
     SourceItem,
     collected,
     find_root,
-    language_code,
+    language_of_name,
     plain_fields,
     split_of_part,
 )
@@ -71,7 +71,7 @@ def _supervision_item(
         Path(recording.sources[0].source).resolve(),
         supervision.text or "",
         supervision.speaker or UNKNOWN_SPEAKER,
-        language_code(supervision.language) or language,
+        language_of_name(supervision.language) or language,
         split,
         start_s=0.0 if whole else start,
         duration_s=None if whole else supervision.duration,

@@ -315,7 +315,7 @@ def audio_stamp(cut: Cut) -> str:
 
 MEASUREMENTS_NAME = "measurements.jsonl"
 _CUTS_A_TASK = 16
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+ItemProgress = Callable[[Iterable[Any], int], Iterable[Any]]
 """Passes an iterable of so many things through, showing how far it is."""
 
 
@@ -328,7 +328,7 @@ class CollectedMeasures:
     reused: int
 
 
-def collect_measures(corpus: Path, out: Path, jobs: int, progress: Progress) -> CollectedMeasures:
+def collect_measures(corpus: Path, out: Path, jobs: int, progress: ItemProgress) -> CollectedMeasures:
     """Measure every item of ``corpus`` with ``jobs`` processes, keeping the measurements in ``out``.
 
     Measurements of an earlier run are used again where the audio file has not changed since.

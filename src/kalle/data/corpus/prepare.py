@@ -31,7 +31,7 @@ SCORED_WORDS = 4
 NAMES_SHOWN = 20
 
 
-def build_report(source: Source, options: PrepareOptions, kept: list[Kept], rejected: list[Rejection]) -> dict[str, Any]:
+def prepare_report(source: Source, options: PrepareOptions, kept: list[Kept], rejected: list[Rejection]) -> dict[str, Any]:
     """The content of report.json; ``items`` = kept + rejected, always."""
     reasons = Counter(rejection.reason for rejection in rejected)
     return {
@@ -66,7 +66,7 @@ def histogram(seconds: list[float]) -> dict[str, int]:
     return dict(zip(labels, counts, strict=True))
 
 
-def markdown(report: dict[str, Any]) -> str:
+def prepare_markdown(report: dict[str, Any]) -> str:
     """report.md: the same numbers as tables, with every rejected item."""
     lines = [f"# Corpus {report['name']}", ""]
     lines += [f"{report['items']} items: {report['kept']} kept ({report['hours']:.3f} hours), {report['rejected']} rejected.", ""]
@@ -192,7 +192,7 @@ def _ignore_interrupts() -> None:
 
 JOURNAL_NAME = "journal.jsonl"
 FORMAT_VERSION = 2
-Progress = Callable[[list[SourceItem]], Iterable[SourceItem]]
+SourceProgress = Callable[[list[SourceItem]], Iterable[SourceItem]]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Prepared:
     resumed_items: int
 
 
-def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress: Progress = iter, jobs: int = 1) -> Prepared:
+def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress: SourceProgress = iter, jobs: int = 1) -> Prepared:
     """Write ``out``/cuts_{train,valid,test}.jsonl.gz, report.json, report.md and, last of all, .completed.
 
     Same source and options: nothing is done. Other ones: the folder's cuts are made anew. After an interrupt the
@@ -267,7 +267,7 @@ def _marker(out: Path, fingerprint: str) -> str:
 
 
 def _listen(
-    source: Source, out: Path, options: PrepareOptions, journal: ResumeJournal, progress: Progress, jobs: int
+    source: Source, out: Path, options: PrepareOptions, journal: ResumeJournal, progress: SourceProgress, jobs: int
 ) -> tuple[int, list[Kept], list[Rejection]]:
     """How many results an earlier run had left, and the results of all items in the source's order."""
     results: dict[str, Kept | Rejection] = {}
@@ -307,9 +307,9 @@ def _one_by_one(items: list[SourceItem], options: PrepareOptions, out: Path) -> 
 def _finish(
     source: Source, out: Path, options: PrepareOptions, fingerprint: str, kept: list[Kept], rejected: list[Rejection]
 ) -> dict[str, Any]:
-    report = build_report(source, options, kept, rejected)
+    report = prepare_report(source, options, kept, rejected)
     write_atomic(out / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(out / REPORT_MD, markdown(report))
+    write_atomic(out / REPORT_MD, prepare_markdown(report))
     if not any(item.split == "train" for item in kept):
         counts = ", ".join(f"{count} {reason}" for reason, count in report["rejected_by_reason"].items()) or "none rejected"
         raise UserError(

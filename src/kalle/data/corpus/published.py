@@ -18,7 +18,7 @@ from kalle.data.corpus.items import (
     TarMember,
     collected,
     find_root,
-    language_code,
+    language_of_name,
     plain_fields,
     split_of_part,
 )
@@ -119,7 +119,7 @@ def _common_voice_rows(locale: Path, table: Path, rejected: list[Rejection]) -> 
         if not name or not audio.is_file():
             rejected.append(Rejection(item_id, str(audio), "missing", f"named in {table.name}, but not in clips"))
             continue
-        language = language_code(row.get("locale") or locale.resolve().name)
+        language = language_of_name(row.get("locale") or locale.resolve().name)
         custom = plain_fields({key: row.get(key) or "" for key in _COMMON_VOICE_KEPT})
         yield SourceItem(item_id, audio, row["sentence"] or "", row["client_id"] or UNKNOWN_SPEAKER, language, split, custom=custom)
 
@@ -284,7 +284,7 @@ def _emilia_item(key: str, origin: str, audio: Path, content: bytes, language: s
     """Raises ValueError for what is no JSON object."""
     row = parse_json(content)
     text = next((str(row[name]) for name in _EMILIA_TEXT_KEYS if row.get(name)), "")
-    spoken = language_code(str(row.get("language") or "")) or language
+    spoken = language_of_name(str(row.get("language") or "")) or language
     custom = plain_fields({name: row.get(name) for name in _EMILIA_KEPT})
     speaker = str(row.get("speaker") or UNKNOWN_SPEAKER)
     return SourceItem(key, audio, text, speaker, spoken, inside=inside, custom=custom, origin=origin)

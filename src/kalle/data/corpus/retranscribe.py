@@ -15,8 +15,8 @@ from lhotse.cut import Cut
 
 from kalle.audio import Audio
 from kalle.data.corpus.cuts import check_target, corpus_cuts, corpus_digest, load_audio, write_derived
-from kalle.data.corpus.figures import AGREEMENT_NAME, write_agreement_figure
-from kalle.data.corpus.measures import MeasuredItem, Measures, Progress, audio_stamp, item_of
+from kalle.data.corpus.measures import ItemProgress, MeasuredItem, Measures, audio_stamp, item_of
+from kalle.data.corpus.plots import AGREEMENT_NAME, write_agreement_figure
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
 from kalle.files import fingerprint, output_folder, write_jsonl
@@ -89,7 +89,7 @@ class Verdict:
 
 
 def retranscribe_corpus(
-    corpus: Path, out: Path, recogniser: Recogniser, options: RetranscribeOptions, progress: Progress
+    corpus: Path, out: Path, recogniser: Recogniser, options: RetranscribeOptions, progress: ItemProgress
 ) -> dict[str, Any]:
     """Write to ``out`` a prepared corpus of the items of ``corpus`` on which both transcripts agree; returns its report.
 
@@ -105,12 +105,12 @@ def retranscribe_corpus(
         transcripts = _transcripts(cuts, languages, out, recogniser, progress)
         verdicts = [judge(item, languages[key], transcripts.get(key), recogniser, options) for key, item in items.items()]
         source = {"corpus": str(corpus.resolve()), "digest": corpus_digest(corpus)}
-        report = {"source": source, "recogniser": dict(recogniser.description), "options": asdict(options), **build_report(verdicts)}
+        report = {"source": source, "recogniser": dict(recogniser.description), "options": asdict(options), **agreement_report(verdicts)}
         write_jsonl(out / ITEMS_NAME, [{**asdict(verdict), "error_rate": verdict.error_rate} for verdict in verdicts])
         write_agreement_figure(out, verdicts, options.max_error_rate)
         kept = _kept(cuts, verdicts)
         mark = fingerprint([source["digest"], dict(recogniser.description), asdict(options)])
-        write_derived(out, kept, report, markdown(report), MADE_BY, mark)
+        write_derived(out, kept, report, agreement_markdown(report), MADE_BY, mark)
     return report
 
 
@@ -122,7 +122,7 @@ def _language(item: MeasuredItem, options: RetranscribeOptions) -> str:
 
 
 def _transcripts(
-    cuts: Mapping[tuple[str, str], Cut], languages: Mapping[tuple[str, str], str], out: Path, recogniser: Recogniser, progress: Progress
+    cuts: Mapping[tuple[str, str], Cut], languages: Mapping[tuple[str, str], str], out: Path, recogniser: Recogniser, progress: ItemProgress
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """The journal entry of every cut that fits the recogniser's window: its transcript, or why its audio could not be read."""
     stamps = {key: f"{languages[key]}:{cut.start:.6f}+{cut.duration:.6f}:{audio_stamp(cut)}" for key, cut in cuts.items()}
@@ -196,7 +196,7 @@ def _kept(cuts: Mapping[tuple[str, str], Cut], verdicts: Sequence[Verdict]) -> d
 OTHER_THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
-def build_report(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def agreement_report(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """The numbers of report.json; ``items`` = kept + left out, always."""
     kept = [verdict for verdict in verdicts if not verdict.reason]
     compared = [verdict for verdict in verdicts if verdict.error_rate is not None]
@@ -215,7 +215,7 @@ def build_report(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def markdown(report: dict[str, Any]) -> str:
+def agreement_markdown(report: dict[str, Any]) -> str:
     """report.md."""
     lines = [
         f"# Transcribed a second time: {report['source']['corpus']}",

@@ -32,7 +32,7 @@ from kalle.data.loading.samplers import (
     windows_of,
 )
 from kalle.errors import UserError
-from kalle.models.batch import LMBatch, WaveBatch
+from kalle.models.lm_batch import LMBatch, WaveBatch
 from kalle.text.tokenizer import Tokenizer
 
 

@@ -25,7 +25,7 @@ from kalle.data.loading.samplers import Sample
 from kalle.errors import UserError
 from kalle.files import atomic_file
 from kalle.gaussian import DiagGaussian
-from kalle.models.batch import LMBatch, WaveBatch
+from kalle.models.lm_batch import LMBatch, WaveBatch
 from kalle.seeds import numpy_generator, standard_noise, standard_noise_into
 from kalle.text.phonemes import LANGUAGE, PhonemeTokenizer, WordForms, prompt_forms
 from kalle.text.tokenizer import BEFORE_SPEECH, Tokenizer, prompt_ids

@@ -13,7 +13,7 @@ from kalle.cli.data import app
 from kalle.cli.main import main
 from kalle.data.corpus import measures
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.doctor import Diagnosis, diagnose
+from kalle.data.corpus.diagnosis import Diagnosis, diagnose
 from kalle.data.corpus.quality import CHECKS, REMOVED_BY_DEFAULT, Limits
 from kalle.errors import UserError
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Flagged = Mapping[str, frozenset[tuple[str, str]]]
 """Check -> keys of the items it flags."""
-Draw = Callable[[Any, Sequence[MeasuredItem], Flagged, Limits], None]
+Plot = Callable[[Any, Sequence[MeasuredItem], Flagged, Limits], None]
 FINE, FAULT, LIMIT = "#4c72b0", "#c0392b", "#888888"
 _MOST_BARS = 12
 
@@ -190,7 +190,7 @@ def _bars(axis: Any, values: Mapping[str, float]) -> None:
     axis.set_ylim(max(len(names), 4) - 0.4, -0.6)
 
 
-FIGURES: Mapping[str, Draw] = {
+FIGURES: Mapping[str, Plot] = {
     "duration": _durations,
     "rate": _rates,
     "outlier": _text_against_audio,

@@ -12,8 +12,8 @@ from typing import Any
 from lhotse.cut import Cut
 
 from kalle.data.corpus.cuts import check_target, corpus_digest, write_derived
-from kalle.data.corpus.figures import FIGURES, FIGURES_FOLDER, OVERVIEW_NAME, write_figures
-from kalle.data.corpus.measures import MEASUREMENTS_NAME, MeasuredItem, Progress, collect_measures
+from kalle.data.corpus.measures import MEASUREMENTS_NAME, ItemProgress, MeasuredItem, collect_measures
+from kalle.data.corpus.plots import FIGURES, FIGURES_FOLDER, OVERVIEW_NAME, write_figures
 from kalle.data.corpus.prepare import histogram
 from kalle.data.corpus.quality import CheckResult, Limits, examine, worst
 from kalle.files import fingerprint, output_folder, write_atomic, write_jsonl
@@ -23,7 +23,7 @@ EXAMPLES = 5
 """Flagged items a check shows in report.md; items.jsonl has all."""
 
 
-def build_report(corpus: str, items: Sequence[MeasuredItem], findings: Sequence[CheckResult], limits: Limits) -> dict[str, Any]:
+def diagnosis_report(corpus: str, items: Sequence[MeasuredItem], findings: Sequence[CheckResult], limits: Limits) -> dict[str, Any]:
     """The content of report.json."""
     return {
         "corpus": corpus,
@@ -56,11 +56,11 @@ def write_report(
 ) -> None:
     """Write the three files."""
     write_jsonl(folder / ITEMS_NAME, flagged_rows(items, findings))
-    write_atomic(folder / REPORT_MD, markdown(report, findings, pictures))
+    write_atomic(folder / REPORT_MD, diagnosis_markdown(report, findings, pictures))
     write_atomic(folder / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
-def markdown(report: dict[str, Any], findings: Sequence[CheckResult], pictures: bool) -> str:
+def diagnosis_markdown(report: dict[str, Any], findings: Sequence[CheckResult], pictures: bool) -> str:
     """report.md: verdicts, remedies, examples and, where there are some, figures."""
     lines = [f"# Diagnosis of {report['corpus']}", "", f"**{report['verdict']}**: {report['items']} items, {report['hours']:.3f} hours,"]
     lines += [f"{report['flagged_items']} items flagged by some check.", ""]
@@ -106,7 +106,7 @@ class Diagnosis:
     reused: int
 
 
-def diagnose(corpus: Path, out: Path, limits: Limits, jobs: int, progress: Progress, pictures: bool = True) -> Diagnosis:
+def diagnose(corpus: Path, out: Path, limits: Limits, jobs: int, progress: ItemProgress, pictures: bool = True) -> Diagnosis:
     """Measure ``corpus`` and write report.json, report.md, items.jsonl, overview.png, pictures/ and the measurements into ``out``.
 
     UserError for a folder that is no prepared corpus, or an ``out`` that is the corpus itself.
@@ -115,7 +115,7 @@ def diagnose(corpus: Path, out: Path, limits: Limits, jobs: int, progress: Progr
     with output_folder(out):
         gathered = collect_measures(corpus, out, jobs, progress)
         findings = examine(gathered.items, limits)
-        report = {"made_by": MADE_BY, **build_report(str(corpus), gathered.items, findings, limits)}
+        report = {"made_by": MADE_BY, **diagnosis_report(str(corpus), gathered.items, findings, limits)}
         title = f"{corpus.resolve().name}: {report['verdict']}; {report['items']} items, {report['hours']:.2f} hours"
         if pictures:
             write_figures(out, gathered.items, findings, limits, title)
@@ -143,7 +143,7 @@ def write_filtered(diagnosis: Diagnosis, corpus: Path, out: Path, remove: Sequen
         "removed_by_check": {finding.check: len({flag.key for flag in finding.flags}) for finding in removing},
         "removed_hours": round(sum(item.sound.seconds for item in diagnosis.items if item.key in removed) / 3600, 5),
         "removed_by_split": dict(Counter(split for split, _ in removed)),
-        **build_report(str(out), left, findings, limits),
+        **diagnosis_report(str(out), left, findings, limits),
     }
     cuts: dict[str, list[Cut]] = {}
     for key, cut in diagnosis.cuts.items():
@@ -161,4 +161,4 @@ def _filtered_markdown(report: dict[str, Any], findings: Sequence[CheckResult]) 
     lines = ["# Filtered corpus", "", f"Made from {report['source']['corpus']} without the items that some checks flag:"]
     lines += [f"{report['removed']} of {report['items_before']} items, {report['removed_hours']:.3f} hours. An item may count twice.", ""]
     lines += [f"- {check}: {count}" for check, count in report["removed_by_check"].items()]
-    return "\n".join([*lines, "", markdown(report, findings, pictures=False)])
+    return "\n".join([*lines, "", diagnosis_markdown(report, findings, pictures=False)])

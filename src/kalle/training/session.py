@@ -30,7 +30,7 @@ from kalle.errors import UserError
 from kalle.files import folder_lock, output_folder, write_atomic
 from kalle.training.callbacks import EMA, LogTail, RunProgress, StepSeeds, build_loggers
 from kalle.training.checkpointing import LastCheckpoint, Preempted, check_checkpoint, resume_path, saved_log_step, step_of
-from kalle.training.config import TrainingConfig, plain, precision_of
+from kalle.training.config import TrainingConfig, plain_values, precision_of
 from kalle.training.distributed import FSDP, process_count, sharded_strategy, started_ranks
 from kalle.training.optimisation import UpdateGuard, parameter_counts
 from kalle.training.plan import make_plan
@@ -112,7 +112,7 @@ def _fit(
     strategy: str | Strategy,
 ) -> TrainingResult:
     out, device, precision = Path(config.out), resolve_device(config.device), precision_of(config)
-    values, checkpoint = plain(config), resume_path(config.resume, out / CHECKPOINTS_FOLDER)
+    values, checkpoint = plain_values(config), resume_path(config.resume, out / CHECKPOINTS_FOLDER)
     if checkpoint is not None:
         check_checkpoint(checkpoint, module)
         if not config.allow_changes:
@@ -287,7 +287,7 @@ def _run(trainer: lightning.Trainer, module: lightning.LightningModule, data: An
         raise KeyboardInterrupt from None
 
 
-def check_finite(model: nn.Module) -> None:
+def check_weights_finite(model: nn.Module) -> None:
     """A UserError when ``model`` has NaN or infinite values, which nothing could use."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -331,9 +331,9 @@ def write_record(out: Path, config: dict[str, Any], trainer: lightning.Trainer, 
         "command": sys.argv,
         "folder": str(Path.cwd()),
         "seed": config["seed"],
-        "versions": versions(),
+        "versions": run_versions(),
         "git": git,
-        "machine": machine(trainer),
+        "machine": run_machine(trainer),
         "data": data_contents(config),
         "config": config,
     }
@@ -352,7 +352,7 @@ def _earlier(path: Path) -> list[Any]:
     return starts
 
 
-def versions() -> dict[str, str]:
+def run_versions() -> dict[str, str]:
     """Versions of Python, kalle and what it trains with; packages that are not installed are left out."""
     import kalle
 
@@ -365,7 +365,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(trainer: lightning.Trainer) -> dict[str, Any]:
+def run_machine(trainer: lightning.Trainer) -> dict[str, Any]:
     """Host, processors, accelerators and the number of processes."""
     return {
         "host": platform.node(),
