@@ -43,7 +43,7 @@ def test_no_file_is_larger_than_the_limit(tensors, tmp_path: Path, limit: int) -
 
 
 def test_a_tensor_larger_than_the_limit_is_refused(tensors, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"too large for a file: z takes .* raise --max-shard-mb"):
+    with pytest.raises(UserError, match=r"too large for a file: z takes .* raise max_bytes"):
         write_weights(tmp_path, tensors, 500)
 
 

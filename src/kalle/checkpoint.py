@@ -515,7 +515,7 @@ def _grouped(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
         size = _bytes(tensor) + _ENTRY_BYTES + len(name.encode())
         if _HEADER_BYTES + size > max_bytes:
             raise UserError(
-                f"too large for a file: {name} takes {size / 1e6:.3g} MB, expected at most {max_bytes / 1e6:g}; raise --max-shard-mb"
+                f"too large for a file: {name} takes {size / 1e6:.3g} MB, expected at most {max_bytes / 1e6:g}; raise max_bytes"
             )
         if used + size > max_bytes:
             groups.append([])

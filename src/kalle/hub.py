@@ -285,9 +285,7 @@ def plain_errors(repository: str, revision: str | None, endpoint: str | None) ->
             f"not allowed: '{repository}' asks its users to accept terms; accept them at {hub}/{repository} and log in with `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
-        raise UserError(
-            f"no such revision: '{repository}' has no '{revision}', expected a branch, tag or commit; check --revision"
-        ) from None
+        raise UserError(f"no such revision: '{repository}' has no '{revision}', expected a branch, tag or commit; check revision") from None
     except errors.RepositoryNotFoundError:
         raise UserError(
             f"no such repository on {hub}, or no access to it: got '{repository}'; check the id, or log in with `hf auth login`"

@@ -236,7 +236,7 @@ def test_mistakes(kalle: Kalle) -> None:
         adapt(kalle, sweep(), " ")
     with pytest.raises(UserError, match="too long: with its text it takes"):
         adapt(kalle, sweep(), "x" * 1020)
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, expected a number; lower --lr"):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+, expected a number; lower learning_rate"):
         adapt(kalle, sweep(), TEXT, options=AdaptOptions(mode="full", steps=20, lr=1e30))
     short = sweep(0.01)
     with pytest.raises(UserError, match="nothing to learn from"):

@@ -81,7 +81,7 @@ def test_every_flowvae_tensor_that_does_not_fit_is_listed(tmp_path):
 
 
 def test_without_a_configuration_the_released_one_is_expected(tmp_path):
-    message = _fails(tmp_path, None, None, LM, match="--lm-config")
+    message = _fails(tmp_path, None, None, LM, match="lm_config=")
     assert "misshapen: base_model.model.embed_tokens.weight is (320, 64), expected (128264, 2048)" in message
 
 
@@ -187,7 +187,7 @@ def test_an_unknown_key_of_the_lm_configuration(tmp_path):
 
 def test_requests_that_lack_something(tmp_path, tokenizer_folder):
     _fails(tmp_path, None, None, None, match="nothing to convert")
-    _fails(tmp_path, FLOWVAE, None, None, match="--flowvae-config is missing")
+    _fails(tmp_path, FLOWVAE, None, None, match="flowvae_config= is missing")
     _fails(tmp_path, None, FLOWVAE_JSON, LM, LM_JSON, match="--flowvae is missing")
     _fails(tmp_path, None, None, None, LM_JSON, tokenizer_folder, match="--lm is missing")
     _fails(tmp_path, tmp_path / "none.pt", FLOWVAE_JSON, None, match="file not found: got .*none.pt")

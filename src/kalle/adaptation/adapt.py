@@ -136,7 +136,7 @@ def _pairs(audio: AudioSource | Sequence[AudioSource], text: str | Sequence[str]
     audios: list[AudioSource] = list(audio) if isinstance(audio, list | tuple) else [audio]  # type: ignore[list-item]
     texts = [text] if isinstance(text, str) else list(text)
     if len(audios) != len(texts) or not audios:
-        raise UserError(f"recordings and transcripts don't pair: got {len(audios)} and {len(texts)}, expected a --text for each")
+        raise UserError(f"recordings and transcripts don't pair: got {len(audios)} and {len(texts)}, expected a text for each")
     return list(zip(audios, texts, strict=True))
 
 

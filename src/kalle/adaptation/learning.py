@@ -82,7 +82,7 @@ def read_recording(
 ) -> Recording:
     """Read ``audio`` with its transcript ``text`` as ``Kalle.voice`` does, doubts in the log included; UserError as there."""
     if not isinstance(text, str):
-        raise UserError("a recording without its transcript: got no text, expected the words that are spoken in it; give --text")
+        raise UserError("a recording without its transcript: got no text, expected the words that are spoken in it; give (text)")
     samples = prompt_samples(kalle, audio, text, rate_hz)
     voice = voice_of_samples(kalle, samples, text, seed=seed, language=language)
     return Recording(samples, prompt_posterior(kalle, torch.from_numpy(samples)), voice)
@@ -310,7 +310,7 @@ def _steps(
             loss = sequence.loss(view, noise, options.direction)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise UserError(f"the loss is {losses[-1]} at step {len(losses)}, expected a number; lower --lr (it was {lr:g})")
+                raise UserError(f"the loss is {losses[-1]} at step {len(losses)}, expected a number; lower learning_rate (it was {lr:g})")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
         optimizer.step()

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 FLAGS = {
-    "(text)": "(--text)",
+    "(text)": "--text",
+    "expected a text": "expected a --text",
+    "learning_rate": "--lr",
     "learning rate:": "--lr:",
     "bad seconds:": "bad --seconds:",
     "bad rank:": "bad --lora:",

@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 
 from kalle.cli.main import interruptible
+from kalle.cli.speaking import renamed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+_PARAMETERS = ("out", "flowvae", "flowvae_config", "lm", "lm_config", "tokenizer")
+_NAMED = {f"{name}={end}": f"--{name.replace('_', '-')}{' ' * len(end)}{end}" for end in ("'", "") for name in _PARAMETERS}
+"""Parameters that the library's messages name, and the flags they have here."""
 
 
 @app.command()
@@ -24,7 +28,7 @@ def release(
     """Turn released files into a weight folder; any part alone works."""
     from kalle.convert.release import convert_release
 
-    with interruptible():
+    with interruptible(), renamed(_NAMED):
         convert_release(out, flowvae, flowvae_config, lm, lm_config, tokenizer)
     typer.echo(str(out))
 
@@ -37,7 +41,7 @@ def to_release(
     """Write a weight folder in the released format."""
     from kalle.convert.release import convert_to_release
 
-    with interruptible():
+    with interruptible(), renamed(_NAMED):
         convert_to_release(folder, out)
     typer.echo(str(out))
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kalle.cli.main import interruptible
+from kalle.cli.speaking import renamed
+
 if TYPE_CHECKING:
     from kalle.data.corpus.quality import CheckResult
     from kalle.data.corpus.retranscribe import Recogniser
@@ -21,6 +24,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich
 VERDICT_STYLES = {"good": "green", "look": "yellow", "bad": "bold red"}
 BAD_CORPUS = 1
 """Exit code for a corpus with a bad verdict."""
+_NAMED = {
+    "jobs: got": "--jobs: got",
+    "text: got": "--text: got",
+    "max_error_rate": "--max-wer",
+    "set language": "give --language",
+    "correct remove": "correct --remove",
+}
+"""Parameters that the library's messages name, and the flags they have here."""
 
 
 @app.command()
@@ -41,8 +52,9 @@ def doctor(
     from kalle.data.corpus.diagnosis import FILTERED_BY, diagnose, write_filtered
     from kalle.data.corpus.quality import REMOVED_BY_DEFAULT, limits_from, removal_list
 
-    limits = limits_from(limit or [])
-    removed = REMOVED_BY_DEFAULT if remove == "default" else removal_list(remove)
+    with renamed(_NAMED):
+        limits = limits_from(limit or [])
+        removed = REMOVED_BY_DEFAULT if remove == "default" else removal_list(remove)
     folder = out if out is not None else corpus / "doctor"
     if filter_to is not None:  # before the long part, too
         check_target(filter_to, corpus, FILTERED_BY)
@@ -61,11 +73,10 @@ def doctor(
 @contextmanager
 def measuring(out: Path, label: str) -> Iterator[Callable[[Iterable[Any], int], Iterable[Any]]]:
     """Yields what puts a progress bar around an iterable of known length; Ctrl-C is one line that says how to continue."""
-    from kalle.cli.main import interruptible
     from kalle.progress import progress_bar
 
     again = f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped"
-    with interruptible(again), progress_bar() as bar:
+    with interruptible(again), renamed(_NAMED), progress_bar() as bar:
         yield lambda items, total: bar.track(items, total=total, description=label)
 
 
@@ -115,8 +126,8 @@ def retranscribe(
     """
     from kalle.data.corpus.retranscribe import RetranscribeOptions, retranscribe_corpus
 
-    options = RetranscribeOptions(max_error_rate=max_wer, text=text, language=language)
     with measuring(out, "transcribe") as progress:
+        options = RetranscribeOptions(max_error_rate=max_wer, text=text, language=language)
         languages = _languages(corpus, language)
         settings = {"model": asr, "decoding": decoding, "device": device, "compute_type": compute_type, "threads": threads}
         report = retranscribe_corpus(corpus, out, recogniser(normaliser, languages, **settings), options, progress)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kalle.cli.main import interruptible
+from kalle.cli.speaking import renamed
 from kalle.convert import CONVERTED
 from kalle.hub import DEFAULT_REPOSITORY
 
@@ -27,7 +28,8 @@ def download(
     """
     from kalle import hub
 
-    with interruptible("interrupted; run the same command again to continue where it stopped"):
+    again = "interrupted; run the same command again to continue where it stopped"
+    with interruptible(again), renamed({"check revision": "check --revision"}):
         snapshot, fetched = hub.download(hub_id, out, revision)
     if fetched and (out / CONVERTED).is_dir():
         _log.warning("'%s' was converted from the files that were here before; remove it to convert the new ones", out / CONVERTED)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kalle.cli.main import interruptible
+from kalle.cli.speaking import renamed
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def export(
     ] = None,
 ) -> None:
     """Copy a weight folder with its weights in 16 bits and in files of a bounded size. It speaks as before, in fp32 on a CPU."""
-    with interruptible():
+    with interruptible(), renamed({"max_bytes": "--max-shard-mb"}):
         if not max_shard_mb > 0:
             raise UserError(f"bad size: got --max-shard-mb {max_shard_mb:g}, expected more than 0; leave it out for 15")
         if longest_seconds is not None and not 0 < longest_seconds < float("inf"):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kalle.cli.main import interruptible
+from kalle.cli.speaking import renamed
 from kalle.data.corpus.items import READERS, Option, Reader
 
 if TYPE_CHECKING:
@@ -27,6 +29,16 @@ Seed = Annotated[int, typer.Option(help="another seed holds out other texts")]
 Jobs = Annotated[int, typer.Option(help="processes that check the recordings", min=1)]
 HeadersOnly = Annotated[bool, typer.Option("--headers-only", help="read headers only: quick, but blind to damage, silence and clipping")]
 
+_NAMED = {
+    "min_seconds": "--min-seconds",
+    "max_seconds": "--max-seconds",
+    "fewer jobs": "fewer --jobs",
+    "(corpus)": "with --corpus",
+    "set columns": "give --columns",
+    "set delimiter": "give --delimiter",
+}
+"""Parameters that the library's messages name, and the flags they have here."""
+
 
 @app.command()
 def embedded(
@@ -38,7 +50,8 @@ def embedded(
     """The English prompts inside the repository, with their fixed split."""
     from kalle.data.corpus.lists import embedded_folder, read_embedded
 
-    source = read_embedded(corpus if corpus is not None else embedded_folder())
+    with renamed(_NAMED):
+        source = read_embedded(corpus if corpus is not None else embedded_folder())
     run_prepare(source, out, min_seconds, max_seconds, valid_share=0.0, test_share=0.0)
 
 
@@ -59,7 +72,9 @@ def _command(reader: Reader) -> Callable[..., None]:
     ) -> None:
         if "columns" in own:
             own["columns"] = tuple(own["columns"].split(",")) if own["columns"] else ()
-        run_prepare(reader.read(source, **own), out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only)
+        with renamed(_NAMED):
+            found = reader.read(source, **own)
+        run_prepare(found, out, min_seconds, max_seconds, valid_share, test_share, seed, jobs, headers_only)
 
     # Evaluated here: typer takes a signature that it is given as it is.
     shared = dict(inspect.signature(command, eval_str=True).parameters)
@@ -97,7 +112,6 @@ def run_prepare(
     headers_only: bool = False,
 ) -> None:
     """Check ``source`` into the corpus folder ``out`` and print its report. A part that a corpus holds out itself gets no share."""
-    from kalle.cli.main import interruptible
     from kalle.data.corpus.check import PrepareOptions
     from kalle.data.corpus.items import SplitPolicy
     from kalle.data.corpus.prepare import prepare_corpus
@@ -105,9 +119,10 @@ def run_prepare(
 
     own = {item.split for item in source.items}
     policy = SplitPolicy(0.0 if "valid" in own else valid_share, 0.0 if "test" in own else test_share, seed)
-    options = PrepareOptions(min_seconds=min_seconds, max_seconds=max_seconds, headers_only=headers_only, split=policy)
+    with renamed(_NAMED):
+        options = PrepareOptions(min_seconds=min_seconds, max_seconds=max_seconds, headers_only=headers_only, split=policy)
     again = f"interrupted: '{out}' is not finished yet; run the same command again to continue where it stopped"
-    with interruptible(again), progress_bar() as bar:
+    with interruptible(again), renamed(_NAMED), progress_bar() as bar:
         prepared = prepare_corpus(source, out, options, lambda items: bar.track(items, description="check"), jobs)
     _show(prepared.report, out, prepared.unchanged, prepared.resumed_items)
 

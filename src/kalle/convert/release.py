@@ -241,7 +241,7 @@ def convert_to_release(folder: Path, out: Path) -> None:
     if not parts:
         raise UserError(f"not a weight folder: got '{folder}', expected a folder with {', '.join(PARTS)} or some of them; check the path")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"already there: got --out '{out}', expected a folder that is empty or does not exist; choose another name")
+        raise UserError(f"already there: got out='{out}', expected a folder that is empty or does not exist; choose another name")
     with atomic_folder(out) as staging:
         if FLOWVAE in parts:
             _release_flowvae(folder / FLOWVAE, *(staging / name for name in RELEASED_FLOWVAE))
@@ -253,12 +253,12 @@ def convert_to_release(folder: Path, out: Path) -> None:
 
 def _check_request(given: Mapping[str, Path | None], flowvae_config: Path | None, lm_config: Path | None) -> None:
     if not any(given.values()):
-        raise UserError("nothing to convert: got no file, expected --flowvae with --flowvae-config, --lm or --tokenizer")
+        raise UserError("nothing to convert: got no file, expected flowvae= with flowvae_config=, lm= or tokenizer=")
     if (given[FLOWVAE] is None) != (flowvae_config is None):
-        have, lack = ("--flowvae-config", "--flowvae") if given[FLOWVAE] is None else ("--flowvae", "--flowvae-config")
+        have, lack = ("flowvae_config=", "flowvae=") if given[FLOWVAE] is None else ("flowvae=", "flowvae_config=")
         raise UserError(f"{lack} is missing: got {have} alone, expected both; give the .pt and the JSON published with it")
     if given[LM] is None and lm_config is not None:
-        raise UserError(f"--lm is missing: got --lm-config '{lm_config}' alone; give the model.pt it belongs to")
+        raise UserError(f"lm= is missing: got lm_config='{lm_config}' alone; give the model.pt it belongs to")
 
 
 def _existing(out: Path, adding: list[str]) -> dict[str, Any]:
@@ -266,15 +266,15 @@ def _existing(out: Path, adding: list[str]) -> dict[str, Any]:
     if not out.exists():
         return {}
     if not out.is_dir():
-        raise UserError(f"not a folder: got --out '{out}', expected a new folder or a weight folder; choose another name")
+        raise UserError(f"not a folder: got out='{out}', expected a new folder or a weight folder; choose another name")
     present = [part for part in PARTS if (out / part).exists()]
     taken = [part for part in adding if part in present]
     if taken:
-        raise UserError(f"already there: '{out}' has {', '.join(taken)}; remove it or choose another --out")
+        raise UserError(f"already there: '{out}' has {', '.join(taken)}; remove it or choose another folder")
     config = out / CONFIG_NAME
     if not present and not config.is_file() and any(out.iterdir()):
         raise UserError(
-            f"not a weight folder: got --out '{out}' with other files in it, expected a new or a weight folder; choose another name"
+            f"not a weight folder: got out='{out}' with other files in it, expected a new or a weight folder; choose another name"
         )
     return read_json(config) if config.is_file() else {}
 
@@ -324,7 +324,7 @@ def _convert_lm(weights: Path, config_path: Path | None, folder: Path) -> None:
     head = tensors.pop(LM_HEAD, None)
     expected = _lm_shapes(config)
     names = released_lm_names(expected)
-    remedy = "give their own configuration with --lm-config" + ("" if config_path is None else f", not '{config_path}'")
+    remedy = "give their own configuration as lm_config=" + ("" if config_path is None else f", not '{config_path}'")
     require_fit({names[name]: shape for name, shape in expected.items()}, tensors, weights, remedy)
     if head is not None and not _same_bits(head, tensors[LM_EMBEDDING]):
         raise UserError(
@@ -435,7 +435,7 @@ def release_folder(ckpt: Path) -> Path:
         lacking = ", ".join([*missing, *([f"a folder with {TOKENIZER_NAME}"] if tokenizer is None else [])])
         raise UserError(
             f"no weights: '{ckpt}' lacks {lacking}; fetch the released files with `kalle download --out '{ckpt}'`, put them there by hand, "
-            "or give a weight folder with --model"
+            "or give a weight folder (model)"
         )
     _log.info("converting the released files in %s to %s (once)", ckpt, out)
     _convert(ckpt, tokenizer, out)

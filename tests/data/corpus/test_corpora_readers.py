@@ -213,7 +213,7 @@ def test_columns_are_found_by_name_in_any_order(tmp_path: Path, header: str, row
 def test_a_table_in_doubt_is_refused_and_shown(tmp_path: Path, content: str) -> None:
     touch(tmp_path / "0.wav")
     (tmp_path / "list.csv").write_text(content)
-    with pytest.raises(UserError, match=r"line 1: 1='0.wav', 2='.*--columns") as caught:
+    with pytest.raises(UserError, match=r"line 1: 1='0.wav', 2='.*set columns") as caught:
         read_csv_corpus(tmp_path / "list.csv")
     assert "\n" not in str(caught.value)
 
@@ -253,7 +253,7 @@ def test_missing_inputs_name_the_path(tmp_path: Path) -> None:
         (lambda: read_folder(tmp_path / "bare"), "no audio in .*bare"),
         (lambda: read_jsonl_corpus(tmp_path / "gone.jsonl"), "file not found: got .*gone.jsonl"),
         (lambda: read_csv_corpus(tmp_path / "gone.csv"), "file not found: got .*gone.csv"),
-        (lambda: read_embedded(tmp_path / "bare"), "no corpus in .*bare.*--corpus"),
+        (lambda: read_embedded(tmp_path / "bare"), "no corpus in .*bare.*corpus"),
     ]:
         with pytest.raises(UserError, match=message):
             call()

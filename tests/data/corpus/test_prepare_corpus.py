@@ -332,7 +332,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (-1.0, 1.0), (1.0, 1.0)])
 def test_impossible_limits_are_refused(low: float, high: float) -> None:
-    with pytest.raises(UserError, match="--min-seconds < --max-seconds"):
+    with pytest.raises(UserError, match="min_seconds < max_seconds"):
         PrepareOptions(min_seconds=low, max_seconds=high)
 
 

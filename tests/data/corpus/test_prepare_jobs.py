@@ -78,7 +78,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path) -> None:
                     os.kill(child.pid or 0, signal.SIGKILL)
             yield item
 
-    with pytest.raises(WorkerLost, match="fewer --jobs"):
+    with pytest.raises(WorkerLost, match="fewer jobs"):
         prepare_corpus(source, tmp_path / "out", options, killing, jobs=2)
     assert not (tmp_path / "out" / ".completed").exists()
     prepared = prepare_corpus(source, tmp_path / "out", options)

@@ -161,7 +161,7 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.min_seconds < self.max_seconds:
             raise UserError(
-                f"length limits: got {self.min_seconds} to {self.max_seconds} s, expected 0 <= --min-seconds < --max-seconds; change them"
+                f"length limits: got {self.min_seconds} to {self.max_seconds} s, expected 0 <= min_seconds < max_seconds; change them"
             )
 
 

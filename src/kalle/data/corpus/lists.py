@@ -75,7 +75,7 @@ _MOST_UNEVEN = 0.05
 def read_embedded(folder: Path) -> Source:
     """A folder with transcripts.jsonl (see `read_jsonl_corpus`) and, when its builder left items out, rejected.jsonl."""
     if not (folder / TRANSCRIPTS_NAME).is_file():
-        raise UserError(f"no corpus in '{folder}': expected {TRANSCRIPTS_NAME} in it; name the folder with --corpus")
+        raise UserError(f"no corpus in '{folder}': expected {TRANSCRIPTS_NAME} in it; name the folder (corpus)")
     source = read_jsonl_corpus(folder / TRANSCRIPTS_NAME)
     listed = read_jsonl(folder / REJECTED_NAME) if (folder / REJECTED_NAME).is_file() else []
     rejected = [Rejection(**row) for row in listed]
@@ -87,7 +87,7 @@ def embedded_folder() -> Path:
     """The English prompts that come with a checkout; a UserError where kalle is installed without one."""
     folder = Path(__file__).resolve().parents[4] / "recipes" / "quickstart" / "corpus"
     if not (folder / TRANSCRIPTS_NAME).is_file():
-        raise UserError(f"no embedded corpus: '{folder}' is in a checkout only; name the folder with --corpus")
+        raise UserError(f"no embedded corpus: '{folder}' is in a checkout only; name the folder (corpus)")
     return folder
 
 
@@ -275,7 +275,7 @@ def read_csv_corpus(
     for kind in ("audio", "text"):
         if kind not in names:
             got = _shown(delimiter.join(rows[0][1] if columns else names or rows[0][1]), 200)
-            raise UserError(f"no {kind} column in '{path}': got the columns {got}; name one of them {kind}, or give --columns")
+            raise UserError(f"no {kind} column in '{path}': got the columns {got}; name one of them {kind}, or set columns")
     items: list[SourceItem] = []
     rejected: list[Rejection] = []
     for number, cells in rows:
@@ -312,7 +312,7 @@ def _delimiter(path: Path, content: str) -> str:
         if any(len(cells) > 1 and any(_is_file(_located(path, cell.strip())) for cell in cells if cell.strip()) for _, cells in rows):
             return delimiter
     if not tables:
-        raise UserError(f"one column in '{path}': got '{_shown(start)}', expected audio|text a row; name the delimiter with --delimiter")
+        raise UserError(f"one column in '{path}': got '{_shown(start)}', expected audio|text a row; set delimiter")
     return next(iter(tables))
 
 
@@ -353,7 +353,7 @@ def _columns(path: Path, rows: Sequence[tuple[int, list[str]]]) -> list[str]:
     )
     raise UserError(
         f"columns in doubt in '{path}': got {' or '.join(str(count) for count in sorted(widths))} of them without a header ({shown}), "
-        "expected audio and text; name them with --columns, such as --columns audio,speaker,text, or write a header line"
+        "expected audio and text; set columns, such as audio,speaker,text, or write a header line"
     )
 
 

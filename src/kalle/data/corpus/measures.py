@@ -359,7 +359,7 @@ def _stamp(cut: Cut) -> str:
 def _measured(waiting: dict[tuple[str, str], Cut], jobs: int) -> Iterator[tuple[tuple[str, str], Measures]]:
     """Key and sound of each cut, in order."""
     if jobs < 1:
-        raise UserError(f"jobs: got {jobs}, expected at least 1; correct --jobs")
+        raise UserError(f"jobs: got {jobs}, expected at least 1; correct it")
     if jobs == 1 or len(waiting) <= _CUTS_A_TASK:
         yield from ((key, measure(cut)) for key, cut in waiting.items())
         return

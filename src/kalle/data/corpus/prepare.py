@@ -175,7 +175,7 @@ def check_parallel(items: list[SourceItem], options: PrepareOptions, out: Path, 
             yield from waiting.popleft().result()
     except BrokenProcessPool:
         raise WorkerLost(
-            f"a worker process was killed: got {jobs} processes, expected memory for each; run the same command again with fewer --jobs"
+            f"a worker process was killed: got {jobs} processes, expected memory for each; run the same command again with fewer jobs"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -538,5 +538,5 @@ def removal_list(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in REMOVABLE:
-            raise UserError(f"no check flags '{name}': expected some of {','.join(REMOVABLE)}; correct --remove")
+            raise UserError(f"no check flags '{name}': expected some of {','.join(REMOVABLE)}; correct remove")
     return tuple(name for name in REMOVABLE if name in names)

@@ -63,9 +63,9 @@ class RetranscribeOptions:
 
     def __post_init__(self) -> None:
         if self.text not in TEXTS:
-            raise UserError(f"unknown text: got '{self.text}', expected one of {', '.join(TEXTS)}; correct --text")
+            raise UserError(f"text: got '{self.text}', expected one of {', '.join(TEXTS)}; correct it")
         if not self.max_error_rate >= 0:
-            raise UserError(f"error rate: got {self.max_error_rate}, expected at least 0; correct --max-wer")
+            raise UserError(f"max_error_rate: got {self.max_error_rate}, expected at least 0; correct it")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def retranscribe_corpus(
 def _language(item: MeasuredItem, options: RetranscribeOptions) -> str:
     language = (item.language or options.language).lower().replace("_", "-").split("-")[0]
     if not language:
-        raise UserError(f"no language: got none for '{item.id}', expected one such as en; give --language")
+        raise UserError(f"no language: got none for '{item.id}', expected one such as en; set language")
     return language
 
 
