@@ -207,7 +207,7 @@ class FlowVAETraining(lightning.LightningModule):
         self.manual_backward(loss)
         self.gradient_norms[1] = nn.utils.clip_grad_norm_(self.discriminators.parameters(), self.clip.at(self.global_step))
         optimizer.step()
-        # Autocast keeps half-precision copies of the weights until the step ends; the generator is to meet the new ones.
+        # Autocast keeps half-precision copies of the weights until the step ends; the generator must use the updated ones.
         torch.clear_autocast_cache()
         return loss
 

@@ -95,7 +95,7 @@ class LMObjective:
     """Weight of `alignment_loss` on one attention head of each of ``alignment_layers``. Helps where utterances are few and texts are read
     in order, which a model finds out by itself only after very many; not in the paper."""
     alignment_layers: tuple[int, ...] = (2, 3)
-    """Layers, from 0, whose head 0 is led along the text."""
+    """Layers, from 0, whose head 0 is trained to follow the text."""
 
     reduction: Reduction = "global"
     """The loss of several processes: the means over the frames and utterances of all ranks together, so that the update is one
@@ -185,7 +185,7 @@ class KalleLMTraining(lightning.LightningModule):
         return losses
 
     def aligned_losses(self, batch: LMBatch, layout: RowLayout) -> dict[str, Tensor]:
-        """`losses` with the alignment of the attention to the text, averaged over the layers that are led."""
+        """`losses` with the alignment of the attention to the text, averaged over the layers that are trained to follow it."""
         text_start = layout.lengths - batch.text_lengths - batch.latent_lengths
         with TextAttention(self.lm, self.objective.alignment_layers) as attention:
             losses = self.losses(batch, layout)
@@ -517,7 +517,7 @@ def check_encoder(flowvae: FlowVAE, folder: str, info: dict[str, Any], latents: 
 
 
 def check_speaker(lm: KalleLM, speaker: Any) -> None:
-    """A speaker encoder and the data it listens to (``speaker``, data.speaker) come together or not at all."""
+    """A speaker encoder and the data it reads (``speaker``, data.speaker) come together or not at all."""
     if (lm.config.speaker is None) != (speaker is None):
         got = "a speaker encoder but data.speaker=null" if speaker is None else "data.speaker but no speaker encoder"
         remedy = "add data=lm_speaker" if speaker is None else "choose lm=nano_speaker or data=lm"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kalle.cli.data import app
 from kalle.data.corpus.cuts import cuts_path, load_cuts, make_cut, write_cuts
 from kalle.data.corpus.measures import MeasuredItem, Measures
-from kalle.data.corpus.retranscribe import Recogniser, RetranscribeOptions, judge, retranscribe_corpus
+from kalle.data.corpus.retranscribe import Recogniser, RetranscribeOptions, compare_transcripts, retranscribe_corpus
 from kalle.errors import UserError
 from kalle.evaluation.word_errors import whisper_english, word_errors
 
@@ -170,7 +170,7 @@ def judged(text: str, language: str, heard: str):
     table = str.maketrans("\u8edf\u9ad4", "\u8f6f\u4f53")
     recogniser = dataclasses.replace(told([]), one_script=lambda text, language: text.translate(table) if language == "zh" else text)
     item = MeasuredItem("a", "train", text, "", language, RATE_HZ, Measures(seconds=1.0))
-    return judge(item, language, {"transcript": heard}, recogniser, RetranscribeOptions())
+    return compare_transcripts(item, language, {"transcript": heard}, recogniser, RetranscribeOptions())
 
 
 def test_chinese_is_converted_by_script_and_not_by_vocabulary() -> None:

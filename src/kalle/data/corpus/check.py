@@ -58,7 +58,7 @@ def read_header(item: SourceItem) -> ItemAudio | None:
 def load_sound(item: SourceItem, longest_seconds: float = LONGEST_RECORDING_SECONDS) -> ItemAudio:
     """Decode the item; raises AudioError when it cannot be, lies outside its recording or is longer than ``longest_seconds``.
 
-    No more than that is decoded of an item, and no more than `LONGEST_RECORDING_SECONDS` of what holds a segment that can't be entered.
+    No more than that is decoded of an item, and no more than `LONGEST_RECORDING_SECONDS` of one that is read from its start.
     """
     if item.is_segment and (item.duration_s or 0.0) > longest_seconds:
         raise AudioError(f"too long: got {item.duration_s:.3f} s, expected at most {longest_seconds:g} s; cut it", "too long")
@@ -98,7 +98,7 @@ def _range(item: SourceItem, samples: int, rate_hz: int) -> tuple[int, int]:
 
 
 def _read_part(item: SourceItem, longest_seconds: float) -> ItemAudio | None:
-    """The segment alone, where the format can be entered anywhere; None where the whole has to be decoded."""
+    """The segment alone, where the format allows reading from any place; None where the whole has to be decoded."""
     try:
         with soundfile.SoundFile(item.audio) as file:
             if file.format not in SEEKABLE:
@@ -194,7 +194,7 @@ class Kept:
 
 
 def check_item(item: SourceItem, options: PrepareOptions, out: Path) -> Kept | Rejection:
-    """Listen to one item and keep or reject it; more than one channel, or a file only PyAV reads, becomes FLAC in ``out``/audio."""
+    """Decode one item and keep or reject it; more than one channel, or a file only PyAV reads, becomes FLAC in ``out``/audio."""
     text = " ".join(item.text.split())
     if not normalised(text):
         return _rejection(item, "no text", f"got '{item.text}', expected words")

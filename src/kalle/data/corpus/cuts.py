@@ -112,7 +112,7 @@ def load_cuts(corpus: str | Path, split: str) -> list[Cut]:
 
 
 def read_cuts(path: Path) -> list[Cut]:
-    """The cuts in a .jsonl.gz file, their audio paths counted from its folder: the one gate by which cuts come in.
+    """The cuts in a .jsonl.gz file, their audio paths counted from its folder. Every cut is read here.
 
     A corpus is something that people download. UserError for a damaged file, and for a cut that names anything but audio files: lhotse
     would run a recording of type "command" and fetch one of type "url", also inside an augmentation or a custom field.

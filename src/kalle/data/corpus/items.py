@@ -279,7 +279,7 @@ def word_count(text: str) -> int:
 class SplitPolicy:
     """Shares of distinct texts held out, by length: texts outside [min_words, max_words] use shares times ``outside_scale``.
 
-    Short prompts say little about quality and are needed in training; very long ones would eat the training minutes.
+    Short prompts say little about quality and are needed in training; very long ones would take much of the training data.
     """
 
     valid_share: float = 0.02

@@ -279,7 +279,7 @@ def read_csv_corpus(
     items: list[SourceItem] = []
     rejected: list[Rejection] = []
     for number, cells in rows:
-        # A missing cell at the end is an empty one; one too many tears the text.
+        # A missing cell at the end is an empty one; one too many means that the text was split.
         row = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
         try:
             if len(cells) > len(names):

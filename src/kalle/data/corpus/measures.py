@@ -107,7 +107,7 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 BANDS = 32
 """Of the stored spectrum, from 0 to half the sample rate."""
 PRESENT_DB = 70.0
-"""Below the strongest part of the spectrum nothing is counted as present: consonants reach higher, a resampler's leftovers don't."""
+"""Below the strongest part of the spectrum nothing is counted as present: consonants reach higher, what a resampler leaves does not."""
 _WINDOW_S = 0.032
 _PERCENTILE = 98
 """Of a bin over time: a few hisses show the bandwidth, a single click does not."""
@@ -249,7 +249,7 @@ class Measures:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measures:
-        """From the values of `to_dict` after a journey through JSON."""
+        """From the values of `to_dict`, which JSON may have stored."""
         return cls(**{**values, "bands_db": tuple(values["bands_db"])})
 
 

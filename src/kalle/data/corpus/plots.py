@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kalle.data.corpus.measures import BANDS, PRESENT_DB, MeasuredItem, script_counts
-from kalle.data.corpus.quality import BAD, GOOD, LOOK, CheckResult, Limits, amount, heard, pace
+from kalle.data.corpus.quality import BAD, GOOD, LOOK, CheckResult, Limits, amount, pace, readable_items
 from kalle.files import write_atomic
 
 if TYPE_CHECKING:
-    from kalle.data.corpus.retranscribe import Verdict
+    from kalle.data.corpus.retranscribe import TranscriptDecision
 
 Flagged = Mapping[str, frozenset[tuple[str, str]]]
 """Check -> keys of the items it flags."""
@@ -49,14 +49,14 @@ def _histogram(axis: Any, values: Sequence[float], label: str, limits: Sequence[
 
 def _durations(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
     """Seconds of the items."""
-    seconds = [item.sound.seconds for item in heard(items)]
+    seconds = [item.sound.seconds for item in readable_items(items)]
     axis.set_title(f"duration: {sum(seconds) / 3600:.2f} h in {len(seconds)} items")
     _histogram(axis, seconds, "seconds", (limits.min_seconds, limits.max_seconds), log_x=True)
 
 
 def _text_against_audio(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
     """Spoken seconds over the amount of text, outliers in red."""
-    spoken = [item for item in heard(items) if amount(item.text) > 0]
+    spoken = [item for item in readable_items(items) if amount(item.text) > 0]
     at_fault = flagged["outlier"] | flagged["rate"]
     for keys, colour, size, label in ((False, FINE, 4, None), (True, FAULT, 16, f"outliers ({len(at_fault)})")):
         group = [item for item in spoken if (item.key in at_fault) is keys]
@@ -76,7 +76,7 @@ def _text_against_audio(axis: Any, items: Sequence[MeasuredItem], flagged: Flagg
 def _rates(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
     """Letters or signs a second."""
     units: dict[str, list[float]] = {"letters": [], "signs": []}
-    for item in heard(items):
+    for item in readable_items(items):
         if amount(item.text) > 0:
             value, unit = pace(item)
             units[unit].append(value)
@@ -89,7 +89,7 @@ def _rates(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: L
 
 def _loudness(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
     """Integrated loudness."""
-    levels = [item.sound.loudness_lufs for item in heard(items) if item.sound.loudness_lufs is not None]
+    levels = [item.sound.loudness_lufs for item in readable_items(items) if item.sound.loudness_lufs is not None]
     median = float(np.median(levels)) if levels else 0.0
     offset = limits.max_loudness_offset_db
     edges = (limits.min_loudness_lufs, limits.max_loudness_lufs, median - offset, median + offset)
@@ -100,9 +100,9 @@ def _loudness(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits
 def _silences(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
     """Leading, trailing and longest inner silence, one line each."""
     kinds = {
-        "leading": ([item.sound.leading_s for item in heard(items)], limits.max_leading_s),
-        "trailing": ([item.sound.trailing_s for item in heard(items)], limits.max_trailing_s),
-        "longest pause": ([item.sound.pause_s for item in heard(items)], limits.max_pause_s),
+        "leading": ([item.sound.leading_s for item in readable_items(items)], limits.max_leading_s),
+        "trailing": ([item.sound.trailing_s for item in readable_items(items)], limits.max_trailing_s),
+        "longest pause": ([item.sound.pause_s for item in readable_items(items)], limits.max_pause_s),
     }
     top = max([max(values, default=0.0) for values, _ in kinds.values()] + [limits.max_pause_s])
     for (name, (values, limit)), colour in zip(kinds.items(), ("#4c72b0", "#dd8452", "#55a868"), strict=True):
@@ -119,7 +119,7 @@ def _silences(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits
 def _clipping(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
     """Share of samples in flat tops; items without any stand at the left edge."""
     floor = 1e-6
-    shares = [float(np.log10(max(item.sound.clipped_share, floor))) for item in heard(items)]
+    shares = [float(np.log10(max(item.sound.clipped_share, floor))) for item in readable_items(items)]
     edges = np.linspace(-6, 0, 37)
     axis.hist(shares, bins=edges, color=FINE)
     axis.axvline(np.log10(limits.max_clipped_share), color=LIMIT, linestyle="--", linewidth=1)
@@ -134,7 +134,7 @@ def _clipping(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits
 def _bandwidths(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
     """The highest frequency present."""
     nyquist = max([item.sample_rate_hz for item in items], default=16000) / 2000
-    axis.hist([item.sound.bandwidth_hz / 1000 for item in heard(items)], bins=np.linspace(0, nyquist * 1.02, 42), color=FINE)
+    axis.hist([item.sound.bandwidth_hz / 1000 for item in readable_items(items)], bins=np.linspace(0, nyquist * 1.02, 42), color=FINE)
     axis.axvline(limits.min_bandwidth_share * nyquist, color=LIMIT, linestyle="--", linewidth=1)
     axis.set_yscale("symlog", linthresh=1)
     axis.set_ylim(bottom=0)
@@ -149,7 +149,9 @@ def _spectra(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits:
     nyquist = max([item.sample_rate_hz for item in items], default=16000) / 2000
     frequencies = (np.arange(BANDS) + 0.5) * nyquist / BANDS
     for narrow, colour in groups.items():
-        levels = np.array([item.sound.bands_db for item in heard(items) if (item.key in flagged["bandwidth"]) is narrow], dtype=float)
+        levels = np.array(
+            [item.sound.bands_db for item in readable_items(items) if (item.key in flagged["bandwidth"]) is narrow], dtype=float
+        )
         if len(levels):
             low, middle, high = np.percentile(levels, [5, 50, 95], axis=0)
             axis.fill_between(frequencies, low, high, color=colour, alpha=0.25, linewidth=0)
@@ -165,7 +167,7 @@ def _spectra(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits:
 def _speakers(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
     """Minutes of the speakers who say most."""
     seconds: Counter[str] = Counter()
-    for item in heard(items):
+    for item in readable_items(items):
         seconds[item.speaker or "(not given)"] += item.sound.seconds  # type: ignore[assignment]
     _bars(axis, {name: value / 60 for name, value in seconds.most_common(_MOST_BARS)})
     axis.set_title(f"speakers: {len(seconds)}" + (f", the first {_MOST_BARS}" if len(seconds) > _MOST_BARS else ""))
@@ -263,7 +265,7 @@ def _verdicts(axis: Any, findings: Sequence[CheckResult], total: int) -> None:
 AGREEMENT_NAME = "agreement.png"
 
 
-def write_agreement_figure(folder: Path, verdicts: Sequence[Verdict], max_error_rate: float) -> None:
+def write_agreement_figure(folder: Path, verdicts: Sequence[TranscriptDecision], max_error_rate: float) -> None:
     """agreement.png: how many items have which error rate, and the share of hours that each threshold keeps. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -182,7 +182,7 @@ def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     return {name: round(float(point), digits) for name, point in zip(("min", "p5", "median", "p95", "max"), points, strict=True)}
 
 
-def heard(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
+def readable_items(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
     """The items whose audio could be read."""
     return [item for item in items if not item.sound.problem]
 
@@ -201,13 +201,13 @@ def _duration(items: Sequence[MeasuredItem], limits: Limits) -> Found:
         seconds = item.sound.seconds
         return "" if limits.min_seconds <= seconds <= limits.max_seconds else f"{seconds:.2f} s long"
 
-    seconds = [item.sound.seconds for item in heard(items)]
-    return Found(_flagged(heard(items), reason), {"hours": round(sum(seconds) / 3600, 4), "seconds": spread(seconds)})
+    seconds = [item.sound.seconds for item in readable_items(items)]
+    return Found(_flagged(readable_items(items), reason), {"hours": round(sum(seconds) / 3600, 4), "seconds": spread(seconds)})
 
 
 def _loudness(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Items far from the corpus' usual loudness, or beyond what anybody records on purpose."""
-    levels = [item.sound.loudness_lufs for item in heard(items) if item.sound.loudness_lufs is not None]
+    levels = [item.sound.loudness_lufs for item in readable_items(items) if item.sound.loudness_lufs is not None]
     median = float(np.median(levels)) if levels else 0.0
 
     def reason(item: MeasuredItem) -> str:
@@ -219,7 +219,7 @@ def _loudness(items: Sequence[MeasuredItem], limits: Limits) -> Found:
         far = abs(level - median) > limits.max_loudness_offset_db
         return f"{level:.1f} LUFS, {level - median:+.1f} dB from the median" if far else ""
 
-    return Found(_flagged(heard(items), reason), {"lufs": spread(levels, 1)})
+    return Found(_flagged(readable_items(items), reason), {"lufs": spread(levels, 1)})
 
 
 def _silence(items: Sequence[MeasuredItem], limits: Limits) -> Found:
@@ -236,8 +236,8 @@ def _silence(items: Sequence[MeasuredItem], limits: Limits) -> Found:
         return ", ".join(words for value, limit, words in said if value > limit)
 
     names = {"leading_s": "leading_s", "trailing_s": "trailing_s", "longest_pause_s": "pause_s", "inner_share": "inner_silence_share"}
-    numbers = {name: spread([getattr(item.sound, measure) for item in heard(items)]) for name, measure in names.items()}
-    return Found(_flagged(heard(items), reason), numbers)
+    numbers = {name: spread([getattr(item.sound, measure) for item in readable_items(items)]) for name, measure in names.items()}
+    return Found(_flagged(readable_items(items), reason), numbers)
 
 
 def _clipping(items: Sequence[MeasuredItem], limits: Limits) -> Found:
@@ -245,7 +245,9 @@ def _clipping(items: Sequence[MeasuredItem], limits: Limits) -> Found:
         share = item.sound.clipped_share
         return f"{share:.2%} of the samples in flat tops" if share > limits.max_clipped_share else ""
 
-    return Found(_flagged(heard(items), reason), {"clipped_share": spread([item.sound.clipped_share for item in heard(items)], 6)})
+    return Found(
+        _flagged(readable_items(items), reason), {"clipped_share": spread([item.sound.clipped_share for item in readable_items(items)], 6)}
+    )
 
 
 def _bandwidth(items: Sequence[MeasuredItem], limits: Limits) -> Found:
@@ -256,10 +258,10 @@ def _bandwidth(items: Sequence[MeasuredItem], limits: Limits) -> Found:
         above, rate = item.sound.bandwidth_hz / 1000, item.sample_rate_hz / 1000
         return f"nothing above {above:.2f} kHz in audio of {rate:g} kHz" if narrow else ""
 
-    widths = [item.sound.bandwidth_hz for item in heard(items)]
+    widths = [item.sound.bandwidth_hz for item in readable_items(items)]
     kilohertz = Counter(round(width / 1000) for width in widths)
     numbers = {"bandwidth_hz": spread(widths, 0), "items_by_khz": {str(band): kilohertz[band] for band in sorted(kilohertz)}}
-    return Found(_flagged(heard(items), reason), numbers)
+    return Found(_flagged(readable_items(items), reason), numbers)
 
 
 def amount(text: str) -> float:
@@ -324,7 +326,7 @@ def scores(items: Sequence[MeasuredItem]) -> tuple[NDArray[np.float64], NDArray[
 
 
 def _spoken(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
-    return [item for item in heard(items) if amount(item.text) > 0]
+    return [item for item in readable_items(items) if amount(item.text) > 0]
 
 
 def _script(items: Sequence[MeasuredItem], limits: Limits) -> Found:
@@ -400,7 +402,7 @@ def _rank(item: MeasuredItem) -> int:
 def _duplicate_audio(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Items whose decoded samples are equal; every one but the first of a group is flagged."""
     reasons = {}
-    for first, *rest in _copies(heard(items), lambda item: item.sound.digest):
+    for first, *rest in _copies(readable_items(items), lambda item: item.sound.digest):
         for item in rest:
             also = "" if normalised(item.text) == normalised(first.text) else ", with another text"
             reasons[item.key] = f"the audio of {first.split} '{first.id}'{also}"
@@ -435,7 +437,7 @@ def _leakage(items: Sequence[MeasuredItem], limits: Limits) -> Found:
 def _speakers(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     """Minutes of each speaker; no item is flagged, for no item is at fault."""
     seconds: Counter[str] = Counter()
-    for item in heard(items):
+    for item in readable_items(items):
         seconds[item.speaker] += item.sound.seconds  # type: ignore[assignment]
     total = max(sum(seconds.values()), 1e-9)
     largest, most = seconds.most_common(1)[0] if seconds else ("", 0)

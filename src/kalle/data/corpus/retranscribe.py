@@ -69,7 +69,7 @@ class RetranscribeOptions:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TranscriptDecision:
     """The decision on one item; ``reason`` says why it was removed, and is empty for one that stays."""
 
     split: str
@@ -103,7 +103,7 @@ def retranscribe_corpus(
     languages = {key: _language(item, options) for key, item in items.items()}
     with output_folder(out):
         transcripts = _transcripts(cuts, languages, out, recogniser, progress)
-        verdicts = [judge(item, languages[key], transcripts.get(key), recogniser, options) for key, item in items.items()]
+        verdicts = [compare_transcripts(item, languages[key], transcripts.get(key), recogniser, options) for key, item in items.items()]
         source = {"corpus": str(corpus.resolve()), "digest": corpus_digest(corpus)}
         report = {"source": source, "recogniser": dict(recogniser.description), "options": asdict(options), **agreement_report(verdicts)}
         write_jsonl(out / ITEMS_NAME, [{**asdict(verdict), "error_rate": verdict.error_rate} for verdict in verdicts])
@@ -132,11 +132,11 @@ def _transcripts(
         done = {key: entry for key, entry in done.items() if stamps.get(key) == entry["stamp"]}
         waiting = [key for key, cut in cuts.items() if key not in done and cut.duration <= recogniser.max_seconds]
 
-        def heard() -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
+        def results() -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
             for key in waiting:
-                yield key, _hear(cuts[key], languages[key], recogniser)
+                yield key, _transcribe(cuts[key], languages[key], recogniser)
 
-        for key, result in progress(heard(), len(waiting)):
+        for key, result in progress(results(), len(waiting)):
             done[key] = {"split": key[0], "id": key[1], "stamp": stamps[key], **result}
             journal.add(done[key])
     finally:
@@ -144,7 +144,7 @@ def _transcripts(
     return done
 
 
-def _hear(cut: Cut, language: str, recogniser: Recogniser) -> dict[str, Any]:
+def _transcribe(cut: Cut, language: str, recogniser: Recogniser) -> dict[str, Any]:
     try:
         audio = load_audio(cut, int(cut.sampling_rate))
     except UserError as error:
@@ -152,26 +152,30 @@ def _hear(cut: Cut, language: str, recogniser: Recogniser) -> dict[str, Any]:
     return {"transcript": recogniser.transcribe(audio, int(cut.sampling_rate), language)}
 
 
-def judge(item: MeasuredItem, language: str, heard: dict[str, Any] | None, recogniser: Recogniser, options: RetranscribeOptions) -> Verdict:
+def compare_transcripts(
+    item: MeasuredItem, language: str, result: dict[str, Any] | None, recogniser: Recogniser, options: RetranscribeOptions
+) -> TranscriptDecision:
     """Compare the item's own text with the transcript, and say which text it gets."""
-    transcript = str((heard or {}).get("transcript", ""))
+    transcript = str((result or {}).get("transcript", ""))
     facts: dict[str, Any] = {"split": item.split, "id": item.id, "seconds": item.sound.seconds, "text": item.text, "transcript": transcript}
     nothing: dict[str, Any] = {**facts, "errors": None, "tokens": None}
-    if heard is None:
-        return Verdict(**nothing, reason=f"longer than {recogniser.max_seconds:g} s")
-    if "problem" in heard:
-        return Verdict(**nothing, reason="unreadable")
+    if result is None:
+        return TranscriptDecision(**nothing, reason=f"longer than {recogniser.max_seconds:g} s")
+    if "problem" in result:
+        return TranscriptDecision(**nothing, reason="unreadable")
     if not item.text:
         if options.text != FILL:
-            return Verdict(**nothing, reason="no text")
-        return Verdict(**nothing, reason="" if has_words(transcript) else "nothing heard", new_text=transcript)
+            return TranscriptDecision(**nothing, reason="no text")
+        return TranscriptDecision(**nothing, reason="" if has_words(transcript) else "nothing heard", new_text=transcript)
     first = _tokens(item.text, language, recogniser) if has_words(item.text) else []
     if not first:
-        return Verdict(**nothing, reason="text without words")
+        return TranscriptDecision(**nothing, reason="text without words")
     errors = recogniser.errors(first, _tokens(transcript, language, recogniser))
     agrees = errors <= options.max_error_rate * len(first)
     new_text = transcript if options.text == ASR else item.text
-    return Verdict(**facts, errors=errors, tokens=len(first), reason="" if agrees else "disagrees", new_text=new_text if agrees else "")
+    return TranscriptDecision(
+        **facts, errors=errors, tokens=len(first), reason="" if agrees else "disagrees", new_text=new_text if agrees else ""
+    )
 
 
 def _tokens(text: str, language: str, recogniser: Recogniser) -> list[str]:
@@ -179,7 +183,7 @@ def _tokens(text: str, language: str, recogniser: Recogniser) -> list[str]:
     return list("".join(tokens)) if language in PER_CHARACTER else tokens
 
 
-def _kept(cuts: Mapping[tuple[str, str], Cut], verdicts: Sequence[Verdict]) -> dict[str, list[Cut]]:
+def _kept(cuts: Mapping[tuple[str, str], Cut], verdicts: Sequence[TranscriptDecision]) -> dict[str, list[Cut]]:
     """The cuts that stay, with their texts, by split."""
     kept: dict[str, list[Cut]] = {split: [] for split, _ in cuts}
     for verdict in verdicts:
@@ -196,7 +200,7 @@ def _kept(cuts: Mapping[tuple[str, str], Cut], verdicts: Sequence[Verdict]) -> d
 OTHER_THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
-def agreement_report(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def agreement_report(verdicts: Sequence[TranscriptDecision]) -> dict[str, Any]:
     """The numbers of report.json; ``items`` = kept + left out, always."""
     kept = [verdict for verdict in verdicts if not verdict.reason]
     compared = [verdict for verdict in verdicts if verdict.error_rate is not None]

@@ -44,11 +44,11 @@ logger = logging.getLogger(__name__)
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 AHEAD_PER_THREAD = 4
-"""Results that wait for their taker, so that memory stays bounded."""
+"""Results that wait to be taken, so that memory stays bounded."""
 
 
 def in_background(function: Callable[[Input], Output], items: Iterable[Input], threads: int) -> Iterator[tuple[Input, Output]]:
-    """Every item with ``function(item)``, in order, computed in ``threads`` threads a little ahead of the taker; 0 computes on demand.
+    """Every item with ``function(item)``, in order, computed in ``threads`` threads a little ahead; 0 computes on demand.
 
     An exception of ``function`` is raised where its item would have come.
     """

@@ -1,7 +1,7 @@
 """Corpora mixed by weight.
 
 An epoch takes weight * items of each source: a weight below 1 draws a fresh random part of it every epoch, a weight above 1
-repeats it, its fraction drawn afresh. Draws are stratified by the length groups of the plan, so that every epoch has the same number
+repeats it, its fraction drawn afresh. Draws are stratified by the length groups of a sampler, so that every epoch has the same number
 of batches.
 """
 

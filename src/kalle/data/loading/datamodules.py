@@ -1,4 +1,4 @@
-"""A loader that knows how many batches it has handed out."""
+"""The data modules of both trainings, and a loader that counts the batches it has handed out, so that a run continues within an epoch."""
 
 from __future__ import annotations
 
