@@ -15,8 +15,8 @@ from lhotse.cut import Cut
 
 from kalle.audio import Audio
 from kalle.data.corpus.cuts import check_target, corpus_cuts, corpus_digest, load_audio, write_derived
+from kalle.data.corpus.diagnosis import AGREEMENT_NAME, write_agreement_figure
 from kalle.data.corpus.measures import ItemProgress, MeasuredItem, Measures, audio_stamp, item_of
-from kalle.data.corpus.plots import AGREEMENT_NAME, write_agreement_figure
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
 from kalle.files import fingerprint, output_folder, write_jsonl
