@@ -45,7 +45,7 @@ def test_release_and_back(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["release", "--out", "OUT"], "nothing to convert"),
+        (["release", "--out", "OUT"], "expected --flowvae with --flowvae-config, --lm or --tokenizer"),
         (["release", "--lm", "OUT/none.pt", "--out", "OUT/x"], "file not found"),
         (["release"], "--out"),
         (["to-release", "OUT/none", "--out", "OUT/x"], "not a weight folder"),

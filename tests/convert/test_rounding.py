@@ -64,5 +64,5 @@ def test_half_precision_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_refused(value: float) -> None:
-    with pytest.raises(UserError, match="broken weights: weight has NaN or infinite values"):
+    with pytest.raises(UserError):
         rounded({"weight": torch.tensor([1.0, value])}, (), torch.float16)

@@ -81,7 +81,7 @@ def test_a_block_of_zeros_stays_zero() -> None:
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(UserError, match="finite"):
+    with pytest.raises(UserError):
         quantise(torch.tensor([[1.0, float("nan")]]))
 
 

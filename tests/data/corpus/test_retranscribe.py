@@ -114,7 +114,7 @@ def test_mistakes_are_user_errors(corpus: Path, tmp_path: Path) -> None:
         RetranscribeOptions(text="both")
     with pytest.raises(UserError, match="got -1"):
         RetranscribeOptions(max_error_rate=-1)
-    with pytest.raises(UserError, match="is the corpus itself"):
+    with pytest.raises(UserError):
         retranscribe_corpus(corpus, corpus, told([]), RetranscribeOptions(), untracked)
     cuts = load_cuts(corpus, "train")
     for cut in cuts:

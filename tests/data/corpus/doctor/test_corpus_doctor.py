@@ -130,14 +130,14 @@ def test_mistakes_are_one_line_and_harm_nothing(healthy: Path, tmp_path: Path) -
         ([healthy, "--out", healthy], "is the corpus itself"),
         ([healthy, "--out", tmp_path / "mine"], "holds something else"),
         ([healthy, "--filter", tmp_path / "mine", "--out", tmp_path / "r"], "holds something else"),
-        ([healthy, "--remove", "speakers", "--filter", tmp_path / "x"], "no check flags 'speakers'"),
+        ([healthy, "--remove", "speakers", "--filter", tmp_path / "x"], "correct --remove"),
         ([healthy, "--limit", "loudness=3"], "unknown limit: got 'loudness=3'"),
         ([healthy, "--limit", "max_seconds=long"], "bad limit: got 'max_seconds=long'"),
         (
             [healthy, "--limit", "max_seconds=0.1", "--remove", "duration", "--filter", tmp_path / "x", "--out", tmp_path / "r"],
             "nothing to train",
         ),
-        ([healthy, "--jobs", "0", "--out", tmp_path / "other"], "jobs: got 0"),
+        ([healthy, "--jobs", "0", "--out", tmp_path / "other"], "--jobs: got 0"),
     ]
     for arguments, message in cases:
         result = CliRunner().invoke(app, ["doctor", "--no-pictures", *map(str, arguments)])
