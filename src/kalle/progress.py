@@ -1,12 +1,16 @@
-"""Progress bars."""
+"""Progress: bars on a terminal, and the callback that a library function reports to."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+CountProgress = Callable[[int, int], None]
+"""Called with the numbers of pieces done and of all: first with what an earlier run had done, then after each piece."""
 
 
 def progress_bar(show: bool = True) -> Progress:

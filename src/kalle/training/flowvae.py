@@ -35,7 +35,7 @@ from kalle.training.optimisation import OptimizerFactory, SchedulerFactory, free
 from kalle.training.plan import Plan, flowvae_footprint, make_plan, without_storage
 from kalle.training.session import (
     CHECKPOINTS_FOLDER,
-    SPLITS,
+    INPUT_SPLITS,
     TrainingResult,
     begin,
     check_optimisation,
@@ -312,7 +312,7 @@ def _build(config: FlowVAETrainingConfig, storageless: FakeTensorMode | None = N
     described = _flowvae_config(config)
     config = replace(config, flowvae=described)
     data = config.data.module(described, config.seed)
-    for split in SPLITS:
+    for split in INPUT_SPLITS:
         data.reader(split)
     with storageless or nullcontext():
         fresh = config.init is None or storageless is not None

@@ -56,7 +56,7 @@ from kalle.training.optimisation import (
 from kalle.training.plan import Plan, largest_rows, lm_footprint, make_plan, without_storage
 from kalle.training.session import (
     CHECKPOINTS_FOLDER,
-    SPLITS,
+    INPUT_SPLITS,
     TrainingResult,
     begin,
     check_optimisation,
@@ -386,7 +386,7 @@ def _build(config: LMTrainingConfig, storageless: FakeTensorMode | None = None) 
     config = replace(config, lm=_model_config(config, tokenizer))
     config = _with_speaker_width(config)
     data = config.data.module(tokenizer, config.seed, config.packing)
-    for split in SPLITS:
+    for split in INPUT_SPLITS:
         data.dataset(split)
     info = data.info()
     with storageless or nullcontext():

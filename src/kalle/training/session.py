@@ -37,7 +37,7 @@ from kalle.training.plan import make_plan
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "valid")
+INPUT_SPLITS = ("train", "valid")
 """The inputs of a run, opened before anything is built or written."""
 WEIGHTS_FOLDER, CHECKPOINTS_FOLDER, CONFIG_FILE = "weights", "checkpoints", "config.yaml"
 RECORD_NAME, DIFF_NAME = "run.json", "git.diff"

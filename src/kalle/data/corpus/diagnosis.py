@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lhotse.cut import Cut
 
-from kalle.data.corpus.cuts import check_target, corpus_digest, write_derived
+from kalle.data.corpus.cuts import REPORT_JSON, REPORT_MD, check_target, corpus_digest, write_derived
 from kalle.data.corpus.measures import BANDS, MEASUREMENTS_NAME, PRESENT_DB, ItemProgress, MeasuredItem, collect_measures, script_counts
 from kalle.data.corpus.prepare import histogram
 from kalle.data.corpus.quality import BAD, GOOD, LOOK, CheckResult, Limits, amount, examine, pace, readable_items, worst
@@ -301,7 +301,7 @@ def write_agreement_figure(folder: Path, verdicts: Sequence[TranscriptDecision],
     write_atomic(folder / AGREEMENT_NAME, buffer.getvalue())
 
 
-REPORT_JSON, REPORT_MD, ITEMS_NAME = "report.json", "report.md", "items.jsonl"
+ITEMS_NAME = "items.jsonl"
 EXAMPLES = 5
 """Flagged items a check shows in report.md; items.jsonl has all."""
 

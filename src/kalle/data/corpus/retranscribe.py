@@ -15,7 +15,7 @@ from lhotse.cut import Cut
 
 from kalle.audio import Audio
 from kalle.data.corpus.cuts import check_target, corpus_cuts, corpus_digest, load_audio, write_derived
-from kalle.data.corpus.diagnosis import AGREEMENT_NAME, write_agreement_figure
+from kalle.data.corpus.diagnosis import AGREEMENT_NAME, ITEMS_NAME, write_agreement_figure
 from kalle.data.corpus.measures import ItemProgress, MeasuredItem, Measures, audio_stamp, item_of
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
@@ -23,7 +23,7 @@ from kalle.files import fingerprint, output_folder, write_jsonl
 from kalle.text.languages import has_words
 
 MADE_BY = "kalle data retranscribe"
-TRANSCRIPTS_NAME, ITEMS_NAME = "transcripts.jsonl", "items.jsonl"
+TRANSCRIPTS_NAME = "transcripts.jsonl"
 KEEP, ASR, FILL = "keep", "asr", "fill"
 TEXTS = (KEEP, ASR, FILL)
 """Which text an item gets: its own; the recogniser's; its own, or the recogniser's where it has none."""

@@ -37,6 +37,7 @@ from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import constant_gaussian_baseline
 from kalle.models.flowvae import FlowVAE
 from kalle.models.speaker import SpeakerMel
+from kalle.progress import CountProgress
 from kalle.seeds import numpy_generator
 
 logger = logging.getLogger(__name__)
@@ -185,8 +186,6 @@ def _one_pass(cuts: list[Cut], config: JoinConfig, number: int, speaker: str, sa
 
 TRAIN = "train"
 DIRECTIONS = ("prediction_posterior", "posterior_prediction")
-Progress = Callable[[int, int], None]
-"""Called with the numbers of utterances done and of all: first with what an earlier run had done, then after each utterance."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +314,7 @@ def encode_corpus(
     encoder: CorpusEncoder,
     splits: Mapping[str, Sequence[Cut]],
     out: str | Path,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
     share: Share | None = None,
 ) -> dict[str, Any]:
     """Write the latent folder ``out`` from the cuts of each split and return its info.json.
@@ -482,7 +481,7 @@ class EncodingConfig:
         check_fields(self, "")
 
 
-def encode(config: EncodingConfig, report: Progress | None = None) -> dict[str, Any]:
+def encode(config: EncodingConfig, report: CountProgress | None = None) -> dict[str, Any]:
     """Encode this process's share of a corpus; returns the info.json of the complete latent folder.
 
     ``report`` is called with the numbers of utterances done and of all. OthersUnfinished when shards of other processes are not there

@@ -34,6 +34,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from kalle.checkpoint import read_json, write_json
+from kalle.data.corpus.cuts import COMPLETED_NAME
 from kalle.data.latents.storage import Folder
 from kalle.data.latents.table import Ragged, Table, Texts, array_of, numbered
 from kalle.errors import UserError
@@ -43,7 +44,6 @@ from kalle.gaussian import DiagGaussian
 LATENTS = "latents"
 SPEAKER_MELS = "speaker_mels"
 INFO_NAME = "info.json"
-COMPLETED_NAME = ".completed"
 
 
 class Record(Protocol):

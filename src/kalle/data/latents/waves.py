@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from kalle.data.latents.storage import Folder, is_url
 from kalle.data.latents.table import Table
 from kalle.errors import UserError
 from kalle.files import fingerprint, output_folder
+from kalle.progress import CountProgress
 
 logger = logging.getLogger(__name__)
 RECORDING = "recording"
 KIND = "waves"
 BYTES_A_SAMPLE = 2
 MEGABYTE = 10**6
-Progress = Callable[[int, int], None]
-"""Called with the numbers of cuts done and of all cuts."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class WaveRecord:
 
 
 def write_wave_shards(
-    splits: Mapping[str, Sequence[Cut]], out: str | Path, config: WaveShardConfig | None = None, progress: Progress | None = None
+    splits: Mapping[str, Sequence[Cut]], out: str | Path, config: WaveShardConfig | None = None, progress: CountProgress | None = None
 ) -> dict[str, Any]:
     """Write the shard folder ``out`` from the cuts of each split; returns its info.json.
 
