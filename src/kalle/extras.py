@@ -1,9 +1,10 @@
-"""The optional parts of the package: which packages each needs, and how to install what is missing."""
+"""The optional parts of the package: which packages each needs, how to install what is missing; and the name of the processor."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import platform
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,6 +67,14 @@ def missing_extra(module: str) -> UserError | None:
 def module_of(package: str) -> str:
     """The name under which ``package`` is imported."""
     return MODULES.get(package.lower(), package.lower().replace("-", "_"))
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    rows = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _installed() -> Distribution | None:

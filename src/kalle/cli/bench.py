@@ -169,6 +169,7 @@ def machine(device: Any, dtype: Any, lm: KalleLM) -> dict[str, Any]:
     import torch
 
     from kalle import __version__
+    from kalle.extras import cpu_name
 
     return {
         "kalle": __version__,
@@ -178,17 +179,6 @@ def machine(device: Any, dtype: Any, lm: KalleLM) -> dict[str, Any]:
         "backbone": str(dtype).removeprefix("torch."),
         "lm_parameters": sum(weight.numel() for weight in lm.parameters()),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    import platform
-
-    info = Path("/proc/cpuinfo")
-    names = (
-        [row.split(":", 1)[1].strip() for row in info.read_text().splitlines() if row.startswith("model name")] if info.is_file() else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def line(timing: Timing) -> str:

@@ -402,7 +402,7 @@ class LMTrainingConfig(TrainingConfig):
         if self.compile and self.objective.alignment_weight:
             raise UserError(
                 f"got compile=true and objective.alignment_weight={self.objective.alignment_weight}, expected one of them: "
-                "the led attention is read by hooks, which a compiled layer need not run; leave one out"
+                "the attention that follows the text is read by hooks, which a compiled layer need not run; leave one out"
             )
 
     @property

@@ -27,6 +27,7 @@ from torch import nn
 
 from kalle.checkpoint import CONFIG_NAME, FORMAT_VERSION, read_json, resolve_device, write_json
 from kalle.errors import UserError
+from kalle.extras import cpu_name
 from kalle.files import folder_lock, output_folder, write_atomic
 from kalle.training.callbacks import EMA, LogTail, RunProgress, StepSeeds, build_loggers
 from kalle.training.checkpointing import LastCheckpoint, Preempted, check_checkpoint, resume_path, saved_log_step, step_of
@@ -241,6 +242,7 @@ def _trainer(
 ) -> lightning.Trainer:
     given, started = config.trainer, started_ranks()
     devices = [device.index] if device.index is not None else given.devices
+    passed: dict[str, Any] = {name: value for name, value in vars(given).items() if name not in ("devices", "num_nodes", "strategy")}
     if strategy == FSDP:
         strategy = sharded_strategy(process_count(given.devices, given.num_nodes, device))
     try:
@@ -253,17 +255,7 @@ def _trainer(
             logger=loggers,
             callbacks=callbacks,
             default_root_dir=str(config.out),
-            max_steps=given.max_steps,
-            max_epochs=given.max_epochs,
-            val_check_interval=given.val_check_interval,
-            check_val_every_n_epoch=given.check_val_every_n_epoch,
-            limit_val_batches=given.limit_val_batches,
-            num_sanity_val_steps=given.num_sanity_val_steps,
-            log_every_n_steps=given.log_every_n_steps,
-            gradient_clip_val=given.gradient_clip_val,
-            accumulate_grad_batches=given.accumulate_grad_batches,
-            benchmark=given.benchmark,
-            deterministic=given.deterministic,
+            **passed,
             use_distributed_sampler=False,  # our samplers split over ranks themselves
             enable_checkpointing=True,
             enable_progress_bar=False,
@@ -370,7 +362,7 @@ def run_machine(trainer: lightning.Trainer) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
@@ -378,15 +370,6 @@ def run_machine(trainer: lightning.Trainer) -> dict[str, Any]:
         "world_size": trainer.world_size,
         "precision": str(trainer.precision),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def git_state(folder: Path) -> tuple[dict[str, Any] | None, bytes]:
