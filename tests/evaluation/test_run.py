@@ -39,6 +39,7 @@ def test_a_configuration_becomes_a_result(named_list: Path, tmp_path: Path) -> N
     result = evaluate(config(named_list, tmp_path / "out"))
     assert result is not None
     assert (result.value("wavs", "mel_l1"), result.value("wavs", "duration_ratio")) == (0, 1)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["columns"]["mel_l1"] == ["mel_l1"]
     stored = json.loads((tmp_path / "out" / "results.json").read_text())["config"]
     assert (stored["testset"], stored["limit"], stored["left_out"]) == (str(named_list), 2, {"beyond the limit": 1})
 

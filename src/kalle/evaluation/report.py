@@ -59,6 +59,8 @@ class Result:
     """Facts of the run as a whole, such as latent health."""
     lower_is_better: Mapping[str, bool | None] = field(default_factory=dict)
     """The direction of each aggregate; None where there is no better."""
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The columns of each aggregate: their mean, or two whose sums are divided. With them, two results can be compared item by item."""
 
     def value(self, system: str, name: str) -> float | None:
         """The mean called ``name`` of ``system``; None when it was not measured."""
@@ -103,6 +105,7 @@ def finish(
         notes=[*notes, *unmeasured(scores.metrics, scores.rows)],
         extra=dict(extra or {}),
         lower_is_better={rule.name: rule.lower_is_better for rule in rules},
+        columns={rule.name: [rule.numerator] if rule.denominator is None else [rule.numerator, rule.denominator] for rule in rules},
     )
     with folder_lock(out, "results", wait=True):  # two ranks may end at the same time
         write_atomic(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows))
