@@ -25,6 +25,7 @@ COMMANDS = {
     "encode": "write the Flow-VAE posteriors of a corpus as shards",
     "train": "train a Flow-VAE or a language model (`kalle train flowvae|lm`, then any Hydra override)",
     "evaluate": "score synthesis, reconstruction or a folder of wavs",
+    "compare": "compare scored runs item by item; a gate for releasing weights",
     "calibrate": "measure where speech ends, and store the stop rule with the weights",
     "bench": "measure speed and memory on this machine",
     "export": "copy a weight folder with 16-bit weights, in files small enough to ship",

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kalle.evaluation.comparison import Comparison, compare, gate
     from kalle.evaluation.metrics import Metric, MetricError, ScoreItem
     from kalle.evaluation.protocols import SpeakingConfig, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs
     from kalle.evaluation.report import Result, Settings
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from kalle.evaluation.test_list import TestListConfig
 
 __all__ = [
+    "Comparison",
     "EvaluateConfig",
     "Metric",
     "MetricError",
@@ -22,14 +24,17 @@ __all__ = [
     "Settings",
     "SpeakingConfig",
     "TestListConfig",
+    "compare",
     "evaluate",
     "evaluate_reconstruction",
     "evaluate_synthesis",
     "evaluate_wavs",
+    "gate",
     "standard_metrics",
 ]
 
 _HOMES = {
+    "comparison": ("Comparison", "compare", "gate"),
     "metrics": ("Metric", "MetricError", "ScoreItem"),
     "protocols": ("SpeakingConfig", "evaluate_reconstruction", "evaluate_synthesis", "evaluate_wavs"),
     "report": ("Result", "Settings"),
