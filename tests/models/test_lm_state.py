@@ -149,10 +149,10 @@ def test_join_and_select_leave_their_states_as_they_were(lm: KalleLM) -> None:
 def test_several_positions_at_once_extend_rows_of_different_lengths(lm: KalleLM) -> None:
     joined = LMState.join([_prefill(lm, length, length) for length in (3, 12)])
     frames = torch.stack([_frames(4, 1), _frames(4, 2)])
-    together, _ = lm._extend(lm._embed_latents(frames), joined)
+    together, _ = lm.backbone.advance(lm._embed_latents(frames), joined)
     for row, length in enumerate((3, 12)):
-        alone, _ = lm._extend(lm._embed_latents(frames[row : row + 1]), _prefill(lm, length, length))
-        torch.testing.assert_close(together.mean[row], alone.mean[0], **CLOSE)
+        alone, _ = lm.backbone.advance(lm._embed_latents(frames[row : row + 1]), _prefill(lm, length, length))
+        torch.testing.assert_close(together[row], alone[0], **CLOSE)
 
 
 def test_half_precision_rows_are_finite_and_near() -> None:

@@ -109,3 +109,10 @@ def test_auto_without_the_library_says_what_is_missing(
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(arguments: dict[str, str], remedy: str) -> None:
     with pytest.raises(UserError, match=remedy):
         Kalle.from_pretrained("no such folder", "cpu", **arguments)
+
+
+def test_half_speaks(weight_folder: Path) -> None:
+    """With the clock of this machine, whichever it finds faster."""
+    kalle = Kalle.from_pretrained(weight_folder, "cpu", dtype="half")
+    assert kalle.lm.backbone.embed_tokens.weight.dtype in (torch.float16, torch.bfloat16)
+    assert len(kalle.synthesize("Lift the box.", seed=3, max_seconds=0.4, retries=0).audio)

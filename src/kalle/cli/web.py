@@ -21,7 +21,7 @@ def web(
     share: Annotated[bool, typer.Option("--share", help="Ask Gradio for a public address, through its servers.")] = False,
     voices: Annotated[Path | None, typer.Option(help="Folder of kept voices; by default voices/ in the weight folder.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16, float16 or half (the faster of them).")] = "auto",
     quantize: QuantizeOption = "none",
     max_text: Annotated[int, typer.Option(help="Most characters in one text.")] = 5000,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,

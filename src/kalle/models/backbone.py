@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kalle.errors import UserError
+from kalle.models.half_precision import PaddedLinear
 from kalle.models.lm_state import CachedState, KVCache, LayerCache
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     Mask = Tensor | BlockMask | None
 
+T = TypeVar("T")
 _LARGEST_SIZES = {
     "vocab_size": 2**22, "hidden_size": 2**16, "intermediate_size": 2**18, "num_hidden_layers": 2**10, "num_attention_heads": 2**10,
     "num_key_value_heads": 2**10, "head_dim": 2**12, "max_position_embeddings": 2**27,
@@ -220,10 +222,10 @@ class Attention(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = PaddedLinear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = PaddedLinear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = PaddedLinear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = PaddedLinear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None) -> Tensor:
         rows, new, _ = x.shape
@@ -253,9 +255,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = PaddedLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = PaddedLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = PaddedLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -341,6 +343,11 @@ class Backbone(nn.Module):
         new = embeddings.shape[1]
         hidden = self(embeddings, state.attention_mask(new), state.position_ids(new), state.cache).last_hidden_state
         return hidden[:, -1], state
+
+    def step(self, z: Tensor, state: CachedState, embed: Callable[[Tensor], Tensor], head: Callable[[Tensor], T]) -> tuple[T, CachedState]:
+        """``head`` of the hidden state (B, H) of one more position, ``embed`` (B, 1, H) of the frames ``z`` (B, 1, D); and the state."""
+        hidden, state = self.advance(embed(z[:, None]), state)
+        return head(hidden), state
 
 
 def _choose_kernels(device: torch.device) -> None:

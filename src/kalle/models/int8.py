@@ -10,9 +10,9 @@ B rows, W new positions, H hidden size, N cached positions of a row.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from kalle.models.lm_state import LMState
 if TYPE_CHECKING:
     import onnxruntime
 
+T = TypeVar("T")
 _ACCURACY_INT8 = 4
 _OPSET, _IR_VERSION = 21, 10
 _PROMPT_CHUNK = 512
@@ -95,6 +96,11 @@ class Int8Backbone(nn.Module):
         """
         hidden, state = self._read(embeddings, state)
         return hidden[:, -1], state
+
+    def step(self, z: Tensor, state: Int8State, embed: Callable[[Tensor], Tensor], head: Callable[[Tensor], T]) -> tuple[T, Int8State]:
+        """As ``Backbone.step``."""
+        hidden, state = self.advance(embed(z[:, None]), state)
+        return head(hidden), state
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor | None = None, **_: Any) -> BackboneOutput:
         """Every hidden state (B, W, H) of ``inputs_embeds`` (B, W, H), without a cache; called as a `Backbone` is. Rows are not packed."""

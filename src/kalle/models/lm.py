@@ -15,12 +15,14 @@ from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.backbone import Backbone, BackboneConfig
+from kalle.models.half_precision import pad_products
 from kalle.models.int8 import Int8Backbone, require_engine
 from kalle.models.int8_weights import int8_tensors, is_quantised
 from kalle.models.layers import without_autocast
 from kalle.models.lm_batch import LMBatch, Packing, RowLayout, packed_layout, padded_layout
 from kalle.models.lm_state import LMState
 from kalle.models.speaker import SpeakerEncoder, SpeakerEncoderConfig
+from kalle.models.static_cache import StaticBackbone
 
 PART = "lm"
 ATTENTION = ("sdpa", "flex")
@@ -168,19 +170,26 @@ class KalleLM(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         quantize: Literal["int8"] | None = None,
+        graph: bool = False,
     ) -> KalleLM:
         """Load ``folder`` (NAME or NAME/lm), in evaluation mode, with the backbone in ``dtype`` and the rest in fp32.
 
         ``quantize`` "int8" computes the backbone with 8-bit weights (`kalle.models.int8`), which are made once and kept beside the others;
-        it needs the CPU and is for inference. UserError where that cannot be.
+        it needs the CPU and is for inference. ``graph`` replays steps as CUDA graphs (`kalle.models.static_cache`), also for inference.
+        UserError where that cannot be.
 
         On the CPU the weights are the mapped file: replace it by a rename while the model is in use, never overwrite it in place (``cp``),
         which would change the model or end the process. ``save_pretrained`` renames.
         """
         part = part_folder(folder, PART)
         config = KalleLMConfig.from_dict(read_json(part / CONFIG_NAME), str(part / CONFIG_NAME))
+        if graph and (quantize is not None or resolve_device(device).type != "cuda"):
+            raise UserError(f"graph needs CUDA and weights of its own: got device '{device}' and quantize {quantize}; leave graph out")
         if quantize is None:
-            return load_module(lambda: cls(config), part, device, {"backbone.": dtype})
+            known = BackboneConfig.of(config.backbone)
+            lm = load_module(lambda: cls(config, StaticBackbone(known, True) if graph else None), part, device, {"backbone.": dtype})
+            pad_products(lm.backbone)
+            return lm
         backbone = int8_backbone(part, device)
         return load_module(lambda: cls(config, backbone=backbone), part, device, skip=is_quantised)
 
@@ -280,8 +289,8 @@ class KalleLM(nn.Module):
 
         The rows of ``state`` may differ in length, see ``LMState.join``.
         """
-        hidden, state = self.append(z, state)
-        return self._head(hidden), state
+        prediction, state = self.backbone.step(z, state, self._embed_latents, self._head)
+        return prediction, state
 
     def encode_speaker(self, mels: Tensor) -> DiagGaussian:
         """Distribution (B, H) of the speaker latent of ``mels`` (B, 80, F)."""

@@ -21,6 +21,7 @@ from kalle.checkpoint import resolve_device, weights_hash
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.streaming import StreamingDecoder
+from kalle.models.half_precision import HALF, fastest_half
 from kalle.models.int8 import Int8Backbone, require_engine
 from kalle.models.lm import KalleLM, compile_layers, quantisable
 from kalle.synthesis.adapter import Adapter, base_hash
@@ -84,16 +85,19 @@ class Kalle:
         dtype: str | torch.dtype = "auto",
         quantize: str | None = None,
         compile: bool = False,
+        graph: bool = False,
     ) -> Kalle:
         """Load a weight folder (see docs/architecture.md), one with the released files, a hub id OWNER/NAME, or kalle-nano, which ships.
 
         Released files are converted beside themselves the first time; what a hub id names is fetched the first time.
         ``device`` "auto" is CUDA where there is one. ``dtype`` is that of the language model's backbone: "auto" is fp32 on
-        the CPU and bfloat16 on CUDA; its heads and the Flow-VAE are fp32 always. UserError for anything that isn't there.
+        the CPU and bfloat16 on CUDA, "half" the faster 16-bit type, measured at load on a CPU; its heads and the Flow-VAE are fp32 always.
+        UserError for anything that isn't there.
         ``quantize`` "int8" computes the backbone with 8-bit weights on the CPU, by onnxruntime (extra ``fast``); they are made once and
         kept beside the others. "auto" does so where the model is large enough to gain and this machine can, and logs what it took.
         A model with 8-bit weights takes no adapter. ``compile`` runs the layers of the backbone through torch.compile, which takes from
-        seconds to minutes at the first texts and needs a C++ compiler; 8-bit weights are not compiled.
+        seconds to minutes at the first texts and needs a C++ compiler; 8-bit weights are not compiled. ``graph`` replays every step of the
+        language model as a CUDA graph, recorded anew where a batch or a length outgrows a buffer (`kalle.models.static_cache`).
         On the CPU the weights are the mapped files: while they are in use, replace a file by a rename, never overwrite it in place.
         """
         resolved = resolve_device(device)
@@ -103,7 +107,7 @@ class Kalle:
         config = read_weight_folder(folder)
         flowvae = FlowVAE.from_pretrained(folder, resolved)
         chosen = resolve_quantize(quantize, folder, resolved, dtype)
-        lm = KalleLM.from_pretrained(folder, resolved, precision, quantize=chosen)
+        lm = KalleLM.from_pretrained(folder, resolved, precision, chosen, graph)
         if compile and chosen is None:
             compile_layers(lm)
         return cls(flowvae, lm, load_tokenizer(folder), config, folder)
@@ -398,10 +402,15 @@ def _why_not_int8(folder: Path, device: torch.device, dtype: str | torch.dtype) 
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """``"auto"`` is fp32 on the CPU and bfloat16 elsewhere; a name becomes its dtype, a UserError for an unknown one."""
+    """``"auto"`` is fp32 on the CPU and bfloat16 elsewhere, "half" what `fastest_half` finds; a name becomes its dtype.
+
+    UserError for an unknown one.
+    """
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype == HALF:
+        return fastest_half(device)
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise UserError(f"unknown dtype: got '{dtype}', expected auto, {', '.join(DTYPES)}")
+        raise UserError(f"unknown dtype: got '{dtype}', expected auto, {HALF}, {', '.join(DTYPES)}")
     return found
