@@ -17,13 +17,13 @@ out=${1:-docs/results/gpu}
 kalle="$python -m kalle"
 # name | seconds at most | command
 steps="
-tests|200|$python -m pytest -m gpu --timeout 150
-synthesis_full|120|$kalle bench synthesis --size full --device cuda --seconds 4 --seconds 10 --batch 8 --batch 32 --no-uncached --out $out/synthesis_full.json
-synthesis_nano|60|$kalle bench synthesis --model ckpt/kalle-nano --device cuda --seconds 4 --seconds 10 --batch 8 --batch 64 --no-uncached --out $out/synthesis_nano.json
-release_full|90|$kalle bench synthesis --size full --device cuda --seconds 4 --out $out/release_full.json
+tests|150|$python -m pytest -m gpu --timeout 140
+synthesis_full|160|$kalle bench synthesis --size full --device cuda --engine bfloat16 --engine float16 --engine graph --seconds 4 --seconds 10 --batch 8 --batch 64 --no-uncached --minutes 2 --out $out/synthesis_full.json
+synthesis_nano|60|$kalle bench synthesis --model ckpt/kalle-nano --device cuda --engine bfloat16 --engine graph --seconds 4 --seconds 10 --batch 8 --batch 64 --no-uncached --minutes 0.7 --out $out/synthesis_nano.json
+release_full|80|$kalle bench synthesis --size full --device cuda --engine bfloat16 --seconds 4 --minutes 1 --out $out/release_full.json
 streaming_full|40|$kalle bench streaming --size full --device cuda --chunk 1 --chunk 4 --out $out/streaming_full.json
-train_lm|90|$kalle bench train lm --size small --device cuda --out $out/train_lm.json
-train_flowvae|90|$kalle bench train flowvae --size small --device cuda --out $out/train_flowvae.json
+train_lm|110|$kalle bench train lm --size full --positions 8000 --steps 5 --rounds 1 --compile --minutes 1.3 --device cuda --out $out/train_lm.json
+train_flowvae|110|$kalle bench train flowvae --size small --steps 5 --rounds 1 --compile --minutes 1.3 --device cuda --out $out/train_flowvae.json
 "
 if [ $list = yes ]; then
   printf '%s' "$steps" | sed -n 's/^\([^|]*\)|\([^|]*\)|/\2 s at most: /p'

@@ -114,8 +114,8 @@ def test_what_is_spoken_alone_is_checked_before_anything_is_spoken(kalle_tiny: K
 
 
 def test_a_model_in_another_precision_is_made_once(kalle_tiny: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
-    kalle, made, convert = half_configured(kalle_tiny), [], release_compat._in_dtype
-    monkeypatch.setattr(release_compat, "_in_dtype", lambda lm, dtype: made.append(dtype) or convert(lm, dtype))
+    kalle, made, convert = half_configured(kalle_tiny), [], release_compat.in_dtype
+    monkeypatch.setattr(release_compat, "in_dtype", lambda lm, dtype: made.append(dtype) or convert(lm, dtype))
     requests = [ids(seed, compatibility=CONFIG_DTYPE) for seed in range(3)]
     converted: release_compat.ConvertedModels = {}
     together = speak_batch(kalle.lm, kalle.flowvae, requests, converted=converted)

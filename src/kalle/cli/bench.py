@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -15,12 +17,16 @@ from kalle.cli.main import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from kalle.evaluation.benchmark import Timing
+    from kalle.evaluation.benchmark import DecoderForm, Engine, Timing
     from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure speed and memory on this machine.", rich_markup_mode=None)
 _MEGABYTE = 2**20
+ENGINES = {"float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "int8": 1 + 4 / 32, "graph": 2}
+"""Ways to compute the language model, and the bytes of a weight in each; half is the faster of the 16-bit types, graph bfloat16 replayed as
+a CUDA graph."""
+ENGINE_HELP = f"Compute the language model so: {', '.join(ENGINES)}; repeatable, the first is the baseline. By default those that run here."
 
 
 class Size(StrEnum):
@@ -47,29 +53,62 @@ def synthesis(
     uncached: Annotated[bool, typer.Option(help="Also the release's algorithm: no cache, the whole prefix for every frame.")] = True,
     batch: Annotated[list[int] | None, typer.Option(help="Also this many requests at once; repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16 or float16.")] = "auto",
+    engine: Annotated[list[str] | None, typer.Option("--engine", "--dtype", help=ENGINE_HELP)] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the rows and the machine to this JSON file.")] = None,
+    minutes: Annotated[float, typer.Option(help="Leave out what is not measured by then.")] = 10.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the rows and the machine to this JSON file, and a table beside it (.md).")
+    ] = None,
 ) -> None:
-    """Time and memory of each step of synthesis, in one run on the same weights and noise."""
+    """Time and memory of each step of synthesis, in one run on the same weights and noise, beside the limits of this machine."""
     with interruptible():
         check(model, size, seconds, batch or [])
         import torch
 
         from kalle.checkpoint import resolve_device
-        from kalle.evaluation.benchmark import BenchPlan, bench_synthesis, timing_row
-        from kalle.synthesis.kalle import resolve_dtype
+        from kalle.evaluation.benchmark import BenchPlan, SynthesisBench, timing_row
+        from kalle.evaluation.limits import measure_limits
 
         if threads is not None:
             torch.set_num_threads(threads)
         resolved = resolve_device(device)
-        precision = resolve_dtype(dtype, resolved)
-        lm, flowvae = load(model, size, resolved, precision)
-        typer.echo(heading(resolved, precision, lm))
-        plan = BenchPlan(seconds=tuple(seconds), uncached=uncached, batch_sizes=tuple(batch or ()))
-        rows = bench_synthesis(lm, flowvae, plan, lambda timing: typer.echo(line(timing)))
+        facts = machine(resolved)
+        warn_of_load(facts["load"])
+        engines, decoders = speech_engines(model, size, resolved, engine or []), decoder_forms(model, size, resolved)
+        limits = measure_limits(resolved, ("float32", "bfloat16", "float16") if resolved.type == "cuda" else ("float32", "bfloat16"))
+        facts |= {"read_bytes_per_second": limits.read_bytes_per_second, "flop_per_second": dict(limits.flop_per_second)}
+        typer.echo(heading(facts))
+        plan = BenchPlan(tuple(seconds), uncached=uncached, batch_sizes=tuple(batch or ()), minutes=minutes)
+        bench = SynthesisBench(engines, decoders, plan, limits, lambda timing: typer.echo(line(timing)))
+        bench.run()
+        for name in bench.left_out:
+            typer.echo(f"left out after {minutes:g} minutes: {name}")
         if out is not None:
-            write(out, machine(resolved, precision, lm), [timing_row(row) for row in rows])
+            write(out, facts, [timing_row(row) for row in bench.rows])
+            write_table(out.with_suffix(".md"), facts, bench.rows)
+
+
+@app.command()
+def compute(
+    size: Annotated[Size, typer.Option(help="The configuration.")] = Size.full,
+    seconds: Annotated[float, typer.Option(help="Length of speech.")] = 10.0,
+    text: Annotated[int, typer.Option(min=1, help="Positions of text, which the paper's counting leaves out.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Also write the rows to this JSON file.")] = None,
+) -> None:
+    """The arithmetic of speaking in the paper's counting (table 4: no cache, no text, multiply-accumulates) and as it is done here."""
+    with interruptible():
+        from kalle.evaluation.compute import paper_counting, true_counting
+
+        lm, flowvae = configuration("lm", size), configuration("flowvae", size)
+        frames = round(seconds * flowvae.frame_rate_hz)
+        if frames < 1:
+            raise UserError(f"bad --seconds: got {seconds}, expected at least one frame of {1 / flowvae.frame_rate_hz:g} s")
+        rows = [paper_counting(lm, flowvae, frames), true_counting(lm, flowvae, frames, text)]
+        typer.echo(f"{'counting':<10}{'language model':>16}{'decoder':>12}{'together':>12}  for {seconds:g} s, in units of 10^9")
+        for row in rows:
+            typer.echo(f"{row.counting:<10}{row.lm / 1e9:>16,.0f}{row.decoder / 1e9:>12,.0f}{row.total / 1e9:>12,.0f}  {row.unit}")
+        if out is not None:
+            write(out, {"size": size.value, "seconds": seconds, "frames": frames, "text_positions": text}, [asdict(row) for row in rows])
 
 
 @app.command()
@@ -122,18 +161,94 @@ def check(model: Path | None, size: Size | None, seconds: list[float], batch: li
         raise UserError(f"bad --batch: got {batch}, expected sizes of at least 1")
 
 
-def load(model: Path | None, size: Size | None, device: Any, dtype: Any) -> tuple[KalleLM, FlowVAE]:
-    """The two models, read from ``model`` or made from the configuration ``size``."""
-    from kalle.models.lm import KalleLM
+def speech_engines(model: Path | None, size: Size | None, device: Any, names: list[str]) -> list[Engine]:
+    """The engines called ``names``, by default those that run here; their weights are read from ``model`` or random of ``size``.
 
-    flowvae = load_flowvae(model, size, device)
-    if model is not None:
-        return KalleLM.from_pretrained(model, device, dtype), flowvae
+    UserError for a name that is not known or cannot run here.
+    """
+    import functools
+
+    from kalle.evaluation.benchmark import Engine
+    from kalle.models.int8 import require_engine
+
+    cuda = device.type == "cuda"
+    if not names and cuda:
+        names = ["bfloat16"]
+    elif not names:
+        names = ["float32", "bfloat16"]
+        try:
+            require_engine()
+            names.append("int8")
+        except UserError as error:
+            typer.echo(f"not measured: int8, for {error}", err=True)
+    for name in names:
+        if name not in ENGINES or (name == "graph" and not cuda) or (name == "int8" and cuda):
+            raise UserError(
+                f"--engine: got '{name}' on {device.type}, expected {', '.join(ENGINES)}, graph on CUDA and int8 on the CPU only"
+            )
+    if "int8" in names:
+        require_engine()
+    base = functools.cache(lambda: random_lm(size))
+    return [Engine(name, library(name), functools.partial(load_lm, model, base, device, name), ENGINES[name]) for name in names]
+
+
+def library(engine: str) -> str:
+    """What computes ``engine``, with its version."""
+    import importlib.metadata
+
+    package, kind = (
+        ("onnxruntime", "int8 block 32") if engine == "int8" else ("torch", "bfloat16 CUDA graph" if engine == "graph" else engine)
+    )
+    return f"{package} {importlib.metadata.version(package)} {kind}"
+
+
+def load_lm(model: Path | None, base: Callable[[], KalleLM], device: Any, engine: str) -> KalleLM:
+    """The language model for ``engine``, read from ``model`` or else made of the random fp32 weights that ``base`` keeps."""
     import torch
 
-    lm = KalleLM(configuration("lm", size))
-    torch.nn.Module.to(lm.backbone, dtype)
-    return lm.to(device).eval(), flowvae
+    from kalle.models.half_precision import HALF, fastest_half, pad_products
+    from kalle.models.int8 import Int8Backbone
+    from kalle.models.int8_weights import is_quantised, quantised_backbone
+    from kalle.models.lm import KalleLM
+    from kalle.models.static_cache import StaticBackbone
+    from kalle.synthesis.release_compat import in_dtype
+
+    dtype = fastest_half(device) if engine == HALF else torch.bfloat16 if engine == "graph" else getattr(torch, engine, torch.float32)
+    if model is not None:
+        return KalleLM.from_pretrained(model, device, dtype, "int8" if engine == "int8" else None, engine == "graph")
+    lm = base()
+    config = lm.backbone.config
+    if engine == "int8":
+        int8 = KalleLM(lm.config, Int8Backbone(config, dict(quantised_backbone(config, lm.backbone.state_dict()))))
+        int8.load_state_dict({name: tensor for name, tensor in lm.state_dict().items() if not is_quantised(name)})
+        return int8.eval()
+    other = in_dtype(lm, dtype)
+    if engine == "graph":
+        other = KalleLM(lm.config, StaticBackbone(config, graph=True))
+        other.load_state_dict(lm.state_dict())
+        torch.nn.Module.to(other.backbone, dtype)
+    pad_products(other.backbone)
+    # A copy where the device is another, so that the weights it is made of stay on the CPU for the next engine.
+    return other if device.type == "cpu" else copy.deepcopy(other).to(device).eval()
+
+
+def random_lm(size: Size | None) -> KalleLM:
+    """Random fp32 weights of the configuration ``size`` on the CPU."""
+    import torch
+
+    from kalle.models.lm import KalleLM
+
+    torch.manual_seed(0)
+    return KalleLM(configuration("lm", size)).eval().requires_grad_(False)
+
+
+def decoder_forms(model: Path | None, size: Size | None, device: Any) -> list[DecoderForm]:
+    """The decoder as it was trained."""
+    import functools
+
+    from kalle.evaluation.benchmark import DecoderForm
+
+    return [DecoderForm("trained form", library("float32"), functools.partial(load_flowvae, model, size, device))]
 
 
 def load_flowvae(model: Path | None, size: Size | None, device: Any) -> FlowVAE:
@@ -158,17 +273,22 @@ def configuration(part: str, size: Size | None) -> Any:
     return instantiate(compose(f"train_{part}", [f"{part}={size.value}"])[part], _convert_="all")
 
 
-def heading(device: Any, dtype: Any, lm: KalleLM) -> str:
+def heading(facts: Mapping[str, Any]) -> str:
     """The heading of the table: what is measured, where, and the columns."""
-    facts = ", ".join(f"{name} {value}" for name, value in machine(device, dtype, lm).items())
-    return f"{facts}\n{'step':<46}{'speech':>9}{'wall':>10}{'RTF':>8}{'peak':>10}  RTF = wall seconds / seconds of speech"
+    told = ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, str | int))
+    peaks = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in facts["flop_per_second"].items())
+    return (
+        f"{told}\nreads {facts['read_bytes_per_second'] / 1e9:.1f} GB/s, {peaks}\n"
+        f"{'step':<44}{'speech':>9}{'wall':>10}{'limit':>10}{'RTF':>8}{'peak':>10}  RTF = wall seconds / seconds of speech"
+    )
 
 
-def machine(device: Any, dtype: Any, lm: KalleLM) -> dict[str, Any]:
+def machine(device: Any) -> dict[str, Any]:
     """The facts that a timing depends on."""
     import torch
 
     from kalle import __version__
+    from kalle.evaluation.limits import load_average
     from kalle.extras import cpu_name
 
     return {
@@ -176,22 +296,50 @@ def machine(device: Any, dtype: Any, lm: KalleLM) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "backbone": str(dtype).removeprefix("torch."),
-        "lm_parameters": sum(weight.numel() for weight in lm.parameters()),
+        "load": load_average(),
     }
+
+
+def warn_of_load(load: float | None) -> None:
+    """A line where other programs are at work."""
+    from kalle.evaluation.limits import why_not_quiet
+
+    if (reason := why_not_quiet(load)) is not None:
+        typer.echo(f"warning: {reason}", err=True)
 
 
 def line(timing: Timing) -> str:
     """One row of the table."""
     memory = timing.peak_bytes / _MEGABYTE
-    text = f"{timing.step:<46}{timing.speech_seconds:>7.2f} s{timing.wall_seconds:>8.2f} s{timing.rtf:>8.3f}{memory:>7.0f} MB"
+    times = f"{timing.speech_seconds:>7.2f} s{timing.wall_seconds:>8.2f} s{timing.limit_seconds:>8.2f} s{timing.rtf:>8.3f}"
+    return f"{timing.step:<44}{times}{memory:>7.0f} MB  " + "; ".join([timing.library, *notes(timing)])
+
+
+def notes(timing: Timing) -> list[str]:
+    """What else a row says."""
+    found = [f"{ratio:.2f} x {name}" for name, ratio in timing.ratios.items()]
     if timing.peak_since_start:
-        text += "  (peak since the process began)"
+        found.append("peak since the process began")
     if timing.first_audio_seconds is not None:
-        text += f"  first audio {timing.first_audio_seconds:.2f} s"
+        found.append(f"first audio {timing.first_audio_seconds:.2f} s")
     if timing.difference is not None:
-        text += f"  max difference {timing.difference:.1e}"
-    return text
+        found.append(f"max difference {timing.difference:.1e}")
+    if timing.divergence_mean is not None and timing.divergence_99 is not None:
+        found.append(f"KL {timing.divergence_mean:.1e}, 99th percentile {timing.divergence_99:.1e}")
+    return found
+
+
+def write_table(path: Path, facts: Mapping[str, Any], rows: Sequence[Timing]) -> None:
+    """The same as a table in Markdown."""
+    from kalle.files import write_atomic
+
+    told = heading(facts).splitlines()[:2]
+    table = ["| step | by | seconds | limit | RTF | peak | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        times = f"{row.wall_seconds:.2f} | {row.limit_seconds:.2f} ({row.limited_by}) | {row.rtf:.3f}"
+        step = f"{row.step}, {row.speech_seconds:g} s"
+        table.append(f"| {step} | {row.library} | {times} | {row.peak_bytes / 1e9:.1f} GB | {'; '.join(notes(row))} |")
+    write_atomic(path, ("\n".join(["  \n".join(told), "", *table]) + "\n").encode())
 
 
 def write(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     import lightning
     import torch
 
+    from kalle.evaluation.limits import Limits
+
 STAGES = ("lm", "flowvae")
 SEED, WARMUP = 0, 3
+OUT_OF_MEMORY = "needs more memory than the device has"
 LONGEST_SHARE = 5
 """Utterances of at most this part of a batch take part: longer ones would keep packed batches from being filled."""
 
@@ -48,18 +51,31 @@ class Variant:
     padding: list[float] = field(default_factory=list)
     """Share of the positions of each step that held nothing."""
     peak_bytes: int = 0
+    flop: Callable[[Any], float] | None = None
+    """Operations of a step on a batch in the products of the model's layers, forward and back; None where they are not counted."""
+    computed: float = 0.0
+    """The sum of ``flop`` over the timed steps."""
+    problem: str | None = None
+    """Why there is nothing to tell."""
 
-    def row(self, first: Variant) -> dict[str, Any]:
-        """The measurements; ``speedup`` is frames a second over those of ``first``."""
-        rate, base = (sum(each.trained) / sum(each.seconds) for each in (self, first))
+    @property
+    def rate(self) -> float | None:
+        """Latent frames a second; None without a timed step."""
+        return sum(self.trained) / sum(self.seconds) if self.seconds else None
+
+    def row(self, first: Variant, limits: Limits) -> dict[str, Any]:
+        """The measurements; ``speedup`` is frames a second over that of ``first``, ``flop_utilisation`` the share of the machine's peak."""
+        peak = limits.flop_per_second["bfloat16" if self.precision.startswith("bf16") else "float32"]
         return {
             "name": self.name,
             "precision": self.precision,
-            "step_milliseconds": 1000 * statistics.median(self.seconds),
-            "frames_per_second": rate,
-            "speedup": rate / base,
+            "step_milliseconds": 1000 * statistics.median(self.seconds) if self.seconds else None,
+            "frames_per_second": self.rate,
+            "speedup": self.rate / first.rate if self.rate and first.rate else None,
+            "flop_utilisation": self.computed / sum(self.seconds) / peak if self.computed else None,
             "padding_share": statistics.fmean(self.padding) if self.padding else 0.0,
             "peak_bytes": self.peak_bytes,
+            "problem": self.problem if self.rate is None else None,
         }
 
 
@@ -72,6 +88,9 @@ def train(
     segment_frames: Annotated[int, typer.Option(min=1, help="flowvae: latent frames of a crop.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of a turn.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each way to train, one after the other.")] = 3,
+    minutes: Annotated[
+        float, typer.Option(help="Share this time out among the turns; each ends with the step in which its share is over.")
+    ] = 10.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Also with torch.compile.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -85,7 +104,9 @@ def train(
         import torch
 
         from kalle.checkpoint import resolve_device
+        from kalle.cli.bench import warn_of_load
         from kalle.data.loading.datamodules import measure_loader
+        from kalle.evaluation.limits import load_average, measure_limits
 
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module="lightning")
@@ -96,23 +117,36 @@ def train(
             variants = _lm_variants(size, data, Path(folder), positions, workers, compiled)
         else:
             variants = _flowvae_variants(size, data, Path(folder), batch, segment_frames, workers, compiled)
-        for _ in range(rounds):
-            for variant in variants:
-                _turn(variant, resolved, steps)
-        rows = [variant.row(variants[0]) for variant in variants]
-        typer.echo(f"{'way to train':<24}{'step':>10}{'frames/s':>10}{'x first':>9}{'padding':>9}{'memory':>10}")
+        warn_of_load(load_average())
+        limits = measure_limits(resolved)
+        turns, ends = [variant for _ in range(rounds) for variant in variants], time.perf_counter() + 60 * minutes
+        for number, variant in enumerate(turns):
+            now = time.perf_counter()
+            _turn(variant, resolved, steps, now + max(0.0, ends - now) / (len(turns) - number))
+        rows = [variant.row(variants[0], limits) for variant in variants]
+        typer.echo(f"{'way to train':<24}{'step':>10}{'frames/s':>10}{'x first':>9}{'of peak':>9}{'padding':>9}{'memory':>10}")
         for row in rows:
-            memory = f"{row['peak_bytes'] / 2**20:>7.0f} MB"
-            rate = f"{row['step_milliseconds']:>7.0f} ms{row['frames_per_second']:>10.0f}{row['speedup']:>9.2f}"
-            typer.echo(f"{row['name']:<24}{rate}{row['padding_share']:>9.1%}{memory}")
+            typer.echo(_line(row))
         loader = measure_loader(variants[-1].data(), 40, workers)
         typer.echo(f"loader alone ({workers} workers): {loader.items_per_second:.1f} items/s")
         if out is not None:
             _write(out, rows, {**asdict(loader), "workers": workers}, resolved)
 
 
-def _turn(variant: Variant, device: torch.device, steps: int) -> None:
-    """``steps`` timed steps behind some that are not."""
+def _line(row: Mapping[str, Any]) -> str:
+    """One row of the table."""
+    if row["problem"] is not None:
+        return f"{row['name']:<24}{row['problem']}"
+    rate = f"{row['step_milliseconds']:>7.0f} ms{row['frames_per_second']:>10.0f}"
+    ratio, share = (
+        f"{'-':>9}" if row[key] is None else format(row[key], kind) for key, kind in (("speedup", ">9.2f"), ("flop_utilisation", ">9.1%"))
+    )
+    return f"{row['name']:<24}{rate}{ratio}{share}{row['padding_share']:>9.1%}{row['peak_bytes'] / 2**20:>7.0f} MB"
+
+
+def _turn(variant: Variant, device: torch.device, steps: int, ends: float) -> None:
+    """``steps`` timed steps behind some that are not, as far as they begin before ``ends`` on the clock; a way that needs more memory
+    than the device has is not tried again."""
     import lightning
     import torch
     from lightning.pytorch.callbacks import Callback
@@ -128,12 +162,16 @@ def _turn(variant: Variant, device: torch.device, steps: int) -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             now = time.perf_counter()
-            if trainer.global_step > WARMUP:
+            # Where there is no time to warm up, the last of several slow steps tells more than nothing.
+            last_chance = now >= ends and not variant.seconds and self.last > 0
+            if trainer.global_step > WARMUP or last_chance:
                 variant.seconds.append(now - self.last)
                 variant.trained.append(variant.frames(batch))
+                variant.computed += 0.0 if variant.flop is None else variant.flop(batch)
                 share = trainer.callback_metrics.get("train/padding_share")
                 variant.padding += [] if share is None else [float(share)]
             self.last = now
+            trainer.should_stop = trainer.should_stop or now >= ends
 
     precision: Any = variant.precision
     trainer = lightning.Trainer(
@@ -141,8 +179,14 @@ def _turn(variant: Variant, device: torch.device, steps: int) -> None:
         precision=precision, callbacks=[StepClock()], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0,
     )  # fmt: skip
+    if variant.problem == OUT_OF_MEMORY:
+        return
+    variant.problem = "no step was timed: give it more --minutes"
     with PeakMemory(device) as memory:
-        trainer.fit(variant.module(), variant.data().train_dataloader(), weights_only=True)
+        try:
+            trainer.fit(variant.module(), variant.data().train_dataloader(), weights_only=True)
+        except torch.OutOfMemoryError:
+            variant.problem = OUT_OF_MEMORY
     variant.peak_bytes = max(variant.peak_bytes, memory.bytes)
 
 
@@ -173,11 +217,17 @@ def _lm_variants(size: str, latents: Path | None, folder: Path, positions: int, 
     def frames(batch: LMBatch) -> int:
         return int(batch.latent_lengths.sum())
 
+    def flop(batch: LMBatch) -> float:
+        positions = int(batch.text_lengths.sum() + batch.latent_lengths.sum())
+        return 6.0 * lm.backbone.config.layer_parameters * positions
+
     ways: list[tuple[str, str, Packing | None, bool]] = [("padded", "32-true", None, False), ("packed", "32-true", Packing(), False)]
     ways += [("packed, bf16", "bf16-mixed", Packing(), False)]
     ways += [("packed, bf16, compiled", "bf16-mixed", Packing(), True)] if compiled else []
     return [
-        Variant(name, precision, partial(module, packing, fast), partial(values.module, tokenizer, SEED, packing is not None), frames)
+        Variant(
+            name, precision, partial(module, packing, fast), partial(values.module, tokenizer, SEED, packing is not None), frames, flop=flop
+        )
         for name, precision, packing, fast in ways
     ]
 

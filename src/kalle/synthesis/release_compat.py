@@ -129,14 +129,14 @@ def configured_dtype(lm: KalleLM) -> torch.dtype:
 
 def _kept(lm: KalleLM, dtype: torch.dtype, converted: ConvertedModels) -> KalleLM:
     if (lm, dtype) not in converted:
-        other = _in_dtype(lm, dtype)
+        other = in_dtype(lm, dtype)
         if other is lm:
             return lm
         converted[lm, dtype] = other
     return converted[lm, dtype]
 
 
-def _in_dtype(lm: KalleLM, dtype: torch.dtype) -> KalleLM:
+def in_dtype(lm: KalleLM, dtype: torch.dtype) -> KalleLM:
     """``lm`` with a backbone in ``dtype``; what has no weights, such as the rotary frequencies, keeps its own."""
     if isinstance(lm.backbone, Int8Backbone):
         raise UserError(f"the release runs this backbone in {_name(dtype)}: got 8-bit weights; load the model without quantize")
