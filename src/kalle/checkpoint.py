@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kalle.errors import UserError
-from kalle.files import atomic_file, unwritable, write_atomic
+from kalle.errors import PATH, UserError, check_type
+from kalle.files import atomic_file, points_elsewhere, unwritable, write_atomic
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -118,7 +118,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise unreadable(path, error) from None
     except SafetensorError as error:
-        raise UserError(f"not a readable safetensors file: '{path}' ({error}); fetch or convert it again") from None
+        hint = points_elsewhere(path) or "; fetch or convert it again"
+        raise UserError(f"not a readable safetensors file: '{path}' ({error}){hint}") from None
 
 
 def weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:

@@ -43,6 +43,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCKS_FOLDER = ".locks"
 PARTIAL = ".partial"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.partial")
+LFS_POINTER = b"version https://git-lfs"
 MARKER = ".writing"
 """In a folder that is being filled; locked while its process lives."""
 _LONGEST_NAME_BYTES = 255
@@ -50,6 +51,14 @@ _RECENT_SECONDS = 2.0
 """How old an abandoned file must be: a writer that renames a file of its own onto the temporary name takes our lock away."""
 _swept: set[Path] = set()
 """Folders in which this process has looked for what a killed one left behind."""
+
+
+def points_elsewhere(path: Path) -> str:
+    """A sentence for a file that Git LFS left in place of the real one; empty for any other file."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "; it only points to the real file, which is stored with LFS: run `git lfs pull` where it comes from"
+    return ""
 
 
 class DiskError(UserError):

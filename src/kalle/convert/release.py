@@ -47,7 +47,7 @@ from kalle.convert.release_format import (
     released_lm_names,
 )
 from kalle.errors import UserError
-from kalle.files import atomic_folder, unwritable
+from kalle.files import LFS_POINTER, atomic_folder, unwritable
 from kalle.models.flowvae import BigVGANConfig, FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.text.tokenizer import TOKENIZER_NAME, Tokenizer
@@ -55,7 +55,6 @@ from kalle.text.tokenizer import TOKENIZER_NAME, Tokenizer
 logger = logging.getLogger(__name__)
 
 GENERATOR = "generator"
-LFS_POINTER = b"version https://git-lfs"
 _ZIP, _PICKLE = b"PK", b"\x80"
 """How files of torch.save begin, today's and those before 1.6."""
 
