@@ -68,10 +68,10 @@ def test_a_decoder_that_dies_costs_the_file_and_no_more(ogg: Path, when: str, mo
     name = "ask" if when == "at the header" else "blocks"
     real = getattr(decoding._Decoder, name)
 
-    def dying(decoder: decoding._Decoder, argument: object) -> object:
+    def dying(decoder: decoding._Decoder, *arguments: object) -> object:
         os.kill(pid(), signal.SIGSEGV)
         time.sleep(0.2)
-        return real(decoder, argument)
+        return real(decoder, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(decoding._Decoder, name, dying)

@@ -23,7 +23,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +32,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from kalle.errors import UserError
+from kalle.files import points_elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ DECODER_SECONDS = 60.0
 _LONGEST_BELIEVED_SECONDS = 1e9
 _BLOCK_VALUES = 2**18
 _LARGEST_BLOCK_BYTES = 2**21
+_LARGEST_LAYOUT_BYTES = 2**12
+"""Of the fmt chunk of a WAV file; they have 16 to 40."""
+_MOST_CHUNKS = 4096
+"""That are looked through in a WAV file."""
 _PLAIN_BEGINNINGS = (b"RIFF", b"RF64", b"riff", b"FORM", b".snd", b"caff", b"fLaC")
 _PLAIN_SUBTYPES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _WAVE_SUBTYPES = {(1, 8): "PCM_U8", (1, 16): "PCM_16", (1, 24): "PCM_24", (1, 32): "PCM_32", (3, 32): "FLOAT", (3, 64): "DOUBLE"}
@@ -70,8 +75,35 @@ class Decoded:
     rate_hz: int
     channels: int
     seconds: float | None
-    """The length that the header claims; None where it states none."""
+    """The length of the file that its header claims; None where it states none."""
     blocks: Iterator[Samples]
+    format: str = ""
+    """libsndfile's name of the format; empty where libsndfile by itself does not read these samples."""
+
+    @property
+    def frames(self) -> int | None:
+        """``seconds`` in samples a channel."""
+        return None if self.seconds is None else round(self.seconds * self.rate_hz)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is read of a file: from ``start_s`` on, ``duration_s`` long or, with None, to the end."""
+
+    start_s: float = 0.0
+    duration_s: float | None = None
+    as_opened: bool = False
+    """Begin where libsndfile does by itself, which is later than the first sample where an Ogg stream was cut out of a longer one."""
+
+    def range(self, rate_hz: int) -> tuple[int, int | None]:
+        """The first sample and how many at most, rounded as lhotse rounds times."""
+        # To 8 digits, so that a time that means a sample is not taken for the one before it.
+        start, frames = (None if time is None else math.floor(round(time * rate_hz, 8) + 0.5) for time in (self.start_s, self.duration_s))
+        return start or 0, frames
+
+
+WHOLE = Part()
+HEADER = Part(duration_s=0.0)
 
 
 def _require_content(path: Path) -> None:
@@ -87,22 +119,23 @@ def empty_audio(path: Path) -> AudioError:
 
 
 @contextmanager
-def open_audio(path: Path, longest_seconds: float | None) -> Iterator[Decoded]:
-    """The header of ``path`` and its samples in blocks, all checked: AudioError when it is missing or unreadable, has more channels than
-    `MOST_CHANNELS`, or holds NaN or infinity, and with ``longest_seconds`` when it is longer, by its header before anything is decoded.
+def open_audio(path: Path, longest_seconds: float | None, part: Part = WHOLE) -> Iterator[Decoded]:
+    """The header of ``path`` and the samples of ``part`` in blocks, all checked: AudioError when it is missing or unreadable, has more
+    channels than `MOST_CHANNELS`, or holds NaN or infinity, and with ``longest_seconds`` when the part is longer, by the header before
+    anything is decoded. A part that reaches beyond the end is what there is of it.
     """
     _require_content(path)
     with contextlib.ExitStack() as stack:
-        decoded = _decode_here(path, stack) or _decode_apart(path, stack)
+        decoded = _decode_here(path, stack, part) or _decode_apart(path, stack, part)
         if decoded.channels > MOST_CHANNELS:
             raise AudioError(
                 f"too many channels in '{path}': got {decoded.channels}, expected at most {MOST_CHANNELS}; mix it down", "unreadable"
             )
-        most = _most_samples(path, longest_seconds, decoded)
+        most = _most_samples(path, longest_seconds, decoded, part)
         yield replace(decoded, blocks=_checked(path, decoded, most))
 
 
-def _most_samples(path: Path, longest_seconds: float | None, decoded: Decoded) -> int | None:
+def _most_samples(path: Path, longest_seconds: float | None, decoded: Decoded, part: Part) -> int | None:
     """How many samples a channel may have, None for any number; refuses a header that claims more."""
     if longest_seconds is None:
         return None
@@ -112,8 +145,10 @@ def _most_samples(path: Path, longest_seconds: float | None, decoded: Decoded) -
             f"{MOST_VALUES_A_SECOND} together; convert it",
             "too long",
         )
-    if decoded.seconds is not None and decoded.seconds > longest_seconds:
-        raise _too_long(path, longest_seconds, decoded.seconds)
+    claimed = math.inf if decoded.seconds is None else decoded.seconds - part.start_s
+    claimed = min(claimed, math.inf if part.duration_s is None else part.duration_s)
+    if longest_seconds < claimed < math.inf:
+        raise _too_long(path, longest_seconds, claimed)
     return int(longest_seconds * decoded.rate_hz)
 
 
@@ -153,7 +188,20 @@ class _Sequential(soundfile.SoundFile):
         return False
 
 
-def _decode_here(path: Path, stack: contextlib.ExitStack) -> Decoded | None:
+def open_plain(content: bytes) -> soundfile.SoundFile:
+    """An audio file in memory; a ValueError unless it is PCM or FLAC, which is decoded in this process."""
+    if not content.startswith(_PLAIN_BEGINNINGS):
+        raise ValueError("it is neither PCM nor FLAC")
+    try:
+        file = soundfile.SoundFile(io.BytesIO(content))
+    except soundfile.LibsndfileError as error:
+        raise ValueError(str(error)) from None
+    if file.subtype not in _PLAIN_SUBTYPES:
+        raise ValueError(f"it is neither PCM nor FLAC but {file.subtype}")
+    return file
+
+
+def _decode_here(path: Path, stack: contextlib.ExitStack, part: Part) -> Decoded | None:
     """The file where it is PCM or FLAC; None for another format, or none."""
     with path.open("rb") as start:
         if not start.read(4).startswith(_PLAIN_BEGINNINGS) or path.suffix.lower() in HEADERLESS:
@@ -165,25 +213,28 @@ def _decode_here(path: Path, stack: contextlib.ExitStack) -> Decoded | None:
         return None
     if file.subtype not in _PLAIN_SUBTYPES:
         return None
-    if not file.frames:
-        file = _unfinished_wave(path, stack) or file
-    return _from_sndfile(file)
+    if not file.frames and (rest := _unfinished_wave(path, stack)):
+        return replace(_from_sndfile(rest, part), format="")
+    return _from_sndfile(file, part)
 
 
-def _from_sndfile(file: soundfile.SoundFile) -> Decoded:
+def _from_sndfile(file: soundfile.SoundFile, part: Part) -> Decoded:
     seconds = file.frames / file.samplerate
     # A file that was written into a pipe doesn't know its length, which reads as the largest there is.
     known = seconds if seconds < _LONGEST_BELIEVED_SECONDS else None
-    return Decoded(int(file.samplerate), int(file.channels), known, _sndfile_blocks(file))
+    return Decoded(int(file.samplerate), int(file.channels), known, _sndfile_blocks(file, part), file.format)
 
 
-def _sndfile_blocks(file: soundfile.SoundFile) -> Iterator[Samples]:
-    if file.format == "OGG":
-        file.seek(0)  # one whose first granule is late begins elsewhere otherwise
-    frames = max(1, _BLOCK_VALUES // file.channels)
+def _sndfile_blocks(file: soundfile.SoundFile, part: Part) -> Iterator[Samples]:
+    start, left = part.range(file.samplerate)
+    most = max(1, _BLOCK_VALUES // file.channels)
     try:
-        while len(block := file.read(frames, dtype="float32", always_2d=True)):
+        # An Ogg stream whose first granule is late begins elsewhere without it.
+        if start or (file.format == "OGG" and not part.as_opened):
+            file.seek(min(start, file.frames))
+        while left != 0 and len(block := file.read(most if left is None else min(most, left), dtype="float32", always_2d=True)):
             yield block
+            left = None if left is None else left - len(block)
     except soundfile.LibsndfileError as error:
         raise _DecodingError(str(error)) from None
 
@@ -219,17 +270,15 @@ def _unfinished_wave(path: Path, stack: contextlib.ExitStack) -> soundfile.Sound
     size, layout = path.stat().st_size, None
     if file.read(4) not in (b"RIFF", b"RF64") or file.read(8)[4:] != b"WAVE":
         return None
-    while len(head := file.read(8)) == 8:
-        name, length = head[:4], int.from_bytes(head[4:], "little")
-        if name == b"data":
-            start = file.tell()
+    for _ in range(_MOST_CHUNKS):
+        head = file.read(8)
+        name, length, start = head[:4], int.from_bytes(head[4:], "little"), file.tell()
+        if name == b"data" or len(head) < 8:
             break
         if name == b"fmt ":
-            layout = file.read(length)
-            file.seek(length % 2, os.SEEK_CUR)
-        else:
-            file.seek(length + length % 2, os.SEEK_CUR)
-    else:
+            layout = file.read(min(length, _LARGEST_LAYOUT_BYTES))
+        file.seek(start + length + length % 2)
+    if name != b"data":
         return None
     if length or layout is None or len(layout) < 16 or start >= size or _are_chunks(file, start, size):
         return None
@@ -247,15 +296,17 @@ def _unfinished_wave(path: Path, stack: contextlib.ExitStack) -> soundfile.Sound
 
 def _are_chunks(file: IO[bytes], place: int, size: int) -> bool:
     """Whether the file consists of chunks from ``place`` to its end: then an empty data chunk means what it says."""
-    while place + 8 <= size:
+    for _ in range(_MOST_CHUNKS):
+        if place + 8 > size:
+            break
         file.seek(place + 4)
         length = int.from_bytes(file.read(4), "little")
         place += 8 + length + length % 2
     return place == size
 
 
-# The decoding process: a request is a line of JSON; the answer a line of JSON with the header, blocks (their bytes, then the samples), and
-# after an empty block a line that says how it ended. Nothing that comes from it is trusted.
+# The decoding process: a request is a line of JSON with the path and the part; the answer a line of JSON with the header, blocks (their
+# bytes, then the samples), and after an empty block a line that says how it ended. Nothing that comes from it is trusted.
 _LENGTH = struct.Struct("<I")
 
 
@@ -267,11 +318,11 @@ class _Decoder:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def ask(self, path: Path) -> dict[str, Any]:
-        """Begin to decode ``path``; its header."""
+    def ask(self, path: Path, part: Part) -> dict[str, Any]:
+        """Begin to decode ``part`` of ``path``; its header."""
         process = self._running()
         assert process.stdin is not None
-        process.stdin.write(json.dumps([os.fsencode(path.absolute()).hex()]).encode() + b"\n")
+        process.stdin.write(json.dumps([os.fsencode(path.absolute()).hex(), astuple(part)]).encode() + b"\n")
         process.stdin.flush()
         return self._line()
 
@@ -361,8 +412,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_decoder.forget)
 
 
-def _decode_apart(path: Path, stack: contextlib.ExitStack) -> Decoded:
-    """The file decoded by the other process, which is ended when anything else than the whole file was read from it."""
+def _decode_apart(path: Path, stack: contextlib.ExitStack, part: Part) -> Decoded:
+    """The part decoded by the other process, which is ended when anything else than the whole part was read from it."""
     stack.enter_context(_decoder.lock)
     whole = False
 
@@ -372,11 +423,11 @@ def _decode_apart(path: Path, stack: contextlib.ExitStack) -> Decoded:
 
     stack.callback(end)
     try:
-        header = _decoder.ask(path)
+        header = _decoder.ask(path, part)
         if "error" in header:
             whole = True
             raise _DecodingError(str(header["error"]))
-        rate_hz, channels, seconds = int(header["rate"]), int(header["channels"]), header["seconds"]
+        rate_hz, channels, seconds, name = int(header["rate"]), int(header["channels"]), header["seconds"], str(header["format"])
         if rate_hz < 1 or channels < 1:
             raise _DecodingError("its header makes no sense")
     except _DecodingError as error:
@@ -397,12 +448,13 @@ def _decode_apart(path: Path, stack: contextlib.ExitStack) -> Decoded:
             whole = True
             raise _unreadable(path, _decoder.death()) from None
 
-    return Decoded(rate_hz, channels, float(seconds) if isinstance(seconds, int | float) else None, blocks())
+    return Decoded(rate_hz, channels, float(seconds) if isinstance(seconds, int | float) else None, blocks(), name)
 
 
 def _unreadable(path: Path, problem: str) -> AudioError:
     return AudioError(
-        f"unreadable audio: '{path}' ({_one_line(problem)}); expected WAV, FLAC, Ogg, Opus, MP3 or what PyAV decodes; convert it",
+        f"unreadable audio: '{path}' ({_one_line(problem)}); expected WAV, FLAC, Ogg, Opus, MP3 or what PyAV decodes"
+        + (points_elsewhere(path) or "; convert it"),
         "unreadable",
     )
 
@@ -413,12 +465,13 @@ def serve() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     _limit_memory()
     for line in sys.stdin.buffer:
-        path = Path(os.fsdecode(bytes.fromhex(json.loads(line)[0])))
+        name, part = json.loads(line)
         end: dict[str, Any] = {}
         try:
             with contextlib.ExitStack() as stack:
-                decoded = _decode_any(path, stack)
-                _say(answers, {"rate": decoded.rate_hz, "channels": decoded.channels, "seconds": decoded.seconds})
+                decoded = _decode_any(Path(os.fsdecode(bytes.fromhex(name))), stack, Part(*part))
+                header = {"rate": decoded.rate_hz, "channels": decoded.channels, "seconds": decoded.seconds, "format": decoded.format}
+                _say(answers, header)
                 if decoded.channels > MOST_CHANNELS:
                     continue  # refused by whoever asked; this process is ended
                 try:
@@ -448,20 +501,20 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODER_MEMORY_BYTES, resource.RLIM_INFINITY))
 
 
-def _decode_any(path: Path, stack: contextlib.ExitStack) -> Decoded:
+def _decode_any(path: Path, stack: contextlib.ExitStack, part: Part) -> Decoded:
     problem = "it needs PyAV (`pip install av`)"
     if path.suffix.lower() not in HEADERLESS:
         try:
-            return _from_sndfile(stack.enter_context(_Sequential(path)))
+            return _from_sndfile(stack.enter_context(_Sequential(path)), part)
         except (soundfile.LibsndfileError, OSError, TypeError) as error:
             problem = str(error)
-    decoded = _from_av(path, stack)
+    decoded = _from_av(path, stack, part)
     if decoded is None:
         raise _DecodingError(problem)
     return decoded
 
 
-def _from_av(path: Path, stack: contextlib.ExitStack) -> Decoded | None:
+def _from_av(path: Path, stack: contextlib.ExitStack, part: Part = WHOLE) -> Decoded | None:
     """The first audio stream by way of PyAV; None when PyAV is absent or finds none."""
     try:
         import av
@@ -477,7 +530,18 @@ def _from_av(path: Path, stack: contextlib.ExitStack) -> Decoded | None:
     lengths = ((stream.duration, stream.time_base), (container.duration, 1e-6))
     claimed = next((float(length * base) for length, base in lengths if length and base), None)
     channels, rate_hz = int(context.channels or 0), int(context.sample_rate or 0)
-    return Decoded(rate_hz, channels, claimed, _av_blocks(container, av.AudioResampler(format="flt"), channels, rate_hz))
+    blocks = _av_blocks(container, av.AudioResampler(format="flt"), channels, rate_hz)
+    return Decoded(rate_hz, channels, claimed, _within(blocks, *part.range(max(rate_hz, 1))))
+
+
+def _within(blocks: Iterator[Samples], start: int, left: int | None) -> Iterator[Samples]:
+    """``left`` samples from ``start`` on, of ``blocks`` that can only be read in turn."""
+    while left != 0 and (block := next(blocks, None)) is not None:
+        begun, start = block[start:], max(0, start - len(block))
+        chosen = begun if left is None else begun[:left]
+        left = None if left is None else left - len(chosen)
+        if len(chosen):
+            yield chosen
 
 
 def _av_blocks(container: Any, resampler: Any, channels: int, rate_hz: int) -> Iterator[Samples]:

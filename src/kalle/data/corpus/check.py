@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from kalle.audio import Audio, AudioError, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
 from kalle.data.corpus.items import TAG, Rejection, SourceItem, SplitPolicy, normalised
+from kalle.decoding import HEADER, Decoded, Part, open_audio
 from kalle.errors import UserError
 
 ROUNDING_S = 0.1
@@ -45,14 +45,22 @@ def read_header(item: SourceItem) -> ItemAudio | None:
     """
     if item.inside is not None:
         return None
+    header = _header(item.audio)
+    if header is None or header.channels != 1 or not header.frames or not header.format:
+        return None
+    if item.is_segment and header.format not in SEEKABLE:
+        return None
+    start, stop = _range(item, header.frames, header.rate_hz)
+    return ItemAudio(None, header.rate_hz, 1, stop - start, start, header.frames)
+
+
+def _header(path: Path) -> Decoded | None:
+    """What the header of ``path`` says; None where it is unreadable."""
     try:
-        info = soundfile.info(item.audio)
-    except (soundfile.LibsndfileError, OSError, TypeError):
+        with open_audio(path, None, HEADER) as header:
+            return header if not any(map(len, header.blocks)) else None
+    except AudioError:
         return None
-    if info.channels != 1 or info.frames <= 0 or (item.is_segment and info.format not in SEEKABLE):
-        return None
-    start, stop = _range(item, info.frames, info.samplerate)
-    return ItemAudio(None, info.samplerate, 1, stop - start, start, info.frames)
 
 
 def load_sound(item: SourceItem, longest_seconds: float = LONGEST_RECORDING_SECONDS) -> ItemAudio:
@@ -99,25 +107,15 @@ def _range(item: SourceItem, samples: int, rate_hz: int) -> tuple[int, int]:
 
 def _read_part(item: SourceItem, longest_seconds: float) -> ItemAudio | None:
     """The segment alone, where the format allows reading from any place; None where the whole has to be decoded."""
-    try:
-        with soundfile.SoundFile(item.audio) as file:
-            if file.format not in SEEKABLE:
-                return None
-            start, stop = _range(item, file.frames, file.samplerate)
-            if stop - start > longest_seconds * file.samplerate:
-                seconds = (stop - start) / file.samplerate
-                raise AudioError(f"too long: got {seconds:.3f} s, expected at most {longest_seconds:g} s; cut it", "too long")
-            file.seek(start)
-            frames = file.read(stop - start, dtype="float32", always_2d=True)
-            rate_hz, file_samples = int(file.samplerate), int(file.frames)
-    except (soundfile.LibsndfileError, OSError, TypeError):
+    header = _header(item.audio)
+    if header is None or header.frames is None or header.format not in SEEKABLE:
         return None
-    channels = np.ascontiguousarray(frames.T)
+    start, stop = _range(item, header.frames, header.rate_hz)
+    part = Part(start / header.rate_hz, (stop - start) / header.rate_hz)
+    channels, rate_hz = load_channels(item.audio, longest_seconds, part)
     if channels.shape[1] < stop - start:
         raise AudioError(f"unreadable audio: '{item.audio}' ends before its header says; fetch it again", "unreadable")
-    if not np.isfinite(channels).all():
-        raise AudioError(f"not finite: '{item.audio}' holds NaN or infinite samples; export it again", "not finite")
-    return _sound(item, channels, rate_hz, start, file_samples)
+    return _sound(item, channels, rate_hz, start, header.frames)
 
 
 @lru_cache(maxsize=1)
@@ -260,15 +258,18 @@ def _stored(item: SourceItem, sound: ItemAudio, wanted_hz: int, out: Path) -> tu
 
 
 def _soundfile_agrees(item: SourceItem, sound: ItemAudio) -> bool:
-    """Whether lhotse, which reads from where a file is opened, gets the samples that were checked."""
+    """Whether lhotse, which by itself reads from where libsndfile opens a file, gets the samples that were checked."""
+    file = _header(item.audio)
+    if file is None or not file.format or (item.is_segment and file.format not in SEEKABLE):
+        return False
+    if (file.rate_hz, file.frames, file.channels) != (sound.rate_hz, sound.file_samples, 1):
+        return False
+    if file.format != "OGG":
+        return True
+    # An Ogg stream that begins late is opened in its middle.
     try:
-        with soundfile.SoundFile(item.audio) as file:
-            seekable = not item.is_segment or file.format in SEEKABLE
-            if not seekable or (file.samplerate, file.frames, file.channels) != (sound.rate_hz, sound.file_samples, 1):
-                return False
-            # An Ogg stream that begins late is opened in its middle.
-            return file.format != "OGG" or (sound.channels is not None and np.array_equal(file.read(dtype="float32"), sound.channels[0]))
-    except (soundfile.LibsndfileError, OSError, TypeError, ValueError):
+        return sound.channels is not None and np.array_equal(load_channels(item.audio, None, Part(as_opened=True))[0], sound.channels)
+    except AudioError:
         return False
 
 

@@ -21,6 +21,7 @@ from lhotse.cut import Cut, MixedCut
 from lhotse.serialization import deserialize_item
 
 from kalle.data.corpus.items import SPLITS
+from kalle.decoding import Part, open_audio, open_plain
 from kalle.errors import UserError
 from kalle.files import atomic_file, output_folder, parse_json, write_atomic
 
@@ -185,22 +186,45 @@ def cut_field(cut: Cut, name: str) -> str | None:
 def load_audio(cut: Cut, sample_rate_hz: int) -> np.ndarray:
     """The audio of ``cut`` as float32 (S,), resampled to ``sample_rate_hz``, channels averaged.
 
-    A UserError names the cut when its audio cannot be read or holds a value that is not finite.
+    Files are decoded by `kalle.decoding`, so what crashes a decoder is such an error too. A UserError names the cut when its audio cannot
+    be read or holds a value that is not finite.
     """
-    # Others of lhotse's backends run programs, with the file's name in a line for the shell.
-    if not isinstance(get_current_audio_backend(), LibsndfileBackend):
-        set_current_audio_backend(LibsndfileBackend())
+    if not isinstance(get_current_audio_backend(), CheckedBackend):
+        set_current_audio_backend(CheckedBackend())
     try:
         for recording in _recordings(cut):
             _check_plain(recording)
         audio = (cut if cut.sampling_rate == sample_rate_hz else cut.resample(sample_rate_hz)).load_audio()
     except Exception as error:  # lhotse raises what its backend and its own checks raise
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        first: BaseException = error
+        while (cause := first.__cause__ or (None if first.__suppress_context__ else first.__context__)) is not None:
+            first = cause  # what lhotse puts around it says how it was called
+        reason = (str(first).strip().splitlines() or [type(first).__name__])[0]
         raise UserError(f"unreadable audio: cut '{cut.id}' ({reason}); run `kalle prepare` again or remove the file") from None
     mono = np.ascontiguousarray(np.atleast_2d(audio).mean(axis=0), dtype=np.float32)
     if not np.isfinite(mono).all():
         raise UserError(f"audio with NaN or infinity: cut '{cut.id}', expected finite samples; run `kalle prepare` again or remove it")
     return mono
+
+
+class CheckedBackend(LibsndfileBackend):
+    """How lhotse reads audio here: by `kalle.decoding`, and of recordings in memory only PCM and FLAC.
+
+    Others of lhotse's backends run programs, with the file's name in a line for the shell.
+    """
+
+    def read_audio(
+        self, path_or_fd: Any, offset: float = 0.0, duration: float | None = None, force_opus_sampling_rate: int | None = None
+    ) -> tuple[np.ndarray, int]:
+        """The samples (channels, S) from ``offset`` on, ``duration`` seconds or all there are, and their rate in Hz."""
+        if not isinstance(path_or_fd, str | Path):
+            open_plain(path_or_fd.getvalue()).close()
+            return super().read_audio(path_or_fd, offset, duration)
+        # Of a whole recording lhotse asks for no duration; a file may hold more than its manifest says.
+        with open_audio(Path(path_or_fd), LONGEST_CUT_SECONDS, Part(offset, duration)) as decoded:
+            blocks = list(decoded.blocks)
+            joined = np.concatenate(blocks or [np.zeros((0, decoded.channels), np.float32)]) if len(blocks) != 1 else blocks[0]
+            return joined.T, decoded.rate_hz
 
 
 def _recordings(cut: Cut) -> list[Recording]:

@@ -24,6 +24,7 @@ from kalle.data.corpus.cuts import load_audio
 from kalle.data.latents.shards import COMPLETED_NAME, INFO_NAME, ShardFolder, read_info_file, read_table, whole_table, write_index
 from kalle.data.latents.storage import Folder, is_url
 from kalle.data.latents.table import Table
+from kalle.decoding import open_plain
 from kalle.errors import UserError
 from kalle.files import fingerprint, output_folder
 from kalle.progress import CountProgress
@@ -200,12 +201,13 @@ class ShardWaves:
 
     def _read(self, index: int) -> np.ndarray:
         content = bytes(self.table.member(index, RECORDING).read())
-        if self.stored_rate_hz != self.sample_rate_hz:
-            return load_audio(Recording.from_bytes(content, self.name(index)).to_cut(), self.sample_rate_hz)
         try:
-            audio, _ = soundfile.read(io.BytesIO(content), dtype="float32")
-        except soundfile.LibsndfileError as error:
+            with open_plain(content) as file:
+                audio = file.read(dtype="float32") if self.stored_rate_hz == self.sample_rate_hz else None
+        except (soundfile.LibsndfileError, ValueError) as error:
             raise UserError(f"unreadable audio: cut '{self.name(index)}' ({error}); write or copy the shard folder again") from None
+        if audio is None:
+            return load_audio(Recording.from_bytes(content, self.name(index)).to_cut(), self.sample_rate_hz)
         return audio if audio.ndim == 1 else np.ascontiguousarray(audio.mean(axis=1), dtype=np.float32)
 
 
