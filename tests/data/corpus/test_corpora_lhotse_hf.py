@@ -138,3 +138,12 @@ def test_damaged_manifests_are_one_line(tmp_path: Path, line: str) -> None:
     with pytest.raises(UserError) as caught:
         read_lhotse(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_the_name_of_a_manifest_is_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pipe:touch ran;cuts.jsonl").write_text("")
+    for source in (Path(), Path("pipe:touch ran;cuts.jsonl")):
+        with pytest.raises(UserError, match="expected cuts"):
+            read_lhotse(source)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe:touch ran;cuts.jsonl"]

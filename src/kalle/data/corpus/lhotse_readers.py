@@ -105,7 +105,8 @@ def read_lhotse(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") 
 
 
 def _manifest_files(path: Path) -> list[tuple[Path, Path | None]]:
-    """(cuts, None) or (recordings, supervisions)."""
+    """(cuts, None) or (recordings, supervisions), as absolute paths: lhotse would run a file name that begins with "pipe:"."""
+    path = path.absolute()
     if path.is_file():
         return [(path, None)]
     if not path.is_dir():
