@@ -233,6 +233,14 @@ def test_csv_with_header_finds_columns_by_name(tmp_path: Path) -> None:
     assert [(item.id, item.text, item.speaker, item.language) for item in items] == [("x", "Hello", "ann", "fr"), ("y", "Bye", "bob", "en")]
 
 
+def test_a_column_without_a_name_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(",audio,text\n7,x.wav,Hello\n8,y.wav,Bye\n")  # as pandas writes its index
+    (tmp_path / "list.jsonl").write_text('{"": 7, "audio": "x.wav", "text": "Hello"}\n{"": 8, "audio": "y.wav", "text": "Bye"}\n')
+    for source in (read_csv_corpus(tmp_path / "list.csv"), read_jsonl_corpus(tmp_path / "list.jsonl")):
+        found = [(item.id, item.speaker, item.language, item.split, item.start_s, item.duration_s) for item in source.items]
+        assert found == [("x", "unknown", "", None, 0.0, None), ("y", "unknown", "", None, 0.0, None)]
+
+
 def test_the_header_of_f5_is_known(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text(f"audio_file|text\n{tmp_path}/a.wav|Hello\n")
     [item] = read_csv_corpus(tmp_path / "metadata.csv").items

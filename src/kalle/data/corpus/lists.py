@@ -179,7 +179,7 @@ def _named(row: Mapping[str, Any], kind: str) -> str | None:
 
 def _item(path: Path, row: Mapping[str, Any], number: str, speaker: str, language: str) -> SourceItem:
     """The item of one row with the keys of `COLUMNS`; _BadEntry when there is none."""
-    values = {kind: row.get(_named(row, kind) or "") for kind in COLUMNS}
+    values = {kind: None if (name := _named(row, kind)) is None else row[name] for kind in COLUMNS}
     found = values["audio"].get("path") if isinstance(values["audio"], dict) else values["audio"]
     if not isinstance(found, str) or not found:
         raise _BadEntry("missing", "it has no audio")
