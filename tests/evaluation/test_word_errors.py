@@ -90,6 +90,16 @@ def test_what_chinese_needs_is_looked_for_before_anything_is_heard(monkeypatch: 
         WER(Says(), languages=["en", "zh"])
 
 
+@pytest.mark.parametrize("text", ["\u8edf\u9ad4\u5f88\u597d", "\u8f6f\u4f53\u5f88\u597d"])
+@pytest.mark.parametrize("heard", ["\u8edf\u9ad4\u5f88\u597d", "\u8f6f\u4f53\u5f88\u597d"])
+def test_both_scripts_of_chinese_are_one(text: str, heard: str) -> None:
+    pytest.importorskip("zhconv")
+    row = WER(Says(heard), normalisers=["seed_tts"])(item(text, "zh"))
+    assert row["wer_words"] == 4
+    # A word of Taiwan is a word of the mainland to the protocol, whose references are simplified.
+    assert row["wer"] == (0.25 if text == "\u8f6f\u4f53\u5f88\u597d" and heard != text else 0)
+
+
 def test_unknown_normaliser_lists_the_known() -> None:
     with pytest.raises(UserError, match="seed_tts, whisper, kalle_authors"):
         normaliser("nist")

@@ -142,19 +142,10 @@ def recogniser(normaliser: str, languages: list[str], **asr: Any) -> Recogniser:
     from kalle.evaluation.asr import WINDOW_SAMPLES, FasterWhisper
     from kalle.evaluation.metrics import RATE_HZ
     from kalle.evaluation.word_errors import normaliser as named
-    from kalle.evaluation.word_errors import require_zhconv, word_errors
+    from kalle.evaluation.word_errors import one_script, word_errors
 
     tokens = named(normaliser)
     whisper = FasterWhisper(languages=languages, **asr)
-
-    def one_script(text: str, language: str) -> str:
-        if language not in ("zh", "yue"):
-            return text
-        require_zhconv()
-        import zhconv
-
-        # Not zh-cn, which also puts the words of one country for those of another.
-        return str(zhconv.convert(text, "zh-hans"))
 
     def transcribe(audio: Audio, rate_hz: int, language: str) -> str:
         return one_script(whisper(resample(audio, rate_hz, RATE_HZ), language), language)

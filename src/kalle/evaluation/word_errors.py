@@ -81,12 +81,27 @@ def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> WordErro
     return WordErrors(counts.substitutions + counts.deletions + counts.insertions, len(reference))
 
 
-def simplified(text: str) -> str:
-    """Chinese in simplified characters, which the protocol asks of a transcript."""
+def one_script(text: str, language: str) -> str:
+    """``text``, Chinese in simplified characters: converted by script, which leaves the words what they are."""
+    if language not in ("zh", "yue"):
+        return text
     require_zhconv()
     import zhconv
 
-    return zhconv.convert(text, "zh-cn")
+    return str(zhconv.convert(text, "zh-hans"))
+
+
+def in_one_script(reference: str, transcript: str) -> tuple[str, str]:
+    """Both texts of Chinese in simplified characters: the transcript as the protocol has it, words of the mainland in place of others.
+
+    A traditional reference is converted too, and then both by script alone, for the words are its own.
+    """
+    converted = one_script(reference, "zh")
+    if converted != reference:
+        return converted, one_script(transcript, "zh")
+    import zhconv
+
+    return reference, str(zhconv.convert(transcript, "zh-cn"))
 
 
 def require_zhconv() -> None:
@@ -135,12 +150,13 @@ class WER:
         MetricError where a normaliser leaves nothing of the text; it keeps the columns of the others.
         """
         transcript = self.transcriber(item.audio, item.language)
+        text = item.text
         if item.language == "zh":
-            transcript = simplified(transcript)
+            text, transcript = in_one_script(text, transcript)
         columns: dict[str, Value] = {"transcript": transcript}
         empty = []
         for suffix, (name, tokens) in zip(self._suffixes(), self.normalisers.items(), strict=True):
-            reference = tokens(item.text, item.language)
+            reference = tokens(text, item.language)
             if not any(character.isalnum() for token in reference for character in token):
                 empty.append(name)
                 continue
