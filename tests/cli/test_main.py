@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import importlib
 import logging
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -188,3 +189,18 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
     assert process.stderr is not None
     process.stdout.close()
     assert (process.wait(60), process.stderr.read()) == (141, b"")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["--completion", "bash"], ["prepare", "--help"], ["train", "lm", "--help"]])
+def test_nobody_reads_what_is_printed(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "kalle", *words], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_streams_that_the_caller_closed() -> None:
+    for end, code in ((">&-", 0), ("<&- >&- 2>&-", 0), ("2>&-", 0)):
+        assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m kalle --version {end}"], check=False).returncode == code
+    assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m kalle nonsense 2>&-"], check=False).returncode == 2

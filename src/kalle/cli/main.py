@@ -102,7 +102,20 @@ def _fail(message: str, code: int = USAGE_ERROR) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. A user's mistake is one line on stderr and exit code 2; anything else is a bug and shows its traceback."""
+    """Entry point. A user's mistake is one line on stderr and exit code 2; anything else is a bug and shows its traceback.
+
+    A reader that is gone, of the output or of the messages, ends it silently.
+    """
+    code = 0
+    try:
+        code = _answer(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _closed_pipe() if code == 0 else code
+    return code
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not given or given[0] in ("-h", "--help", "help"):
@@ -118,11 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] not in COMMANDS:
         return _fail(f"unknown command: got {given[0]!r}, expected one of {', '.join(COMMANDS)}; see `kalle --help`")
     try:
-        code = dispatch(given)
-        sys.stdout.flush()
-        return code
+        return dispatch(given)
     except BrokenPipeError:
-        return _closed_pipe()
+        raise
     except UserError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -156,8 +167,11 @@ def _completion(given: Sequence[str]) -> int:
 
 def _closed_pipe() -> int:
     """The reader of the output is gone, as in `kalle voices list | head -1`: end silently, as other programs do."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains when it flushes
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else the interpreter complains when it flushes
     return CLOSED_PIPE
 
 
@@ -196,6 +210,7 @@ def _fail_usage(error: Exception) -> int:
 def run() -> None:
     """The console script: `main`, and the end of the process."""
     share_the_cores(os.environ)
+    open_streams()
     leave(main(), sys.argv[1] if len(sys.argv) > 1 else None)
 
 
@@ -284,6 +299,13 @@ def share_the_cores(environment: MutableMapping[str, str]) -> None:
     """
     if not any(name in environment for name in _OF_THE_USER):
         environment["GOMP_SPINCOUNT"] = SPINS
+
+
+def open_streams() -> None:
+    """Give the process the standard streams that its caller closed, as ``>&-`` does: Python leaves None in their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 (it stays open to the end)
 
 
 def leave(code: int, command: str | None) -> None:
