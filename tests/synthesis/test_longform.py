@@ -18,8 +18,8 @@ from kalle.seeds import sentence_seed
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.longform import LongForm, Part, even_gain_db, loudness_db, rolling_voice, speak_long
 from kalle.synthesis.longform_files import PartStore, settings_of, stored_seed
-from kalle.synthesis.options import GenerationOptions, SpeechRequest, usual_seconds
-from kalle.synthesis.speech import Speech
+from kalle.synthesis.options import GenerationOptions, SpeechRequest, StopRule, usual_seconds
+from kalle.synthesis.speech import Attempt, Speech
 from kalle.synthesis.voice import FLOWVAE_ENCODER, Voice
 
 TEXT = "The first sentence is here. The second one follows it.\n\nHere is a new paragraph. It ends with this one."
@@ -235,6 +235,26 @@ def test_the_real_chain_resumes_to_the_same_parts(kalle_tiny: Kalle, tmp_path: P
             theirs.speech.text, theirs.speech.seed, theirs.start_sample, theirs.gain_db, theirs.rolled, theirs.sentence,
         )  # fmt: skip
     assert stored_seed(tmp_path / "parts") == 5
+
+
+def test_a_part_is_read_back_with_all_of_its_result(roomy: Kalle, tmp_path: Path) -> None:
+    long = LongForm(Scripted(roomy), TEXT)
+    first = next(iter(long))
+    result = {
+        "stop": StopRule(0.25, 5, probability=0.75),
+        "attempts": (Attempt(3, "silence", 9, kept=False), Attempt(4, "end", 8)),
+        "low_confidence": 0.375,
+        "stuck_seconds": 0.5,
+        "trimmed_seconds": 0.25,
+        "end_frame_kl": 0.125,
+        "end_frame_probability": 0.875,
+        "warnings": ("one", "two"),
+    }
+    store = PartStore(tmp_path / "parts", settings_of(long))
+    store.write(replace(first, speech=replace(first.speech, **result)))
+    read = store.read(0, long.sentences[0])
+    assert read is not None
+    assert {name: getattr(read.speech, name) for name in result} == result
 
 
 def test_a_part_whose_files_are_damaged_is_spoken_again(roomy: Kalle, tmp_path: Path) -> None:

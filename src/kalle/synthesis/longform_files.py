@@ -20,12 +20,23 @@ import soundfile
 import torch
 
 from kalle.audio import from_pcm16, write_audio
-from kalle.checkpoint import part_folder, read_json, read_tensors, read_weights, tensors_hash, weights_hash, write_json, write_tensors
+from kalle.checkpoint import (
+    dataclass_from_dict,
+    part_folder,
+    read_json,
+    read_tensors,
+    read_weights,
+    tensors_hash,
+    weights_hash,
+    write_json,
+    write_tensors,
+)
 from kalle.errors import UserError
 from kalle.models.int8 import Int8Backbone
 from kalle.models.lm import PART
 from kalle.synthesis.longform import Part
-from kalle.synthesis.speech import FRAME_ARRAYS, Speech
+from kalle.synthesis.options import StopRule
+from kalle.synthesis.speech import FRAME_ARRAYS, Attempt, Speech
 from kalle.text.sentences import Sentence
 
 if TYPE_CHECKING:
@@ -40,7 +51,8 @@ LOCK_NAME = "lock"
 LINE_COLUMNS = 42
 """Columns of a subtitle line; an ideograph takes two."""
 _OF_PART = ("index", "loudness_db", "gain_db", "pace", "rolled", "pause_samples", "tries", "warnings")
-_OF_SPEECH = ("sample_rate", "stop_reason", "seed", "max_frames", "trimmed_seconds", "warnings", "text")
+_OF_SPEECH = [field.name for field in dataclasses.fields(Speech) if field.name not in ("audio", "parts", *FRAME_ARRAYS)]
+"""All of a result but what the other files hold."""
 _NAMES = {
     "text": "text",
     "voice": "voice",
@@ -78,6 +90,8 @@ class PartStore:
         if (stored["text"], stored["samples"]) != (sentence.text, len(samples)) or rate_hz not in (None, stored["speech"]["sample_rate"]):
             return None
         spoken: dict[str, Any] = stored["speech"] | {"warnings": tuple(stored["speech"]["warnings"])}
+        spoken["stop"] = dataclass_from_dict(StopRule, spoken["stop"], note, "stop")
+        spoken["attempts"] = tuple(dataclass_from_dict(Attempt, one, note, "attempts") for one in spoken["attempts"])
         spoken |= {name: arrays[name].numpy() for name in FRAME_ARRAYS}
         speech = Speech(from_pcm16(samples), **spoken)
         values = stored["part"] | {"warnings": tuple(stored["part"]["warnings"])}
@@ -97,6 +111,7 @@ class PartStore:
         values = {name: getattr(part, name) for name in _OF_PART}
         values["loudness_db"] = part.loudness_db if np.isfinite(part.loudness_db) else None
         spoken = {name: getattr(part.speech, name) for name in _OF_SPEECH}
+        spoken |= {"stop": part.speech.stop.to_dict(), "attempts": [dataclasses.asdict(one) for one in part.speech.attempts]}
         write_json(note, {"text": part.sentence.text, "samples": len(part.audio), "part": values, "speech": spoken})
 
     def count(self) -> int:
