@@ -19,7 +19,7 @@ def web(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets the network in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Ask Gradio for a public address, through its servers.")] = False,
-    voices: Annotated[Path | None, typer.Option(help="Folder of kept voices; by default voices/ in the weight folder.")] = None,
+    voices: Annotated[Path | None, typer.Option(help="Folder of kept voices; by default voices/ of the weights, or here.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16, float16 or half (the faster of them).")] = "auto",
     quantize: QuantizeOption = "none",

@@ -23,7 +23,7 @@ from kalle.errors import UserError
 from kalle.extras import require
 from kalle.serving.jobs import DEFAULT_MAX_TEXT, Backend, Job, Jobs
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.voice import VOICES_FOLDER
+from kalle.synthesis.voice import kept_voices
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -191,7 +191,7 @@ def serve(kalle: Kalle, options: WebOptions) -> None:
     UserError for a missing Gradio, a port that is taken or an address that isn't ours.
     """
     require_gradio()
-    voices = options.voices or (kalle.folder or Path()) / VOICES_FOLDER
+    voices = options.voices or kept_voices(kalle.folder)
     with Backend(kalle, voices, options.max_text) as backend, _gradio_files(backend.temporary / "page"), _ended_by_sigterm():
         page = launch(backend, options)
         try:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kalle.checkpoint import (
     CONFIG_NAME,
+    in_package,
     part_folder,
     permission_errors,
     read_json,
@@ -118,10 +119,11 @@ class Voice:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                ours = metadata.get("format") in (FORMAT, WITH_ADAPTER)  # else it may be a model of gigabytes
+                stored = {name: file.get_tensor(name) for name in file.keys() if ours}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
             raise UserError(f"not a voice file: '{path}' ({error}); make the voice again") from None
-        if metadata.get("format") not in (FORMAT, WITH_ADAPTER):
+        if not ours:
             got = metadata.get("format")
             hint = "give it as an adapter, beside a voice" if str(got).startswith("kalle-adapter") else "make the voice again"
             raise UserError(f"not a voice file: '{path}' has format {got!r}, expected {FORMAT!r}; {hint}")
@@ -269,10 +271,15 @@ def voice_path(folder: str | Path, name: str) -> Path:
     return Path(folder) / VOICES_FOLDER / f"{name}{SUFFIX}"
 
 
+def kept_voices(folder: Path | None) -> Path:
+    """Where voices that somebody keeps go: voices/ of the weight ``folder``, or of the current folder instead of the installed package."""
+    return Path(VOICES_FOLDER) if folder is None or in_package(folder) else folder / VOICES_FOLDER
+
+
 @permission_errors()
 def find_voice(folder: str | Path | None, voice: str | Path) -> Path:
     """The file of ``voice``: a name means the voice in ``folder`` before any file of that name, a path (a ``Path``, or a text with a
-    separator or the suffix) a file alone. A name is also looked for with the suffix in the current folder.
+    separator or the suffix) a file alone. A name is also looked for with the suffix in the current folder, and in its voices/.
 
     A UserError that lists the names there are, and one for a file that can't be read.
     """
@@ -280,8 +287,8 @@ def find_voice(folder: str | Path | None, voice: str | Path) -> Path:
     is_path = isinstance(voice, Path) or path.suffix == SUFFIX or any(mark in str(voice) for mark in "/\\")
     if folder is not None and not is_path and (stored := Path(folder) / VOICES_FOLDER / f"{voice}{SUFFIX}").is_file():
         path = stored
-    if not (is_path or path.is_file()) and (here := Path(f"{voice}{SUFFIX}")).is_file():
-        path = here
+    if not (is_path or path.is_file()):
+        path = next((here for place in ("", VOICES_FOLDER) if (here := Path(place, f"{voice}{SUFFIX}")).is_file()), path)
     if path.is_file():
         require_readable(path)
         return path
