@@ -60,6 +60,7 @@ def in_package(folder: Path) -> bool:
 
 def weight_folder(folder: str | Path) -> Path:
     """``folder``; for kalle-nano, or a folder in it, that of the model that ships where no folder here has that name."""
+    check_type("weight folder", folder, PATH, "a path")
     path = Path(folder)
     shipped = None if path.parts[:1] != (SHIPPED,) or Path(SHIPPED).is_dir() else shipped_folder()
     return path if shipped is None else shipped.joinpath(*path.parts[1:])
@@ -447,7 +448,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         raise UserError(f"unknown device: got '{device}', expected {_DEVICES}") from None
     if resolved.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"unsupported device: got '{device}', expected {_DEVICES}; use device=cpu")

@@ -1,4 +1,9 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and the check of what a program hands in."""
+
+from __future__ import annotations
+
+import os
+from types import UnionType
 
 
 class UserError(ValueError):
@@ -7,3 +12,12 @@ class UserError(ValueError):
     The command line prints it on one line and leaves with exit code 2; the library raises it as the
     ``ValueError`` it is. A broken invariant of our own is an ``assert`` instead.
     """
+
+
+PATH = str | os.PathLike
+
+
+def check_type(name: str, value: object, kinds: type | UnionType, expected: str) -> None:
+    """A UserError unless ``value`` is one of ``kinds``."""
+    if not isinstance(value, kinds):
+        raise UserError(f"bad {name}: got {value!r:.60}, expected {expected}; correct it")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,16 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAE
+from kalle.models.lm import KalleLM
+from kalle.synthesis.adapter import Adapter
+from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import (
     BASE_SECONDS,
     LONGEST_SECONDS,
     GenerationOptions,
     SpeechRequest,
+    StopRule,
     cap_frames,
     cap_seconds,
     fits_one_request,
     usual_seconds,
 )
+from kalle.synthesis.voice import Voice
+from kalle.text.tokenizer import Tokenizer
 
 
 @given(st.text(), st.text())
@@ -77,6 +85,16 @@ def test_a_cap_without_a_frame_is_refused(seconds: float) -> None:
         ({"chunk_frames": 2.5}, r"bad chunk_frames: got 2\.5, expected an integer of at least 1"),
         ({"latency_frames": -1}, "bad latency_frames: got -1"),
         ({"pause_s": 61}, "bad pause_s: got 61, expected a number from 0 to 60"),
+        ({"retries": True}, "bad retries: got True"),
+        ({"temperature": True}, "bad temperature: got True"),
+        ({"temperature": 10**400}, "bad temperature: got 1000"),
+        ({"chunk_frames": 10**400}, "bad chunk_frames"),
+        ({"watch": "no"}, "bad watch: got 'no', expected True or False"),
+        ({"normalise": 1}, "bad normalise: got 1"),
+        ({"rolling": None}, "bad rolling: got None"),
+        ({"by_sentences": "yes"}, "bad by_sentences: got 'yes'"),
+        ({"language": 5}, "bad language: got 5"),
+        ({"options": 5}, "bad options: got 5"),
         ({"language": "english!"}, "unknown language: got 'english!'"),
         ({"stop": 0.5}, "bad stop: got 0.5"),
         ({"compatibility": True}, "bad compatibility: got True"),
@@ -95,3 +113,39 @@ def test_options_take_what_numpy_counts_with_and_leave_the_rest_alone() -> None:
     assert (changed.guidance, changed.seed, options.guidance) == (2.0, 3, 1.0)
     assert SpeechRequest("Hi.", seed=3) == SpeechRequest("Hi.", options=GenerationOptions(seed=3))
     assert dataclasses.replace(SpeechRequest("Hi.", seed=3), text="Ho.").options.seed == 3
+
+
+WRONG = [5, 1.5, True, b"kalle-nano", ["kalle-nano"], {"a": 1}, None, object()]
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_loaders_name_what_is_no_path(value: object, kalle_tiny: Kalle, tmp_path: Path) -> None:
+    for load in (Kalle.from_pretrained, FlowVAE.from_pretrained, KalleLM.from_pretrained, Tokenizer.load, Voice.load, Adapter.load):
+        with pytest.raises(UserError, match="expected"):
+            load(value)
+    for load in (kalle_tiny.load_voice, kalle_tiny.load_adapter, kalle_tiny.random_voice(1).save):
+        with pytest.raises(UserError, match="expected"):
+            load(value)
+
+
+@pytest.mark.parametrize("value", [5, True, b"text", ["text"], {"a": 1}])
+def test_a_model_names_what_it_cannot_take(value: object, kalle_tiny: Kalle) -> None:
+    voice = kalle_tiny.random_voice(1)
+    calls = [
+        lambda: kalle_tiny.synthesize(value),
+        lambda: kalle_tiny.synthesize("text", value),
+        lambda: kalle_tiny.stream("text", options=value),
+        lambda: kalle_tiny.synthesize_batch(value if value != ["text"] else [["text"]]),
+        lambda: kalle_tiny.voice(value, "text"),
+        lambda: kalle_tiny.voice(np.ones(16000, np.float32), value),
+        lambda: kalle_tiny.voice(np.ones(16000, np.float32), "text", language=value),
+        lambda: kalle_tiny.load_voice(value),
+        lambda: Voice(value, speaker_latent=voice.speaker_latent),
+        lambda: Voice(voice.bound_to, prompt_latents=value, text="text"),
+        lambda: StopRule(threshold="0.5"),
+        lambda: StopRule(min_index=True),
+        lambda: StopRule(probability=True),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="expected"):
+            call()

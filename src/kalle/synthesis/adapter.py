@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kalle.checkpoint import require_readable
-from kalle.errors import UserError
+from kalle.errors import PATH, UserError, check_type
 from kalle.files import write_atomic
 from kalle.models.lm import KalleLM
 from kalle.models.lora import FACTORS, linear_layers, with_low_rank, with_weights
@@ -33,6 +33,8 @@ ROWS = ":rows"
 _LARGEST_EXPONENT = 14
 """A change is scaled by a power of two so that its largest value lies just below 2 ** 14, which fp16 holds: 2 ** 28 below it is still
 a number."""
+_LARGEST_STORED_EXPONENT = 300
+"""More than those of fp32 need."""
 SPEAKER_PARTS = ("speaker_encoder.", "speaker_projection")
 """Parameters that test-time training does not change (the paper freezes the speaker encoder)."""
 AGAIN = "make the adapter again with `kalle adapt` or `kalle train lm lora=default`"
@@ -78,6 +80,8 @@ class Adapter:
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "full"):
             raise UserError(f"a bad adapter: its kind is {self.kind!r}, expected lora or full; {AGAIN}")
+        if not math.isfinite(self.scale) or any(abs(exponent) > _LARGEST_STORED_EXPONENT for exponent in self.exponents.values()):
+            raise UserError(f"a bad adapter: its scale is {self.scale:g}, or an exponent beyond fp32, expected finite numbers; {AGAIN}")
         if not self.tensors:
             raise UserError(f"an empty adapter: got no tensors, expected some; {AGAIN}")
         for name, tensor in self.tensors.items():
@@ -222,7 +226,7 @@ class Adapter:
             return cls(cast("AdapterKind", kind), base, dict(tensors), scale, exponents, notes)
         except UserError as error:
             raise UserError(f"a damaged adapter: '{source}': {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"a damaged adapter: '{source}': no usable {error} in its header; {AGAIN}") from None
 
     def save(self, path: str | Path) -> None:
@@ -233,6 +237,7 @@ class Adapter:
     @classmethod
     def load(cls, path: str | Path) -> Adapter:
         """Read a file that ``save`` wrote, or the one in a folder; a UserError when it is missing, damaged or something else."""
+        check_type("path", path, PATH, "that of a .safetensors adapter")
         path = Path(path)
         path = path / ADAPTER_FILE if path.is_dir() else path
         if not path.is_file():

@@ -6,7 +6,7 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from numbers import Real
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kalle.checkpoint import resolve_device, weights_hash
-from kalle.errors import UserError
+from kalle.errors import UserError, check_type
 from kalle.models.flowvae import FlowVAE
 from kalle.models.flowvae.streaming import StreamingDecoder
 from kalle.models.half_precision import HALF, fastest_half
@@ -100,6 +100,7 @@ class Kalle:
         language model as a CUDA graph, recorded anew where a batch or a length outgrows a buffer (`kalle.models.static_cache`).
         On the CPU the weights are the mapped files: while they are in use, replace a file by a rename, never overwrite it in place.
         """
+        check_type("compile", compile, bool, "True or False")
         resolved = resolve_device(device)
         precision = resolve_dtype(dtype, resolved)
         check_quantize(quantize, dtype)
@@ -159,7 +160,7 @@ class Kalle:
         speaker encoder it gives a speaker latent (the mean), and the transcript may be missing. UserError for
         unusable audio, a bad rate or seed, or for a missing transcript the model cannot do without.
         """
-        if sample_rate_hz is not None and not (isinstance(sample_rate_hz, Real) and sample_rate_hz > 0):
+        if sample_rate_hz is not None and not (isinstance(sample_rate_hz, Real) and 0 < sample_rate_hz < math.inf):
             raise UserError(f"bad sample rate: got {sample_rate_hz!r} Hz, expected more than 0; leave it out for {self.sample_rate} Hz")
         seed = check_seed(seed)
         samples = prompt_samples(self, audio, text, sample_rate_hz)
@@ -229,7 +230,8 @@ class Kalle:
         together, after the others; texts that are spoken by sentences come last, one after the other. UserError before anything is
         spoken for a request that cannot be.
         """
-        if isinstance(requests, str | bytes | SpeechRequest):
+        check_type("batch", requests, Iterable, "a list of requests or texts")
+        if isinstance(requests, str | bytes | SpeechRequest | Mapping):
             raise UserError(f"not a batch: got one {type(requests).__name__}, expected a list of requests or texts; put it into a list")
         given = [each if isinstance(each, SpeechRequest) else SpeechRequest(each) for each in requests]
         long = {

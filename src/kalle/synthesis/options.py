@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import unicodedata
@@ -10,7 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
-from kalle.errors import UserError
+import numpy as np
+
+from kalle.errors import UserError, check_type
 from kalle.synthesis.release_compat import OURS, RELEASED_MIN_INDEX, RELEASED_THRESHOLD, ReleaseCompatibility
 from kalle.synthesis.voice import GivenVoice, check_given_voice
 
@@ -26,6 +29,16 @@ CAP_PER_USUAL = 3.0
 _MOST_FRAMES = 2.0**31
 """More than any model has positions; a cap above it means the same."""
 _IDEOGRAPH_SECONDS, _DIGIT_SECONDS, _OTHER_SECONDS = 0.6, 0.9, 0.2
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a real number that a float can hold; True and False are none."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    with contextlib.suppress(OverflowError):
+        float(value)
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -44,11 +57,11 @@ class StopRule:
     """None, the divergence decides; else the model must have a stop head."""
 
     def __post_init__(self) -> None:
-        if not hasattr(self.threshold, "__float__") or not self.threshold >= 0:
+        if not _is_number(self.threshold) or not self.threshold >= 0:
             raise UserError(f"bad stop threshold: got {self.threshold!r}, expected a number of at least 0; 0 never stops")
-        if not hasattr(self.min_index, "__index__"):
+        if isinstance(self.min_index, bool) or not hasattr(self.min_index, "__index__"):
             raise UserError(f"bad min_index of the stop rule: got {self.min_index!r}, expected an integer; correct it")
-        if self.probability is not None and not (hasattr(self.probability, "__float__") and 0 < self.probability <= 1):
+        if self.probability is not None and not (_is_number(self.probability) and 0 < self.probability <= 1):
             raise UserError(f"bad stop probability: got {self.probability!r}, expected a number above 0, at most 1; correct it")
 
     @property
@@ -147,21 +160,23 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is None and name == "latency_frames":
                 continue
-            if not hasattr(value, "__index__") or value < least:
-                raise UserError(f"bad {name}: got {value!r}, expected an integer of at least {least}; correct it")
+            if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= operator.index(value) < SEED_LIMIT:
+                raise UserError(f"bad {name}: got {value!r:.60}, expected an integer of at least {least}; correct it")
             object.__setattr__(self, name, operator.index(value))
+        for name in ("watch", "normalise", "rolling", "by_sentences"):
+            value = getattr(self, name)
+            if not isinstance(value, bool | np.bool_) and not (value is None and name == "by_sentences"):
+                raise UserError(f"bad {name}: got {value!r:.60}, expected True or False; correct it")
         object.__setattr__(self, "language", checked_language(self.language))
-        if self.stop is not None and not isinstance(self.stop, StopRule):
-            raise UserError(f"bad stop: got {self.stop!r}, expected a kalle.synthesis.StopRule; correct it")
-        if not isinstance(self.compatibility, ReleaseCompatibility):
-            raise UserError(f"bad compatibility: got {self.compatibility!r}, expected a ReleaseCompatibility; correct it")
+        check_type("stop", self.stop, StopRule | None, "a kalle.synthesis.StopRule")
+        check_type("compatibility", self.compatibility, ReleaseCompatibility, "a ReleaseCompatibility")
 
     def _check_number(self, name: str, expected: str, fits: Callable[[Any], bool]) -> None:
         value, optional = getattr(self, name), name in ("temperature", "max_seconds")
         if value is None and optional:
             return
-        if not (isinstance(value, Real) and 0 <= float(value) < math.inf and fits(value)):
-            raise UserError(f"bad {name}: got {value!r}, expected {expected}")
+        if not (_is_number(value) and 0 <= value < math.inf and fits(value)):
+            raise UserError(f"bad {name}: got {value!r:.60}, expected {expected}")
 
     def changed(self, **values: Any) -> GenerationOptions:
         """These options with other ``values`` of some fields; a UserError for a name that is no field lists those there are."""
@@ -195,6 +210,7 @@ class SpeechRequest:
             got = "None" if text is None else type(text).__name__
             raise UserError(f"bad text: got {got}, expected a str; decode bytes with .decode('utf-8')")
         check_given_voice(voice)
+        check_type("options", options, GenerationOptions | None, "kalle.synthesis.GenerationOptions")
         for name, value in (("text", text), ("voice", voice), ("options", (options or GenerationOptions()).changed(**fields))):
             object.__setattr__(self, name, value)
 
@@ -203,6 +219,7 @@ def checked_language(language: str | None) -> str | None:
     """``language`` in lower case; a UserError unless it looks like an ISO 639 code."""
     if language is None:
         return None
+    check_type("language", language, str, "an ISO 639 code such as en or zh")
     code = language.lower()
     if not (code.isascii() and code.isalpha() and 2 <= len(code) <= 3):
         raise UserError(f"unknown language: got '{language}', expected an ISO 639 code such as en or zh; leave language out to guess it")
@@ -216,7 +233,7 @@ def check_seed(seed: object) -> int:
     except TypeError:
         number = -1
     if not 0 <= number < SEED_LIMIT:
-        raise UserError(f"bad seed: got {seed!r}, expected an integer from 0 to 2**63 - 1; leave it out to draw one")
+        raise UserError(f"bad seed: got {seed!r:.60}, expected an integer from 0 to 2**63 - 1; leave it out to draw one")
     return number
 
 

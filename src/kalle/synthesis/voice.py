@@ -24,7 +24,7 @@ from kalle.checkpoint import (
     require_readable,
     tensors_hash,
 )
-from kalle.errors import UserError
+from kalle.errors import PATH, UserError, check_type
 from kalle.files import write_atomic
 from kalle.synthesis.adapter import Adapter, base_hash
 
@@ -82,6 +82,13 @@ class Voice:
     """The adapter of this voice; it is applied to requests in this voice only."""
 
     def __post_init__(self) -> None:
+        check_type("voice's bound_to", self.bound_to, Mapping, "hashes by encoder")
+        for value in self.bound_to.values():
+            check_type("hash in a voice's bound_to", value, str, "a text")
+        for name in _TENSORS:
+            check_type(f"voice's {name}", getattr(self, name), Tensor | None, "a tensor")
+        for name in _NOTES:
+            check_type(f"voice's {name}", getattr(self, name), str | None, "a text")
         if self.prompt_latents is None and self.speaker_latent is None:
             raise UserError("an empty voice: got no prompt latents and no speaker latent, expected at least one; make it from audio")
         if self.prompt_latents is not None and not (self.text and self.text.strip()):
@@ -101,6 +108,7 @@ class Voice:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file atomically; a UserError when the disk refuses."""
+        check_type("path", path, PATH, "a path")
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS if getattr(self, name) is not None}
         metadata = {name: str(getattr(self, name)) for name in (*_NOTES, *_NUMBERS) if getattr(self, name) is not None}
         metadata |= {"format": FORMAT} | {f"bound_to.{name}": value for name, value in self.bound_to.items()}
@@ -112,6 +120,7 @@ class Voice:
     @classmethod
     def load(cls, path: str | Path) -> Voice:
         """Read a file that ``save`` wrote, today or in an earlier version; a UserError when it is missing, damaged or something else."""
+        check_type("path", path, PATH, "that of a .safetensors voice")
         path = Path(path)
         if not path.is_file():
             raise UserError(f"voice file not found: got '{path}', expected a .safetensors voice; check the path")
@@ -283,6 +292,7 @@ def find_voice(folder: str | Path | None, voice: str | Path) -> Path:
 
     A UserError that lists the names there are, and one for a file that can't be read.
     """
+    check_type("voice", voice, PATH, "a name or a path")
     path = Path(voice)
     is_path = isinstance(voice, Path) or path.suffix == SUFFIX or any(mark in str(voice) for mark in "/\\")
     if folder is not None and not is_path and (stored := Path(folder) / VOICES_FOLDER / f"{voice}{SUFFIX}").is_file():

@@ -147,7 +147,10 @@ def _waveform(kalle: Kalle, audio: str | Path | NDArray[np.floating], sample_rat
     if isinstance(audio, str | Path):
         mono, rate_hz = load_mono(audio, LONGEST_PROMPT_SECONDS)
         return resample(mono, rate_hz, kalle.sample_rate), rate_hz
-    wav, rate_hz = np.asarray(audio, dtype=np.float32), sample_rate_hz or kalle.sample_rate
+    try:
+        wav, rate_hz = np.asarray(audio, dtype=np.float32), sample_rate_hz or kalle.sample_rate
+    except (TypeError, ValueError):
+        raise UserError(f"bad prompt audio: got {audio!r:.60}, expected a path or finite mono samples (S,); correct it") from None
     if wav.ndim != 1 or not wav.size or not np.isfinite(wav).all():
         raise UserError(
             f"bad prompt audio: got an array of shape {wav.shape} with {int((~np.isfinite(wav)).sum())} NaN or infinite values, "

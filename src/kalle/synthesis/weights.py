@@ -20,7 +20,7 @@ from kalle.checkpoint import (
 )
 from kalle.convert import CONVERTED
 from kalle.convert.release import holds_release, release_folder
-from kalle.errors import UserError
+from kalle.errors import PATH, UserError, check_type
 from kalle.synthesis.options import GenerationOptions, StopRule, default_stop
 from kalle.text.frontend import LearntTexts, TextFrontEnd, check_language
 from kalle.text.languages import language_in_its_script
@@ -212,6 +212,7 @@ def resolve_weights(
     or fetched, are converted beside themselves once.
     UserError when the hub cannot give them, or ``local_files_only`` forbids asking and they were never fetched.
     """
+    check_type("weights", folder_or_hub_id, PATH, "a weight folder or a hub id OWNER/NAME")
     folder = Path(folder_or_hub_id)
     if str(folder) == SHIPPED and not folder.is_dir():
         return shipped_weights()

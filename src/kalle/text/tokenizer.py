@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from kalle.errors import UserError
+from kalle.errors import UserError, check_type
 from kalle.files import atomic_file
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -200,6 +200,7 @@ def without_text(ids: Tensor) -> Tensor:
 
 def check_text(text: str, name: str) -> None:
     """A UserError when ``text`` has nothing to say, is no Unicode, or has a control character other than white space."""
+    check_type(name, text, str, "a text")
     found = _UNSPEAKABLE.search(text)
     if found is not None:
         what = "half of a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a control character"
