@@ -178,7 +178,7 @@ class RankJournals:
             if self.resume and not self._journal.entries and self.path.is_file():
                 logger.info("'%s' holds rows of another model, list or setting; starting anew", self.path)
             entries = self._journal.entries if self.resume else []
-            self._journal.entries = [entry for entry in entries if not any("error" in row for row in entry["rows"])]
+            self._journal.entries = [entry for entry in entries if _is_whole(entry) and not any("error" in row for row in entry["rows"])]
             self._own = _by_index(self._journal.entries)
             self._stack.callback(self._journal.close)
             self._stack = self._stack.pop_all()
@@ -219,4 +219,10 @@ class RankJournals:
 
 
 def _by_index(entries: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    return {entry["index"]: entry["rows"] for entry in entries}
+    return {entry["index"]: entry["rows"] for entry in entries if _is_whole(entry)}
+
+
+def _is_whole(entry: Mapping[str, Any]) -> bool:
+    """Whether ``entry`` holds the rows of an item; a damaged one is as if the item had not been finished."""
+    rows = entry.get("rows")
+    return type(entry.get("index")) is int and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)

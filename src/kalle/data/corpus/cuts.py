@@ -277,8 +277,8 @@ def check_target(out: Path, corpus: Path, made_by: str, others: Sequence[str] = 
         return
     report = out / REPORT_JSON
     try:
-        made = json.loads(report.read_text(encoding="utf-8")).get(MADE_BY)
-    except (OSError, ValueError, AttributeError):
+        made = parse_json(report.read_bytes()).get(MADE_BY)
+    except (OSError, ValueError):
         made = None
     if made != made_by:
         raise UserError(
