@@ -133,11 +133,11 @@ def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int
 
     from kalle.data.corpus.prepare import tables
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # names of speakers may hold brackets
     if unchanged:
-        console.print(f"unchanged: '{out}' was made from the same audio, texts and options; nothing to do", markup=False, soft_wrap=True)
+        console.print(f"unchanged: '{out}' was made from the same audio, texts and options; nothing to do", soft_wrap=True)
     if resumed_items:
-        console.print(f"continued: {resumed_items} items were checked by an earlier, interrupted run", markup=False)
+        console.print(f"continued: {resumed_items} items were checked by an earlier, interrupted run")
     for title, headers, rows in tables(report):
         table = Table(*headers, title=title, title_justify="left")
         for row in rows:
@@ -146,10 +146,9 @@ def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int
     console.print(
         f"{report['kept']} of {report['items']} items kept, {report['hours'] * 60:.1f} minutes; "
         f"every rejected item is listed in {out / 'report.json'}",
-        markup=False,
         soft_wrap=True,
     )
     empty = [split for split, row in report["splits"].items() if not row["items"]]
     if empty:
         remedy = " and ".join(f"--{split}-share" for split in empty if split != "train")
-        console.print(f"note: no items in {' and '.join(empty)}; raise {remedy}, or give a split in the list", markup=False)
+        console.print(f"note: no items in {' and '.join(empty)}; raise {remedy}, or give a split in the list")

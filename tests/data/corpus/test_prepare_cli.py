@@ -53,6 +53,14 @@ def test_each_source_gives_the_same_cuts(recordings: Path, tmp_path: Path, kind:
     assert len(load_cuts(tmp_path / "out", "train")) == 6
 
 
+def test_a_name_may_look_like_markup(recordings: Path, tmp_path: Path) -> None:
+    names = ["[/b]", "[red]", "[unk]", "a[", "]", "[/]"]
+    rows = [{"audio": f"{i}.wav", "text": f"prompt {i}", "speaker": name, "language": name} for i, name in enumerate(names)]
+    (recordings / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = run("jsonl", recordings / "names.jsonl", "--out", tmp_path / "out")
+    assert all(name in output for name in names)
+
+
 def test_report_lists_rejected_items(recordings: Path, tmp_path: Path) -> None:
     (recordings / "5.wav").write_bytes(b"broken")
     (recordings / "4.txt").unlink()

@@ -60,7 +60,7 @@ def test_texts_outside_the_word_limits_use_the_smaller_share() -> None:
     assert {policy.assign(f"a b{i}") for i in range(200)} == set(SPLITS)
 
 
-@pytest.mark.parametrize(("valid", "test"), [(-0.1, 0.1), (0.5, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize(("valid", "test"), [(-0.1, 0.1), (0.5, 0.5), (0.0, 1.0), (0.1, float("nan")), (float("nan"), 0.1)])
 def test_impossible_shares_are_refused(valid: float, test: float) -> None:
     with pytest.raises(UserError):
         SplitPolicy(valid, test)

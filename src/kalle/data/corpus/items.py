@@ -290,7 +290,7 @@ class SplitPolicy:
     outside_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.valid_share, self.test_share) < 0 or self.valid_share + self.test_share >= 1:
+        if not (self.valid_share >= 0 and self.test_share >= 0 and self.valid_share + self.test_share < 1):
             raise UserError(
                 f"split shares: got valid {self.valid_share} and test {self.test_share}, expected both >= 0 and a sum below 1; change them"
             )
