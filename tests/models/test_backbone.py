@@ -83,6 +83,20 @@ def test_gradients_are_transformers(packed: bool) -> None:
             )
 
 
+@pytest.mark.parametrize("longest", [0, backbone.SHORT])
+def test_both_ways_to_train_in_bf16_agree(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "SHORT", longest)
+    ours, _ = pair()
+    x = torch.randn(2, 40, 48)
+    expected = torch.autograd.grad(ours(x).last_hidden_state.square().mean(), ours.parameters(), allow_unused=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(x).last_hidden_state.float().square().mean()
+    got = torch.autograd.grad(loss, ours.parameters(), allow_unused=True)
+    for one, other in zip(got, expected, strict=True):
+        if other is not None:
+            assert (one - other).norm() < 0.03 * other.norm()
+
+
 def test_frequencies_are_transformers() -> None:
     for rope in ({}, {"rope_scaling": SCALING}):
         ours, theirs = pair(**rope)
