@@ -20,19 +20,24 @@ HERE = Path(__file__).resolve().parent
 LANGUAGES = ("en", "fr", "it", "es", "ru")
 SYNTHETIC = "hibari"
 """The corpus of the default voice."""
-TEACHERS = (SYNTHETIC, "kokoro", "joe")
+TEACHERS = (SYNTHETIC, "shifted", "kokoro", "joe")
 NAMES = (*LANGUAGES, *TEACHERS)
 """Names of the corpus folders, and of the latent folders made of them."""
 STRANGERS = "strangers"
 """Blends that no training hears, for tests of cloning."""
 STRANGERS_HOURS = 0.1
 _SHARED = ("env", HERE / "teachers.txt", ("hibari-tts",))
-ENVIRONMENTS = {"hibari": _SHARED, "kokoro": _SHARED, "joe": ("env-joe", HERE / "teachers-joe.txt", ())}
+ENVIRONMENTS = {"hibari": _SHARED, "shifted": _SHARED, "kokoro": _SHARED, "joe": ("env-joe", HERE / "teachers-joe.txt", ())}
 """Of each teacher: the folder of its environment, its requirements, and the packages with voices. Piper is GPL, so it is kept apart."""
 NOTES = {
     "hibari": """# hibari (synthetic)
 
 Speech of the voice inside PyPI's hibari-tts 0.2.1 (Apache-2.0), an American English voice distilled from Kokoro-82M.
+""",
+    "shifted": """# hibari at other pitches (synthetic)
+
+Speech of the voice inside PyPI's hibari-tts 0.2.1 (Apache-2.0) with pitch and formants moved together; hibari_NN has NN
+percent of hers: nobody's voice.
 """,
     "kokoro": """# Kokoro (synthetic)
 
@@ -51,6 +56,7 @@ class Amounts:
     """Hours that each teacher speaks, and in how many processes; ``packages``: a folder of packages, for machines without registries."""
 
     hibari: float
+    shifted: float
     kokoro: float
     joe: float
     parts: int
@@ -105,6 +111,8 @@ def _teacher(stages: Stages, out: Path, teacher: str, amounts: Amounts, packages
     train = [*words, "--texts", str(out / "texts" / "train.jsonl"), "--out", str(spoken), "--hours", f"{hours:g}"]
     stages.run(f"speak {teacher}", lambda: _speak(train, spoken, amounts.parts))
     _prepare(stages, spoken / "list.jsonl", out / "corpora" / teacher, teacher, "--test-share", "0")
+    if teacher == "shifted":
+        return
     test = out / "synthetic" / f"test-{teacher}"
     more = ["--strangers", "--hours", f"{STRANGERS_HOURS:g}"] if teacher == "kokoro" else []
     command = [*words, "--texts", str(out / "texts" / "test.jsonl"), "--out", str(test), *more]
@@ -114,7 +122,8 @@ def _teacher(stages: Stages, out: Path, teacher: str, amounts: Amounts, packages
 
 
 def _prepare(stages: Stages, listing: Path, folder: Path, teacher: str, *shares: str) -> None:
-    about = ["--speaker", teacher, "--language", "en"]
+    # The recipe has just written this audio, at one level and without silence: reading it all again took longer than speaking it.
+    about = ["--speaker", teacher, "--language", "en", "--headers-only"]
     stages.command(f"prepare {folder.parent.name} {folder.name}", "prepare", "jsonl", str(listing), "--out", str(folder), *about, *shares)
     write_atomic(folder / "ATTRIBUTION.md", NOTES[teacher])
 

@@ -41,7 +41,7 @@ class Nano:
         self.shipped = given.model or given.out / SHIPPED
         start = None if given.continue_from is None else str(given.continue_from)
         decided = {
-            "hours": [given.hours, given.kokoro_hours, given.joe_hours],
+            "hours": [given.hours, given.shifted_hours, given.kokoro_hours, given.joe_hours],
             "steps": given.steps,
             "seed": given.seed,
             "override": given.override,
@@ -57,7 +57,7 @@ class Nano:
         given = self.given
         try:
             if "corpora" in groups:
-                amounts = Amounts(given.hours, given.kokoro_hours, given.joe_hours, given.parts, given.packages)
+                amounts = Amounts(given.hours, given.shifted_hours, given.kokoro_hours, given.joe_hours, given.parts, given.packages)
                 make_corpora(self.stages, self.out, amounts)
             if "train" in groups or "finish" in groups:
                 training = Training(self.stages, given)
@@ -89,6 +89,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="these groups of stages instead of all")
     parser.add_argument("--hours", type=float, default=60.0, help="that the default voice, hibari, speaks")
+    parser.add_argument("--shifted-hours", type=float, default=6.0, help="that hibari speaks at eight other pitches")
     parser.add_argument("--kokoro-hours", type=float, default=10.0, help="that Kokoro's 28 English voices and the blends of them speak")
     parser.add_argument("--joe-hours", type=float, default=3.0, help="that Piper's voice Joe speaks")
     parser.add_argument("--parts", type=int, default=2, help="processes that speak")

@@ -1,6 +1,7 @@
 """Speak texts with the teachers: the synthetic corpora. Runs in an environment of its own (teachers.txt); see README.md beside this file.
 
     python speak.py hibari --texts texts/train.jsonl --out synthetic/hibari --hours 60 --part 0 --parts 2
+    python speak.py shifted --texts texts/train.jsonl --out synthetic/shifted --hours 3
     python speak.py kokoro --texts texts/train.jsonl --out synthetic/kokoro --hours 10 --model kokoro.onnx --styles kokoro-js-1.2.1.tgz
 
 Imports nothing of kalle. Writes OUT/audio/NAME.flac (16 kHz) and, for every part, OUT/list.PART.jsonl with {"audio", "text", "id",
@@ -38,19 +39,26 @@ RMS = 0.08
 PEAK = 0.95
 SILENCE = 0.01
 """Share of the peak under which the ends are cut."""
-KEPT_SECONDS = (0.06, 0.14)
-"""Silence that is left before and after the speech."""
+KEPT_SECONDS = (0.06, 0.18)
+"""Silence that is left before and after the speech; behind it up to one latent frame less, for whole frames."""
+FRAME_SAMPLES = 1280
+"""Of a latent frame at `SAMPLE_RATE_HZ`: utterances of whole frames often have the same length, and are then encoded together."""
 MOST_PHONEMES = 400
 DURATIONS = {"hibari": "/Clip_output_0", "kokoro": "/encoder/Clip_output_0"}
 """The tensor of each graph that holds the length of every phoneme, in frames."""
 FRAME_SECONDS = {"hibari": 0.025, "kokoro": 0.025}
 KOKORO_CHARACTERS = range(12, 71)
 """Kokoro is slow: many short texts teach more voices an hour than few long ones."""
+USUAL_CHARACTERS = 60
+"""Longer texts come later in the turn of the shifted voices, as in texts.py."""
 NEAR = ({"am_fenrir", "am_puck"}, {"af_heart", "af_bella"})
 """Voices too much alike to be blended into a third."""
 BLENDS = 42
 HELD_OUT_BLENDS = 6
 """The last blends never speak a training text: they are the strangers that cloning is tested on."""
+SHIFTS = (0.70, 0.74, 0.78, 0.82, 0.86, 0.92, 1.10, 1.25)
+"""Ratios of pitch and formants together: hibari as so many more speakers, at its own tempo. GE2E cosines to hibari: 0.61 (0.70), 0.64
+(0.78), 0.71 (0.86), 0.76 (1.25); between Kokoro's voices 0.60."""
 REPORT_EVERY = 500
 
 Spoken = tuple[numpy.ndarray, list[int]]
@@ -59,10 +67,12 @@ Spoken = tuple[numpy.ndarray, list[int]]
 
 @dataclass(frozen=True)
 class Speaker:
-    """A voice of Kokoro, or a mean of some."""
+    """A voice of a teacher, or a mean of some."""
 
     name: str
     parts: tuple[str, ...]
+    shift: float = 1.0
+    """Ratio of pitch and formants to the teacher's own."""
 
     @property
     def held_out(self) -> bool:
@@ -120,10 +130,13 @@ class HibariTeacher:
         self.vocab = set(self.tts.vocab)
 
     def __call__(self, phonemes: str, speaker: Speaker, seed: int) -> Spoken:
-        """Speak ``phonemes``."""
+        """Speak ``phonemes``; a shifted voice speaks at another speed and is resampled back to the tempo."""
         ids = numpy.asarray([self.tts.ids(phonemes)], numpy.int64)
-        *parts, frames = self.session.run(None, {"ids": ids, "speed": numpy.ones(1, numpy.float32)})
-        return hibari_dsp.synth(*(part[0] for part in parts), numpy.random.default_rng(seed)), milliseconds(frames, "hibari")
+        *parts, frames = self.session.run(None, {"ids": ids, "speed": numpy.full(1, 1 / speaker.shift, numpy.float32)})
+        audio = hibari_dsp.synth(*(part[0] for part in parts), numpy.random.default_rng(seed))
+        if speaker.shift != 1:
+            audio = soxr.resample(audio.astype(numpy.float32), TEACHER_RATE_HZ * speaker.shift, TEACHER_RATE_HZ)
+        return audio, milliseconds(frames / speaker.shift, "hibari")
 
 
 class KokoroTeacher:
@@ -178,8 +191,9 @@ def trim(audio: numpy.ndarray, lengths: list[int]) -> Spoken:
 
 
 def finished(audio: numpy.ndarray) -> numpy.ndarray:
-    """At 16 kHz and `RMS`."""
+    """At 16 kHz and `RMS`, in whole frames."""
     audio = soxr.resample(audio.astype(numpy.float32), TEACHER_RATE_HZ, SAMPLE_RATE_HZ)
+    audio = audio[: max(1, len(audio) // FRAME_SAMPLES) * FRAME_SAMPLES]
     return audio * min(RMS / max(numpy.sqrt(numpy.mean(audio**2)), 1e-5), PEAK / max(numpy.abs(audio).max(), 1e-5))
 
 
@@ -191,7 +205,9 @@ def jobs(given: argparse.Namespace, voices: list[Speaker]) -> Iterator[tuple[dic
         items = sorted((item for item in items if len(item["text"]) in KOKORO_CHARACTERS), key=lambda item: share(item["text"]))
         pairs = [(item, heard[index % len(heard)]) for index, item in enumerate(items)]
     else:
-        pairs = [(item, voices[0]) for item in items]
+        if given.teacher == "shifted":  # in an order of its own, so that most are texts that hibari itself does not say
+            items = sorted(items, key=lambda item: (share(item["text"]) + 0.02) * max(1.0, len(item["text"]) / USUAL_CHARACTERS))
+        pairs = [(item, voices[index % len(voices)]) for index, item in enumerate(items)]
     yield from pairs[given.part :: given.parts]
 
 
@@ -234,7 +250,7 @@ def speak_all(given: argparse.Namespace, teacher: Callable[[str, Speaker, int], 
 def run() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", choices=("hibari", "kokoro"))
+    parser.add_argument("teacher", choices=("hibari", "shifted", "kokoro"))
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=1e9, help="of all parts together")
@@ -245,9 +261,10 @@ def run() -> int:
     parser.add_argument("--styles", type=Path, help="npm's kokoro-js as a tarball")
     parser.add_argument("--strangers", action="store_true", help="the held-out blends instead of the others")
     given = parser.parse_args()
-    if given.teacher == "hibari":
+    if given.teacher in ("hibari", "shifted"):
         hibari = HibariTeacher()
-        speak_all(given, hibari, hibari.vocab, [Speaker("hibari", ("hibari",))])
+        shifted = [Speaker(f"hibari_{round(shift * 100)}", ("hibari",), shift) for shift in SHIFTS]
+        speak_all(given, hibari, hibari.vocab, shifted if given.teacher == "shifted" else [Speaker("hibari", ("hibari",))])
     else:
         styles = read_styles(given.styles)
         kokoro = KokoroTeacher(given.model, styles, Hibari().vocab)

@@ -16,6 +16,7 @@ from kalle.checkpoint import read_json, write_json
 from kalle.cli.hydra_entry import compose, folder_override
 from kalle.errors import UserError
 from kalle.evaluation.test_list import TestItem
+from kalle.models.lm import ATTENTION
 
 ROOT = Path(__file__).parents[2]
 SENTENCES = ["He went home", "Stop!", "A boat, a house and a tree", "No.", "They had not seen the river in years."]
@@ -142,7 +143,7 @@ def test_a_corpus_that_is_gone_is_left_out(recipe: Any, tmp_path: Path, monkeypa
         (out / "corpora" / name).mkdir(parents=True)
 
     monkeypatch.setattr(corpora, "_teacher", teacher)
-    amounts = corpora.Amounts(60.0, 10.0, 3.0, 2)
+    amounts = corpora.Amounts(60.0, 6.0, 10.0, 3.0, 2)
     corpora.make_corpora(Recorder(), tmp_path, amounts)
     assert "corpus kokoro is left out: npm not found" in caplog.text
 
@@ -254,7 +255,7 @@ def test_trainings_follow_each_other(recipe: Any, tmp_path: Path) -> None:
     assert list(asked)[-4:] == ["train lm", "assemble", "calibrate", "export"]
     config = compose("train_flowvae", first[2:])
     assert (config.trainer.max_steps, config.seed, config.trainer.log_every_n_steps) == (7, 3, 1)
-    assert len(config.data.corpus) == 8
+    assert len(config.data.corpus) == 9
     assert f"init={tmp_path}/flowvae/weights" in second
     assert "freeze=[encoder.*,flow.*]" in second
     assert f"flowvae={tmp_path}/flowvae2/weights" in lm
@@ -270,11 +271,13 @@ def test_trainings_follow_each_other(recipe: Any, tmp_path: Path) -> None:
 
 
 def test_a_gpu_trains_a_language_model_of_its_own(recipe: Any, tmp_path: Path) -> None:
-    asked = trained(recipe, command_line(recipe, "--out", str(tmp_path), "--lm", "nano_lm_gpu"))
-    for stage in ("train lm short", "train lm"):
+    gpu = trained(recipe, command_line(recipe, "--out", str(tmp_path), "--lm", "nano_lm_gpu"))
+    cpu = trained(recipe, command_line(recipe, "--out", str(tmp_path)))
+    for asked, stage in ((gpu, "train lm short"), (gpu, "train lm"), (cpu, "train lm")):
         config = compose("train_lm", folder_override(asked[stage][2:], "flowvae"))
         assert config.lm.backbone.hidden_size == config.data.speaker.latent_dim == 384
         assert config.objective.alignment_layers == [1, 2]
+        assert config.attention in ATTENTION
 
 
 def test_a_continuation_starts_from_weights_and_skips_what_has_no_steps(recipe: Any, tmp_path: Path) -> None:
