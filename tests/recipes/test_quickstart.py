@@ -51,7 +51,7 @@ def test_the_training_fits_the_weights(hears: bool, tmp_path: Path, nano_weights
         shutil.copytree(nano_weights, model)
         config = json.loads((model / "lm/config.json").read_text())
         write_json(model / "lm/config.json", config | {"speaker": None})
-    given = argparse.Namespace(out=tmp_path, model=model, seed=3, override=["optimizer.lr=1e-5"], asr="auto", items=None)
+    given = argparse.Namespace(out=tmp_path, model=model, seed=3, override=["optimizer.lr=1e-5"], asr="auto", items=0)
     quickstart = recipe("quickstart", "run").Quickstart(given, 7)
     asked: dict[str, list[str]] = {}
     quickstart.stages.command = lambda name, *words: asked.update({name: list(words)})
@@ -67,11 +67,11 @@ def test_the_training_fits_the_weights(hears: bool, tmp_path: Path, nano_weights
 
 def test_the_table_has_before_and_after(recipe: Any) -> None:
     rows = [
-        {"number": "sim", "recordings": 0.8, "before": 0.5, "after": 0.75},
-        {"number": "KL", "recordings": None, "before": 2, "after": 1},
+        {"number": "wer", "recordings": 0.05, "default": 0.1, "before": 0.5, "after": 0.25},
+        {"number": "KL", "recordings": None, "default": None, "before": 2, "after": 1},
     ]
     text = recipe("quickstart", "summary").table(rows)
-    assert text[-2:] == ["| sim | 0.800 | 0.500 | 0.750 |", "| KL | - | 2.000 | 1.000 |"]
+    assert text[-2:] == ["| wer | 0.100 | 0.500 | 0.250 | 0.050 |", "| KL | - | 2.000 | 1.000 | - |"]
 
 
 @pytest.mark.slow
@@ -83,11 +83,12 @@ def test_the_chain_runs_and_resumes(tmp_path: Path, nano_weights: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     kl = next(row for row in summary["rows"] if row["number"].startswith("KL per dimension"))
     assert kl["after"] < kl["before"]
-    spoken = [f"{name}-{index}.wav" for name in ("speak", "clone", "clone-by-ear", "speak-tuned") for index in range(4)]
+    spoken = [f"{name}-{index}.wav" for name in ("speak", "random-voice", "clone", "speak-tuned") for index in range(4)]
     for name in ("summary.md", "before/figure.png", "after/results.json", *(f"speech/{name}" for name in spoken)):
         assert (out / name).stat().st_size > 0, name
     assert json.loads((out / "lm/weights/config.json").read_text())["voice"] == "corpus-speaker"
     again = subprocess.run([*command, "--override", "device=cpu"], capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert again.returncode == 0
     assert "done before" in again.stdout
+    assert "stage 1 of 24" in done.stdout
     assert (out / "summary.md").read_text() in again.stdout + "\n"

@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ def _fail(message: str, code: int) -> int:
 class Stages:
     """Runs stages in order, once each, and remembers what is done and how long it took, interruptions included."""
 
-    def __init__(self, out: Path, settings: dict[str, object]) -> None:
+    def __init__(self, out: Path, settings: dict[str, object], expected: Mapping[str, float] | None = None) -> None:
+        """``expected`` are the stages to come, in order, with the seconds each may take: then every stage says how many are left."""
         self.path = out / "stages.json"
+        self.expected = dict(expected or {})
         state: dict[str, Any] = read_json(self.path) if self.path.is_file() else {"settings": settings, "seconds": {}, "done": []}
         if state["settings"] != settings:
             raise UserError(f"'{out}' holds a run with {state['settings']}, expected {settings}; use another --out or delete it")
@@ -68,6 +70,8 @@ class Stages:
         if name in self.done:
             logger.info("[%s] done before, in %.0f s", name, self.seconds[name])
             return
+        if name in self.expected:
+            logger.info("[%s] %s", name, self.place(name))
         started = time.monotonic()
         try:
             action()
@@ -75,6 +79,14 @@ class Stages:
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
             write_json(self.path, {"settings": self.settings, "seconds": self.seconds, "done": self.done})
+
+    def place(self, name: str) -> str:
+        """Which of the expected stages ``name`` is and how long the rest may take, at the pace of those that are done."""
+        names = list(self.expected)
+        done = [each for each in names if each in self.done]
+        pace = sum(self.seconds[each] for each in done) / sum(self.expected[each] for each in done) if done else 1.0
+        left = pace * sum(seconds for each, seconds in self.expected.items() if each not in self.done)
+        return f"stage {names.index(name) + 1} of {len(names)}, about {max(1, round(left / 60))} min left"
 
     def command(self, name: str, *arguments: str) -> None:
         """Run a `kalle` command as a stage."""
