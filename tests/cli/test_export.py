@@ -128,7 +128,7 @@ def test_nothing_is_overwritten(source: Path, tmp_path: Path, capsys) -> None:
 
 def test_a_flowvae_that_was_copied_before_leaves_no_second_model(source: Path, tmp_path: Path) -> None:
     """A run that goes on with another Flow-VAE copies shards beside the one file of the first."""
-    from kalle.training.lm import copy_flowvae
+    from kalle.training.train import copy_flowvae
 
     assert export(source, tmp_path / "parts", "--max-shard-mb", "0.01") == 0
     for folder in (source, tmp_path / "parts", source):

@@ -11,7 +11,7 @@ from kalle.cli.main import main
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.training.checkpointing import LAST, step_path
-from kalle.training.lm import copy_flowvae
+from kalle.training.train import copy_flowvae
 
 CROPS = "{_target_: kalle.data.loading.datasets.SpeakerConfig, crop_frames: 20, latent_dim: 16}"
 

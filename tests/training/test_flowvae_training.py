@@ -16,7 +16,8 @@ from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.lm_batch import WaveBatch
 from kalle.training.distributed import frozen
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
-from kalle.training.optimisation import GuardConfig, UpdateGuard, WarmupCosine
+from kalle.training.optimisation import WarmupCosine
+from kalle.training.update_guard import GuardConfig, UpdateGuard
 
 JUDGES = DiscriminatorConfig(periods=(2, 3), resolutions=((256, 60, 240),), width=0.05)
 LR, WARMUP, TOTAL = 1e-3, 3, 8

@@ -247,7 +247,7 @@ def guarded_on_rank(folder: str) -> dict[str, Any]:
     import lightning
     from torch.utils.data import DataLoader
 
-    from kalle.training.optimisation import GuardConfig, UpdateGuard
+    from kalle.training.update_guard import GuardConfig, UpdateGuard
     from training.test_update_guard import Line, batches
 
     rank = torch.distributed.get_rank()

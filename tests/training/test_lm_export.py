@@ -20,7 +20,7 @@ from kalle.synthesis.adapter import Adapter, base_hash
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import StopRule
 from kalle.training import LMDataConfig, LMObjective, LMTrainingConfig
-from kalle.training.lm import Adapters, export_language_model
+from kalle.training.train import Adapters, export_language_model
 
 
 def trained(toy_weights: Path, config: LoRAConfig, out: Path) -> KalleLM:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kalle.errors import UserError
 from kalle.models.lm_batch import WaveBatch
-from kalle.training.optimisation import GuardConfig, NormHistory, UpdateGuard, flattened, gradient_norm
+from kalle.training.update_guard import GuardConfig, NormHistory, UpdateGuard, flattened, gradient_norm
 
 Fit = Callable[..., lightning.Trainer]
 

@@ -21,11 +21,12 @@ from kalle.training.config import (
     TrainerConfig,
     WeightsFolder,
 )
-from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, plan_flowvae, train_flowvae
-from kalle.training.lm import LMObjective, plan_lm, train_lm
+from kalle.training.flowvae import ClipSchedule, FlowVAEObjective
+from kalle.training.lm import LMObjective
 from kalle.training.optimisation import AdamWConfig, Exponential, WarmupCosine
 from kalle.training.plan import Plan
 from kalle.training.session import TrainingResult
+from kalle.training.train import plan_flowvae, plan_lm, train_flowvae, train_lm
 
 __all__ = [
     "AdamWConfig",

@@ -26,7 +26,8 @@ from kalle.training.callbacks import KINDS
 from kalle.training.checkpointing import CheckpointConfig
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective
 from kalle.training.lm import LMObjective
-from kalle.training.optimisation import AdamWConfig, Exponential, GuardConfig, OptimizerFactory, SchedulerFactory, WarmupCosine
+from kalle.training.optimisation import AdamWConfig, Exponential, OptimizerFactory, SchedulerFactory, WarmupCosine
+from kalle.training.update_guard import GuardConfig
 
 
 @dataclass(frozen=True)

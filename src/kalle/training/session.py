@@ -33,8 +33,9 @@ from kalle.training.callbacks import EMA, LogTail, RunProgress, StepSeeds, build
 from kalle.training.checkpointing import LastCheckpoint, Preempted, check_checkpoint, resume_path, saved_log_step, step_of
 from kalle.training.config import TrainingConfig, plain_values, precision_of
 from kalle.training.distributed import FSDP, process_count, sharded_strategy, started_ranks
-from kalle.training.optimisation import UpdateGuard, parameter_counts
+from kalle.training.optimisation import parameter_counts
 from kalle.training.plan import make_plan
+from kalle.training.update_guard import UpdateGuard
 
 logger = logging.getLogger(__name__)
 
