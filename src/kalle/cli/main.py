@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a Flow-VAE or a language model (`kalle train flowvae|lm`, then any Hydra override)",
     "evaluate": "score synthesis, reconstruction or a folder of wavs",
     "compare": "compare scored runs item by item; a gate for releasing weights",
+    "listening": "make a listening test (MOS, SMOS) as a static page, and score it",
     "calibrate": "measure where speech ends, and store the stop rule with the weights",
     "bench": "measure speed and memory on this machine",
     "export": "copy a weight folder with 16-bit weights, in files small enough to ship",
