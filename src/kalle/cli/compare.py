@@ -28,6 +28,10 @@ def compare(
         typer.Option(min=0, help="Pass only where WER is shown to rise by no more; without it, fail where it is shown to rise."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for compare.json and compare.md.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page that opens from the disk: tables, charts, both systems to listen to.")
+    ] = None,
+    link_audio: Annotated[bool, typer.Option("--link-audio", help="The page links the wavs in place of holding them.")] = False,
     system: Annotated[str | None, typer.Option(help="The system of each run; its first besides the recordings unless given.")] = None,
     largest: Annotated[int, typer.Option(min=0, help="Items with the largest differences that are listed.")] = 10,
     resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples.")] = 10_000,
@@ -59,5 +63,9 @@ def compare(
         texts = {row["id"]: row["text"] for run in opened for row in run.rows}
         write_atomic(out / "compare.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         write_atomic(out / "compare.md", comparing.markdown([*found, *real], checks, texts))
+    if html is not None:
+        from kalle.evaluation.page import PageOptions, write_page
+
+        write_page(html, opened, [*found, *real], checks, PageOptions(link_audio=link_audio))
     typer.echo(json.dumps(result, ensure_ascii=False) if as_json else comparing.terminal([*found, *real], checks))
     return int(not all(check.passed for check in checks))

@@ -239,7 +239,6 @@ def item_seed(seed: int, index: int) -> int:
 
 SYNTHESIS_RULES = (
     Aggregate("no_end_rate", "no_end", lower_is_better=True),
-    Aggregate("early_stop_rate", "early_stop", lower_is_better=True),
     Aggregate("rtf", "synthesis_s", "audio_s", lower_is_better=True),
 )
 RTF_NOTE = "rtf = synthesis wall seconds (text to waveform, voice already made) / seconds of audio, summed over items, one at a time"

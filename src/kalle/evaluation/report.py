@@ -13,12 +13,16 @@ from typing import Any
 
 from kalle.errors import UserError
 from kalle.evaluation.figures import FigureRow, draw
+from kalle.evaluation.intelligibility import RULES, judge, word_facts
 from kalle.evaluation.metrics import Aggregate, Metric
+from kalle.evaluation.page import PageOptions, runs_of, tokens_of, write_page
 from kalle.evaluation.scoring import Estimate, Row, Scores, count_rows, summarise
 from kalle.files import folder_lock, write_atomic
 
-RESULT_NAMES = ("results.json", "items.jsonl", "report.md", "figure.png")
+RESULT_NAMES = ("results.json", "items.jsonl", "report.md", "figure.png", "report.html")
 TERMINAL_COLUMNS = 80
+BETTER = "  higher is better"
+NARROWEST_CELL = 13
 PACKAGES = ("kalle-tts", "torch", "numpy", "lhotse")
 
 
@@ -31,6 +35,10 @@ class Settings:
     bootstrap_seed: int = 0
     figure_items: int = 4
     """Items drawn in figure.png; 0 draws none."""
+    page_items: int = 20
+    """Items to listen to in report.html, those with most errors; 0 writes no page."""
+    link_audio: bool = False
+    """Whether the page links the wavs in place of holding their audio."""
     progress: bool = False
     """Show a progress bar on standard error."""
     score_recordings: bool = True
@@ -59,6 +67,8 @@ class Result:
     """Facts of the run as a whole, such as latent health."""
     lower_is_better: Mapping[str, bool | None] = field(default_factory=dict)
     """The direction of each aggregate; None where there is no better."""
+    words: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Errors by length of the text and by word, for each system with transcripts: see ``intelligibility.word_facts``."""
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The columns of each aggregate: their mean, or two whose sums are divided. With them, two results can be compared item by item."""
 
@@ -84,7 +94,7 @@ def finish(
     notes: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Summarise ``scores`` and write results.json, items.jsonl, report.md and figure.png to ``out_dir``.
+    """Summarise ``scores`` and write results.json, items.jsonl, report.md, report.html and figure.png to ``out_dir``.
 
     UserError, and nothing is written, when not one item could be scored.
     """
@@ -93,6 +103,9 @@ def finish(
     if len(failed) == len(scores.rows):
         reason = failed[0]["error"] if failed else "the list is empty"
         raise UserError(f"nothing could be scored: {len(failed)} of {len(failed)} items failed, the first because: {reason}")
+    extra_rules = [*extra_rules, *RULES]
+    tokens = tokens_of(metric.describe() for metric in scores.metrics)
+    judge(scores.rows, tokens)
     rules = [rule for metric in scores.metrics for rule in metric.aggregates] + list(extra_rules)
     result = Result(
         kind=kind,
@@ -105,14 +118,19 @@ def finish(
         notes=[*notes, *unmeasured(scores.metrics, scores.rows)],
         extra=dict(extra or {}),
         lower_is_better={rule.name: rule.lower_is_better for rule in rules},
+        words=word_facts(scores.rows, tokens),
         columns={rule.name: [rule.numerator] if rule.denominator is None else [rule.numerator, rule.denominator] for rule in rules},
     )
     with folder_lock(out, "results", wait=True):  # two ranks may end at the same time
         write_atomic(out / "items.jsonl", "".join(_json(row) + "\n" for row in result.rows))
-        write_atomic(out / "results.json", _json(asdict(result), indent=2) + "\n")
+        stored = _json(asdict(result), indent=2)
+        write_atomic(out / "results.json", stored + "\n")
         write_atomic(out / "report.md", report(result))
         if settings.figure_items and figure_rows:
             write_atomic(out / "figure.png", draw(figure_rows[: settings.figure_items]))
+        if settings.page_items:
+            options = PageOptions(settings.page_items, settings.link_audio)
+            write_page(out / "report.html", runs_of(json.loads(stored), out), options=options)
     return result
 
 
@@ -154,6 +172,7 @@ def report(result: Result) -> str:
     for system, count in result.counts.items():
         details = {key: value for key, value in count.items() if key not in ("items", "errors") and value}
         lines += [f"- {system}: {key.replace('_', ' ')}: {_pairs(value)}" for key, value in details.items()]
+    lines += [line for system, facts in result.words.items() for line in _word_lines(system, facts)]
     lines += [f"- {name}: {_pairs(described)}" for name, described in result.metrics.items()]
     lines += [f"- {key}: {_pairs(value) if isinstance(value, Mapping) else value}" for key, value in result.extra.items()]
     lines += [f"- note: {note}" for note in result.notes]
@@ -161,15 +180,28 @@ def report(result: Result) -> str:
     return "\n".join(lines)
 
 
+REPORTED_WORDS = 10
+
+
+def _word_lines(system: str, facts: Mapping[str, Any]) -> list[str]:
+    """WER by length of the text, and the words with most errors (errors of times in the texts)."""
+    lengths = [f"{p['first']} to {p['last']} words {p['wer']['value']:.3f} ({p['wer']['count']} items)" for p in facts["by_length"]]
+    wrong = [f"{w['word']} {w['deleted'] + w['substituted']} of {w['spoken']}" for w in facts["by_word"][:REPORTED_WORDS]]
+    added = [f"{word} {count}" for word, count in facts["inserted"][:REPORTED_WORDS]]
+    said = (("WER by length", lengths), ("words with most errors", wrong), ("words heard that no text has", added))
+    return [f"- {system}: {title}: {', '.join(found)}" for title, found in said if found]
+
+
 def terminal_report(result: Result) -> str:
     """The result for a terminal of 80 columns: a row an aggregate, with its direction, then one sentence and what to know beside it."""
     systems = list(result.summary)
     names = list(dict.fromkeys(name for estimates in result.summary.values() for name in estimates))
-    first, width = max(map(len, [*names, "metric"])), 24 if len(systems) < 3 else 22
+    first = max(map(len, [*names, "metric"]))
+    width = min(24, max(NARROWEST_CELL, (TERMINAL_COLUMNS - first - len(BETTER)) // max(1, len(systems))))
     lines = [f"{'metric':<{first}}" + "".join(f"{system[: width - 1]:>{width}}" for system in systems)]
     for name in names:
         cells = "".join(f"{_narrow(result.summary[system].get(name)):>{width}}" for system in systems)
-        better = {True: "  lower is better", False: "  higher is better"}.get(result.lower_is_better.get(name), "")  # type: ignore[arg-type]
+        better = {True: "  lower is better", False: BETTER}.get(result.lower_is_better.get(name), "")  # type: ignore[arg-type]
         lines.append(f"{name:<{first}}{cells}{better}")
     notes = [f"note: {note}" for note in result.notes if "no item offers" not in note]
     lines += ["", *(textwrap.fill(text, TERMINAL_COLUMNS) for text in (verdict(result), *notes))]
