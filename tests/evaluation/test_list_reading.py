@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import HealthCheck, given, settings, strategies
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
@@ -212,3 +213,11 @@ def test_words_and_languages() -> None:
     assert count_words("你好 OK 世界。") == 5
     assert count_words("...") == 0
     assert [language_code(name) for name in ("English", "en-US", "zh", "Mandarin", "pt_BR")] == ["en", "en", "zh", "zh", "pt"]
+
+
+def test_a_recording_of_hours_is_refused_by_its_header(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.flac", np.zeros(3601 * 1000, np.int16), 1000)
+    (tmp_path / "list.jsonl").write_text(json.dumps({"audio": "long.flac", "text": "four words are here"}) + "\n")
+    [item] = read_test_list(tmp_path / "list.jsonl").items
+    with pytest.raises(UserError, match="too long"):
+        item.audio()

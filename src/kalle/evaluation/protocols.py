@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kalle.audio import Audio, read_audio, resample, write_audio
+from kalle.audio import Audio, resample, write_audio
 from kalle.data.shared_work import RankJournals
 from kalle.errors import UserError
 from kalle.evaluation.figures import FigureRow
 from kalle.evaluation.metrics import RATE_HZ, Aggregate, Metric, ScoreItem
 from kalle.evaluation.report import Result, Settings, finish
 from kalle.evaluation.scoring import Row, Scores, counted
-from kalle.evaluation.test_list import TestItem
+from kalle.evaluation.test_list import TestItem, read_scored
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import latent_health
 from kalle.models.flowvae import FlowVAE
@@ -81,7 +81,7 @@ def figure_rows(items: Sequence[TestItem], rows: Sequence[Row], folder: Path, li
             wavs.setdefault(row["id"], {}).setdefault(row["system"], folder / row["wav"])
     shown = [item for item in items if item.id in wavs][:limit]
     return [
-        FigureRow(item.text, {**_recording(item), **{system: read_audio(path, RATE_HZ) for system, path in wavs[item.id].items()}})
+        FigureRow(item.text, {**_recording(item), **{system: read_scored(path, RATE_HZ) for system, path in wavs[item.id].items()}})
         for item in shown
     ]
 
@@ -407,4 +407,4 @@ def _read_wav(folder: Path, item: TestItem) -> tuple[Audio, Path]:
     path = _wav_path(folder, item)
     if path is None:
         raise UserError(f"wav not found: expected '{folder / item.file_stem}.wav'; synthesise it or remove the line from the list")
-    return read_audio(path, RATE_HZ), path
+    return read_scored(path, RATE_HZ), path

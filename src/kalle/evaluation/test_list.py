@@ -33,8 +33,15 @@ AudioLoader = Callable[[int], Audio]
 MAX_NAME_BYTES = 200
 """Room for a suffix in the 255 bytes that file systems give a name."""
 MAX_SECONDS = 1e6
+LONGEST_RECORDING_S = 3600.0
+"""Of what is scored; at 16 kHz it takes 230 MB, and a small file may hold days of silence."""
 _DAMAGED = (ValueError, RecursionError)
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def read_scored(path: str | Path, sample_rate_hz: int) -> Audio:
+    """A file that is to be scored, mono float32 (S,); a UserError as `read_audio`, and when it is longer than `LONGEST_RECORDING_S`."""
+    return read_audio(path, sample_rate_hz, LONGEST_RECORDING_S)
 
 
 @dataclass(frozen=True)
@@ -63,13 +70,13 @@ class TestItem:
         """The recording, mono float32 (S,). UserError when it is missing, unreadable or not in the list."""
         if self.audio_path is None:
             raise UserError(f"no recording for '{self.id}': got text only, expected a list with audio; add the recording")
-        return self.loader(sample_rate_hz) if self.loader is not None else read_audio(self.audio_path, sample_rate_hz)
+        return self.loader(sample_rate_hz) if self.loader is not None else read_scored(self.audio_path, sample_rate_hz)
 
     def prompt_audio(self, sample_rate_hz: int = 16000) -> Audio:
         """The prompt's recording, mono float32 (S,). UserError when it is missing, unreadable or not in the list."""
         if self.prompt_path is None:
             raise UserError(f"no prompt for '{self.id}': expected a prompt recording in the list; use a Seed-TTS list or prompts=none")
-        return read_audio(self.prompt_path, sample_rate_hz)
+        return read_scored(self.prompt_path, sample_rate_hz)
 
     @property
     def file_stem(self) -> str:
@@ -211,7 +218,7 @@ def _cut_audio(cut: Any, sample_rate_hz: int) -> Audio:
 
     path = Path(cut.recording.sources[0].source)
     if cut.start == 0 and abs(cut.duration - cut.recording.duration) < 1 / cut.recording.sampling_rate:
-        return read_audio(path, sample_rate_hz)
+        return read_scored(path, sample_rate_hz)
     return resample(load_audio(cut, cut.sampling_rate), cut.sampling_rate, sample_rate_hz)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 from lhotse.cut import MonoCut
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.lists import read_folder
@@ -16,6 +20,7 @@ from kalle.data.corpus.prepare import prepare_corpus
 from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
 from kalle.data.latents.shards import read_items
 from kalle.data.latents.storage import Folder
+from kalle.data.latents.table import array_of
 from kalle.data.latents.waves import ShardWaves, WaveShardConfig, write_wave_shards
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
@@ -114,3 +119,50 @@ def test_a_damaged_folder_of_wave_shards_is_written_anew_or_named(tmp_path: Path
             (out / name).unlink()
         write_wave_shards(cuts, out, config)
         assert contents(out) == {**whole, ".completed": (out / ".completed").read_bytes()}, name
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("speaker", lambda column: column + 99),
+        ("language", lambda column: column - 99),
+        ("shard", lambda column: column + 99),
+        ("frames", lambda column: -column),
+        ("latents.offset", lambda column: -column - 1),
+        ("latents.size", lambda column: column.astype(np.float32)),
+    ],
+)
+def test_an_index_that_points_outside_is_not_used(toy_latents: Path, tmp_path: Path, name: str, change: Callable) -> None:
+    folder = tmp_path / "latents"
+    shutil.copytree(toy_latents, folder)
+    path = folder / "index.train.safetensors"
+    with safe_open(path, "np") as file:
+        metadata, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    path.write_bytes(save(arrays | {name: change(arrays[name])}, metadata))
+    found, whole = read_items(folder, "train"), read_items(toy_latents, "train")
+    assert [(item.id, item.text, item.speaker, item.frames) for item in found] == [
+        (item.id, item.text, item.speaker, item.frames) for item in whole
+    ]
+    assert np.array_equal(found[1].latents.load(), whole[1].latents.load())
+
+
+def test_a_text_of_the_index_that_is_no_text_is_named(toy_latents: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy_latents, tmp_path / "latents")
+    path = tmp_path / "latents" / "index.train.safetensors"
+    with safe_open(path, "np") as file:
+        metadata, arrays = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    path.write_bytes(save(arrays | {"texts": np.full_like(arrays["texts"], 0xFF)}, metadata))
+    assert is_line(read_or_problem(lambda: read_items(tmp_path / "latents", "train")[0]))
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 2**40), (2**40, 10), (-5, 10), (0, -10)])
+def test_a_place_that_a_shard_does_not_have_is_named(toy_latents: Path, offset: int, size: int) -> None:
+    name = next(path.name for path in (toy_latents / "train").glob("*.tar"))
+    assert is_line(read_or_problem(lambda: Folder(toy_latents).read_range(f"train/{name}", offset, size)))
+
+
+@pytest.mark.parametrize("value", [np.array(["text"]), np.arange(4), np.zeros((2, 2), np.complex64), np.array([b"x"])])
+def test_an_array_of_anything_but_fractions_is_named(value: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, value)
+    assert is_line(read_or_problem(lambda: array_of(bytearray(buffer.getvalue()), "a.npy")))

@@ -268,7 +268,8 @@ def _soundfile_agrees(item: SourceItem, sound: ItemAudio) -> bool:
         return True
     # An Ogg stream that begins late is opened in its middle.
     try:
-        return sound.channels is not None and np.array_equal(load_channels(item.audio, None, Part(as_opened=True))[0], sound.channels)
+        opened, _ = load_channels(item.audio, LONGEST_RECORDING_SECONDS, Part(as_opened=True))
+        return sound.channels is not None and np.array_equal(opened, sound.channels)
     except AudioError:
         return False
 

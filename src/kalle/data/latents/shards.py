@@ -352,6 +352,13 @@ def _table_of(
     lists = [arrays["ids.starts"], arrays["texts.starts"]]
     if any(len(column) != items for column in columns) or any(len(starts) != items + 1 or (np.diff(starts) < 0).any() for starts in lists):
         return None
+    bounds = {"speaker": len(facts["speakers"]), "language": len(facts["languages"]), "shard": len(shards)}
+    if any(column.dtype.kind not in "iu" or (column < 0).any() for column in (*columns, *lists, arrays["frames"])):
+        return None
+    if any((arrays[name] >= bound).any() for name, bound in bounds.items()):
+        return None
+    if not all(isinstance(name, str | None) for name in (*facts["speakers"], *facts["languages"])):
+        return None
     if facts.get("version") != INDEX_VERSION or any(listed.get(name) != size for name, size in expected.items()):
         return None
     if sum(name.startswith("cuts.") for name in listed) != len(shards) or any(f"{field}.offset" not in arrays for field in fields):
@@ -418,10 +425,15 @@ def _rows_of(folder: Folder, name: str, frames: Frames) -> Iterator[tuple[str, s
             if line.strip():
                 cut = parse_json(line)
                 said = (cut.get("supervisions") or [{}])[0]
-                yield str(cut["id"]), str(said.get("text") or ""), said.get("speaker"), said.get("language"), frames(cut)
+                speaker, language, length = said.get("speaker"), said.get("language"), frames(cut)
+                if not isinstance(speaker, str | None) or not isinstance(language, str | None) or not 0 <= length < 2**31:
+                    raise ValueError(f"cut '{cut['id']}': got the speaker {speaker!r:.40}, language {language!r:.40}, length {length}")
+                name, text = str(cut["id"]), str(said.get("text") or "")
+                f"{name}{text}".encode()  # half of a surrogate pair is found here
+                yield name, text, speaker, language, length
     except UserError:
         raise
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"unreadable manifest: '{folder.where(name)}' ({reason}); write or copy the folder again") from None
 
@@ -432,5 +444,5 @@ def tar_members(folder: Folder, name: str) -> dict[str, tuple[int, int]]:
         with folder.open(name) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             data = [member for member in archive if not member.name.endswith((".json", ".nodata", ".nometa"))]
             return {member.name.rpartition(".")[0]: (member.offset_data, member.size) for member in data}
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, LookupError, OverflowError) as error:
         raise UserError(f"unreadable shard: '{folder.where(name)}' ({error}); write or copy the folder again") from None

@@ -84,12 +84,16 @@ class Folder:
 
     def read_range(self, name: str, offset: int, size: int) -> bytearray:
         """``size`` bytes of a file from ``offset``."""
+        if not 0 <= offset <= offset + size:
+            raise UserError(f"damaged shard: '{self.where(name)}' has {size} bytes from byte {offset}; write or copy the folder again")
         if self.remote and self.cache_dir is None:
             with storage_errors(self.where(name)):
                 filesystem, base = self._fsspec()
                 content = bytearray(filesystem.cat_file(f"{base}/{name}", start=offset, end=offset + size))
         else:
-            content = bytearray(os.pread(self._descriptor(name), size, offset))
+            descriptor = self._descriptor(name)
+            # No more than there is: a header may claim any size, and that much memory would be taken first.
+            content = bytearray(os.pread(descriptor, min(size, max(0, os.fstat(descriptor).st_size - offset)), offset))
         if len(content) != size:
             raise UserError(f"incomplete shard: '{self.where(name)}' ends before byte {offset + size}; write or copy the folder again")
         return content

@@ -78,7 +78,10 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return self.rows.row(range(len(self))[index]).tobytes().decode()
+        try:
+            return self.rows.row(range(len(self))[index]).tobytes().decode()
+        except UnicodeDecodeError:
+            raise UserError(f"damaged index: its text {index} is not UTF-8; remove index.*.safetensors, which is made again") from None
 
 
 class TokenLists(Sequence[Tensor]):
@@ -270,7 +273,7 @@ def _layout(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     """Type and shape from the header of a .npy file; few differ, and parsing one costs more than reading the array."""
     facts = ast.literal_eval(header.decode("latin-1"))
     dtype = np.dtype(facts["descr"])
-    if facts["fortran_order"] or dtype.hasobject:
+    if facts["fortran_order"] or dtype.kind != "f":
         raise ValueError("not a C-ordered array of numbers")
     return dtype, tuple(facts["shape"])
 
@@ -283,5 +286,5 @@ def array_of(content: bytearray, address: str) -> np.ndarray:
         start = _HEADER_AT + int.from_bytes(content[_HEADER_AT - 2 : _HEADER_AT], "little")
         dtype, shape = _layout(bytes(content[_HEADER_AT:start]))
         return np.frombuffer(content, dtype, offset=start).reshape(shape)
-    except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+    except (ValueError, SyntaxError, LookupError, TypeError, AttributeError, RecursionError, MemoryError, OverflowError) as error:
         raise UserError(f"unreadable array in '{address}': {str(error)[:200]}; write or copy the folder again") from None
