@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -428,6 +429,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if origin is tuple:  # tuple[X, ...], a list in JSON
         return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
+    if hint is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+        return False
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return isinstance(value, origin or hint)

@@ -204,3 +204,8 @@ def test_streams_that_the_caller_closed() -> None:
     for end, code in ((">&-", 0), ("<&- >&- 2>&-", 0), ("2>&-", 0)):
         assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m kalle --version {end}"], check=False).returncode == code
     assert subprocess.run(["sh", "-c", f"'{sys.executable}' -m kalle nonsense 2>&-"], check=False).returncode == 2
+
+
+def test_a_name_is_no_order_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "folder", "\x1b[31mred\x9b", "--out", "out"]) == 2
+    assert "'\\x1b[31mred\\x9b'" in one_line(capsys)

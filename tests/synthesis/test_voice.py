@@ -98,6 +98,9 @@ def test_damaged_notes(tmp_path) -> None:
     save_file({"speaker_latent": torch.ones(3)}, tmp_path / "v.safetensors", {"format": "kalle-voice-1", "seed": "x"})
     with pytest.raises(UserError, match="its seed is 'x', expected a number"):
         Voice.load(tmp_path / "v.safetensors")
+    save_file({"speaker_latent": torch.ones(3)}, tmp_path / "v.safetensors", {"format": "kalle-voice-1", "description": "\x1b[31m"})
+    with pytest.raises(UserError, match="its description has control characters"):
+        Voice.load(tmp_path / "v.safetensors")
     with pytest.raises(UserError, match="its consent is not Unicode text"):
         Voice({}, speaker_latent=torch.ones(3), consent="\udc80")
 

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -98,7 +99,9 @@ def dispatch(arguments: Sequence[str]) -> int:
 def _fail(message: str, code: int = USAGE_ERROR) -> int:
     from kalle.cli.train import error_prefix
 
-    sys.stderr.write(error_prefix() + " ".join(message.split()) + "\n")
+    # A name from a file or a list may hold what a terminal obeys.
+    words = "".join(ascii(one)[1:-1] if unicodedata.category(one) == "Cc" else one for one in " ".join(message.split()))
+    sys.stderr.write(f"{error_prefix()}{words}\n")
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -188,6 +189,9 @@ def _check_tensor(name: str, value: Tensor, rank: int) -> None:
 
 
 def _check_note(name: str, value: str | None) -> None:
+    # A terminal would obey what a file from elsewhere says.
+    if any(unicodedata.category(character) == "Cc" and not character.isspace() for character in value or ""):
+        raise UserError(f"a bad voice: its {name} has control characters, expected text; type it again")
     try:
         (value or "").encode()
     except UnicodeEncodeError as error:
