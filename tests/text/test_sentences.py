@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kalle.errors import UserError
-from kalle.text.languages import detect_language, has_words
-from kalle.text.sentences import LONGEST_CHARACTERS, Sentence, split_sentences, unspoken, weight
+from kalle.text.languages import LONGEST_CHARACTERS, Sentence, detect_language, has_words, split_sentences, unspoken, weight
 
 MIXED = st.text(
     st.sampled_from("ab AB.!?,;:…\n\r\t\"'“”()«»。！？；，「」中文字かな한국שלוםПр😀\u200d\u0301\u202e0123-—*#\u2029\x0b\x85"), max_size=200

@@ -554,8 +554,7 @@ def _config(folder: Path | None) -> FolderConfig:
 def shown_text(text: str, options: GenerationOptions, folder: Path | None, *, from_file: bool = False, srt: bool = False) -> str:
     """``text`` as written, and each request of it as the weights in ``folder`` get it, with its place; loads no model."""
     from kalle.synthesis.options import fits_one_request
-    from kalle.text.languages import detect_language
-    from kalle.text.sentences import Sentence, split_sentences, unspoken
+    from kalle.text.languages import Sentence, detect_language, split_sentences, unspoken
     from kalle.text.tokenizer import check_text
 
     check_text(text, "text")

@@ -20,7 +20,7 @@ from kalle.synthesis.generate import FloatArray
 from kalle.synthesis.options import GenerationOptions, SpeechRequest, cap_frames, fits_one_request, usual_seconds
 from kalle.synthesis.speech import Speech, joined
 from kalle.synthesis.voice import FLOWVAE_ENCODER, GivenVoice, Voice, check_given_voice
-from kalle.text.sentences import Sentence, split_sentences, unspoken
+from kalle.text.languages import Sentence, split_sentences, unspoken
 from kalle.text.tokenizer import BEFORE_SPEECH, check_text
 
 if TYPE_CHECKING:

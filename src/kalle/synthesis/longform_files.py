@@ -37,7 +37,7 @@ from kalle.models.lm import PART
 from kalle.synthesis.longform import Part
 from kalle.synthesis.options import StopRule
 from kalle.synthesis.speech import FRAME_ARRAYS, Attempt, Speech
-from kalle.text.sentences import Sentence
+from kalle.text.languages import Sentence
 
 if TYPE_CHECKING:
     from kalle.synthesis.adapter import Adapter

@@ -24,8 +24,7 @@ from tokenizers import Tokenizer as Backend
 from kalle.errors import UserError
 from kalle.extras import install_command
 from kalle.files import atomic_file
-from kalle.text.languages import detect_language, has_words, script_of
-from kalle.text.sentences import split_sentences
+from kalle.text.languages import detect_language, has_words, script_of, split_sentences
 from kalle.text.tokenizer import BEFORE_SPEECH, PHONEMES_NAME, Tokenizer, check_text
 
 if TYPE_CHECKING:

@@ -13,9 +13,8 @@ from lhotse.audio import AudioSource
 
 from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.hugging_face import read_hugging_face
 from kalle.data.corpus.items import SplitPolicy, language_of_name, split_of_part
-from kalle.data.corpus.lhotse_readers import read_lhotse
+from kalle.data.corpus.library_readers import read_hugging_face, read_lhotse
 from kalle.data.corpus.prepare import prepare_corpus
 from kalle.errors import UserError
 

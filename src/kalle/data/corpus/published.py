@@ -22,7 +22,7 @@ from kalle.data.corpus.items import (
     plain_fields,
     split_of_part,
 )
-from kalle.data.corpus.lhotse_readers import from_cuts
+from kalle.data.corpus.library_readers import from_cuts
 from kalle.errors import UserError
 from kalle.files import parse_json, read_lines, read_text_line
 from kalle.text.languages import detect_language
@@ -313,7 +313,7 @@ def _emilia_lists(folder: Path, rejected: list[Rejection]) -> Iterator[SourceIte
     from lhotse.recipes.emilia import prepare_emilia
     from lhotse.serialization import load_jsonl
 
-    from kalle.data.corpus.lhotse_readers import quietly
+    from kalle.data.corpus.library_readers import quietly
 
     for path in sorted(folder.glob("raw/*/")):
         arguments = {"lang": path.name.lower(), "num_jobs": 1}
