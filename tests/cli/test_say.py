@@ -177,9 +177,9 @@ def test_a_speech_that_never_began_is_an_error(model: Path, tmp_path: Path, caps
     import kalle.synthesis.kalle as module
     from kalle.synthesis.options import StopRule
 
-    original = module.read_folder
+    original = module.read_weight_folder
     rule = StopRule(threshold=1e9, min_index=-1)
-    monkeypatch.setattr(module, "read_folder", lambda folder: type(original(folder))(stop=rule))
+    monkeypatch.setattr(module, "read_weight_folder", lambda folder: type(original(folder))(stop=rule))
     assert say(model, "Hi", "-o", tmp_path / "out.wav") == 2
     assert "before its first frame" in capsys.readouterr().err
     assert not (tmp_path / "out.wav").exists()

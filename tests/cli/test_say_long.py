@@ -187,9 +187,9 @@ def test_nothing_spoken_at_all_is_an_error(model: Path, book: Path, tmp_path: Pa
     import kalle.synthesis.kalle as module
     from kalle.synthesis.options import StopRule
 
-    original = module.read_folder
+    original = module.read_weight_folder
     rule = StopRule(threshold=1e9, min_index=-1)
-    monkeypatch.setattr(module, "read_folder", lambda folder: type(original(folder))(stop=rule))
+    monkeypatch.setattr(module, "read_weight_folder", lambda folder: type(original(folder))(stop=rule))
     assert say(model, "--text-file", book, "-o", tmp_path / "out.wav", "--seed", 3) == 2
     assert "nothing was spoken: got 0 frames for each sentence with seed 3" in capsys.readouterr().err
     assert not (tmp_path / "out.wav").exists()
