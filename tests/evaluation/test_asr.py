@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kalle.audio import Audio
 from kalle.errors import UserError
@@ -71,6 +73,82 @@ def test_unknown_decoding() -> None:
         FasterWhisper(decoding="beam9")
 
 
+def test_unknown_recogniser_and_options() -> None:
+    with pytest.raises(UserError, match="faster_whisper, transformers, paraformer"):
+        asr.recogniser("sphinx")
+    with pytest.raises(UserError, match="beams"):
+        asr.recogniser("faster_whisper", beams=3)
+
+
+def test_a_missing_transformers_model_is_one_line_with_the_way_to_get_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match=r"does not load.*hf download") as raised:
+        asr.recogniser("transformers", model=tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_paraformer_is_chinese() -> None:
+    with pytest.raises(UserError, match="speaks Chinese"):
+        asr.Paraformer(languages=["fr"])
+    if importlib.util.find_spec("funasr") is None:
+        with pytest.raises(UserError, match="pip install funasr"):
+            asr.Paraformer()
+
+
+def tiny_whisper(folder: Path) -> Path:
+    """A random multilingual Whisper of one layer, with a tokenizer of bytes and the special tokens of the official decoding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizerFast
+
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|translate|>", "<|transcribe|>", "<|startoflm|>"]
+    special += ["<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    fast = WhisperTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[0], unk_token=special[0])
+    ids = {token: fast.convert_tokens_to_ids(token) for token in special}
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"eos_token_id": ids[special[0]], "bos_token_id": ids[special[0]], "pad_token_id": ids[special[0]]}
+    start = ids["<|startoftranscript|>"]
+    config = WhisperConfig(vocab_size=len(fast), encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_start_token_id=start, **tokens, **size)
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config)
+    generation = model.generation_config
+    generation.is_multilingual, generation.max_length = True, 24
+    generation.lang_to_id = {token: ids[token] for token in ("<|en|>", "<|zh|>")}
+    generation.task_to_id = {name: ids[f"<|{name}|>"] for name in ("transcribe", "translate")}
+    generation.no_timestamps_token_id = ids["<|notimestamps|>"]
+    generation.suppress_tokens, generation.begin_suppress_tokens = [], []
+    model.save_pretrained(folder)
+    WhisperProcessor(WhisperFeatureExtractor(), fast).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_official_decoding_is_greedy_behind_language_and_task(tmp_path: Path, speech: Callable[..., Audio]) -> None:
+    pytest.importorskip("transformers")
+    whisper = asr.recogniser("transformers", model=tiny_whisper(tmp_path), languages=["en", "zh"])
+    assert isinstance(whisper, asr.TransformersWhisper)
+    audios = [speech(1.0), speech(2.0, 1), np.zeros(0, np.float32)]
+    model, processor = whisper._model, whisper._processor
+    tokenizer = processor.tokenizer
+    for language in ("en", "zh"):
+        prompt = [f"<|{name}|>" for name in ("startoftranscript", language, "transcribe", "notimestamps")]
+        expected = []
+        for audio in audios[:2]:
+            features = processor(audio, sampling_rate=16000, return_tensors="pt").input_features
+            ids = torch.tensor([tokenizer.convert_tokens_to_ids(prompt)])
+            with torch.no_grad():
+                while ids.shape[1] < 24 and ids[0, -1] != tokenizer.eos_token_id:
+                    best = model(input_features=features, decoder_input_ids=ids).logits[0, -1].argmax()
+                    ids = torch.cat([ids, best.view(1, 1)], dim=1)
+            expected.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+        assert whisper.batch(audios, language) == [*expected, ""]
+        assert whisper(audios[0], language) == expected[0]
+    assert model.dtype == torch.float32
+
+
 def test_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("faster_whisper")
     (tmp_path / "model.bin").write_bytes(b"not a model")
@@ -99,5 +177,14 @@ def test_tiny_en_reads_the_embedded_corpus(speech: Callable[..., Audio]) -> None
     rows = [metric(ScoreItem(item.id, item.audio(), item.text, item.language)) for item in items]
     assert sum(float(row["wer_errors_whisper"]) for row in rows) / sum(float(row["wer_words_whisper"]) for row in rows) < 0.2
     assert metric.transcriber(np.zeros(0, np.float32), "en") == ""
+    assert isinstance(metric.transcriber, FasterWhisper)
+    audios = [item.audio() for item in items]
+    together = metric.transcriber.batch(audios, "en")
+    assert together == [row["transcript"] for row in rows], "a batch changes nothing"
+    options = {"language": "en", "beam_size": 1, "temperature": 0.0, "condition_on_previous_text": False, "without_timestamps": True}
+    never = dict.fromkeys(("compression_ratio_threshold", "log_prob_threshold", "no_speech_threshold"))
+    for audio, text in zip(audios, together, strict=True):
+        segments, _ = metric.transcriber._model.transcribe(audio, **options, **never)
+        assert "".join(segment.text for segment in segments).strip() == text, "what faster-whisper's own call gives"
     with pytest.raises(UserError, match="English only"):
         metric.transcriber(speech(), "zh")

@@ -82,7 +82,9 @@ def test_a_bad_configuration_is_refused_when_it_is_made(test_list: Path, tmp_pat
 
 def test_the_defaults_of_the_command_are_those_of_the_dataclass() -> None:
     composed = filled_config(compose("evaluate", ["kind=synthesis", "model=m", "out=o", "testset.path=t"]))
-    plain = EvaluateConfig(kind="synthesis", model="m", out="o", testset=TestListConfig("t"), progress=True, metrics=composed.metrics)
+    plain = EvaluateConfig(
+        kind="synthesis", model="m", out="o", testset=TestListConfig("t"), progress=True, workers=None, metrics=composed.metrics
+    )
     assert composed == plain
     known = {field.name for field in (*dataclasses.fields(SpeakingConfig), *dataclasses.fields(GenerationOptions))}
     assert set(compose("evaluate", []).synthesis) <= known

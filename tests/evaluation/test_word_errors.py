@@ -103,3 +103,42 @@ def test_both_scripts_of_chinese_are_one(text: str, heard: str) -> None:
 def test_unknown_normaliser_lists_the_known() -> None:
     with pytest.raises(UserError, match="seed_tts, whisper, kalle_authors"):
         normaliser("nist")
+
+
+def test_british_spelling_is_no_error_under_whisper_and_is_one_under_seed_tts() -> None:
+    reference, heard = "The colour of the grey theatre was recognised.", "the color of the gray theater was recognized"
+    assert whisper_english(reference, "en") == whisper_english(heard, "en")
+    assert word_errors(seed_tts(reference, "en"), seed_tts(heard, "en")).errors == 4
+
+
+def test_whispers_normaliser_is_that_of_transformers_but_for_the_spelling() -> None:
+    english = pytest.importorskip("transformers.models.whisper.english_normalizer")
+    import importlib.resources
+    import json
+
+    table = json.loads(importlib.resources.files("whisper_normalizer").joinpath("normalizers/english.json").read_text())
+    theirs = english.EnglishTextNormalizer(table)
+    for text in (
+        "I'm gonna pay $20.50 for Mr. O'Neil's colour TVs, uh, won't I?",
+        "In 1984 twenty-one men sat at No. 5 [noise]; it's done!",
+    ):
+        assert whisper_english(text, "en") == theirs(text).split()
+
+
+def test_items_of_one_language_are_heard_together_and_stay_in_order() -> None:
+    class Batches:
+        def __init__(self) -> None:
+            self.asked: list[tuple[str, int]] = []
+
+        def batch(self, audios: list[np.ndarray], language: str) -> list[str]:
+            self.asked.append((language, len(audios)))
+            return [f"{language} {len(audio)}" for audio in audios]
+
+        def describe(self) -> dict[str, object]:
+            return {}
+
+    transcriber = Batches()
+    items = [ScoreItem(str(n), np.zeros(n, np.float32), "x", language) for n, language in ((1, "en"), (2, "fr"), (3, "en"))]
+    rows = WER(transcriber, ["seed_tts"]).batch(items)  # type: ignore[arg-type]
+    assert [row["transcript"] for row in rows if not isinstance(row, MetricError)] == ["en 1", "fr 2", "en 3"]
+    assert transcriber.asked == [("en", 2), ("fr", 1)]

@@ -90,6 +90,8 @@ def build_metrics(nodes: dict[str, Any], languages: Sequence[str]) -> list[Metri
 
     metrics: list[Metric] = []
     for name, node in nodes.items():
+        if node is None:  # a protocol that leaves it out
+            continue
         try:
             metrics.append(instantiate(node, **({"languages": languages} if name == "wer" else {}), _convert_="all"))
         except InstantiationException as error:

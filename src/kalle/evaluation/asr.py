@@ -1,15 +1,16 @@
-"""Speech to text with faster-whisper, under decodings that have names, and where its models come from."""
+"""Speech to text under decodings that have names, by faster-whisper, transformers or FunASR, and where the models come from."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ import torch
 
 from kalle.audio import Audio
 from kalle.errors import UserError
-from kalle.evaluation.metrics import RATE_HZ
+from kalle.evaluation.metrics import RATE_HZ, ScoreItem
 from kalle.extras import require
 
 WINDOW_SAMPLES = 30 * RATE_HZ
@@ -37,6 +38,26 @@ class Transcriber(Protocol):
     def describe(self) -> Mapping[str, object]:
         """Model, version and settings."""
         ...
+
+
+class BatchTranscriber(Transcriber, Protocol):
+    """A transcriber that hears several at once."""
+
+    def batch(self, audios: Sequence[Audio], language: str) -> list[str]:
+        """The transcript of each."""
+        ...
+
+
+def transcripts(transcriber: Transcriber, items: Sequence[ScoreItem]) -> list[str]:
+    """The transcript of each item, those of one language together where the transcriber can."""
+    batch = getattr(transcriber, "batch", None)
+    if batch is None:
+        return [transcriber(item.audio, item.language) for item in items]
+    found: dict[int, str] = {}
+    for language in dict.fromkeys(item.language for item in items):
+        same = [index for index, item in enumerate(items) if item.language == language]
+        found |= dict(zip(same, batch([items[index].audio for index in same], language), strict=True))
+    return [found[index] for index in range(len(items))]
 
 
 class FasterWhisper:
@@ -80,24 +101,46 @@ class FasterWhisper:
 
     def __call__(self, audio: Audio, language: str) -> str:
         """Transcript of mono float32 (S,) at 16 kHz; "" for no samples. UserError for a language the model does not speak."""
+        return self.batch([audio], language)[0]
+
+    def batch(self, audios: Sequence[Audio], language: str) -> list[str]:
+        """The same for several: encoded one by one, for that is faster on a CPU, and decoded together.
+
+        What faster-whisper's ``transcribe`` gives for one window under these options, from the same parts of it.
+        """
         if language != "en" and not self._model.model.is_multilingual:
             raise UserError(f"speech recogniser '{self.model_name}' is English only: got '{language}'; use model=base or a folder")
-        if len(audio) == 0:
-            return ""
-        segments, _ = self._model.transcribe(
-            np.ascontiguousarray(audio[:WINDOW_SAMPLES], dtype=np.float32),
-            language=language,
-            task="transcribe",
+        heard = [index for index, audio in enumerate(audios) if len(audio)]
+        texts = [""] * len(audios)
+        if not heard:
+            return texts
+        from faster_whisper.tokenizer import Tokenizer
+        from faster_whisper.transcribe import get_suppressed_tokens
+
+        tokenizer = Tokenizer(self._model.hf_tokenizer, self._model.model.is_multilingual, task="transcribe", language=language)
+        encoded = self._encode([audios[index] for index in heard])
+        results = self._model.model.generate(
+            encoded,
+            [self._model.get_prompt(tokenizer, [], without_timestamps=True)] * len(heard),
             beam_size=DECODINGS[self.decoding],
-            temperature=0.0,
-            condition_on_previous_text=False,
-            without_timestamps=True,
-            compression_ratio_threshold=None,
-            log_prob_threshold=None,
-            no_speech_threshold=None,
-            vad_filter=False,
+            max_length=self._model.max_length,
+            suppress_blank=True,
+            suppress_tokens=get_suppressed_tokens(tokenizer, [-1]),
         )
-        return "".join(segment.text for segment in segments).strip()
+        for index, result in zip(heard, results, strict=True):
+            texts[index] = tokenizer.decode([token for token in result.sequences_ids[0] if token < tokenizer.eot]).strip()
+        return texts
+
+    def _encode(self, audios: Sequence[Audio]) -> Any:
+        """The encoder's output (N, frames, width), as CTranslate2 holds it."""
+        from ctranslate2 import StorageView
+        from faster_whisper.audio import pad_or_trim
+
+        windows = [np.ascontiguousarray(audio[:WINDOW_SAMPLES], dtype=np.float32) for audio in audios]
+        features = [pad_or_trim(self._model.feature_extractor(window)[..., :-1]) for window in windows]
+        if self._model.model.device != "cpu":
+            return self._model.encode(np.stack(features))
+        return StorageView.from_array(np.concatenate([np.asarray(self._model.encode(one)) for one in features]))
 
     def describe(self) -> Mapping[str, object]:
         """Model, the hash of its weights, decoding and versions."""
@@ -105,6 +148,136 @@ class FasterWhisper:
         versions = {package: importlib.metadata.version(package) for package in packages}
         settings = {"decoding": self.decoding, "compute_type": self.compute_type}
         return {"model": self.model_name, "weights_sha256": self.weights_sha256[:16], **settings, **versions}
+
+
+class TransformersWhisper:
+    """Whisper as the Seed-TTS protocol runs it: transformers, fp32, greedy, language and task given, one window of 30 s.
+
+    ``model``: a folder or a hub id. UserError when it is missing or no Whisper.
+    """
+
+    def __init__(self, model: str | Path, device: str = "cpu", languages: Iterable[str] = ("en",)) -> None:
+        require("transformers", "eval", "recognition by transformers (metrics.wer.recogniser)")
+        from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+        self.model_name, self._device = str(model), torch.device(device)
+        self._processor: Any = pretrained("speech recogniser", WhisperProcessor, model)
+        self._model: Any = pretrained("speech recogniser", WhisperForConditionalGeneration, model, dtype=torch.float32).to(device).eval()
+        self._english = not self._model.generation_config.is_multilingual
+        self.weights_sha256 = state_sha256(self._model)
+        if self._english and set(languages) - {"en"}:
+            raise UserError(f"speech recogniser '{model}' is English only: got a list in {', '.join(sorted(set(languages)))}; use another")
+
+    def __call__(self, audio: Audio, language: str) -> str:
+        """Transcript of mono float32 (S,) at 16 kHz; "" for no samples."""
+        return self.batch([audio], language)[0]
+
+    @torch.no_grad()
+    def batch(self, audios: Sequence[Audio], language: str) -> list[str]:
+        """The same for several at once."""
+        heard = [index for index, audio in enumerate(audios) if len(audio)]
+        texts = [""] * len(audios)
+        if heard:
+            windows = [audios[index][:WINDOW_SAMPLES] for index in heard]
+            inputs = self._processor(windows, sampling_rate=RATE_HZ, return_tensors="pt").input_features.to(self._device)
+            spoken = {} if self._english else {"language": language, "task": "transcribe"}
+            ids = self._model.generate(inputs, num_beams=1, do_sample=False, return_timestamps=False, **spoken)
+            for index, text in zip(heard, self._processor.batch_decode(ids, skip_special_tokens=True), strict=True):
+                texts[index] = text.strip()
+        return texts
+
+    def describe(self) -> Mapping[str, object]:
+        """Model, the hash of its weights, decoding and version."""
+        version = importlib.metadata.version("transformers")
+        return {"model": self.model_name, "weights_sha256": self.weights_sha256, "decoding": "official", "transformers": version}
+
+
+class Paraformer:
+    """FunASR's Paraformer, the Seed-TTS protocol's recogniser of Chinese; with ``vad`` and ``punctuation`` KALL-E's authors' setting.
+
+    ``model``: a folder or an id of FunASR's hub ("paraformer-zh"). UserError when FunASR or the model is missing.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "paraformer-zh",
+        device: str = "cpu",
+        languages: Iterable[str] = ("zh",),
+        vad: str | None = None,
+        punctuation: str | None = None,
+    ) -> None:
+        self.model_name, self.vad, self.punctuation = str(model), vad, punctuation
+        if set(languages) - {"zh", "en"}:
+            raise UserError(f"speech recogniser '{model}' speaks Chinese: got a list in {', '.join(sorted(set(languages)))}; use another")
+        self._model = funasr_model("speech recogniser", model, device, vad_model=vad, punc_model=punctuation)
+
+    def __call__(self, audio: Audio, language: str) -> str:
+        """Transcript of mono float32 (S,) at 16 kHz, without the spaces between characters; "" for no samples."""
+        if len(audio) == 0:
+            return ""
+        (result,) = self._model.generate(input=audio, batch_size_s=300, disable_pbar=True)
+        return str(result["text"]).replace(" ", "") if language == "zh" else str(result["text"])
+
+    def describe(self) -> Mapping[str, object]:
+        """Model, settings and version."""
+        settings = {"vad": self.vad, "punctuation": self.punctuation}
+        return {"model": self.model_name, **settings, "decoding": "funasr", "funasr": importlib.metadata.version("funasr")}
+
+
+RECOGNISERS: Mapping[str, Callable[..., Transcriber]] = {
+    "faster_whisper": FasterWhisper,
+    "transformers": TransformersWhisper,
+    "paraformer": Paraformer,
+}
+
+
+def recogniser(recogniser: str = "faster_whisper", **options: Any) -> Transcriber:
+    """The recogniser called so, made with its own ``options``; a UserError lists the names there are, or the options it takes."""
+    if recogniser not in RECOGNISERS:
+        raise UserError(f"unknown recogniser: got '{recogniser}', expected one of {', '.join(RECOGNISERS)}; correct metrics.wer.recogniser")
+    known = {name: set(inspect.signature(kind).parameters) for name, kind in RECOGNISERS.items()}
+    unknown = sorted(options.keys() - set().union(*known.values()))
+    if unknown:
+        raise UserError(
+            f"unknown options of a recogniser: got {', '.join(unknown)}, expected some of {', '.join(sorted(known[recogniser]))}"
+        )
+    # A configuration holds the options of all recognisers; those of the others mean nothing here.
+    return RECOGNISERS[recogniser](**{name: value for name, value in options.items() if name in known[recogniser]})
+
+
+def pretrained(what: str, kind: Any, model: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained(model)`` of transformers; a UserError names a ``model`` that is not there and how to get it."""
+    try:
+        return kind.from_pretrained(str(model), **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise missing_model(what, model, f"hf download {model} --local-dir DIR", error) from None
+
+
+def missing_model(what: str, model: str | Path, get: str, error: Exception) -> UserError:
+    """The error for a ``model`` that did not load: its name, the reason, and the command that gets it."""
+    return UserError(f"{what} '{model}' does not load ({_one_line(error)[:200]}): get it with `{get}` and give its folder")
+
+
+def state_sha256(module: torch.nn.Module) -> str:
+    """The first 16 digits of the SHA-256 of all names and values in the state of ``module``, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def funasr_model(what: str, model: str | Path, device: str, **options: Any) -> Any:
+    """FunASR's AutoModel; a UserError where FunASR or the model is missing."""
+    if importlib.util.find_spec("funasr") is None:
+        raise UserError(f"{what} '{model}' needs the package funasr, which is not installed: run pip install funasr")
+    from funasr import AutoModel
+
+    try:
+        chosen = {name: value for name, value in options.items() if value is not None}
+        return AutoModel(model=str(model), device=device, disable_update=True, disable_pbar=True, **chosen)
+    except Exception as error:  # FunASR raises whatever its download or its registry does
+        raise missing_model(what, model, f"modelscope download --model {model} --local_dir DIR", error) from None
 
 
 def _one_line(error: Exception) -> str:

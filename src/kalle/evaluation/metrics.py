@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from kalle.audio import Audio
@@ -49,6 +50,8 @@ class ScoreItem:
     """Whether ``audio`` and ``recording`` run in step, as a reconstruction does and a synthesis does not."""
     speaker: Audio | None = None
     """The prompt, or another recording of the speaker to resemble."""
+    rate_hz: int = RATE_HZ
+    """Sample rate at which ``audio`` was stored or made, before it was resampled."""
 
     def offers(self) -> frozenset[str]:
         """The names among text, recording, aligned and speaker that this item has."""
@@ -71,6 +74,110 @@ class Aggregate:
     numerator: str
     denominator: str | None = None
     lower_is_better: bool | None = None
+    trimmed_too: bool = False
+    """Whether it is also measured without the silence at the ends, for silence can turn a fail into a pass."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What is known of a metric whatever its model: a line of ``DECLARED``."""
+
+    unit: str
+    lower_is_better: bool | None
+    band_hz: int
+    """The content it was made for reaches up to here; audio without it is scored all the same, and the report says so."""
+    says: str
+    rate_hz: int = RATE_HZ
+    """Sample rate of its input."""
+    trimmed_too: bool = False
+    package: str = ""
+    """The distribution whose version decides the number."""
+
+
+DECLARED: Mapping[str, Declared] = {
+    "wer_utt_mean": Declared("error / word", True, 8000, "word error rate, mean over utterances", trimmed_too=False),
+    "wer_corpus": Declared("error / word", True, 8000, "word errors of all utterances over all reference words", trimmed_too=True),
+    "sim": Declared("cosine", False, 8000, "speaker embeddings of audio and prompt", trimmed_too=True),
+    "stoi": Declared("0 to 1", False, 5000, "intelligibility against the recording", 10000, package="pystoi"),
+    "pesq_wb": Declared("MOS-LQO", False, 8000, "quality against the recording, wide band", package="pesq"),
+    "pesq_nb": Declared("MOS-LQO", False, 3400, "quality against the recording, narrow band", package="pesq"),
+    "mel_l1": Declared("neper", True, 8000, "distance of log-mel spectrograms"),
+    "mcd": Declared("dB", True, 8000, "mel-cepstral distortion, frame by frame"),
+    "duration_ratio": Declared("s / s", None, 0, "seconds over the recording's", trimmed_too=True),
+    "utmos": Declared("MOS 1 to 5", False, 8000, "naturalness, UTMOS22 strong", trimmed_too=True, package="utmos-pytorch"),
+    "distillmos": Declared("MOS 1 to 5", False, 8000, "quality, DistillMOS", trimmed_too=True, package="distillmos"),
+    "dnsmos_ovrl": Declared("MOS 1 to 5", False, 8000, "overall quality, DNSMOS P.835", trimmed_too=True, package="speechmos"),
+    "dnsmos_sig": Declared("MOS 1 to 5", False, 8000, "quality of the speech, DNSMOS P.835", trimmed_too=True, package="speechmos"),
+    "dnsmos_bak": Declared("MOS 1 to 5", False, 8000, "quality of the background, DNSMOS P.835", trimmed_too=True, package="speechmos"),
+    "emotion": Declared("probability", False, 8000, "mean score of the intended emotion", package="funasr"),
+}
+"""The one table of metrics, by the name of the number in the summary. Model, version and weight hash come from ``describe()``."""
+
+
+def declared(name: str, numerator: str | None = None, denominator: str | None = None, suffix: str = "") -> Aggregate:
+    """The number called ``name`` + ``suffix`` with the direction that ``DECLARED`` states: the mean of ``numerator`` (the name itself)."""
+    known = DECLARED[name]
+    numerator = (numerator or name) + suffix
+    bottom = None if denominator is None else denominator + suffix
+    return Aggregate(name + suffix, numerator, bottom, known.lower_is_better, known.trimmed_too and not suffix)
+
+
+def described(metric: Metric) -> dict[str, object]:
+    """What ``metric`` says of itself, behind what ``DECLARED`` knows of its numbers."""
+    known = {rule.name: DECLARED[rule.name] for rule in metric.aggregates if rule.name in DECLARED}
+    if not known:
+        return dict(metric.describe())
+    first = next(iter(known.values()))
+    own: dict[str, object] = {"unit": first.unit, "rate_hz": first.rate_hz, "band_hz": first.band_hz}
+    if first.package:
+        own[first.package] = importlib.metadata.version(first.package)
+    return own | dict(metric.describe())
+
+
+SILENCE_BELOW_PEAK_DB = 50.0
+"""A frame of 20 ms this far below the loudest one is silence."""
+KEPT_SILENCE_S = 0.25
+"""Silence that trimming leaves at each end, as between two phrases."""
+_FRAME = RATE_HZ // 50
+
+
+def end_silences(audio: Audio) -> tuple[int, int]:
+    """Samples of silence before and behind the speech in (S,) at 16 kHz, in whole frames of 20 ms; (S, 0) for nothing but silence."""
+    count = len(audio) // _FRAME
+    if count == 0:
+        return 0, 0
+    power = np.square(audio[: count * _FRAME].reshape(count, _FRAME), dtype=np.float64).mean(axis=1)
+    if not power.max() > 0:
+        return len(audio), 0
+    loud = np.flatnonzero(power > power.max() * 10 ** (-SILENCE_BELOW_PEAK_DB / 10))
+    return int(loud[0]) * _FRAME, max(0, len(audio) - (int(loud[-1]) + 1) * _FRAME)
+
+
+def trimmed(item: ScoreItem) -> tuple[ScoreItem, float, float]:
+    """``item`` with at most ``KEPT_SILENCE_S`` of silence at each end of its audio, and the seconds of silence that were found there."""
+    before, behind = end_silences(item.audio)
+    kept = int(KEPT_SILENCE_S * RATE_HZ)
+    start, end = max(0, before - kept), len(item.audio) - max(0, behind - kept)
+    cut = item if end - start == len(item.audio) or before == len(item.audio) else replace(item, audio=item.audio[start:end])
+    return cut, before / RATE_HZ, behind / RATE_HZ
+
+
+BAND_BELOW_PEAK_DB = 70.0
+
+
+def bandwidth_hz(audio: Audio) -> float:
+    """The frequency in Hz up to which (S,) at 16 kHz holds more than the rest of a filter: 70 dB below the peak of its mean spectrum.
+
+    0 for less than one window of 32 ms, or silence.
+    """
+    size = 512
+    if len(audio) < size:
+        return 0.0
+    frames = np.lib.stride_tricks.sliding_window_view(audio, size)[:: size // 2] * np.hanning(size).astype(np.float32)
+    power = np.square(np.abs(np.fft.rfft(frames, axis=1))).mean(axis=0)
+    if not power.max() > 0:
+        return 0.0
+    return float(np.flatnonzero(power > power.max() * 10 ** (-BAND_BELOW_PEAK_DB / 10))[-1] * RATE_HZ / size)
 
 
 @runtime_checkable
@@ -95,6 +202,14 @@ class Metric(Protocol):
         ...
 
 
+class BatchMetric(Metric, Protocol):
+    """A metric that scores several items sooner than one after another."""
+
+    def batch(self, items: Sequence[ScoreItem]) -> list[Mapping[str, Value] | MetricError]:
+        """What calling it would return or raise, for each item."""
+        ...
+
+
 PESQ_MODES = ("wb", "nb")
 
 
@@ -103,7 +218,7 @@ class STOI:
 
     name = "stoi"
     needs = frozenset({ALIGNED})
-    aggregates = (Aggregate("stoi", "stoi", lower_is_better=False),)
+    aggregates = (declared("stoi"),)
 
     def __init__(self) -> None:
         require("pystoi", "eval", "STOI")
@@ -124,8 +239,8 @@ class STOI:
                 raise MetricError(f"STOI: {' '.join(str(error).split())}") from None
 
     def describe(self) -> Mapping[str, object]:
-        """Version."""
-        return {"extended": False, "pystoi": importlib.metadata.version("pystoi")}
+        """Variant."""
+        return {"extended": False}
 
 
 class PESQ:
@@ -138,7 +253,7 @@ class PESQ:
         if mode not in PESQ_MODES:
             raise UserError(f"PESQ mode: got '{mode}', expected {' or '.join(PESQ_MODES)}; correct the configuration")
         self.mode, self.name = mode, f"pesq_{mode}"
-        self.aggregates: tuple[Aggregate, ...] = (Aggregate(self.name, self.name, lower_is_better=False),)
+        self.aggregates: tuple[Aggregate, ...] = (declared(self.name),)
 
     def __call__(self, item: ScoreItem) -> dict[str, Value]:
         """``pesq_wb`` or ``pesq_nb`` (MOS-LQO). MetricError when pesq finds no speech or too little."""
@@ -153,8 +268,8 @@ class PESQ:
             raise MetricError(f"PESQ: {type(error).__name__} {' '.join(str(error).split())}") from None
 
     def describe(self) -> Mapping[str, object]:
-        """Mode and version."""
-        return {"mode": self.mode, "pesq": importlib.metadata.version("pesq")}
+        """Mode."""
+        return {"mode": self.mode}
 
 
 class MelDistance:
@@ -162,7 +277,7 @@ class MelDistance:
 
     name = "mel_l1"
     needs = frozenset({ALIGNED})
-    aggregates = (Aggregate("mel_l1", "mel_l1", lower_is_better=True),)
+    aggregates = (declared("mel_l1"),)
 
     def __init__(self, config: MelConfig | None = None) -> None:
         self.mel = LogMel(config or MelConfig(sample_rate=RATE_HZ))
@@ -181,12 +296,45 @@ class MelDistance:
         return {"mel": str(self.mel.config)}
 
 
+class MCD:
+    """Mel-cepstral distortion (Kubichek 1993) frame by frame, in dB; 0 for equal signals.
+
+    10 sqrt(2) / ln 10 times the Euclidean distance of cepstra 1 to 13 (the orthonormal DCT of log-mel spectra), mean over frames. Other
+    tools take other cepstra (WORLD's, say), so compare only what was measured alike.
+    """
+
+    name = "mcd"
+    needs = frozenset({ALIGNED})
+    aggregates = (declared("mcd"),)
+    coefficients = 13
+
+    def __init__(self) -> None:
+        self.mel = LogMel(MelConfig(sample_rate=RATE_HZ))
+
+    def __call__(self, item: ScoreItem) -> dict[str, Value]:
+        """``mcd``. MetricError when the pair is too short for one frame."""
+        from scipy.fft import dct
+
+        recording, audio = (torch.from_numpy(side.copy())[None] for side in item.pair())
+        try:
+            with torch.no_grad():
+                difference = (self.mel(recording) - self.mel(audio))[0].double().numpy()
+        except UserError as error:
+            raise MetricError(f"MCD: {error}") from None
+        cepstra = dct(difference, axis=0, norm="ortho")[1 : self.coefficients + 1]
+        return {"mcd": float(10 / np.log(10) * np.sqrt(2 * np.square(cepstra).sum(axis=0)).mean())}
+
+    def describe(self) -> Mapping[str, object]:
+        """The cepstra."""
+        return {"cepstra": f"1 to {self.coefficients} of {self.mel.config.n_mels} log-mel bands"}
+
+
 class DurationRatio:
     """Seconds of the audio over seconds of the recording of the same text."""
 
     name = "duration_ratio"
     needs = frozenset({RECORDING})
-    aggregates = (Aggregate("duration_ratio", "duration_ratio"),)
+    aggregates = (declared("duration_ratio"),)
 
     def __call__(self, item: ScoreItem) -> dict[str, Value]:
         """``duration_ratio``."""

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kalle.audio import Audio, resample, write_audio
+from kalle.audio import Audio, load_mono, resample, write_audio
 from kalle.data.shared_work import RankJournals
 from kalle.errors import UserError
 from kalle.evaluation.figures import FigureRow
 from kalle.evaluation.metrics import RATE_HZ, Aggregate, Metric, ScoreItem
+from kalle.evaluation.pool import ScoringPool, as_pool
 from kalle.evaluation.report import Result, Settings, finish
-from kalle.evaluation.scoring import Row, Scores, counted
-from kalle.evaluation.test_list import TestItem, read_scored
+from kalle.evaluation.scoring import Row, Scores, counted, score_items
+from kalle.evaluation.test_list import LONGEST_RECORDING_S, TestItem, read_scored
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import latent_health
 from kalle.models.flowvae import FlowVAE
-from kalle.progress import progress_bar
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
@@ -46,9 +47,9 @@ class References:
     recording: Audio | None
     speaker: Audio | None
 
-    def score_item(self, item: TestItem, audio: Audio, aligned: bool = False) -> ScoreItem:
-        """``audio`` with these references, for the metrics."""
-        return ScoreItem(item.id, audio, item.text, item.language, self.recording, aligned, self.speaker)
+    def score_item(self, item: TestItem, audio: Audio, aligned: bool = False, rate_hz: int = RATE_HZ) -> ScoreItem:
+        """``audio``, made at ``rate_hz``, with these references, for the metrics."""
+        return ScoreItem(item.id, audio, item.text, item.language, self.recording, aligned, self.speaker, rate_hz)
 
 
 def read_references(scores: Scores, item: TestItem, voice: TestItem | None, score_recording: bool) -> References:
@@ -111,33 +112,10 @@ def other_recordings(items: Sequence[TestItem]) -> list[TestItem | None]:
     return found
 
 
-def score_items(
-    items: Sequence[TestItem],
-    scores: Scores,
-    journal: RankJournals | None,
-    score: Callable[[int, TestItem], None],
-    description: str,
-    show: bool,
-) -> None:
-    """Call ``score(index, item)`` for every item that is this process's to score; ``scores.rows`` then holds those of all items.
-
-    Without a journal all items are scored, in memory. OthersUnfinished when other ranks have not ended.
-    """
-    indices = list(range(len(items))) if journal is None else journal.pending()
-    with progress_bar(show) as bar:
-        for index in bar.track(indices, description=description):
-            before = len(scores.rows)
-            score(index, items[index])
-            if journal is not None:
-                journal.keep(index, scores.rows[before:])
-    if journal is not None:
-        scores.rows = journal.merged()
-
-
 def evaluate_reconstruction(
     flowvae: FlowVAE,
     items: Sequence[TestItem],
-    metrics: Sequence[Metric],
+    metrics: Sequence[Metric] | ScoringPool,
     out_dir: str | Path,
     *,
     sample: bool = False,
@@ -152,14 +130,15 @@ def evaluate_reconstruction(
     SIM compares with the recording. Writes wavs/SYSTEM/ID.wav and what ``finish`` writes.
     An unreadable recording is an error row; UserError when all are. ``journal`` as in ``score_items``.
     """
-    settings, scores = settings or Settings(), Scores(metrics)
+    pool = as_pool(metrics)
+    settings, scores = settings or Settings(), Scores(pool.cards)
     run = _ReconstructionRun(flowvae, scores, Path(out_dir), sample, seed, settings)
 
     def score(index: int, item: TestItem) -> None:
         with counted(scores, MEAN_SYSTEM, item):
             run.item(index, item)
 
-    score_items(items, scores, journal, score, "reconstruction", settings.progress)
+    score_items(items, scores, pool, journal, score, "reconstruction", settings.progress)
     config = {"sample": sample, "seed": seed, "device": str(next(flowvae.parameters()).device), "torch_threads": torch.get_num_threads()}
     decoded = {row["id"] for row in scores.rows if row["system"] == MEAN_SYSTEM and "error" not in row}
     healthy = [index for index, item in enumerate(items) if item.id in decoded][:HEALTH_ITEMS]
@@ -186,7 +165,7 @@ class _ReconstructionRun:
         for name, audio in systems.items():
             path = self.out_dir / "wavs" / name / f"{item.file_stem}.wav"
             write_audio(path, decoded[name], rate_hz)
-            scored = ScoreItem(item.id, audio, item.text, item.language, recording, aligned=True, speaker=recording)
+            scored = ScoreItem(item.id, audio, item.text, item.language, recording, True, recording, rate_hz)
             self.scores.add(name, scored, {"wav": str(path.relative_to(self.out_dir)), "frames": posterior.mean.shape[1]})
 
     @torch.no_grad()
@@ -275,7 +254,7 @@ class SpeakingConfig:
 def evaluate_synthesis(
     kalle: Kalle,
     items: Sequence[TestItem],
-    metrics: Sequence[Metric],
+    metrics: Sequence[Metric] | ScoringPool,
     out_dir: str | Path,
     *,
     config: SpeakingConfig | None = None,
@@ -289,12 +268,13 @@ def evaluate_synthesis(
     "none". Beside the metrics: stop reasons, no-end rate (ran into the length cap), early-stop rate, RTF. Writes wavs/synthesis/ID.wav
     and what ``finish`` writes. A prompt that is missing is an error row; UserError when all items fail. ``journal`` as in ``score_items``.
     """
-    config, settings, scores = config or SpeakingConfig(), settings or Settings(), Scores(metrics)
+    pool = as_pool(metrics)
+    config, settings, scores = config or SpeakingConfig(), settings or Settings(), Scores(pool.cards)
     if voice is not None and config.prompts != "none":
         raise UserError(f"a voice and prompts={config.prompts}: got both, expected one; use prompts=none with a voice")
     run = _SynthesisRun(kalle, scores, Path(out_dir), config, voice, settings)
     others = other_recordings(items)
-    score_items(items, scores, journal, lambda index, item: run.item(index, item, others[index]), SYNTHESIS_SYSTEM, settings.progress)
+    score_items(items, scores, pool, journal, lambda index, item: run.item(index, item, others[index]), SYNTHESIS_SYSTEM, settings.progress)
     described = {
         **{name: value for name, value in asdict(config).items() if name != "options"},
         "options": asdict(kalle.filled_in(config.options)) | {"seed": None},
@@ -335,7 +315,8 @@ class _SynthesisRun:
         speech = self.kalle.synthesize(item.text, voice, options=self.config.options.changed(seed=item_seed(seed, index)))
         seconds = time.perf_counter() - start_s
         audio = resample(speech.audio, speech.sample_rate, RATE_HZ)
-        self.scores.add(SYNTHESIS_SYSTEM, references.score_item(item, audio), self._columns(item, speech, references, seed, seconds))
+        columns = self._columns(item, speech, references, seed, seconds)
+        self.scores.add(SYNTHESIS_SYSTEM, references.score_item(item, audio, rate_hz=speech.sample_rate), columns)
 
     def _columns(self, item: TestItem, speech: Speech, references: References, seed: int, seconds: float) -> Row:
         columns: dict[str, Any] = {
@@ -361,21 +342,23 @@ class _SynthesisRun:
 def evaluate_wavs(
     folder: str | Path,
     items: Sequence[TestItem],
-    metrics: Sequence[Metric],
+    metrics: Sequence[Metric] | ScoringPool,
     out_dir: str | Path,
     *,
     aligned: bool = False,
+    fft: bool = False,
     settings: Settings | None = None,
     journal: RankJournals | None = None,
 ) -> Result:
-    """Score ``folder``/ID.wav (or .flac, .ogg, .opus, .mp3) for every item; "/" in an id is "_" in the file's name.
+    """Score the file of every item below ``folder``, as ``WavFolder`` finds it; ``fft`` resamples as ``read_wav`` says.
 
     ``aligned`` says that the wavs run in step with the recordings, as a codec's do: STOI, PESQ and log-mel L1 are then measured. Systems:
     "recording" (the ceiling) and "wavs". A wav that is missing is an error row and never silently dropped; UserError when the folder is
     missing or no item could be scored. Writes what ``finish`` writes. ``journal`` as in ``score_items``.
     """
-    root, settings, scores = wav_folder(folder), settings or Settings(), Scores(metrics)
-    if items and not any(_wav_path(root, item) for item in items):
+    pool = as_pool(metrics)
+    files, settings, scores = WavFolder(folder, items), settings or Settings(), Scores(pool.cards)
+    if items and not any(files.found(item) for item in items):
         wanted = f"{items[0].file_stem}.wav"
         raise UserError(f"no wav to score: got none of {len(items)} in '{folder}', expected files such as {wanted}; check the folder")
     others = other_recordings(items)
@@ -383,13 +366,15 @@ def evaluate_wavs(
     def score(index: int, item: TestItem) -> None:
         references = read_references(scores, item, others[index], settings.score_recordings)
         with counted(scores, WAVS_SYSTEM, item):
-            audio, path = _read_wav(root, item)
-            scores.add(WAVS_SYSTEM, references.score_item(item, audio, aligned), {"wav": str(path)})
+            path = files.path(item)
+            audio, rate_hz = read_wav(path, fft)
+            scores.add(WAVS_SYSTEM, references.score_item(item, audio, aligned, rate_hz), {"wav": str(path)})
 
-    score_items(items, scores, journal, score, WAVS_SYSTEM, settings.progress)
+    score_items(items, scores, pool, journal, score, WAVS_SYSTEM, settings.progress)
     # Paths of the wavs are as the user gave them, relative to the working directory and not to the results.
     shown = figure_rows(items, scores.rows, Path(), settings.figure_items)
-    return finish("wavs", scores, {"folder": str(folder), "aligned": aligned}, settings, out_dir, shown)
+    described = {"folder": str(folder), "aligned": aligned, "resampling": "fft" if fft else "soxr"}
+    return finish("wavs", scores, described, settings, out_dir, shown, notes=files.notes())
 
 
 def wav_folder(folder: str | Path) -> Path:
@@ -399,12 +384,75 @@ def wav_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def _wav_path(folder: Path, item: TestItem) -> Path | None:
-    return next((path for suffix in WAV_SUFFIXES if (path := folder / f"{item.file_stem}{suffix}").is_file()), None)
+class WavFolder:
+    """The audio files below a folder, by the ids of a test list.
+
+    The file of an item is, in this order: its id as a path below the folder (``a/b.wav``), its id with "_" for "/", or the only file
+    anywhere below the folder that has the last part of its id as its name, where no other item has that. A suffix of audio in the id is
+    not needed and any of ``WAV_SUFFIXES`` will do. UserError for a folder that is not there.
+    """
+
+    def __init__(self, folder: str | Path, items: Sequence[TestItem]) -> None:
+        self.folder = wav_folder(folder)
+        self._items, self._last = items, Counter(_stem(item).name for item in items)
+        self._paths: dict[str, Path] = {}
+        self._names: dict[str, list[Path]] = {}
+        ranks = {suffix: rank for rank, suffix in enumerate(WAV_SUFFIXES)}
+        found = [path for path in self.folder.rglob("*") if path.suffix.lower() in ranks and path.is_file()]
+        for path in sorted(found, key=lambda path: (ranks[path.suffix.lower()], str(path))):
+            stem = path.relative_to(self.folder).with_suffix("").as_posix()
+            if self._paths.setdefault(stem, path) == path:
+                self._names.setdefault(path.stem, []).append(path)
+
+    def found(self, item: TestItem) -> Path | None:
+        """The file of ``item``; None when there is none. UserError where several have its name."""
+        stem = _stem(item)
+        path = self._paths.get(stem.as_posix().lstrip("/")) or self._paths.get(item.file_stem)
+        if path is not None:
+            return path
+        same = self._names.get(stem.name, []) if self._last[stem.name] == 1 else []
+        if len(same) > 1:
+            names = ", ".join(f"'{path.relative_to(self.folder)}'" for path in same[:3])
+            raise UserError(
+                f"which wav is '{item.id}'? {len(same)} files below '{self.folder}' have its name ({names}); use ids with folders"
+            )
+        return same[0] if same else None
+
+    def path(self, item: TestItem) -> Path:
+        """The file of ``item``; a UserError when there is none."""
+        found = self.found(item)
+        if found is None:
+            wanted = self.folder / f"{item.file_stem}.wav"
+            raise UserError(f"wav not found: expected '{wanted}'; synthesise it or remove the line from the list")
+        return found
+
+    def notes(self) -> list[str]:
+        """How many files belong to no item, where there are any."""
+        used = {self._quietly(item) for item in self._items}
+        extra = sum(path not in used for path in self._paths.values())
+        return [f"{extra} audio files below '{self.folder}' belong to no item of the list and were not scored"] if extra else []
+
+    def _quietly(self, item: TestItem) -> Path | None:
+        try:
+            return self.found(item)
+        except UserError:  # its row says so
+            return None
 
 
-def _read_wav(folder: Path, item: TestItem) -> tuple[Audio, Path]:
-    path = _wav_path(folder, item)
-    if path is None:
-        raise UserError(f"wav not found: expected '{folder / item.file_stem}.wav'; synthesise it or remove the line from the list")
-    return read_scored(path, RATE_HZ), path
+def _stem(item: TestItem) -> PurePosixPath:
+    """The id as a path without a suffix of audio; "a.b" is a name, "a.wav" a file."""
+    wanted = PurePosixPath(item.id.replace("\\", "/"))
+    return wanted.with_suffix("") if wanted.suffix.lower() in WAV_SUFFIXES else wanted
+
+
+def read_wav(path: Path, fft: bool = False) -> tuple[Audio, int]:
+    """Audio to score as mono float32 (S,) at 16 kHz, and the rate in Hz at which it is stored; errors as `read_scored`.
+
+    ``fft``: another rate is resampled by scipy.signal.resample over the whole file, as the Seed-TTS protocol does; else by soxr.
+    """
+    audio, rate_hz = load_mono(path, LONGEST_RECORDING_S)
+    if fft and rate_hz != RATE_HZ:
+        from scipy.signal import resample as fft_resample
+
+        return np.asarray(fft_resample(audio, int(len(audio) * RATE_HZ / rate_hz)), dtype=np.float32), rate_hz
+    return resample(audio, rate_hz, RATE_HZ), rate_hz

@@ -14,8 +14,9 @@ from typing import Any
 from kalle.errors import UserError
 from kalle.evaluation.figures import FigureRow, draw
 from kalle.evaluation.intelligibility import RULES, judge, word_facts
-from kalle.evaluation.metrics import Aggregate, Metric
+from kalle.evaluation.metrics import DECLARED, Aggregate, Metric
 from kalle.evaluation.page import PageOptions, runs_of, tokens_of, write_page
+from kalle.evaluation.pool import MetricCard, twin_rules
 from kalle.evaluation.scoring import Estimate, Row, Scores, count_rows, summarise
 from kalle.files import folder_lock, write_atomic
 
@@ -106,7 +107,7 @@ def finish(
     extra_rules = [*extra_rules, *RULES]
     tokens = tokens_of(metric.describe() for metric in scores.metrics)
     judge(scores.rows, tokens)
-    rules = [rule for metric in scores.metrics for rule in metric.aggregates] + list(extra_rules)
+    rules = [rule for metric in scores.metrics for rule in [*metric.aggregates, *twin_rules(metric)]] + list(extra_rules)
     result = Result(
         kind=kind,
         config={**settings.context, **config, "resamples": settings.resamples, "bootstrap_seed": settings.bootstrap_seed},
@@ -115,7 +116,7 @@ def finish(
         rows=scores.rows,
         summary=summarise(scores.rows, rules, settings.resamples, settings.bootstrap_seed),
         counts=count_rows(scores.rows),
-        notes=[*notes, *unmeasured(scores.metrics, scores.rows)],
+        notes=[*notes, *unmeasured(scores.metrics, scores.rows), *unheard(scores.metrics, scores.rows)],
         extra=dict(extra or {}),
         lower_is_better={rule.name: rule.lower_is_better for rule in rules},
         words=word_facts(scores.rows, tokens),
@@ -149,7 +150,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def unmeasured(metrics: Sequence[Metric], rows: Sequence[Row]) -> list[str]:
+def unmeasured(metrics: Sequence[Metric | MetricCard], rows: Sequence[Row]) -> list[str]:
     """One line for every metric that no row holds, with what it would have needed."""
     columns = {column for row in rows for column in row}
     tried = {name for row in rows for name in row.get("metric_errors", {})}
@@ -158,6 +159,29 @@ def unmeasured(metrics: Sequence[Metric], rows: Sequence[Row]) -> list[str]:
         metric.name: "failed on every item" if metric.name in tried else "not measured, no item offers what it needs" for metric in missing
     }
     return [f"{metric.name} {reasons[metric.name]} ({', '.join(sorted(metric.needs))})" for metric in missing]
+
+
+NARROWER = 0.9
+"""Audio whose band is below this share of what a metric expects counts as narrower."""
+
+
+def unheard(metrics: Sequence[Metric | MetricCard], rows: Sequence[Row]) -> list[str]:
+    """A line for every system whose audio is stored at a lower rate, or holds less bandwidth, than its metrics were made for."""
+    notes = []
+    columns = {rule.name: rule.numerator for metric in metrics for rule in metric.aggregates}
+    expected = {rule.name: DECLARED[rule.name] for metric in metrics for rule in metric.aggregates if rule.name in DECLARED}
+    for system in dict.fromkeys(row["system"] for row in rows):
+        own = [row for row in rows if row["system"] == system and "band_hz" in row]
+        for what, column, wanted, share in (
+            ("is stored at less than", "rate_hz", {name: known.rate_hz for name, known in expected.items()}, 1.0),
+            ("holds no content up to", "band_hz", {name: known.band_hz for name, known in expected.items()}, NARROWER),
+        ):
+            for hz in sorted(set(wanted.values()), reverse=True):
+                below = sum(0 < row[column] < share * hz for row in own)
+                names = [name for name, needed in wanted.items() if needed == hz and any(columns[name] in row for row in own)]
+                if below and names:
+                    notes.append(f"{system}: the audio of {below} of {len(own)} items {what} the {hz} Hz of {', '.join(names)}")
+    return notes
 
 
 def report(result: Result) -> str:

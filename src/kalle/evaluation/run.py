@@ -7,12 +7,14 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kalle.data.shared_work import OthersUnfinished, RankJournals, rank_device, share_of_process
 from kalle.errors import UserError
 from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelDistance, Metric
+from kalle.evaluation.pool import MetricCard, ScoringPool, worker_count
 from kalle.evaluation.protocols import SpeakingConfig, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs, wav_folder
 from kalle.evaluation.report import Result, Settings, versions
 from kalle.evaluation.similarity import Similarity
@@ -25,10 +27,11 @@ from kalle.synthesis.kalle import Kalle
 logger = logging.getLogger(__name__)
 Kind = Literal["reconstruction", "synthesis", "wavs"]
 Resume = Literal["auto", "never"]
+Resampling = Literal["soxr", "fft"]
 MetricsFor = Callable[[Sequence[str]], Sequence[Metric]]
 """Builds the metrics for a list in these two-letter languages."""
 SETTINGS = tuple(setting.name for setting in dataclasses.fields(Settings))
-SUMMARY_KEYS = frozenset({"out", "device", "metrics", "rank", "world_size", "resume", "testset", *SETTINGS})
+SUMMARY_KEYS = frozenset({"out", "device", "metrics", "rank", "world_size", "resume", "workers", "testset", *SETTINGS})
 """Settings that decide no row of an item, and those whose effect is told by the items and the metrics themselves."""
 
 
@@ -59,6 +62,8 @@ class EvaluateConfig(Settings):
     """Weight folder, for reconstruction and synthesis."""
     wavs: str | Path | None = None
     """Folder with ID.wav, for kind "wavs"."""
+    resampling: Resampling = "soxr"
+    """Kind "wavs": how audio of another rate becomes 16 kHz; "fft" is scipy.signal.resample, as the Seed-TTS protocol does it."""
     aligned: bool = False
     """Kind "wavs": whether the wavs run in step with the recordings, as a codec's do."""
     metrics: Sequence[Metric] | MetricsFor = standard_metrics
@@ -74,9 +79,12 @@ class EvaluateConfig(Settings):
     world_size: int | None = None
     resume: Resume = "auto"
     """"never" scores this rank's items again, even those that were scored before with the same model, list and settings."""
+    workers: int | None = 0
+    """Processes that score beside this one; 0: none, None: one a core where the list is long enough. A script that asks for some needs
+    the guard ``if __name__ == "__main__"``, for they are started anew."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", get_args(Kind)), ("resume", get_args(Resume))):
+        for name, choices in (("kind", get_args(Kind)), ("resume", get_args(Resume)), ("resampling", get_args(Resampling))):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}: got '{getattr(self, name)}', expected one of {', '.join(choices)}; correct it")
         if self.source is None:
@@ -99,38 +107,47 @@ def evaluate(config: EvaluateConfig) -> Result | None:
     if config.kind == "wavs":
         wav_folder(config.wavs or "")
     languages = sorted({item.language for item in test_list.items})
-    metrics = config.metrics(languages) if callable(config.metrics) else config.metrics
     settings = Settings(
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)} | {"context": _context(config, test_list)}
     )
     share = share_of_process(config.rank, config.world_size)
     out = Path(config.out)
     try:
-        with output_folder(out):
-            mark = fingerprint(_facts(config, test_list, metrics))
+        with output_folder(out), _pool(config, languages, len(test_list.items) // share.world_size) as pool:
+            mark = fingerprint(_facts(config, test_list, pool.cards))
             with RankJournals(out, mark, share, len(test_list.items), resume=config.resume == "auto") as journal:
-                return _score(config, test_list.items, metrics, settings, journal)
+                return _score(config, test_list.items, pool, settings, journal)
     except OthersUnfinished as unfinished:
         logger.info("%s", unfinished)
         return None
 
 
-def _score(
-    config: EvaluateConfig, items: Sequence[TestItem], metrics: Sequence[Metric], settings: Settings, journal: RankJournals
-) -> Result:
+def _pool(config: EvaluateConfig, languages: Sequence[str], items: int) -> ScoringPool:
+    """Metrics that are given as objects are scored in this process, for another one could not make them."""
+    given = config.metrics
+    if not callable(given):
+        if config.workers:
+            raise UserError(f"workers: got {config.workers} and metrics that exist already; give a function that makes them, or workers=0")
+        return ScoringPool(lambda: given)
+    return ScoringPool(partial(given, languages), worker_count(config.workers, items))
+
+
+def _score(config: EvaluateConfig, items: Sequence[TestItem], pool: ScoringPool, settings: Settings, journal: RankJournals) -> Result:
     if config.kind == "wavs":
         assert config.wavs is not None
-        return evaluate_wavs(config.wavs, items, metrics, config.out, aligned=config.aligned, settings=settings, journal=journal)
+        return evaluate_wavs(
+            config.wavs, items, pool, config.out, aligned=config.aligned, fft=config.resampling == "fft", settings=settings, journal=journal
+        )
     assert config.model is not None
     device = rank_device(config.device)
     if config.kind == "reconstruction":
         flowvae, options = FlowVAE.from_pretrained(config.model, device), config.reconstruction
         return evaluate_reconstruction(
-            flowvae, items, metrics, config.out, sample=options.sample, seed=options.seed, settings=settings, journal=journal
+            flowvae, items, pool, config.out, sample=options.sample, seed=options.seed, settings=settings, journal=journal
         )
     kalle, speaking = Kalle.from_pretrained(config.model, str(device), config.dtype, config.quantize), config.synthesis
     voice = None if speaking.prompt_audio is None else kalle.voice(speaking.prompt_audio, speaking.prompt_text)
-    return evaluate_synthesis(kalle, items, metrics, config.out, config=speaking, voice=voice, settings=settings, journal=journal)
+    return evaluate_synthesis(kalle, items, pool, config.out, config=speaking, voice=voice, settings=settings, journal=journal)
 
 
 def _context(config: EvaluateConfig, test_list: TestList) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def _context(config: EvaluateConfig, test_list: TestList) -> dict[str, Any]:
     return {**config.context, "model": model, "testset": str(test_list.source), **testset, "left_out": test_list.left_out}
 
 
-def _facts(config: EvaluateConfig, test_list: TestList, metrics: Sequence[Metric]) -> dict[str, Any]:
+def _facts(config: EvaluateConfig, test_list: TestList, metrics: Sequence[MetricCard]) -> dict[str, Any]:
     """All that decides the row of an item."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in SUMMARY_KEYS}
     settings |= {"reconstruction": asdict(config.reconstruction), "synthesis": asdict(config.synthesis)}

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from kalle.data.shared_work import RankJournals
 from kalle.errors import UserError
-from kalle.evaluation.metrics import Aggregate, Metric, MetricError, ScoreItem
+from kalle.evaluation.metrics import KEPT_SILENCE_S, RATE_HZ, Aggregate, Metric, ScoreItem, bandwidth_hz
+from kalle.evaluation.pool import BATCH_ITEMS, TRIMMED, MetricCard, Row, ScoringPool, columns_of
 from kalle.evaluation.test_list import TestItem
 from kalle.files import DiskError
-
-Row = dict[str, Any]
+from kalle.progress import counting_bar
 
 
 @dataclass(frozen=True)
@@ -63,49 +64,69 @@ def aggregate(rows: Sequence[Row], rule: Aggregate, resamples: int = 1000, seed:
 
 
 @dataclass
+class Addition:
+    """Rows that were added together, and the items of those that are still to be scored."""
+
+    rows: list[Row]
+    items: list[ScoreItem]
+    scored: list[Row]
+    """The row of each item."""
+
+    def fill(self, columns: Sequence[Row]) -> None:
+        """Add the columns of each item to its row."""
+        for row, found in zip(self.scored, columns, strict=True):
+            assert not found.keys() & row.keys(), f"a metric overwrites {found.keys() & row.keys()}"
+            row |= found
+
+
 class Scores:
-    """Collects rows while an evaluation runs.
+    """Collects rows while an evaluation runs; metrics are asked when ``rows`` are, or by whoever calls ``take``.
 
     A row has ``system``, ``id``, ``text``, the metrics' columns, and where something went wrong ``error`` (the item could not be
     made or read) or ``metric_errors`` (name to message). Every requested item has a row.
     """
 
-    metrics: Sequence[Metric]
-    rows: list[Row] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.metrics:
+    def __init__(self, metrics: Sequence[Metric | MetricCard]) -> None:
+        """``metrics``: cards where a pool scores what ``take`` returns."""
+        self.metrics = metrics
+        self._rows: list[Row] = []
+        self._taken = Addition([], [], [])
+        if not metrics:
             raise UserError("nothing to score: got no metric, expected at least one; see metrics in configs/evaluate.yaml")
-        repeated = [name for name, count in Counter(metric.name for metric in self.metrics).items() if count > 1]
+        repeated = [name for name, count in Counter(metric.name for metric in metrics).items() if count > 1]
         if repeated:
             raise UserError(f"repeated metrics: got {', '.join(repeated)} twice, expected each once; remove one")
 
-    def add(self, system: str, item: ScoreItem, extra: Row | None = None) -> Row:
-        """Score one item with every metric whose needs it meets, and keep and return its row."""
-        row: Row = {"system": system, "id": item.id, "text": item.text, "audio_s": len(item.audio) / 16000} | (extra or {})
-        problems: dict[str, str] = {}
-        for metric in self.metrics:
-            if not metric.needs <= item.offers():
-                continue
-            try:
-                columns = dict(metric(item))
-            except MetricError as error:
-                problems[metric.name] = str(error)
-                columns = error.columns
-            broken = [name for name, value in columns.items() if isinstance(value, float) and not math.isfinite(value)]
-            if broken:
-                problems[metric.name] = f"not finite: {', '.join(broken)}"
-                continue
-            assert not columns.keys() & row.keys(), f"{metric.name} overwrites {columns.keys() & row.keys()}"
-            row |= columns
-        if problems:
-            row["metric_errors"] = problems
-        self.rows.append(row)
-        return row
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, complete."""
+        rest = self.take()
+        rest.fill(columns_of([metric for metric in self.metrics if not isinstance(metric, MetricCard)], rest.items))
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: list[Row]) -> None:
+        self._rows = rows
+
+    def add(self, system: str, item: ScoreItem, extra: Row | None = None) -> None:
+        """Keep a row for ``item``, to be scored with every metric whose needs it meets."""
+        row: Row = {"system": system, "id": item.id, "text": item.text, "audio_s": len(item.audio) / RATE_HZ}
+        row |= {"rate_hz": item.rate_hz, "band_hz": bandwidth_hz(item.audio)} | (extra or {})
+        self._rows.append(row)
+        self._taken.rows.append(row)
+        self._taken.items.append(item)
+        self._taken.scored.append(row)
 
     def fail(self, system: str, item: TestItem, error: Exception | str) -> None:
         """Keep a row for an item that could not be made or read."""
-        self.rows.append({"system": system, "id": item.id, "text": item.text, "error": str(error)})
+        row = {"system": system, "id": item.id, "text": item.text, "error": str(error)}
+        self._rows.append(row)
+        self._taken.rows.append(row)
+
+    def take(self) -> Addition:
+        """What was added since the last call."""
+        taken, self._taken = self._taken, Addition([], [], [])
+        return taken
 
 
 @contextmanager
@@ -122,13 +143,60 @@ def counted(scores: Scores, system: str, item: TestItem) -> Iterator[None]:
         scores.fail(system, item, error)
 
 
+def score_items(
+    items: Sequence[TestItem],
+    scores: Scores,
+    pool: ScoringPool,
+    journal: RankJournals | None,
+    score: Callable[[int, TestItem], None],
+    description: str,
+    show: bool,
+) -> None:
+    """Call ``score(index, item)`` for every item that is this process's to score; ``scores.rows`` then holds those of all items.
+
+    What it adds is scored by ``pool`` in batches of ``BATCH_ITEMS``, whose items follow from the list and the rank alone, and reaches the
+    journal a batch at a time. Without a journal all items are scored, in memory. OthersUnfinished when other ranks have not ended.
+    """
+    left = set(range(len(items)) if journal is None else journal.pending())
+    own = [index for index in range(len(items)) if journal is None or journal.share.owns(index)]
+    under_way: deque[tuple[dict[int, Addition], Callable[[], list[Row]]]] = deque()
+
+    def collect(until: int) -> None:
+        while len(under_way) > until:
+            parts, columns = under_way.popleft()
+            found = iter(columns())
+            for index, part in parts.items():
+                part.fill([next(found) for _ in part.items])
+                if journal is not None:
+                    journal.keep(index, part.rows)
+                bar.advance()
+
+    with counting_bar(description, len(left), show) as bar:
+        for start in range(0, len(own), BATCH_ITEMS):
+            parts: dict[int, Addition] = {}
+            try:
+                for index in own[start : start + BATCH_ITEMS]:
+                    if index in left:
+                        score(index, items[index])
+                        parts[index] = scores.take()
+            finally:  # an interrupt keeps the items of this batch that were made
+                if parts:
+                    under_way.append((parts, pool.submit([item for part in parts.values() for item in part.items])))
+                    collect(0 if sys.exception() else pool.waiting)
+        collect(0)
+    if journal is not None:
+        scores.rows = journal.merged()
+
+
 def summarise(rows: Sequence[Row], rules: Iterable[Aggregate], resamples: int, seed: int) -> dict[str, dict[str, Estimate]]:
     """Every aggregate of every system, in order of first appearance; those without a single value are left out."""
     rules = list(rules)
     summary: dict[str, dict[str, Estimate]] = {}
     for system in dict.fromkeys(row["system"] for row in rows):
         own = [row for row in rows if row["system"] == system]
-        estimates = {rule.name: aggregate(own, rule, resamples, seed) for rule in rules}
+        cut = any(max(row.get("lead_silence_s", 0.0), row.get("tail_silence_s", 0.0)) > KEPT_SILENCE_S for row in own)
+        measured = [rule for rule in rules if cut or not rule.name.endswith(TRIMMED)]  # else both are the same number
+        estimates = {rule.name: aggregate(own, rule, resamples, seed) for rule in measured}
         summary[system] = {name: value for name, value in estimates.items() if value is not None}
     return summary
 

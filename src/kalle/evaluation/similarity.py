@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +18,8 @@ from numpy.typing import NDArray
 
 from kalle.audio import Audio, resample, rms_dbfs
 from kalle.errors import UserError
-from kalle.evaluation.metrics import RATE_HZ, SPEAKER, Aggregate, MetricError, ScoreItem, Value
+from kalle.evaluation.asr import pretrained, state_sha256
+from kalle.evaluation.metrics import RATE_HZ, SPEAKER, MetricError, ScoreItem, Value, declared
 from kalle.extras import require
 from kalle.progress import progress_bar
 from kalle.synthesis.kalle import Kalle
@@ -23,6 +27,8 @@ from kalle.synthesis.voice import Voice
 
 LEVEL_DBFS = -30.0
 MIN_SAMPLES = RATE_HZ // 10
+REMEMBERED = 64
+"""Embeddings that ``Similarity`` keeps."""
 
 
 class SpeakerEmbedder(Protocol):
@@ -50,55 +56,114 @@ class GE2E:
             warnings.simplefilter("ignore")  # deprecated imports inside resemblyzer and webrtcvad
             from resemblyzer import VoiceEncoder
 
-        self._encoder = VoiceEncoder(device, verbose=False)
+        from torchaudio.transforms import MelSpectrogram
 
+        self._encoder = VoiceEncoder(device, verbose=False)
+        options: dict[str, Any] = {"n_fft": 400, "hop_length": 160, "n_mels": 40, "pad_mode": "constant"}
+        self._mel = MelSpectrogram(RATE_HZ, mel_scale="slaney", norm="slaney", **options)
+
+    @torch.no_grad()
     def __call__(self, audio: Audio) -> NDArray[np.float32]:
-        """Embedding (256,) of unit length. MetricError for silence or less than 0.1 s."""
+        """Embedding (256,) of unit length. MetricError for silence or less than 0.1 s.
+
+        What ``embed_utterance`` gives, with torchaudio's mel spectrogram for librosa's, which takes seconds to load.
+        """
         level = rms_dbfs(audio) if len(audio) >= MIN_SAMPLES else float("-inf")
         if not np.isfinite(level):
             raise MetricError(f"no voice to embed: {len(audio)} samples, {level} dBFS")
-        return np.asarray(self._encoder.embed_utterance(audio * np.float32(10 ** ((LEVEL_DBFS - level) / 20))), dtype=np.float32)
+        waves, mels = self._encoder.compute_partial_slices(len(audio), rate=1.3, min_coverage=0.75)
+        wav = torch.from_numpy(audio * np.float32(10 ** ((LEVEL_DBFS - level) / 20)))
+        wav = torch.nn.functional.pad(wav, (0, max(0, waves[-1].stop - len(audio))))
+        mel = self._mel(wav).T
+        partial = self._encoder(torch.stack([mel[part] for part in mels]).to(self._encoder.device)).mean(dim=0)
+        return np.asarray((partial / partial.norm()).cpu(), dtype=np.float32)
 
     def describe(self) -> Mapping[str, object]:
-        """Model and version."""
-        return {"model": "ge2e", "Resemblyzer": importlib.metadata.version("Resemblyzer")}
+        """Model, the hash of its weights and version."""
+        return {"model": "ge2e", "weights_sha256": state_sha256(self._encoder), "Resemblyzer": importlib.metadata.version("Resemblyzer")}
 
 
-def speaker_embedder(model: str, device: str = "cpu") -> SpeakerEmbedder:
-    """The embedder called ``model``; a UserError names the models there are and what a missing one would need."""
-    if model == "ge2e":
-        return GE2E(device)
-    if model == "wavlm":
+class XVector:
+    """A speaker network of transformers with an x-vector head, such as microsoft/wavlm-base-plus-sv, by folder or hub id."""
+
+    def __init__(self, checkpoint: str | Path = "microsoft/wavlm-base-plus-sv", device: str = "cpu") -> None:
+        require("transformers", "eval", "speaker similarity with xvector (metrics.sim)")
+        from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
+
+        self.name, self._device = str(checkpoint), device
+        self._features: Any = pretrained("speaker model", AutoFeatureExtractor, checkpoint)
+        self._model: Any = pretrained("speaker model", AutoModelForAudioXVector, checkpoint, dtype=torch.float32).to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, audio: Audio) -> NDArray[np.float32]:
+        """Embedding (E,) of mono float32 (S,) at 16 kHz. MetricError for silence or less than 0.1 s."""
+        if len(audio) < MIN_SAMPLES or not audio.any():
+            raise MetricError(f"no voice to embed in {len(audio)} samples")
+        inputs = self._features(audio, sampling_rate=RATE_HZ, return_tensors="pt").input_values.to(self._device)
+        return np.asarray(self._model(inputs).embeddings[0].cpu(), dtype=np.float32)
+
+    def describe(self) -> Mapping[str, object]:
+        """Model, the hash of its weights and version."""
+        version = importlib.metadata.version("transformers")
+        return {"model": f"xvector {self.name}", "weights_sha256": state_sha256(self._model), "transformers": version}
+
+
+def _wavlm(checkpoint: str | Path | None, device: str) -> SpeakerEmbedder:
+    from kalle.evaluation.wavlm_sv import GET, WavLMSpeaker
+
+    if checkpoint is None:
         raise UserError(
-            "speaker similarity 'wavlm' is not available: it is WavLM-large fine-tuned for speaker verification (ECAPA head), "
-            "whose weights no package ships; use model=ge2e (package Resemblyzer)"
+            f"speaker similarity 'wavlm' needs metrics.sim.checkpoint=FILE, the network of the Seed-TTS protocol: get it from {GET}"
         )
-    raise UserError(f"unknown speaker model: got '{model}', expected ge2e (package Resemblyzer); correct the configuration")
+    return WavLMSpeaker(checkpoint, device)
+
+
+EMBEDDERS: Mapping[str, tuple[Callable[[str | Path | None, str], SpeakerEmbedder], str]] = {
+    "ge2e": (lambda checkpoint, device: GE2E(device), "package Resemblyzer, which holds the weights"),
+    "wavlm": (_wavlm, "the Seed-TTS protocol's network, from checkpoint=FILE"),
+    "xvector": (lambda checkpoint, device: XVector(checkpoint or "microsoft/wavlm-base-plus-sv", device), "checkpoint=FOLDER or hub id"),
+}
+"""Speaker networks by name, and where their weights come from."""
+
+
+def speaker_embedder(model: str, device: str = "cpu", checkpoint: str | Path | None = None) -> SpeakerEmbedder:
+    """The embedder called ``model``; a UserError names the models there are and what a missing one would need."""
+    if model not in EMBEDDERS:
+        known = "; ".join(f"{name} ({source})" for name, (_, source) in EMBEDDERS.items())
+        raise UserError(f"unknown speaker model: got '{model}', expected one of {known}; correct the configuration")
+    return EMBEDDERS[model][0](checkpoint, device)
 
 
 class Similarity:
     """Cosine between the embeddings of the audio and of its prompt (or another recording of the speaker), mean over items.
 
-    The same reference is embedded once while consecutive items share it.
+    What was embedded lately is not embedded again: a recording is scored itself and is the reference of others.
     """
 
     name = "sim"
     needs = frozenset({SPEAKER})
-    aggregates = (Aggregate("sim", "sim", lower_is_better=False),)
+    aggregates = (declared("sim"),)
 
-    def __init__(self, model: str = "ge2e", embedder: SpeakerEmbedder | None = None, device: str = "cpu") -> None:
-        self.embedder = embedder if embedder is not None else speaker_embedder(model, device)
-        self._last: tuple[Audio, NDArray[np.float32]] | None = None
+    def __init__(
+        self, model: str = "ge2e", embedder: SpeakerEmbedder | None = None, device: str = "cpu", checkpoint: str | Path | None = None
+    ) -> None:
+        """``embedder``, else the one that ``speaker_embedder`` makes of the rest."""
+        self.embedder = embedder if embedder is not None else speaker_embedder(model, device, checkpoint)
+        self._known: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
-    def _reference(self, audio: Audio) -> NDArray[np.float32]:
-        if self._last is None or not np.array_equal(self._last[0], audio):
-            self._last = (audio, self.embedder(audio))
-        return self._last[1]
+    def _embedding(self, audio: Audio) -> NDArray[np.float32]:
+        key = hashlib.sha1(np.ascontiguousarray(audio).tobytes(), usedforsecurity=False).digest()
+        if key not in self._known:
+            self._known[key] = self.embedder(audio)
+        self._known.move_to_end(key)
+        if len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return self._known[key]
 
     def __call__(self, item: ScoreItem) -> dict[str, Value]:
         """``sim`` in [-1, 1]."""
         assert item.speaker is not None, f"'{item.id}' has no speaker reference"
-        one, other = self._reference(item.speaker), self.embedder(item.audio)
+        one, other = self._embedding(item.speaker), self._embedding(item.audio)
         return {"sim": float(np.dot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))}
 
     def describe(self) -> Mapping[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import string
@@ -9,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kalle.errors import UserError
-from kalle.evaluation.asr import FasterWhisper, Transcriber
-from kalle.evaluation.metrics import TEXT, Aggregate, MetricError, ScoreItem, Value
+from kalle.evaluation.asr import Transcriber, recogniser, transcripts
+from kalle.evaluation.metrics import TEXT, MetricError, ScoreItem, Value, declared
 from kalle.evaluation.test_list import CJK
+from kalle.extras import require
 
 Normaliser = Callable[[str, str], list[str]]
 """(text, two-letter language) to tokens."""
@@ -22,25 +24,35 @@ def seed_tts(text: str, language: str) -> list[str]:
 
     English is lower-cased and split at spaces, Chinese split into characters. Numbers are left alone.
     """
-    from zhon.hanzi import punctuation
-
-    kept = text.translate({ord(character): None for character in set(punctuation + string.punctuation) - {"'"}})
-    kept = kept.replace("  ", " ")
+    kept = text.translate(_deleted()).replace("  ", " ")
     if language == "zh":
         return [character for character in kept if not character.isspace()]
     return kept.lower().split()
 
 
+@functools.cache
+def _deleted() -> dict[int, None]:
+    from zhon.hanzi import punctuation
+
+    return {ord(character): None for character in set(punctuation + string.punctuation) - {"'"}}
+
+
 def whisper_english(text: str, language: str) -> list[str]:
-    """Whisper's EnglishTextNormalizer for English, its BasicTextNormalizer for other languages, as transformers has them.
+    """Whisper's EnglishTextNormalizer for English, its BasicTextNormalizer for other languages, as whisper-normalizer packages them.
 
-    transformers ships the normaliser without Whisper's table of British spellings (it belongs to a checkpoint), so
-    "colour" and "color" differ here; contractions, numbers, titles and fillers are unified.
+    British spellings ("colour"), contractions, numbers, titles and fillers are unified. transformers ships the code without the table
+    of spellings.
     """
-    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+    return _whisper(language)(text).split()
 
-    normaliser = EnglishTextNormalizer({}) if language == "en" else BasicTextNormalizer(split_letters=language == "zh")
-    return normaliser(text).split()
+
+@functools.cache
+def _whisper(language: str) -> Callable[[str], str]:
+    require("whisper_normalizer", "eval", "the normaliser whisper (metrics.wer.normalisers)")
+    from whisper_normalizer.basic import BasicTextNormalizer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    return EnglishTextNormalizer() if language == "en" else BasicTextNormalizer(split_letters=language == "zh")
 
 
 def corpus_style(text: str, language: str) -> list[str]:
@@ -114,7 +126,7 @@ class WER:
     """Word error rate of a transcript under one or more named normalisers; the first gives the unsuffixed columns.
 
     Two means each, because the field uses both: ``wer_utt_mean`` is the mean of per-utterance rates (official for the Seed-TTS
-    test sets), ``wer_corpus`` total errors over total reference tokens. Give a ``transcriber``, or what ``FasterWhisper`` takes.
+    test sets), ``wer_corpus`` total errors over total reference tokens. Give a ``transcriber``, or what ``recogniser`` takes.
     """
 
     name = "wer"
@@ -134,11 +146,13 @@ class WER:
         languages = tuple(languages)
         if "zh" in languages:
             require_zhconv()
-        self.transcriber = transcriber if transcriber is not None else FasterWhisper(languages=languages, **asr)  # type: ignore[arg-type]
+        if "whisper" in self.normalisers:
+            _whisper("en")
+        self.transcriber = transcriber if transcriber is not None else recogniser(languages=languages, **asr)  # type: ignore[arg-type]
         rules = []
         for suffix in self._suffixes():
-            rules.append(Aggregate(f"wer_utt_mean{suffix}", f"wer{suffix}", lower_is_better=True))
-            rules.append(Aggregate(f"wer_corpus{suffix}", f"wer_errors{suffix}", f"wer_words{suffix}", lower_is_better=True))
+            rules.append(declared("wer_utt_mean", "wer", suffix=suffix))
+            rules.append(declared("wer_corpus", "wer_errors", "wer_words", suffix=suffix))
         self.aggregates = tuple(rules)
 
     def _suffixes(self) -> list[str]:
@@ -149,7 +163,16 @@ class WER:
 
         MetricError where a normaliser leaves nothing of the text; it keeps the columns of the others.
         """
-        transcript = self.transcriber(item.audio, item.language)
+        (result,) = self.batch([item])
+        if isinstance(result, MetricError):
+            raise result
+        return dict(result)
+
+    def batch(self, items: Sequence[ScoreItem]) -> list[Mapping[str, Value] | MetricError]:
+        """The same for several items, whose audio of one language is transcribed at once where the recogniser can."""
+        return [self._count(item, transcript) for item, transcript in zip(items, transcripts(self.transcriber, items), strict=True)]
+
+    def _count(self, item: ScoreItem, transcript: str) -> Mapping[str, Value] | MetricError:
         text = item.text
         if item.language == "zh":
             text, transcript = in_one_script(text, transcript)
@@ -162,9 +185,7 @@ class WER:
                 continue
             counts = word_errors(reference, tokens(transcript, item.language))
             columns |= {f"wer{suffix}": counts.rate, f"wer_errors{suffix}": counts.errors, f"wer_words{suffix}": counts.words}
-        if empty:
-            raise MetricError(f"the text is empty after normalisation: {', '.join(empty)}", columns)
-        return columns
+        return MetricError(f"the text is empty after normalisation: {', '.join(empty)}", columns) if empty else columns
 
     def describe(self) -> Mapping[str, object]:
         """Normalisers, first the unsuffixed one, and the recogniser."""
