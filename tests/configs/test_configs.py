@@ -31,6 +31,7 @@ ROOTS_OF_GROUP = {
     "flowvae": ["train_flowvae"],
     "lm": ["train_lm"],
     "mel_loss": ["train_flowvae"],
+    "protocol": ["evaluate"],
     "testset": ["evaluate"],
     "tokenizer": ["train_lm"],
     "trainer": ["train_flowvae", "train_lm"],
@@ -55,7 +56,7 @@ def suits(root: str, group: str, option: str) -> bool:
     other = {"flowvae": "lm", "lm": "flowvae"}.get(stage)
     if (group, option) == ("experiment", "lora"):
         return stage == "lm"
-    if group == "testset" or group in ("flowvae", "lm") or other is None:
+    if group in ("testset", "protocol") or group in ("flowvae", "lm") or other is None:
         return True
     return other not in option.split("_")
 

