@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.audio import Audio, load_mono, resample
+from kalle.audio import Audio
 from kalle.cli.evaluate import run
 from kalle.evaluation.metrics import ScoreItem
 from kalle.evaluation.opinion import EMOTIONS
@@ -21,42 +21,34 @@ from kalle.evaluation.test_list import TestListConfig, read_test_list
 from kalle.evaluation.word_errors import WER
 
 ROOT = Path(__file__).parents[2]
-CORPUS = ROOT / "recipes/quickstart/corpus"
-CHINESE = ("今天天气很好，我们去公园吧。", "他说：“这是一本书。”", "绿绿绿绿的叶子，红红红红的花。")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def recordings(count: int, shortest_s: float = 2.0) -> list[dict[str, Any]]:
-    """Recorded sentences with their samples at 16 kHz."""
-    if not (CORPUS / "transcripts.jsonl").is_file():
+@pytest.fixture
+def at_hand(recipe: Any) -> Any:
+    module = recipe(".", "at_hand")
+    if not module.CORPUS.is_file():
         pytest.skip("the embedded corpus is not here")
-    rows = [row for row in read_jsonl(CORPUS / "transcripts.jsonl") if row["duration"] > shortest_s and len(row["text"].split()) >= 6]
-    return [row | {"samples": resample(*load_mono(CORPUS / row["audio"]), 16000)} for row in rows[:count]]
+    return module
 
 
 @pytest.fixture
-def seed_sets(tmp_path: Path) -> Path:
-    """The Seed-TTS folders: en/meta.lst, zh/meta.lst and zh/hardcase.lst beside their prompt-wavs; one English prompt is missing."""
+def seed_sets(at_hand: Any, tmp_path: Path) -> Path:
+    """The Seed-TTS folders of three recordings; one English line more has no prompt."""
     root = tmp_path / "seedtts_testset"
-    rows = recordings(4)
-    for language in ("en", "zh"):
-        for row in rows:
-            path = root / language / "prompt-wavs" / f"{row['id'].replace('/', '-')}.wav"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, row["samples"], 16000)
-    wavs = [f"prompt-wavs/{row['id'].replace('/', '-')}.wav" for row in rows]
-    lines = [f"common_voice_en_{n}-common_voice_en_{n + 1}|{rows[n]['text']}|{wavs[n]}|{rows[n + 1]['text']}" for n in range(3)]
-    (root / "en" / "meta.lst").write_text(
-        "\n".join([*lines, f"gone|{rows[0]['text']}|prompt-wavs/gone.wav|One line has no prompt."]) + "\n"
-    )
-    chinese = [f"{n:08d}-{n + 1:08d}|{CHINESE[0]}|{wavs[n]}|{text}|{wavs[n + 1]}" for n, text in enumerate(CHINESE)]
-    (root / "zh" / "meta.lst").write_text("\n".join(chinese) + "\n", encoding="utf-8")
-    hard = [line.rsplit("|", 1)[0] for line in chinese]
-    (root / "zh" / "hardcase.lst").write_text("\n".join(hard) + "\n", encoding="utf-8")
+    at_hand.seed_tts(root, 3)
+    with (root / "en" / "meta.lst").open("a") as file:
+        file.write("gone|Some words.|prompt-wavs/gone.wav|One line has no prompt.\n")
     return root
+
+
+@pytest.fixture
+def librispeech(at_hand: Any, tmp_path: Path) -> Path:
+    at_hand.librispeech(tmp_path / "test-clean", 4)
+    return tmp_path / "test-clean"
 
 
 class Says:
@@ -81,7 +73,7 @@ def test_the_lists_are_read(name: str, language: str, recorded: bool, seed_sets:
     assert items[0].prompt_path.is_file()
     if language == "zh":
         pytest.importorskip("zhconv")
-        heard = CHINESE[0].replace("天气", "天氣").replace("。", "")
+        heard = items[0].text.replace("天气", "天氣").replace("。", "")
         row = WER(Says(heard), ["seed_tts"], ["zh"])(ScoreItem("x", np.zeros(1600, np.float32), items[0].text, "zh"))
         assert (row["wer"], row["wer_words"]) == (0, 12)
 
@@ -109,13 +101,12 @@ def test_seed_tts_from_the_list_to_the_report(seed_sets: Path, toy_weights: Path
 
 
 @pytest.mark.parametrize("name", ["stress", "emotion", "librispeech_continuation"])
-def test_the_other_protocols_speak(name: str, toy_weights: Path, tmp_path: Path) -> None:
+def test_the_other_protocols_speak(name: str, seed_sets: Path, toy_weights: Path, tmp_path: Path) -> None:
     path = ROOT / "recipes" / name / "texts.jsonl"
     if name == "librispeech_continuation":
-        (row,) = recordings(1)
-        soundfile.write(tmp_path / "prompt.wav", row["samples"], 16000)
+        prompt = next((seed_sets / "en" / "prompt-wavs").iterdir())
         path = tmp_path / "list.jsonl"
-        path.write_text(json.dumps({"id": "a", "text": "and so on", "prompt_text": row["text"], "prompt_audio": "prompt.wav"}) + "\n")
+        path.write_text(json.dumps({"id": "a", "text": "and so on", "prompt_text": "some words", "prompt_audio": str(prompt)}) + "\n")
     heavy = {"stress": ["wer"], "emotion": ["wer", "emotion"], "librispeech_continuation": ["wer", "sim", "utmos"]}[name]
     without = [f"~metrics.{metric}" for metric in heavy]
     result = evaluated(tmp_path / "out", f"protocol={name}", f"testset.path={path}", "testset.limit=3", f"model={toy_weights}", *without)
@@ -131,20 +122,6 @@ def test_reconstruction_scores_the_mean_and_a_sample(librispeech: Path, recipe: 
         assert {"stoi", "pesq_wb", "pesq_nb", "mel_l1", "mcd"} <= set(result["summary"][system])
     assert "wer_corpus" not in result["summary"]["reconstruction"]
     assert result["extra"]["latent_health"]["items"] == 2
-
-
-@pytest.fixture
-def librispeech(tmp_path: Path) -> Path:
-    """LibriSpeech's layout: SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside the flacs."""
-    folder = tmp_path / "test-clean" / "61" / "70968"
-    folder.mkdir(parents=True)
-    lines = []
-    for number, row in enumerate(recordings(4, shortest_s=4.0)):
-        name = f"61-70968-{number:04d}"
-        soundfile.write(folder / f"{name}.flac", row["samples"], 16000)
-        lines.append(f"{name} {row['text'].upper().strip('.')}")
-    (folder / "61-70968.trans.txt").write_text("\n".join(lines) + "\n")
-    return tmp_path / "test-clean"
 
 
 def test_pairs_of_sentences(librispeech: Path, recipe: Any, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Declared:
-    """What is known of a metric whatever its model: a line of ``DECLARED``."""
+    """A line of ``DECLARED``: everything about a metric that no model decides."""
 
     unit: str
     lower_is_better: bool | None
@@ -123,7 +123,7 @@ def declared(name: str, numerator: str | None = None, denominator: str | None = 
 
 
 def described(metric: Metric) -> dict[str, object]:
-    """What ``metric`` says of itself, behind what ``DECLARED`` knows of its numbers."""
+    """Unit, expected rate and bandwidth by ``DECLARED``, and the metric's own description."""
     known = {rule.name: DECLARED[rule.name] for rule in metric.aggregates if rule.name in DECLARED}
     if not known:
         return dict(metric.describe())
@@ -206,7 +206,7 @@ class BatchMetric(Metric, Protocol):
     """A metric that scores several items sooner than one after another."""
 
     def batch(self, items: Sequence[ScoreItem]) -> list[Mapping[str, Value] | MetricError]:
-        """What calling it would return or raise, for each item."""
+        """For each item the result or the MetricError of calling it."""
         ...
 
 

@@ -30,7 +30,7 @@ TRIMMED = "_trimmed"
 
 @dataclass(frozen=True)
 class MetricCard:
-    """What the report needs of a metric; the metric itself may live in other processes."""
+    """A metric as the report needs it; the one that measures may live in other processes."""
 
     name: str
     needs: frozenset[str]

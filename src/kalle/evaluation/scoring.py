@@ -124,7 +124,7 @@ class Scores:
         self._taken.rows.append(row)
 
     def take(self) -> Addition:
-        """What was added since the last call."""
+        """The rows and items added since the last call."""
         taken, self._taken = self._taken, Addition([], [], [])
         return taken
 
