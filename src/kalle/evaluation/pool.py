@@ -67,8 +67,8 @@ def columns_of(metrics: Sequence[Metric], items: Sequence[ScoreItem]) -> list[Ro
         shorter = [index for index in heard if len(cut[index][0].audio) < len(items[index].audio)]
         again = dict(zip(shorter, _score(metric, [cut[index][0] for index in shorter]), strict=True)) if shorter else {}
         for index in heard:
-            columns = again.get(index, (rows[index], None))[0]
-            _add(rows[index], metric.name + TRIMMED, ({name + TRIMMED: columns[name] for name in twins if name in columns}, None))
+            source = again[index][0] if index in again else rows[index]
+            _add(rows[index], metric.name + TRIMMED, ({name + TRIMMED: source[name] for name in twins if name in source}, None))
     return rows
 
 
