@@ -20,7 +20,7 @@ from kalle.evaluation.metrics import ALIGNED, Aggregate, Metric, MetricError, Sc
 
 BATCH_ITEMS = 8
 """Items that are scored together. A fixed number, so that the rows do not depend on how many processes score."""
-ITEMS_PER_WORKER = 16
+ITEMS_PER_WORKER = 8
 """Fewer are scored sooner by one process than a second one has started."""
 Row = dict[str, Any]
 BuildMetrics = Callable[[], Sequence[Metric]]
