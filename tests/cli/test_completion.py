@@ -18,6 +18,8 @@ from kalle.cli.main import SCRIPTS, candidates, main
         (["bench", ""], ["train", "synthesis", "streaming"]),
         (["train", ""], ["flowvae", "lm"]),
         (["evaluate", "kind"], ["kind="]),
+        (["train", "lm", "ob"], ["objective="]),
+        (["train", "flowvae", "fl"], ["flowvae="]),
         (["say", "--temp"], ["--temperature"]),
         (["bench", "streaming", "--chu"], ["--chunk"]),
         (["say", "text"], []),

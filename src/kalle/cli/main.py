@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
 import importlib
@@ -11,6 +12,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kalle.errors import UserError
@@ -281,11 +283,22 @@ def _keys(before: Sequence[str]) -> list[str]:
     stages = getattr(importlib.import_module(f"kalle.cli.{before[0]}"), "STAGES", ())
     if before[0] == "train" and len(before) == 1:
         return list(stages) or ["flowvae", "lm"]
-    name = f"train_{before[1]}" if before[0] == "train" else before[0]
-    path = configs_dir() / f"{name}.yaml"
+    if before[0] == "train":
+        if before[1] not in stages:
+            return []
+        return [f"{name}=" for name in _training_fields("FlowVAETrainingConfig" if before[1] == "flowvae" else "LMTrainingConfig")]
+    path = configs_dir() / f"{before[0]}.yaml"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     keys = [line.partition(":")[0] for line in lines if line and line[0].isalpha() and ":" in line]
     return [f"{key}=" for key in keys if key not in ("defaults", "hydra")]
+
+
+def _training_fields(name: str) -> list[str]:
+    """The fields of a training's configuration, read from its source: importing it takes seconds."""
+    source = Path(__file__).parents[1] / "training" / "config.py"
+    classes = [node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    fields = [field for cls in classes if cls.name in ("TrainingConfig", name) for field in cls.body if isinstance(field, ast.AnnAssign)]
+    return sorted({ast.unparse(field.target) for field in fields if "ClassVar" not in ast.unparse(field.annotation)})
 
 
 SPINS = "1000"
