@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kalle.adaptation.adapt import adapt, embedding
-from kalle.adaptation.learning import AdaptOptions, read_recording
+from kalle.adaptation.adapt import AdaptOptions, adapt, embedding, read_recording
 from kalle.audio import Audio, resample
 from kalle.evaluation.metrics import RATE_HZ
 from kalle.evaluation.similarity import CHECK_TEXTS, SpeakerEmbedder, speaker_embedder

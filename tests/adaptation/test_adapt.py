@@ -11,11 +11,11 @@ import torch
 from adapt_tools import TEXT, sweep
 
 import kalle as package
-from kalle.adaptation.adapt import adapt
-from kalle.adaptation.learning import (
+from kalle.adaptation.adapt import (
     NANO_FULL_LR,
     AdaptOptions,
     PromptSequence,
+    adapt,
     default_lr,
     learn,
     mean_kl,

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kalle.adaptation.adapt import Adaptation, adapt
-from kalle.adaptation.learning import AdaptOptions, learn, prompt_sequence, read_recording
+from kalle.adaptation.adapt import Adaptation, AdaptOptions, adapt, learn, prompt_sequence, read_recording
 from kalle.errors import UserError
 from kalle.seeds import purpose_seed
 from kalle.synthesis.adapter import ROWS, Adapter, base_hash, decode_change, encode_changes

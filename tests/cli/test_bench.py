@@ -10,7 +10,7 @@ import torch
 from kalle.cli.bench import Size, configuration, warn_of_load
 from kalle.cli.main import main
 from kalle.evaluation.benchmark import PeakMemory
-from kalle.evaluation.compute import cached_flop, counted_flop
+from kalle.evaluation.limits import cached_flop, counted_flop
 from kalle.models.lm import KalleLM
 
 HAS_INT8 = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))

@@ -12,8 +12,7 @@ from kalle.cli.speaking import ModelOption, load_model, renamed
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from kalle.adaptation.adapt import Adaptation
-    from kalle.adaptation.learning import AdaptOptions
+    from kalle.adaptation.adapt import Adaptation, AdaptOptions
     from kalle.evaluation.similarity import SpeakerEmbedder
 
 SUFFIX = ".safetensors"
@@ -138,7 +137,7 @@ class _Progress:
         return self
 
     def report(self, step: int, steps: int, loss: float, seconds: float) -> None:
-        """See ``kalle.adaptation.learning.Reporter``."""
+        """See ``kalle.adaptation.adapt.Reporter``."""
         if self._task is None:
             self._task = self._bar.add_task("adapt", total=steps)
         self._bar.update(self._task, completed=step, description=f"adapt, loss {loss:.3f}")
@@ -150,7 +149,7 @@ class _Progress:
 
 
 def _options(lora: int | None, full: bool, **values: Any) -> AdaptOptions:
-    from kalle.adaptation.learning import DEFAULT_RANK, AdaptOptions
+    from kalle.adaptation.adapt import DEFAULT_RANK, AdaptOptions
 
     if full and lora is not None:
         raise UserError(f"two ways to learn: got --full and --lora {lora}, expected one of them; leave one out")

@@ -97,7 +97,7 @@ def compute(
 ) -> None:
     """The arithmetic of speaking in the paper's counting (table 4: no cache, no text, multiply-accumulates) and as it is done here."""
     with interruptible():
-        from kalle.evaluation.compute import paper_counting, true_counting
+        from kalle.evaluation.limits import paper_counting, true_counting
 
         lm, flowvae = configuration("lm", size), configuration("flowvae", size)
         frames = round(seconds * flowvae.frame_rate_hz)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kalle.evaluation.compute import counted_flop, decoder_flop
-from kalle.evaluation.limits import Limits, Work
+from kalle.evaluation.limits import Limits, Work, counted_flop, decoder_flop
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.flowvae.bigvgan import BigVGANDecoder
 from kalle.models.flowvae.streaming import StreamingDecoder
