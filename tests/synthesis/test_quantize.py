@@ -91,6 +91,20 @@ def test_auto_takes_8_bits_where_the_model_is_large(
     assert "8-bit weights" in caplog.text
 
 
+@engine
+def test_auto_goes_on_where_the_engine_does_not_run(
+    weight_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as an onnxruntime without these operators; here it is given a network that it does not know."""
+    monkeypatch.setattr("kalle.synthesis.kalle.QUANTIZE_FROM", 1)
+    monkeypatch.setattr("kalle.models.int8._graph", lambda config: b"no network")
+    caplog.set_level(logging.INFO)
+    assert not isinstance(Kalle.from_pretrained(weight_folder, "cpu", quantize="auto").lm.backbone, Int8Backbone)
+    assert "do not run here" in caplog.text
+    with pytest.raises(UserError, match="leave quantize out"):
+        Kalle.from_pretrained(weight_folder, "cpu", quantize="int8")
+
+
 def test_auto_without_the_library_says_what_is_missing(
     weight_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -197,7 +197,11 @@ def _session(config: BackboneConfig, tensors: Mapping[str, Tensor], threads: int
     arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
     options.add_external_initializers(list(values), list(values.values()))
-    return onnxruntime.InferenceSession(_graph(config), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(_graph(config), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its classes have no common base of their own
+        version = onnxruntime.__version__
+        raise UserError(f"8-bit weights do not run here: onnxruntime {version} says '{error}'; leave quantize out, or update it") from error
 
 
 def _graph(config: BackboneConfig) -> bytes:

@@ -108,7 +108,13 @@ class Kalle:
         config = read_weight_folder(folder)
         flowvae = FlowVAE.from_pretrained(folder, resolved)
         chosen = resolve_quantize(quantize, folder, resolved, dtype)
-        lm = KalleLM.from_pretrained(folder, resolved, precision, chosen, graph)
+        try:
+            lm = KalleLM.from_pretrained(folder, resolved, precision, chosen, graph)
+        except UserError as error:
+            if quantize != "auto" or chosen is None:
+                raise
+            logger.info("the language model computes with its own weights (torch) after all: %s", error)
+            chosen, lm = None, KalleLM.from_pretrained(folder, resolved, precision)
         if compile and chosen is None:
             compile_layers(lm)
         return cls(flowvae, lm, load_tokenizer(folder), config, folder)
