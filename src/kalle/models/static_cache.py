@@ -55,7 +55,7 @@ class StaticCache:
         self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
         self.cosine, self.sine = backbone.rotary_emb.span(like, 0, columns)
         """(columns, head_dim) each. Kept here, because the table that they are part of may be replaced by a larger one."""
-        self.columns = torch.arange(columns, device=like.device)
+        self.rows, self.columns = (torch.arange(size, device=like.device) for size in (rows, columns))
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         """(rows,) positions of each row on the device, where a step counts on; in a row that nothing uses as well."""
         self.known: tuple[int, ...] = ()
@@ -213,7 +213,7 @@ class StaticBackbone(Backbone):
         else:
             if cache.replay is None:
                 cache.replay = _recorded(lambda frames: run(frames, cache), padded, cache)
-            result = cache.replay(padded)[cache.columns[: len(x)]]  # a copy: the next replay writes over what it gave
+            result = cache.replay(padded)[cache.rows[: len(x)]]  # a copy: the next replay writes over what it gave
         cache.known = tuple(length + 1 for length in state.lengths)
         return result, replace(state, lengths=cache.known)
 
@@ -241,7 +241,7 @@ def _recorded(run: Callable[[Tensor], T], x: Tensor, cache: StaticCache) -> Call
                 cache.lengths.copy_(lengths)  # what was written behind them is not read before it is written again
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may decode meanwhile
             result = run(given)
 
     def replay(inputs: Tensor) -> T:
