@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalle.errors import UserError
+from kalle.files import parse_json
 
 RESULTS_NAME = "results.json"
 CEILING = "recording"
@@ -67,12 +67,16 @@ def read_run(path: str | Path, system: str | None = None) -> Run:
     """
     file = Path(path) / RESULTS_NAME if Path(path).is_dir() else Path(path)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_bytes())
     except OSError:
         raise UserError(f"no result: got '{path}', expected a folder that `kalle evaluate` wrote, or its {RESULTS_NAME}") from None
     except ValueError as error:
         raise UserError(f"damaged result: '{file}' is not JSON ({error}); run the evaluation again") from None
-    if not isinstance(data, dict) or not isinstance(data.get("rows"), list) or not isinstance(data.get("columns"), dict):
+    rows, columns = data.get("rows"), data.get("columns")
+    named = isinstance(rows, list) and all(
+        isinstance(row, dict) and {str} == {type(row.get(key)) for key in ("id", "system")} for row in rows
+    )
+    if not named or not isinstance(columns, dict) or not all(isinstance(names, list) for names in columns.values()):
         raise UserError(
             f"not a result of this version: '{file}' lacks rows or columns; run the same `kalle evaluate` again, scores are kept"
         )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kalle.audio import load_mono, rms_dbfs, write_audio
 from kalle.errors import UserError
 from kalle.evaluation.comparison import RESULTS_NAME, read_run, some
-from kalle.files import write_atomic
+from kalle.files import parse_json, write_atomic
 
 ASSETS = Path(__file__).parent / "assets"
 Kind = Literal["mos", "smos"]
@@ -251,10 +251,10 @@ def interval(values: Table) -> tuple[float, float]:
 
 def _read_key(path: Path) -> Mapping[str, Any]:
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
+        key = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"no key: '{path}' cannot be read ({error}); give the key.json that `kalle listening make` wrote") from None
-    if not isinstance(key, dict) or not {"test", "kind", "systems", "items", "stimuli"} <= key.keys():
+    if not {"test", "kind", "systems", "items", "stimuli"} <= key.keys():
         raise UserError(f"not a key: '{path}' lacks its entries; give the key.json that `kalle listening make` wrote")
     return key
 

@@ -164,7 +164,7 @@ def check_unchanged(checkpoint: Path, values: Mapping[str, Any]) -> None:
     try:
         before = _without_targets(yaml.safe_load(path.read_text(encoding="utf-8")))
         assert isinstance(before, dict)
-    except (OSError, ValueError, AssertionError, yaml.YAMLError):
+    except (OSError, ValueError, AssertionError, RecursionError, yaml.YAMLError):
         logger.warning("no readable '%s': it is unknown whether the run continues with the data, seed and objective it began with", path)
         return
     changed = []
