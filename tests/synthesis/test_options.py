@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
 from kalle.synthesis.adapter import Adapter
+from kalle.synthesis.generate import generate
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import (
     BASE_SECONDS,
@@ -142,6 +144,11 @@ def test_a_model_names_what_it_cannot_take(value: object, kalle_tiny: Kalle) -> 
         lambda: kalle_tiny.load_voice(value),
         lambda: Voice(value, speaker_latent=voice.speaker_latent),
         lambda: Voice(voice.bound_to, prompt_latents=value, text="text"),
+        lambda: kalle_tiny.synthesize_batch(["text"], frame_budget="many"),
+        lambda: generate(kalle_tiny.lm, value),
+        lambda: generate(kalle_tiny.lm, torch.tensor([1, 2]), prompt_latents=value),
+        lambda: generate(kalle_tiny.lm, torch.tensor([1, 2]), max_frames="3"),
+        lambda: generate(kalle_tiny.lm, torch.tensor([1, 2]), options=value),
         lambda: StopRule(threshold="0.5"),
         lambda: StopRule(min_index=True),
         lambda: StopRule(probability=True),

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kalle.errors import UserError
+from kalle.errors import UserError, check_type
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM, NextFrame
 from kalle.models.lm_state import LMState
@@ -235,6 +236,7 @@ def generate_batch(
 
 def check_budget(frame_budget: int) -> int:
     """``frame_budget`` itself; a UserError unless it allows at least one frame."""
+    check_type("frame budget", frame_budget, int | np.integer, "a whole number")
     if frame_budget < 1:
         raise UserError(f"bad frame budget: got {frame_budget}, expected at least 1; a request beyond the budget runs alone")
     return frame_budget

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kalle.errors import UserError
+from kalle.errors import UserError, check_type
 from kalle.gaussian import DiagGaussian
 from kalle.models.lm import KalleLM, KalleLMConfig, NextFrame
 from kalle.models.lm_state import LMState
@@ -195,6 +195,11 @@ def generate(
     frame and may end the speech. UserError for a bad value, a stop rule that needs a head ``lm`` lacks, before the first frame, and at a
     frame that is not finite.
     """
+    check_type("text ids", text_ids, Tensor, "an int64 tensor (L,)")
+    for name, value in (("prompt latents", prompt_latents), ("speaker latent", speaker_latent), ("noise", noise)):
+        check_type(name, value, Tensor | None, "a tensor")
+    check_type("options", options, GenerationOptions | None, "kalle.synthesis.GenerationOptions")
+    check_type("max_frames", max_frames, int | np.integer | None, "a whole number")
     for name, value in (("prompt latents", prompt_latents), ("speaker latent", speaker_latent)):
         if value is not None and (not value.ndim or len(value) != 1):
             raise UserError(f"bad {name}: got shape {tuple(value.shape)}, expected one row (1, ...); make the voice with this model")
