@@ -41,7 +41,7 @@ quickstart-scratch: $(VENV)/.ready  ## train, encode, train, speak and score fro
 test: $(VENV)/.ready  ## the fast suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-test-slow: $(VENV)/.ready  ## kill and resume, real recognisers, full-size weights, a browser, the recipes in miniature
+test-slow: $(VENV)/.ready  ## kill and resume, real recognisers, full-size weights, a browser, the recipes in miniature, hostile input (hours)
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1800
 
 test-gpu: $(VENV)/.ready  ## what must run on CUDA

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from kalle.audio import load_channels, mix_down, rms_dbfs
 from kalle.data.corpus.check import PrepareOptions, check_item
 from kalle.data.corpus.cuts import load_audio, load_cuts
 from kalle.data.corpus.items import AUDIO_SUFFIXES, Rejection, Source, SourceItem
-from kalle.data.corpus.lists import read_csv_corpus, read_jsonl_corpus
 from kalle.data.corpus.prepare import prepare_corpus
-from kalle.errors import UserError
 
 OPTIONS = PrepareOptions(max_seconds=5.0)
 SUFFIXES = (*sorted(AUDIO_SUFFIXES), ".raw", ".pcm", ".sph", ".w64", ".caf", ".sd2", ".xi", ".mka", ".txt", "")
@@ -136,56 +130,3 @@ def test_the_rest_of_a_corpus_is_kept(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "good.wav", TONE, 16000)
     report = prepare_corpus(Source("all", [*items, SourceItem("good", tmp_path / "good.wav", "good")]), tmp_path / "out", OPTIONS).report
     assert (report["kept"], report["items"]) == (1, 5)
-
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.just("a.wav")
-KNOWN = ["audio", "audio_filepath", "text", "start", "offset", "duration", "end", "id", "speaker", "language", "style"]
-VALUES = SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(max_size=4), SCALARS, max_size=2)
-ROWS = st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=5), VALUES, max_size=6)
-
-
-def read(reader: Callable[[Path], Source], path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    problem, ids = "", []
-    try:
-        ids = [item.id for item in reader(path).items]
-    except UserError as error:
-        problem = str(error)
-    assert "\n" not in problem
-    assert len(set(ids)) == len(ids)
-
-
-def lines(rows: list) -> bytes:
-    return "\n".join(json.dumps(row) for row in rows).encode()
-
-
-SLOW = {"max_examples": 10_000, "deadline": None, "suppress_health_check": list(HealthCheck)}
-QUICK = SLOW | {"max_examples": 60}
-
-
-@given(st.lists(ROWS, max_size=4))
-@settings(**QUICK)
-def test_a_list_of_any_json(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
-    read(read_jsonl_corpus, tmp_path_factory.getbasetemp() / "fuzz.jsonl", lines(rows))
-
-
-@given(st.text(alphabet='a1.|,;\t"\n\r wav\u0301\0é', max_size=80) | st.text(max_size=60))
-@settings(**QUICK)
-def test_a_table_of_any_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    read(read_csv_corpus, tmp_path_factory.getbasetemp() / "fuzz.csv", text.encode("utf-8", "surrogatepass"))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-@given(st.lists(ROWS, max_size=4))
-@settings(**SLOW)
-def test_ten_thousand_lists(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
-    read(read_jsonl_corpus, tmp_path_factory.getbasetemp() / "fuzz.jsonl", lines(rows))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-@given(st.text(alphabet='a1.|,;\t"\n\r wav\u0301\0é', max_size=80) | st.text(max_size=60))
-@settings(**SLOW)
-def test_ten_thousand_tables(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    read(read_csv_corpus, tmp_path_factory.getbasetemp() / "fuzz.csv", text.encode("utf-8", "surrogatepass"))
