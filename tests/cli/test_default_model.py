@@ -18,7 +18,7 @@ from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import KalleLM
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions, SpeechRequest
-from kalle.synthesis.voice import voice_path
+from kalle.synthesis.voice import kept_voices, voice_path
 from kalle.synthesis.weights import FolderConfig
 from kalle.text.tokenizer import Tokenizer
 
@@ -137,6 +137,9 @@ def test_nothing_is_written_into_the_installed_package(shipped: Path, tmp_path: 
     before = sorted(shipped.rglob("*"))
     assert main(["voices", "random", "--seed", "5", "--name", "clara", "--device", "cpu"]) == 0
     assert Path("clara.safetensors").is_file()
+    assert kept_voices(shipped) == Path("voices"), "those of the page, too"
+    Path("voices").mkdir()
+    Path("clara.safetensors").rename("voices/clara.safetensors")
     assert main(["calibrate", "kalle-nano", "--latents", str(tmp_path)]) == 2
     assert "is part of the installed package" in capsys.readouterr().err
     assert sorted(shipped.rglob("*")) == before
