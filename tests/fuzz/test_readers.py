@@ -40,7 +40,7 @@ from kalle.synthesis.options import GenerationOptions, SpeechRequest, StopRule, 
 from kalle.synthesis.voice import Binding, Voice
 from kalle.synthesis.weights import load_tokenizer, read_weight_folder
 from kalle.text.frontend import LearntTexts, TextFrontEnd
-from kalle.text.sentences import split_sentences, unspoken
+from kalle.text.languages import split_sentences, unspoken
 
 INPUTS = 20_000
 FEW = 8

@@ -58,6 +58,15 @@ def test_readings(tokenizer: PhonemeTokenizer, text: str, read: str | None, unkn
     assert not {*range(257, 265)} & set(ids)
 
 
+def test_a_number_beyond_the_package_is_bytes_and_the_rest_is_read(tokenizer: PhonemeTokenizer) -> None:
+    number = "9" * 40
+    read = tokenizer.decode(tokenizer.encode(f"He paid {number} now."))
+    assert read.startswith("hi ")
+    assert number in read
+    assert "nˈW" in read
+    assert number in tokenizer.decode(tokenizer.encode(number))
+
+
 def test_other_languages_are_bytes_but_for_phonemes_that_were_given(tokenizer: PhonemeTokenizer) -> None:
     text = "Ciao  bella, “come” stai"
     assert tokenizer.encode(text, language="it") == BYTES.encode(text)

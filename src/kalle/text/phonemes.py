@@ -330,6 +330,16 @@ def _sentence(text: str, engine: G2P) -> Iterator[Piece]:
 
 
 def _run(text: str, engine: G2P) -> Iterator[Piece]:
+    """The pieces of ``text``; a word that the package fails on, such as a number of 40 digits, is left as bytes."""
+    try:
+        pieces = list(_pieces_of_run(text, engine))
+    except Exception:  # IndexError and whatever else it may raise
+        chunks = _CHUNK.findall(text)
+        pieces = [piece for chunk in chunks for piece in _run(chunk, engine)] if len(chunks) > 1 else list(_as_written(text))
+    yield from pieces
+
+
+def _pieces_of_run(text: str, engine: G2P) -> Iterator[Piece]:
     if not text.strip():
         yield Piece(text, None)
         return
