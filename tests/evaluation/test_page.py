@@ -47,9 +47,7 @@ def made(tmp_path: Path, speech: Callable[..., Audio]) -> Callable[..., Path]:
             "columns": columns,
             "lower_is_better": {"wer_utt_mean": True, "sim": False},
             "summary": {"synthesis": {"wer_utt_mean": estimate, "sim": estimate}, "recording": {"wer_utt_mean": estimate}},
-            "extra": {
-                "confusion": {"Emotion": {"true": ["happy", EVIL], "predicted": ["happy", "sad"], "values": [[0.8, 0.1], [0.2, 0.9]]}}
-            },
+            "units": {"sim": EVIL},
             "notes": [EVIL],
         }
         (tmp_path / name / "results.json").write_text(json.dumps(data | more))
@@ -78,9 +76,22 @@ def test_what_the_page_shows(made: Callable[..., Path]) -> None:
     assert html.count('src="data:audio/mpeg;base64,') == 3
     assert html.count('src="data:image/jpeg;base64,') == 3
     assert "<del>three</del>" in html
-    for section in ('id="summary"', 'id="charts"', 'id="curve"', 'class="confusion"', 'id="words"', 'id="items"', 'id="facts"'):
+    for section in ('id="summary"', 'id="charts"', 'id="curve"', 'id="words"', 'id="items"', 'id="facts"'):
         assert section in html
     assert html.index("gone") < html.index("&lt;i&gt;2"), "a failure comes before errors"
+
+
+def test_emotions_that_are_meant_and_heard(tmp_path: Path) -> None:
+    scores = {"happy": {"happy": 0.75, "sad": 0.25}, "sad": {"happy": 0.5, "sad": 0.5}}
+    rows = [
+        {"system": "s", "id": f"{name}_1", "text": "a", "audio_s": 1.0} | {f"emotion_{heard}": score for heard, score in own.items()}
+        for name, own in scores.items()
+    ]
+    html = page_html(runs_of({"kind": "synthesis", "rows": rows, "columns": {}, "summary": {}, "metrics": {}}, tmp_path))
+    tables = [re.sub(r"<[^>]*>", " ", part.split("</table>")[0]).split() for part in html.split('class="confusion"')[1:]]
+    assert len(tables) == 2
+    assert tables[0][-6:] == ["happy", "0.75", "0.5", "sad", "0.25", "0.5"]
+    assert tables[1][-6:] == ["happy", "1", "1", "sad", "0", "0"]
 
 
 def test_audio_ends_at_its_cap_and_may_be_linked(made: Callable[..., Path]) -> None:

@@ -122,6 +122,12 @@ def declared(name: str, numerator: str | None = None, denominator: str | None = 
     return Aggregate(name + suffix, numerator, bottom, known.lower_is_better, known.trimmed_too and not suffix)
 
 
+def unit_of(name: str) -> str | None:
+    """The unit that ``DECLARED`` states of the number called ``name``, with whatever suffix; None for another number."""
+    known = max((key for key in DECLARED if f"{name}_".startswith(f"{key}_")), key=len, default=None)
+    return None if known is None else DECLARED[known].unit
+
+
 def described(metric: Metric) -> dict[str, object]:
     """Unit, expected rate and bandwidth by ``DECLARED``, and the metric's own description."""
     known = {rule.name: DECLARED[rule.name] for rule in metric.aggregates if rule.name in DECLARED}

@@ -22,6 +22,7 @@ from kalle.errors import UserError
 from kalle.evaluation.comparison import CEILING, Comparison, GateCheck, Run, named_apart, notes
 from kalle.evaluation.intelligibility import Edit, Tokens, length_curve, row_alignment, sound_classes, word_table
 from kalle.evaluation.metrics import RATE_HZ
+from kalle.evaluation.opinion import EMOTIONS, emotion_matrix, intended_emotion
 from kalle.evaluation.word_errors import NORMALISERS
 from kalle.files import write_atomic
 from kalle.models.mel import LogMel, MelConfig
@@ -116,7 +117,7 @@ class _Page:
             "histograms": list(self.histograms()),
             "curve": self.curve(),
             "words": list(self.words()),
-            "confusions": [(run.name, title, _shaded(matrix)) for run in self._results() for title, matrix in _confusions(run)],
+            "confusions": [(run.name, title, _shaded(matrix)) for run in self.runs for title, matrix in _confusions(run)],
             "items": items,
             "without_audio": self.without_audio,
             "cap_mb": self.options.audio_cap_mb,
@@ -134,7 +135,7 @@ class _Page:
         for name in dict.fromkeys(name for estimates in found for name in estimates):
             cells = [_estimate(estimates.get(name)) for estimates in found]
             better = {True: "lower", False: "higher"}.get(self.runs[0].data.get("lower_is_better", {}).get(name), "")  # type: ignore[arg-type]
-            rows.append({"name": name, "better": better, "cells": cells})
+            rows.append({"name": name, "better": better, "unit": self.runs[0].data.get("units", {}).get(name, ""), "cells": cells})
         return rows
 
     def histograms(self) -> Iterator[tuple[str, Markup]]:
@@ -288,15 +289,22 @@ def _marked(edit: Edit) -> dict[str, str]:
 
 
 def _confusions(run: Run) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """``extra["confusion"]``: by title ``true`` and ``predicted`` labels and ``values``, a row for each predicted label."""
-    yield from run.data.get("extra", {}).get("confusion", {}).items()
+    """By title ``true`` and ``predicted`` labels and ``values``, a row for each predicted label: of the metric ``emotion``."""
+    labels = [name for name in EMOTIONS if any(intended_emotion(row["id"]) == name and f"emotion_{name}" in row for row in run.rows)]
+    if labels:
+        means, counts = emotion_matrix(run.rows, labels)
+        yield (
+            "Emotion, mean score",
+            {"true": labels, "predicted": labels, "values": means, "unit": "mean probability; a column sums to 1"},
+        )
+        yield "Emotion, highest score", {"true": labels, "predicted": labels, "values": counts, "unit": "items"}
 
 
 def _shaded(matrix: Mapping[str, Any]) -> dict[str, Any]:
     values = np.asarray(matrix["values"], dtype=np.float64)
     top = float(values.max(initial=0.0)) or 1.0
     rows = [
-        (label, [(f"{value:.2f}", round(float(value) / top, 3)) for value in line])
+        (label, [(f"{value:.3g}", round(float(value) / top, 3)) for value in line])
         for label, line in zip(matrix["predicted"], values, strict=True)
     ]
     return {"true": matrix["true"], "rows": rows, "unit": matrix.get("unit", "")}

@@ -14,7 +14,7 @@ from typing import Any
 from kalle.errors import UserError
 from kalle.evaluation.figures import FigureRow, draw
 from kalle.evaluation.intelligibility import RULES, judge, word_facts
-from kalle.evaluation.metrics import DECLARED, Aggregate, Metric
+from kalle.evaluation.metrics import DECLARED, Aggregate, Metric, unit_of
 from kalle.evaluation.page import PageOptions, runs_of, tokens_of, write_page
 from kalle.evaluation.pool import MetricCard, twin_rules
 from kalle.evaluation.scoring import Estimate, Row, Scores, count_rows, summarise
@@ -68,6 +68,8 @@ class Result:
     """Facts of the run as a whole, such as latent health."""
     lower_is_better: Mapping[str, bool | None] = field(default_factory=dict)
     """The direction of each aggregate; None where there is no better."""
+    units: Mapping[str, str] = field(default_factory=dict)
+    """The unit of each aggregate that ``metrics.DECLARED`` knows."""
     words: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Errors by length of the text and by word, for each system with transcripts: see ``intelligibility.word_facts``."""
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -119,6 +121,7 @@ def finish(
         notes=[*notes, *unmeasured(scores.metrics, scores.rows), *unheard(scores.metrics, scores.rows)],
         extra=dict(extra or {}),
         lower_is_better={rule.name: rule.lower_is_better for rule in rules},
+        units={rule.name: unit for rule in rules if (unit := unit_of(rule.name)) is not None},
         words=word_facts(scores.rows, tokens),
         columns={rule.name: [rule.numerator] if rule.denominator is None else [rule.numerator, rule.denominator] for rule in rules},
     )

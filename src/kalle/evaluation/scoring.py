@@ -110,7 +110,7 @@ class Scores:
 
     def add(self, system: str, item: ScoreItem, extra: Row | None = None) -> None:
         """Keep a row for ``item``, to be scored with every metric whose needs it meets."""
-        row: Row = {"system": system, "id": item.id, "text": item.text, "audio_s": len(item.audio) / RATE_HZ}
+        row: Row = {"system": system, "id": item.id, "text": item.text, "language": item.language, "audio_s": len(item.audio) / RATE_HZ}
         row |= {"rate_hz": item.rate_hz, "band_hz": bandwidth_hz(item.audio)} | (extra or {})
         self._rows.append(row)
         self._taken.rows.append(row)
@@ -119,7 +119,7 @@ class Scores:
 
     def fail(self, system: str, item: TestItem, error: Exception | str) -> None:
         """Keep a row for an item that could not be made or read."""
-        row = {"system": system, "id": item.id, "text": item.text, "error": str(error)}
+        row = {"system": system, "id": item.id, "text": item.text, "language": item.language, "error": str(error)}
         self._rows.append(row)
         self._taken.rows.append(row)
 
