@@ -16,7 +16,7 @@ from lhotse.cut import Cut
 from kalle.data.corpus.cuts import REPORT_JSON, REPORT_MD, check_target, corpus_digest, write_derived
 from kalle.data.corpus.measures import BANDS, MEASUREMENTS_NAME, PRESENT_DB, ItemProgress, MeasuredItem, collect_measures, script_counts
 from kalle.data.corpus.prepare import histogram
-from kalle.data.corpus.quality import BAD, GOOD, LOOK, CheckResult, Limits, amount, examine, pace, readable_items, worst
+from kalle.data.corpus.quality import BAD, GOOD, LOOK, CheckResult, QualityLimits, amount, examine, pace, readable_items, worst
 from kalle.files import fingerprint, output_folder, write_atomic, write_jsonl
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Flagged = Mapping[str, frozenset[tuple[str, str]]]
 """Check -> keys of the items it flags."""
-Plot = Callable[[Any, Sequence[MeasuredItem], Flagged, Limits], None]
+Plot = Callable[[Any, Sequence[MeasuredItem], Flagged, QualityLimits], None]
 FINE, FAULT, LIMIT = "#4c72b0", "#c0392b", "#888888"
 _MOST_BARS = 12
 
@@ -52,14 +52,14 @@ def _histogram(axis: Any, values: Sequence[float], label: str, limits: Sequence[
     axis.set_ylabel("items")
 
 
-def _durations(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _durations(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Seconds of the items."""
     seconds = [item.sound.seconds for item in readable_items(items)]
     axis.set_title(f"duration: {sum(seconds) / 3600:.2f} h in {len(seconds)} items")
     _histogram(axis, seconds, "seconds", (limits.min_seconds, limits.max_seconds), log_x=True)
 
 
-def _text_against_audio(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _text_against_audio(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Spoken seconds over the amount of text, outliers in red."""
     spoken = [item for item in readable_items(items) if amount(item.text) > 0]
     at_fault = flagged["outlier"] | flagged["rate"]
@@ -78,7 +78,7 @@ def _text_against_audio(axis: Any, items: Sequence[MeasuredItem], flagged: Flagg
     axis.set_ylabel("spoken seconds")
 
 
-def _rates(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _rates(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Letters or signs a second."""
     units: dict[str, list[float]] = {"letters": [], "signs": []}
     for item in readable_items(items):
@@ -92,7 +92,7 @@ def _rates(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: L
     axis.set_title(f"speaking rate{median}")
 
 
-def _loudness(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _loudness(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Integrated loudness."""
     levels = [item.sound.loudness_lufs for item in readable_items(items) if item.sound.loudness_lufs is not None]
     median = float(np.median(levels)) if levels else 0.0
@@ -102,7 +102,7 @@ def _loudness(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits
     axis.set_title(f"loudness: median {median:.1f} LUFS")
 
 
-def _silences(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _silences(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Leading, trailing and longest inner silence, one line each."""
     kinds = {
         "leading": ([item.sound.leading_s for item in readable_items(items)], limits.max_leading_s),
@@ -121,7 +121,7 @@ def _silences(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits
     axis.set_ylabel("items")
 
 
-def _clipping(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _clipping(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Share of samples in flat tops; items without any stand at the left edge."""
     floor = 1e-6
     shares = [float(np.log10(max(item.sound.clipped_share, floor))) for item in readable_items(items)]
@@ -136,7 +136,7 @@ def _clipping(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits
     axis.set_ylabel("items")
 
 
-def _bandwidths(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _bandwidths(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """The highest frequency present."""
     nyquist = max([item.sample_rate_hz for item in items], default=16000) / 2000
     axis.hist([item.sound.bandwidth_hz / 1000 for item in readable_items(items)], bins=np.linspace(0, nyquist * 1.02, 42), color=FINE)
@@ -148,7 +148,7 @@ def _bandwidths(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limi
     axis.set_ylabel("items")
 
 
-def _spectra(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _spectra(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Median spectrum of the loudest moments with its 5 to 95 % band, and of the narrow items in red."""
     groups = {False: FINE, True: FAULT}
     nyquist = max([item.sample_rate_hz for item in items], default=16000) / 2000
@@ -169,7 +169,7 @@ def _spectra(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits:
     axis.set_ylabel("dB below the strongest")
 
 
-def _speakers(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _speakers(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Minutes of the speakers who say most."""
     seconds: Counter[str] = Counter()
     for item in readable_items(items):
@@ -179,7 +179,7 @@ def _speakers(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits
     axis.set_xlabel("minutes")
 
 
-def _scripts(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: Limits) -> None:
+def _scripts(axis: Any, items: Sequence[MeasuredItem], flagged: Flagged, limits: QualityLimits) -> None:
     """Letters of each script."""
     total: Counter[str] = Counter()
     for item in items:
@@ -215,7 +215,7 @@ _FIGURE_COLUMNS, _SIZE_IN, _DPI = 4, (4.0, 2.9), 80
 _COLOURS = {GOOD: "#2e8b57", LOOK: "#e0a100", BAD: "#c0392b"}
 
 
-def write_figures(folder: Path, items: Sequence[MeasuredItem], findings: Sequence[CheckResult], limits: Limits, title: str) -> None:
+def write_figures(folder: Path, items: Sequence[MeasuredItem], findings: Sequence[CheckResult], limits: QualityLimits, title: str) -> None:
     """Write overview.png and pictures/NAME.png into ``folder``. Needs matplotlib (the train extra)."""
     flagged = {finding.check: frozenset(flag.key for flag in finding.flags) for finding in findings}
     drawers: dict[str, Callable[[Any], None]] = {"verdicts": lambda axis: _verdicts(axis, findings, len(items))}
@@ -306,7 +306,7 @@ EXAMPLES = 5
 """Flagged items a check shows in report.md; items.jsonl has all."""
 
 
-def diagnosis_report(corpus: str, items: Sequence[MeasuredItem], findings: Sequence[CheckResult], limits: Limits) -> dict[str, Any]:
+def diagnosis_report(corpus: str, items: Sequence[MeasuredItem], findings: Sequence[CheckResult], limits: QualityLimits) -> dict[str, Any]:
     """The content of report.json."""
     return {
         "corpus": corpus,
@@ -389,7 +389,7 @@ class Diagnosis:
     reused: int
 
 
-def diagnose(corpus: Path, out: Path, limits: Limits, jobs: int, progress: ItemProgress, pictures: bool = True) -> Diagnosis:
+def diagnose(corpus: Path, out: Path, limits: QualityLimits, jobs: int, progress: ItemProgress, pictures: bool = True) -> Diagnosis:
     """Measure ``corpus`` and write report.json, report.md, items.jsonl, overview.png, pictures/ and the measurements into ``out``.
 
     UserError for a folder that is no prepared corpus, or an ``out`` that is the corpus itself.
@@ -406,7 +406,7 @@ def diagnose(corpus: Path, out: Path, limits: Limits, jobs: int, progress: ItemP
     return Diagnosis(gathered.items, gathered.cuts, findings, report, gathered.reused)
 
 
-def write_filtered(diagnosis: Diagnosis, corpus: Path, out: Path, remove: Sequence[str], limits: Limits) -> dict[str, Any]:
+def write_filtered(diagnosis: Diagnosis, corpus: Path, out: Path, remove: Sequence[str], limits: QualityLimits) -> dict[str, Any]:
     """Write to ``out`` a prepared corpus without the items that the checks in ``remove`` flag; returns its report.
 
     The report counts the removed items by check and holds the verdicts on what is left, from the same measurements.

@@ -40,7 +40,7 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Limits:
+class QualityLimits:
     """From where on an item is flagged, and from which share of flagged items on a corpus is worth a look, or bad."""
 
     look_share: float = 0.001
@@ -87,9 +87,9 @@ class Limits:
             raise UserError(f"limits: got look_share {self.look_share} and bad_share {self.bad_share}, expected 0 <= look <= bad <= 1")
 
 
-def limits_from(settings: list[str]) -> Limits:
-    """`Limits` with ``NAME=NUMBER`` settings applied; a UserError lists the names there are."""
-    defaults = {field.name: getattr(Limits(), field.name) for field in fields(Limits)}
+def limits_from(settings: list[str]) -> QualityLimits:
+    """`QualityLimits` with ``NAME=NUMBER`` settings applied; a UserError lists the names there are."""
+    defaults = {field.name: getattr(QualityLimits(), field.name) for field in fields(QualityLimits)}
     changed: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
@@ -99,7 +99,7 @@ def limits_from(settings: list[str]) -> Limits:
             changed[name] = type(defaults[name])(value)
         except ValueError:
             raise UserError(f"bad limit: got '{setting}', expected {name}=NUMBER, such as {name}={defaults[name]}") from None
-    return Limits(**changed)
+    return QualityLimits(**changed)
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,13 @@ class Found:
 class Check:
     """One check; ``function`` says what it finds among the items."""
 
-    threshold: Callable[[Limits], str]
-    function: Callable[[Sequence[MeasuredItem], Limits], Found]
+    threshold: Callable[[QualityLimits], str]
+    function: Callable[[Sequence[MeasuredItem], QualityLimits], Found]
     remedy: str
     removed: bool
     """Whether ``kalle data doctor --filter`` leaves its items out by default: a fault that cannot be corrected, not an unusual item."""
 
-    def run(self, name: str, items: Sequence[MeasuredItem], limits: Limits) -> CheckResult:
+    def run(self, name: str, items: Sequence[MeasuredItem], limits: QualityLimits) -> CheckResult:
         """The result on ``items``."""
         found = self.function(items, limits)
         share = len(found.reasons) / max(len(items), 1)
@@ -192,11 +192,11 @@ def _flagged(items: Sequence[MeasuredItem], reason: Callable[[MeasuredItem], str
     return {item.key: said for item in items if (said := reason(item))}
 
 
-def _unreadable(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _unreadable(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     return Found(_flagged(items, lambda item: item.sound.problem))
 
 
-def _duration(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _duration(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     def reason(item: MeasuredItem) -> str:
         seconds = item.sound.seconds
         return "" if limits.min_seconds <= seconds <= limits.max_seconds else f"{seconds:.2f} s long"
@@ -205,7 +205,7 @@ def _duration(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     return Found(_flagged(readable_items(items), reason), {"hours": round(sum(seconds) / 3600, 4), "seconds": spread(seconds)})
 
 
-def _loudness(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _loudness(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Items far from the corpus' usual loudness, or beyond what anybody records on purpose."""
     levels = [item.sound.loudness_lufs for item in readable_items(items) if item.sound.loudness_lufs is not None]
     median = float(np.median(levels)) if levels else 0.0
@@ -222,7 +222,7 @@ def _loudness(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     return Found(_flagged(readable_items(items), reason), {"lufs": spread(levels, 1)})
 
 
-def _silence(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _silence(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Long silence before, after or inside the speech."""
 
     def reason(item: MeasuredItem) -> str:
@@ -240,7 +240,7 @@ def _silence(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     return Found(_flagged(readable_items(items), reason), numbers)
 
 
-def _clipping(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _clipping(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     def reason(item: MeasuredItem) -> str:
         share = item.sound.clipped_share
         return f"{share:.2%} of the samples in flat tops" if share > limits.max_clipped_share else ""
@@ -250,7 +250,7 @@ def _clipping(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     )
 
 
-def _bandwidth(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _bandwidth(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Audio with less bandwidth than its sample rate promises: upsampled telephone speech, low-rate MP3."""
 
     def reason(item: MeasuredItem) -> str:
@@ -278,7 +278,7 @@ def pace(item: MeasuredItem) -> tuple[float, str]:
     return (letters + SYLLABLE_LETTERS * signs) / item.sound.spoken_s, "letters"
 
 
-def _rate(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _rate(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """A speaking rate that no speaker reaches, or that means text is missing."""
     bounds = {
         "letters": (limits.min_letters_per_s, limits.max_letters_per_s),
@@ -291,7 +291,7 @@ def _rate(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     return Found({key: f"{value:.1f} {unit} a second" for key, (value, unit) in slow_or_fast.items()}, numbers)
 
 
-def _outliers(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _outliers(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Items much faster or slower than others of their language and length: swapped, cut or wrong texts."""
     reasons: dict[Key, str] = {}
     judged = 0
@@ -329,7 +329,7 @@ def _spoken(items: Sequence[MeasuredItem]) -> list[MeasuredItem]:
     return [item for item in readable_items(items) if amount(item.text) > 0]
 
 
-def _script(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _script(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Text in a script that its language is not written in, and words that mix alphabets.
 
     A language that isn't in `SCRIPTS_OF_LANGUAGE`, or none, is expected in the script most of its own items use.
@@ -356,7 +356,7 @@ def _base(language: str) -> str:
     return language.lower().replace("_", "-").split("-")[0]
 
 
-def _script_reason(item: MeasuredItem, count: Counter[str], expected: frozenset[str], limits: Limits) -> str:
+def _script_reason(item: MeasuredItem, count: Counter[str], expected: frozenset[str], limits: QualityLimits) -> str:
     letters = count.total()
     foreign = Counter({name: number for name, number in count.items() if name not in expected})
     if letters and foreign.total() / letters > limits.max_foreign_share:
@@ -368,7 +368,7 @@ def _script_reason(item: MeasuredItem, count: Counter[str], expected: frozenset[
     return f"the word '{word}' mixes {' and '.join(sorted(name.title() for name in script_counts(word)))} letters" if word else ""
 
 
-def _characters(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _characters(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Empty texts, control and replacement characters, markup, text that was decoded wrongly; and the rarest characters, listed only.
 
     The tokenizers here are byte-level, so no character is unknown to them; a rare one is merely seldom trained.
@@ -399,7 +399,7 @@ def _rank(item: MeasuredItem) -> int:
     return _HELD_OUT_FIRST.get(item.split, 2)
 
 
-def _duplicate_audio(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _duplicate_audio(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Items whose decoded samples are equal; every one but the first of a group is flagged."""
     reasons = {}
     for first, *rest in _copies(readable_items(items), lambda item: item.sound.digest):
@@ -409,7 +409,7 @@ def _duplicate_audio(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     return Found(reasons)
 
 
-def _duplicate_text(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _duplicate_text(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Texts that one speaker says more than once: no fault, but little is learnt from many of them."""
     groups = _copies(items, lambda item: normalised(item.text) and (item.speaker, normalised(item.text)))
     reasons = {item.key: f"the text of {first.split} '{first.id}', same speaker" for first, *rest in groups for item in rest}
@@ -418,7 +418,7 @@ def _duplicate_text(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     return Found(reasons, numbers, LOOK if share > limits.look_repeated_share else GOOD)
 
 
-def _leakage(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _leakage(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """A text or an audio in two splits; the copy outside the held-out split is flagged, test before valid before train."""
     reasons: dict[Key, list[str]] = defaultdict(list)
     keys: dict[str, Callable[[MeasuredItem], object]] = {
@@ -434,7 +434,7 @@ def _leakage(items: Sequence[MeasuredItem], limits: Limits) -> Found:
     return Found({key: "; ".join(said) for key, said in reasons.items()}, verdict=BAD if reasons else GOOD)
 
 
-def _speakers(items: Sequence[MeasuredItem], limits: Limits) -> Found:
+def _speakers(items: Sequence[MeasuredItem], limits: QualityLimits) -> Found:
     """Minutes of each speaker; no item is flagged, for no item is at fault."""
     seconds: Counter[str] = Counter()
     for item in readable_items(items):
@@ -530,7 +530,7 @@ REMOVABLE = tuple(name for name in CHECKS if name != "speakers")
 REMOVED_BY_DEFAULT = tuple(name for name, check in CHECKS.items() if check.removed)
 
 
-def examine(items: Sequence[MeasuredItem], limits: Limits) -> list[CheckResult]:
+def examine(items: Sequence[MeasuredItem], limits: QualityLimits) -> list[CheckResult]:
     """One result a check."""
     return [check.run(name, items, limits) for name, check in CHECKS.items()]
 

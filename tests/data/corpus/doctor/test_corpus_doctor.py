@@ -14,7 +14,7 @@ from kalle.cli.main import main
 from kalle.data.corpus import measures
 from kalle.data.corpus.cuts import load_cuts
 from kalle.data.corpus.diagnosis import Diagnosis, diagnose
-from kalle.data.corpus.quality import CHECKS, REMOVED_BY_DEFAULT, Limits
+from kalle.data.corpus.quality import CHECKS, REMOVED_BY_DEFAULT, QualityLimits
 from kalle.errors import UserError
 
 
@@ -35,7 +35,7 @@ def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def diagnosis(sick, report_folder: Path) -> Diagnosis:
-    return diagnose(sick.folder, report_folder, Limits(), 1, untracked)
+    return diagnose(sick.folder, report_folder, QualityLimits(), 1, untracked)
 
 
 def test_every_fault_is_found_under_its_name_and_nothing_else_is(sick, diagnosis: Diagnosis) -> None:
@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_and_changed_audio_is_measured_again(
 
 @pytest.mark.slow
 def test_several_processes_measure_the_same(sick, diagnosis: Diagnosis, tmp_path: Path) -> None:
-    assert diagnose(sick.folder, tmp_path / "out", Limits(), 2, untracked, pictures=False).items == diagnosis.items
+    assert diagnose(sick.folder, tmp_path / "out", QualityLimits(), 2, untracked, pictures=False).items == diagnosis.items
 
 
 def test_mistakes_are_one_line_and_harm_nothing(healthy: Path, tmp_path: Path) -> None:
