@@ -9,7 +9,7 @@ import pytest
 
 from kalle.audio import write_audio
 from kalle.serving.handlers import Handlers
-from kalle.serving.jobs import Backend
+from kalle.serving.sessions import Backend
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import StopRule
 

@@ -1,13 +1,18 @@
-"""Pressing "Speak" without a page."""
+"""Pressing "Speak" without a page, and a hand on the model."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pytest
 
 from kalle.serving.handlers import Handlers, View
-from kalle.serving.jobs import PageRequest
+from kalle.serving.sessions import PageRequest
+from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions
 
 HI = PageRequest("Hi there.", options=GenerationOptions(seed=3, max_seconds=0.5))
@@ -19,7 +24,7 @@ def ran(handlers: Handlers, request: PageRequest, session: str = "a") -> tuple[V
 
 
 def pcm(handlers: Handlers, session: str = "a") -> np.ndarray:
-    job = handlers.backend.jobs.of(session)
+    job = handlers.backend.sessions.of(session)
     pieces, finished = job.pieces(0)
     assert finished
     return np.frombuffer(b"".join(pieces), dtype="<i2")
@@ -28,3 +33,29 @@ def pcm(handlers: Handlers, session: str = "a") -> np.ndarray:
 def changed(request: PageRequest, **options: object) -> PageRequest:
     """``request`` with other options."""
     return replace(request, options=request.options.changed(**options))
+
+
+class Gate:
+    """Holds the model before a step, so that what is to come in between can."""
+
+    def __init__(self, kalle: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.steps, self.held, self.go_on = 0, threading.Event(), threading.Event()
+        self.before: Callable[[int], None] = lambda number: None
+        step = type(kalle.lm).step
+
+        def gated(lm: Any, z: Any, state: Any) -> Any:
+            self.steps += 1
+            self.before(self.steps)
+            return step(lm, z, state)
+
+        monkeypatch.setattr(type(kalle.lm), "step", gated)
+
+    def hold(self, number: int) -> None:
+        """Hold before step ``number``."""
+
+        def before(now: int) -> None:
+            if now == number:
+                self.held.set()
+                assert self.go_on.wait(60)
+
+        self.before = before

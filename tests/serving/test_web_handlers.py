@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from page_calls import HI, changed, pcm, ran
+from page_calls import HI, Gate, changed, pcm, ran
 
 from kalle.audio import read_audio, to_pcm16
 from kalle.errors import UserError
+from kalle.serving.engine import Engine, EngineLimits
 from kalle.serving.handlers import MODELS_OWN, UNEXPECTED, Handlers, choice_from, error_html, request_from_fields
-from kalle.serving.jobs import MOST_SESSIONS, Backend, JobProgress, Jobs, PageRequest
 from kalle.serving.server import WebOptions, growing, is_loopback, launch, require_gradio
+from kalle.serving.sessions import MOST_SESSIONS, Backend, JobResult, PageRequest, Sessions
 from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions
@@ -30,7 +33,7 @@ def test_speech_comes_piece_by_piece_and_then_as_a_file(handlers: Handlers, kall
     assert not done.busy
     assert done.token == begun.token
     assert not done.message
-    pieces, _ = handlers.backend.jobs.of("a").pieces(0)
+    pieces, _ = handlers.backend.sessions.of("a").pieces(0)
     assert len(pieces) > 2, "the audio came all at once"
     np.testing.assert_allclose(read_audio(done.audio) * 32768, pcm(handlers), atol=1)
     offline = kalle_toy.synthesize(HI.text, seed=3, max_seconds=0.5, retries=0)
@@ -76,23 +79,37 @@ def test_what_the_model_refuses_is_said_in_the_page(handlers: Handlers, given: P
 
 
 def test_a_bug_is_logged_and_the_page_stays_usable(handlers: Handlers, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(handlers.backend.kalle, "stream", lambda *_, **__: 1 / 0, raising=False)
+    monkeypatch.setattr(handlers.backend.engine, "submit", lambda *_, **__: 1 / 0)
     _, views = ran(handlers, HI)
     assert UNEXPECTED in views[-1].message
     assert not views[-1].busy
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_stopped_on_the_way_what_was_made_is_kept(handlers: Handlers) -> None:
-    handlers.begin("a", changed(HI, max_seconds=20.0))
+def test_a_failure_of_the_engine_is_said_in_the_page(handlers: Handlers, kalle_toy: Kalle, monkeypatch) -> None:
+    gate = Gate(kalle_toy, monkeypatch)
+    gate.before = lambda number: 1 / 0
+    _, views = ran(handlers, HI)
+    assert "The server failed" in views[-1].message
+    gate.before = lambda number: None
+    _, views = ran(handlers, HI)
+    assert views[-1].audio is not None
+
+
+def test_stopped_on_the_way_what_was_made_is_kept(handlers: Handlers, kalle_toy: Kalle, monkeypatch) -> None:
+    gate = Gate(kalle_toy, monkeypatch)
+    gate.hold(40)
+    handlers.begin("a", changed(HI, max_seconds=5.0))
     run = handlers.run("a")
     next(run)
     next(run)
+    assert gate.held.wait(60)
     assert "Stopping" in handlers.stop("a").message
+    gate.go_on.set()
     *_, done = run
     assert "interrupted: stopped by you" in done.facts
     heard = pcm(handlers)
-    assert 0 < len(heard) < 80000
+    assert 0 < len(heard) <= 40 * 160
     np.testing.assert_allclose(read_audio(done.audio) * 32768, heard, atol=1)
     assert handlers.stop("a") is None
     assert handlers.stop("nobody") is None
@@ -111,7 +128,7 @@ def test_a_longer_text_is_spoken_by_sentences(handlers: Handlers, kalle_toy: Kal
     whole = kalle_toy.synthesize(LONG.text, kalle_toy.random_voice(2), options=LONG.options)
     np.testing.assert_allclose(pcm(handlers), to_pcm16(whole.audio), atol=1e-4 * 32768)
     np.testing.assert_allclose(read_audio(done.audio) * 32768, pcm(handlers), atol=1)
-    pieces, _ = handlers.backend.jobs.of("a").pieces(0)
+    pieces, _ = handlers.backend.sessions.of("a").pieces(0)
     assert len(pieces) > 6, "each sentence comes in pieces"
     for words in (
         "<li value='2'>The clocks were striking thirteen.",
@@ -124,24 +141,25 @@ def test_a_longer_text_is_spoken_by_sentences(handlers: Handlers, kalle_toy: Kal
     assert "the one with the lowest confidence" in done.figure
 
 
-def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers) -> None:
-    request = changed(LONG, max_seconds=2.0)
-    job = handlers.backend.begin("a", request)
-    steps = []
-    for step in handlers.backend.speak(job):
-        steps.append(step)
-        if isinstance(step, JobProgress) and step.seconds > 2.4:  # the first sentence is 2 s
-            job.stop()
-    result = steps[-1]
+def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers, kalle_toy: Kalle, monkeypatch) -> None:
+    handlers.backend.voices.voice(LONG.voice)  # takes steps of its own
+    gate = Gate(kalle_toy, monkeypatch)
+    gate.hold(40 + 20)  # in the second sentence; the first has 40 frames
+    job = handlers.backend.begin("a", LONG)
+    stopper = threading.Thread(target=lambda: (gate.held.wait(60), job.stop(), gate.go_on.set()))
+    stopper.start()
+    *_, result = handlers.backend.speak(job)
+    stopper.join()
+    assert isinstance(result, JobResult)
     assert result.stopped
-    assert result.speech.seconds < 3.5
     assert [part.speech.text for part in result.speech.parts] == ["It was a bright cold day.", "The clocks were striking thirteen."]
+    assert result.speech.parts[1].speech.frames < 40
     assert result.speech.stop_reason == "interrupted"
 
 
 def test_the_result_of_a_page_that_closed_early_is_not_kept(handlers: Handlers) -> None:
     handlers.begin("a", HI)
-    job = handlers.backend.jobs.of("a")
+    job = handlers.backend.sessions.of("a")
     steps = handlers.backend.speak(job)
     next(steps)
     next(steps)
@@ -151,7 +169,7 @@ def test_the_result_of_a_page_that_closed_early_is_not_kept(handlers: Handlers) 
 
 
 def test_sessions_are_bounded() -> None:
-    jobs = Jobs()
+    jobs = Sessions()
     for number in range(MOST_SESSIONS):
         jobs.begin(str(number), HI)
     with pytest.raises(UserError, match="too many requests"):
@@ -195,32 +213,43 @@ def test_a_job_is_done_once(handlers: Handlers) -> None:
 
 
 def test_a_new_request_and_a_closed_page_end_the_former_one(handlers: Handlers) -> None:
-    handlers.begin("a", changed(HI, max_seconds=20.0))
-    first = handlers.backend.jobs.of("a")
+    handlers.begin("a", changed(HI, max_seconds=5.0))
+    first = handlers.backend.sessions.of("a")
     run = handlers.run("a")
     next(run)
     handlers.begin("a", HI)
     assert first.stopped
     list(run)
-    second = handlers.backend.jobs.of("a")
+    second = handlers.backend.sessions.of("a")
     handlers.leave("a")
     assert second.stopped
-    assert handlers.backend.jobs.of("a") is None
+    assert handlers.backend.sessions.of("a") is None
     assert list(handlers.run("a")) == []
 
 
-def test_sessions_wait_for_each_other_and_know_it() -> None:
-    jobs = Jobs()
-    first, second, third = (jobs.begin(name, HI) for name in "abc")
-    assert [jobs.ahead(job) for job in (first, second, third)] == [0, 1, 2]
-    first.finish()
-    assert [jobs.ahead(job) for job in (second, third)] == [0, 1]
-    assert jobs.find(third.token) is third
-    assert jobs.find("guess") is None
+def test_sessions_wait_for_each_other_and_know_it(kalle_toy: Kalle, tmp_path: Path, monkeypatch) -> None:
+    gate = Gate(kalle_toy, monkeypatch)
+    gate.hold(1)
+    with Engine(kalle_toy, EngineLimits(rows=1)) as engine, Backend(kalle_toy, tmp_path, engine=engine) as backend:
+        jobs = [backend.begin(name, HI) for name in "abc"]
+        runs = [threading.Thread(target=lambda job=job: list(backend.speak(job))) for job in jobs]
+        for job, run in zip(jobs, runs, strict=True):
+            run.start()
+            while job.spoken is None:
+                time.sleep(0.01)
+        assert gate.held.wait(60)
+        assert [backend.ahead(job) for job in jobs] == [0, 0, 1]
+        gate.go_on.set()
+        for run in runs:
+            run.join()
+        assert [backend.ahead(job) for job in jobs] == [0, 0, 0]
+        assert all(job.path is not None for job in jobs)
+        assert backend.sessions.find(jobs[2].token) is jobs[2]
+        assert backend.sessions.find("guess") is None
 
 
 def test_listeners_get_the_audio_while_it_is_made() -> None:
-    job = Jobs().begin("a", HI)
+    job = Sessions().begin("a", HI)
     heard: list[bytes] = []
 
     async def listen() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kalle.serving import server as serving
-from kalle.serving.jobs import Backend
 from kalle.serving.server import FOREIGN_HOST, FOREIGN_PAGE, OriginCheck, WebOptions, launch, loopback_names
+from kalle.serving.sessions import Backend
 
 UPLOAD = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nhello\r\n--x--\r\n'
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}

@@ -1,1 +1,1 @@
-"""The web page: what it asks the model for, and how it looks. Needs the extra ``serve``."""
+"""Serving many at once: the engine, the HTTP API and the web page. Needs the extra ``serve``."""

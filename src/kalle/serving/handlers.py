@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from kalle.errors import UserError
-from kalle.serving.jobs import Backend, JobProgress, JobResult, PageRequest
+from kalle.serving.engine import ServingError
+from kalle.serving.sessions import Backend, JobProgress, JobResult, PageRequest
 from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
@@ -66,11 +67,6 @@ def without_folders(message: str, folders: Iterable[Path]) -> str:
 def notice_html(message: str) -> str:
     """A message on the state of a job."""
     return f'<p class="kalle-notice" role="status">{_escape(message)}</p>' if message else ""
-
-
-def waiting_text(ahead: int) -> str:
-    """The message for a job that has not begun, with ``ahead`` others before it; the player counts them down."""
-    return "Waiting for your turn: one request at a time is spoken." if ahead else "Starting…"
 
 
 def progress_text(progress: JobProgress) -> str:
@@ -187,11 +183,11 @@ class Handlers:
             job = self.backend.begin(session, request)
         except UserError as error:
             return View(self._mistake(error))
-        return View(notice_html(waiting_text(self.backend.jobs.ahead(job))), busy=True, token=job.token)
+        return View(notice_html("Starting…"), busy=True, token=job.token)
 
     def run(self, session: str) -> Iterator[View]:
         """Do the session's job, when its turn has come; one view for every change, nothing when there is nothing to do."""
-        job = self.backend.jobs.of(session)
+        job = self.backend.sessions.of(session)
         if job is None or job.begun or job.finished:
             return
         shown = -SECONDS_BETWEEN_NOTICES
@@ -205,6 +201,8 @@ class Handlers:
                     yield self._working(step, job.token)
         except UserError as error:
             view = View(self._mistake(error), token=job.token)
+        except ServingError as error:
+            view = View(error_html(str(error)), token=job.token)
         except Exception:
             LOGGER.exception("a request on the page failed")
             view = View(error_html(UNEXPECTED), token=job.token)
@@ -212,14 +210,14 @@ class Handlers:
 
     def stop(self, session: str) -> View | None:
         """ "Stop" was pressed: what to show, None when there was nothing to stop. A running job shows its own end."""
-        job = self.backend.jobs.of(session)
-        if job is None or not self.backend.jobs.stop(session):
+        job = self.backend.sessions.of(session)
+        if job is None or not self.backend.sessions.stop(session):
             return None
         return View(notice_html(STOPPED), token=job.token) if job.finished else View(notice_html("Stopping…"), busy=True, token=job.token)
 
     def leave(self, session: str) -> None:
         """The page was closed."""
-        self.backend.jobs.forget(session)
+        self.backend.sessions.forget(session)
 
     def sample(self, choice: VoiceChoice) -> tuple[Path | None, str]:
         """ "Listen" was pressed: a WAV file of the voice, or None and what is wrong."""

@@ -143,7 +143,7 @@ def _voice(handlers: Handlers) -> VoiceParts:
 ASSETS = Path(__file__).parent / "assets"
 TITLE = "kalle"
 MODEL_QUEUE = "model"
-"""Every event that runs the model waits in this one queue, so that one at a time does."""
+"""Events that run the model beside the engine, such as making a voice, wait in this one queue, so that one at a time does."""
 SILENCE_PLAYER = "() => { document.dispatchEvent(new Event('kalle-silence')); }"
 SILENCE_ALL = """() => {
   document.dispatchEvent(new Event('kalle-silence'));
@@ -266,8 +266,7 @@ def _wire_speech(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> 
             ran,
             None,
             view,
-            concurrency_id=MODEL_QUEUE,
-            concurrency_limit=1,
+            concurrency_limit=None,
             **QUIET,
         )
     speech.stop.click(stopped, None, view, queue=False, js=SILENCE_ALL, **QUIET)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from kalle.errors import UserError
 from kalle.extras import require
-from kalle.serving.jobs import DEFAULT_MAX_TEXT, Backend, Job, Jobs
+from kalle.serving.sessions import DEFAULT_MAX_TEXT, Backend, PageJob, Sessions
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import kept_voices
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from kalle.serving.handlers import Handlers
 
 
 LOGGER = logging.getLogger(__name__)
@@ -230,10 +232,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 def launch(backend: Backend, options: WebOptions) -> gr.Blocks:
     """Start the server; the result's ``local_url`` tells where it is, ``close()`` ends it."""
     from starlette.middleware import Middleware
-    from starlette.routing import Route
 
     from kalle.serving.handlers import Handlers
-    from kalle.serving.page import build, field_checks, look
+    from kalle.serving.page import build, look
 
     if not is_loopback(options.host):
         LOGGER.warning("whoever reaches %s can use the page and keep voices here: there is no password", options.host)
@@ -245,7 +246,6 @@ def launch(backend: Backend, options: WebOptions) -> gr.Blocks:
     port = listenable_port(options.host, options.port)
     handlers = Handlers(backend)
     page = build(handlers)
-    uploads = Path(os.environ.get(GRADIO_FOLDER) or backend.temporary / "page")
     page.queue(default_concurrency_limit=None)
     try:
         page.launch(
@@ -263,16 +263,7 @@ def launch(backend: Backend, options: WebOptions) -> gr.Blocks:
             pwa=False,
             mcp_server=False,
             max_file_size=LARGEST_UPLOAD,
-            app_kwargs={
-                "routes": [
-                    Route("/kalle/audio/{token}", audio_route(backend.jobs)),
-                    Route("/kalle/ahead/{token}", ahead_route(backend.jobs)),
-                ],
-                "middleware": [
-                    Middleware(OriginCheck, names=own_names(options)),
-                    Middleware(FieldCheck, fields=field_checks(page, handlers, uploads)),
-                ],
-            },
+            app_kwargs=_app_kwargs(backend, page, handlers, Middleware(OriginCheck, names=own_names(options))),
             **look(),
         )
     except OSError:
@@ -281,13 +272,56 @@ def launch(backend: Backend, options: WebOptions) -> gr.Blocks:
     return page
 
 
-def audio_route(jobs: Jobs) -> Any:
+@contextmanager
+def mounted_page(app: Any, backend: Backend, path: str) -> Iterator[None]:
+    """Serve the page at ``path`` of the FastAPI ``app``, which checks where requests come from, while the context lasts."""
+    require_gradio()
+    import gradio as gr
+
+    from kalle.serving.handlers import Handlers
+    from kalle.serving.page import build, look
+
+    with _gradio_files(backend.temporary / "page"):
+        handlers = Handlers(backend)
+        page = build(handlers)
+        page.queue(default_concurrency_limit=None)
+        gr.mount_gradio_app(
+            app,
+            page,
+            path,
+            footer_links=[],
+            run_history=False,
+            show_error=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            max_file_size=LARGEST_UPLOAD,
+            app_kwargs=_app_kwargs(backend, page, handlers),
+            **look(),
+        )
+        yield
+
+
+def _app_kwargs(backend: Backend, page: gr.Blocks, handlers: Handlers, *checks: Any) -> dict[str, Any]:
+    """The routes of the audio, and what is checked of a request before Gradio sees it."""
+    from starlette.middleware import Middleware
+    from starlette.routing import Route
+
+    from kalle.serving.page import field_checks
+
+    uploads = Path(os.environ.get(GRADIO_FOLDER) or backend.temporary / "page")
+    routes = [Route("/kalle/audio/{token}", audio_route(backend.sessions)), Route("/kalle/ahead/{token}", ahead_route(backend))]
+    return {"routes": routes, "middleware": [*checks, Middleware(FieldCheck, fields=field_checks(page, handlers, uploads))]}
+
+
+def audio_route(sessions: Sessions) -> Any:
     """The address of a job's audio: PCM16 little-endian mono, as it is being made."""
     from starlette.responses import Response as Plain
     from starlette.responses import StreamingResponse
 
     async def audio(request: Request) -> Response:
-        job = jobs.find(request.path_params["token"])
+        job = sessions.find(request.path_params["token"])
         if job is None:
             return Plain("no such audio", status_code=404)
         return StreamingResponse(growing(job), media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
@@ -295,18 +329,18 @@ def audio_route(jobs: Jobs) -> Any:
     return audio
 
 
-def ahead_route(jobs: Jobs) -> Any:
+def ahead_route(backend: Backend) -> Any:
     """The address that tells how many other jobs come before one."""
     from starlette.responses import PlainTextResponse
 
     async def ahead(request: Request) -> Response:
-        job = jobs.find(request.path_params["token"])
-        return PlainTextResponse("0" if job is None else str(jobs.ahead(job)), headers={"Cache-Control": "no-store"})
+        job = backend.sessions.find(request.path_params["token"])
+        return PlainTextResponse("0" if job is None else str(backend.ahead(job)), headers={"Cache-Control": "no-store"})
 
     return ahead
 
 
-async def growing(job: Job) -> AsyncIterator[bytes]:
+async def growing(job: PageJob) -> AsyncIterator[bytes]:
     """The pieces of ``job`` as they come, until it is finished."""
     sent = 0
     while True:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import secrets
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -88,7 +89,7 @@ class VoiceStore:
     """Voices by name in ``folder`` and beside the weights of ``kalle``; samples of them go to ``temporary``."""
 
     def __init__(self, kalle: Kalle, folder: Path, temporary: Path) -> None:
-        self.kalle, self.folder, self._temporary = kalle, folder, temporary
+        self.kalle, self.folder, self.temporary = kalle, folder, temporary
         self._voices: RecentResults[CheckedVoice] = RecentResults()
         self._recordings: RecentResults[tuple[Audio, int]] = RecentResults()
         self._fits: dict[tuple[Path, int], bool] = {}
@@ -111,7 +112,7 @@ class VoiceStore:
             return self._voices.get(seed, lambda: CheckedVoice(self.kalle.random_voice(seed))).voice
         if choice.name is None:
             return None
-        path = self._path(choice.name)
+        path = self.path(choice.name)
         return self._voices.get((path, _changed(path)), lambda: CheckedVoice(self.kalle.load_voice(path))).voice
 
     def warnings(self, choice: VoiceChoice) -> list[str]:
@@ -130,10 +131,40 @@ class VoiceStore:
         self._publish(replace(voice, name=name, consent=(consent or "").strip() or voice.consent), self.folder / file_name, name)
         return name
 
+    def of_bytes(self, content: bytes, transcript: str | None) -> Voice:
+        """The voice of a recording that was sent as the bytes of a file; errors as for ``voice``."""
+        words = (transcript or "").strip() or None
+        key = (hashlib.sha256(content).digest(), words)
+        return self._voices.get(key, lambda: self._of_file(content, lambda choice: CheckedVoice(self._voice_of(choice)), words)).voice
+
+    def keep_bytes(self, content: bytes, transcript: str | None, name: str, consent: str) -> str:
+        """``keep`` for a recording that was sent as the bytes of a file."""
+        return self._of_file(content, lambda choice: self.keep(choice, name, consent), (transcript or "").strip() or None)
+
+    def delete(self, name: str) -> bool:
+        """Remove a kept voice; False where it is not in ``folder``."""
+        path = self.path(name)
+        if path.parent != self.folder:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+
+    def _of_file(self, content: bytes, use: Callable[[VoiceChoice], Value], transcript: str | None) -> Value:
+        # A name of ours: that of the client's file says nothing, and a suffix could make samples without a header of it.
+        with tempfile.NamedTemporaryFile(dir=self.temporary, prefix="upload-") as file:
+            file.write(content)
+            file.flush()
+            return use(VoiceChoice(RECORDING, recording=file.name, transcript=transcript))
+
+    def _voice_of(self, choice: VoiceChoice) -> Voice:
+        voice = self.voice(choice)
+        assert voice is not None
+        return voice
+
     def sample(self, choice: VoiceChoice) -> Path:
         """A WAV file with a few seconds of the voice: its own prompt, or a sentence where it has none. Made once a voice."""
         voice = self.voice(choice)
-        path = self._temporary / f"sample-{_fingerprint(voice)}.wav"
+        path = self.temporary / f"sample-{_fingerprint(voice)}.wav"
         if not path.is_file():
             write_audio(path, self._sound(voice), self.kalle.sample_rate)
         return path
@@ -193,7 +224,8 @@ class VoiceStore:
             self._fits[key] = problem is None
         return self._fits[key]
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """The file of a listed voice; a UserError when it is gone."""
         # A name from the page is looked up among the listed ones, never joined to a folder unseen.
         found = [path for path in self._files() if path.stem == name]
         if not found:

@@ -46,11 +46,12 @@ class RowError(UserError):
 
 @dataclass(frozen=True)
 class BatchEvent:
-    """One step of one row: a ``frame`` of speech or none, and the ``ending`` where the row is over."""
+    """One step of one row: a ``frame`` of speech or none, and the ``ending`` where the row is over, or the ``error`` that ended it."""
 
     handle: int
     frame: Frame | None
     ending: Ending | None
+    error: UserError | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ class _Row:
         return self.z
 
     def see(self, frame: Frame) -> BatchEvent:
-        """Take ``frame``; a ``RowError`` where it is not finite."""
+        """Take ``frame``; an error where it is not finite."""
         self.z = frame.z
         try:
             return BatchEvent(self.handle, *self.sampler.see(frame))
         except UserError as error:
-            raise RowError(self.handle, str(error)) from None
+            return BatchEvent(self.handle, None, None, error)
 
 
 class BatchedGenerator:
@@ -147,11 +148,15 @@ class BatchedGenerator:
             self._keep([row.handle != handle for row in self._rows])
         return here
 
+    def has_room(self, request: Request) -> bool:
+        """Whether ``request`` would come into the batch at the next step, with those that wait already."""
+        return self._fits(request.positions, [*self._rows, *self._waiting])
+
     @torch.no_grad()
     def step(self) -> list[BatchEvent]:
         """One frame for every row that is or comes into the batch; no events when nothing is left to do.
 
-        ``RowError`` for a row whose frame is not finite, which the model would give to others too: nothing of this step is kept.
+        A row whose frame is not finite leaves the batch, and its event has the error.
         """
         predictions = []
         if self._state is not None:
@@ -162,13 +167,13 @@ class BatchedGenerator:
             return []
         frames = draw_frames(NextFrame.cat(predictions), [row.sampler for row in self._rows])
         events = [row.see(frame) for row, frame in zip(self._rows, frames, strict=True)]
-        self._keep([event.ending is None for event in events])
+        self._keep([event.ending is None and event.error is None for event in events])
         return events
 
     def _admit(self) -> list[NextFrame]:
         """Read the contexts of the waiting requests there is room for, and put them at the end of the batch."""
         predictions, states = [], [] if self._state is None else [self._state]
-        while self._waiting and self._fits(self._waiting[0]):
+        while self._waiting and self._fits(self._waiting[0].positions, self._rows):
             row = self._waiting.popleft()
             text_ids, prompt, speaker = (None if part is None else part.to(self._lm.device) for part in row.context)
             assert text_ids is not None
@@ -180,9 +185,9 @@ class BatchedGenerator:
             self._state = LMState.join(states)
         return predictions
 
-    def _fits(self, row: _Row) -> bool:
-        longest = max([row.positions, *(other.positions for other in self._rows)])
-        return not self._rows or (len(self._rows) + 1) * longest <= self._budget
+    def _fits(self, positions: int, rows: Sequence[_Row]) -> bool:
+        longest = max([positions, *(row.positions for row in rows)])
+        return not rows or (len(rows) + 1) * longest <= self._budget
 
     def _keep(self, kept: Sequence[bool]) -> None:
         numbers = [number for number, keep in enumerate(kept) if keep]
@@ -214,6 +219,9 @@ def iterate_batch(
 def _until_done(engine: BatchedGenerator, generators: Sequence[torch.Generator]) -> Iterator[tuple[int, Generated]]:
     frames: list[list[Frame]] = [[] for _ in generators]
     while events := engine.step():
+        for event in events:
+            if event.error is not None:  # the model would give such frames to others too: nothing of this step is kept
+                raise RowError(event.handle, str(event.error)) from None
         for event in events:
             if event.frame is not None:
                 frames[event.handle].append(event.frame)

@@ -6,12 +6,12 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from kalle.synthesis.options import (
     usual_seconds,
 )
 from kalle.synthesis.release_compat import OURS, RELEASED_STEPS, ConvertedModels
-from kalle.synthesis.speech import Speech, speak_with_retries
+from kalle.synthesis.speech import Speech, attempts, speak_with_retries
 from kalle.synthesis.stream import SpeechStream
 from kalle.synthesis.voice import FLOWVAE_ENCODER, SPEAKER_ENCODER, GivenVoice, Voice, find_voice
 from kalle.synthesis.voicing import check_voice, prompt_samples, random_voice, voice_of_samples
@@ -227,6 +227,21 @@ class Kalle:
         if self.why_by_sentences(request) is not None:
             return LongForm(self, request.text, request.voice, request.options).speech()
         return speak_with_retries(self.lm, self.flowvae, self.resolve(request), self._converted)
+
+    def asking(self, request: SpeechRequest) -> Generator[Request, Speech, Speech]:
+        """``speak`` for whoever makes the frames: yields each request to be spoken once, is sent its speech, returns the result.
+
+        UserError as ``speak`` raises, at the first request or when a sentence's turn comes.
+        """
+        if self.why_by_sentences(request) is None:
+            return (yield from attempts(self.resolve(request)))
+        sentences = LongForm(self, request.text, request.voice, request.options).asking()
+        try:
+            asked = next(sentences)
+            while True:
+                asked = sentences.send((yield from attempts(self.resolve(asked))))
+        except StopIteration as end:
+            return cast("Speech", end.value)
 
     def synthesize_batch(self, requests: Iterable[SpeechRequest | str], *, frame_budget: int = DEFAULT_FRAME_BUDGET) -> list[Speech]:
         """Speak all ``requests`` together, each as ``speak`` would alone (a plain text takes the defaults), in their order.

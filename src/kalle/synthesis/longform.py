@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +18,7 @@ from kalle.errors import UserError
 from kalle.seeds import sentence_seed
 from kalle.synthesis.generate import FloatArray
 from kalle.synthesis.options import GenerationOptions, SpeechRequest, cap_frames, fits_one_request, usual_seconds
-from kalle.synthesis.speech import Speech, joined
+from kalle.synthesis.speech import Speech, answered, joined
 from kalle.synthesis.voice import FLOWVAE_ENCODER, GivenVoice, Voice, check_given_voice
 from kalle.text.languages import Sentence, split_sentences, unspoken
 from kalle.text.tokenizer import BEFORE_SPEECH, check_text
@@ -167,7 +167,15 @@ class LongForm:
 
     def speech(self) -> Speech:
         """Speak all of it: one result."""
-        return joined(list(self), self.seed, self.text, self.unspoken)
+        return answered(self.asking(), self.kalle.speak)
+
+    def asking(self) -> Generator[SpeechRequest, Speech, Speech]:
+        """``speech`` for whoever speaks: yields the request to be spoken next, is sent its speech, returns the whole."""
+        course, parts = _Course(), list[Part]()
+        for index in range(len(self)):
+            part = yield from self._part(index, parts[-1] if parts else None, course)
+            parts.append(course.add(part))
+        return joined(parts, self.seed, self.text, self.unspoken)
 
     def parts(self, store: Store | None = None) -> Iterator[Part]:
         """Speak the sentences, those that ``store`` holds excepted, and give each new part to it."""
@@ -175,7 +183,7 @@ class LongForm:
         for index, sentence in enumerate(self.sentences):
             part = store.read(index, sentence) if store is not None else None
             if part is None:
-                part = self._part(index, previous, course)
+                part = answered(self._part(index, previous, course), self.kalle.speak)
                 if store is not None:
                     store.write(part)
             previous = course.add(part)
@@ -204,9 +212,9 @@ class LongForm:
             warnings=tuple(dict.fromkeys((*cut, *notes, *speech.warnings))),
         )
 
-    def _part(self, index: int, previous: Part | None, course: _Course) -> Part:
+    def _part(self, index: int, previous: Part | None, course: _Course) -> Generator[SpeechRequest, Speech, Part]:
         request = self.request(index, previous)
-        speech, tries, warnings = self._speak(index, request, previous, course)
+        speech, tries, warnings = yield from self._asked(index, request, previous, course)
         level = loudness_db(speech.audio, speech.sample_rate)
         known = [*course.loudness, level] if np.isfinite(level) else [level]
         peak = float(np.abs(speech.audio).max(initial=0.0))
@@ -216,14 +224,16 @@ class LongForm:
         part = self.part(index, request, replace(speech, audio=audio), level, gain)
         return replace(part, tries=tries, warnings=(*part.warnings, *warnings))
 
-    def _speak(self, index: int, request: SpeechRequest, previous: Part | None, course: _Course) -> tuple[Speech, int, tuple[str, ...]]:
-        first = self.kalle.speak(request)
+    def _asked(
+        self, index: int, request: SpeechRequest, previous: Part | None, course: _Course
+    ) -> Generator[SpeechRequest, Speech, tuple[Speech, int, tuple[str, ...]]]:
+        first = yield request
         tries = max(len(first.attempts), 1)
         paced = first.stop_reason == "end" and usual_seconds(request.text) >= _SHORTEST_PACED_S
         odd = course.strangeness(_pace(request.text, first))
         if not paced or odd <= _PACE_LIMIT:
             return first, tries, ()
-        second = self.kalle.speak(self.request(index, previous, again=1))
+        second = yield self.request(index, previous, again=1)
         again = course.strangeness(_pace(request.text, second)) if second.stop_reason == "end" else float("inf")
         tries += max(len(second.attempts), 1)
         better, left = (second, again) if again < odd else (first, odd)

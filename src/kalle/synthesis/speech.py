@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kalle.synthesis.longform import Part
 
 LOGGER = logging.getLogger(__name__)
+Asked, Answer, Outcome = TypeVar("Asked"), TypeVar("Answer"), TypeVar("Outcome")
 FRAME_ARRAYS = ("latents", "log_std", "end_kl", "means", "log_likelihood", "stop_probability")
 """Fields of ``Speech`` with a row for each frame."""
 PCM16_MAX = 32767
@@ -153,13 +154,28 @@ def speak_with_retries(lm: KalleLM, flowvae: FlowVAE, request: Request, converte
 
     See ``allowed_retries`` for when there are none. ``converted`` is that of ``ReleaseCompatibility.language_model``.
     """
+    return answered(attempts(request), lambda each: speak(lm, flowvae, each, converted))
+
+
+def attempts(request: Request) -> Generator[Request, Speech, Speech]:
+    """The tries of ``speak_with_retries`` for whoever speaks: yields what to speak next, is sent its speech, returns the best of all."""
     allowed = allowed_retries(request)
-    tries = [speak(lm, flowvae, request, converted)]
+    tries = [(yield request)]
     while needs_retry(tries[-1]) and len(tries) <= allowed:
         again = retry_request(request, len(tries))
         log_retry(tries[-1], again, len(tries), allowed)
-        tries.append(speak(lm, flowvae, again, converted))
+        tries.append((yield again))
     return keep_best(tries)
+
+
+def answered(asking: Generator[Asked, Answer, Outcome], answer: Callable[[Asked], Answer]) -> Outcome:
+    """The outcome of ``asking`` when ``answer`` answers it."""
+    try:
+        asked = next(asking)
+        while True:
+            asked = asking.send(answer(asked))
+    except StopIteration as end:
+        return cast("Outcome", end.value)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Requests of the page, their jobs, and the one worker that speaks them piece by piece."""
+"""Requests of the page: the latest of every session, spoken by the engine, and its audio for whoever listens."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from kalle.audio import to_pcm16, write_audio
 from kalle.errors import UserError
+from kalle.serving.engine import Engine, Job
 from kalle.serving.voices import VoiceChoice, VoiceStore, check_voice
 from kalle.synthesis.kalle import Kalle
-from kalle.synthesis.options import GenerationOptions
+from kalle.synthesis.options import GenerationOptions, SpeechRequest
 from kalle.synthesis.speech import Speech
-from kalle.synthesis.stream import SpeechStream
 from kalle.text.tokenizer import check_text
 
 DEFAULT_MAX_TEXT = 5000
 MOST_SESSIONS = 100
-"""Jobs that are kept at once; whoever opens pages by the thousand does not fill the memory."""
+"""Requests that are kept at once; whoever opens pages by the thousand does not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def check_request(request: PageRequest, max_text: int, needs_transcript: bool) -
     check_voice(request.voice, needs_transcript)
 
 
-class Job:
+class PageJob:
     """One request and its audio. Made by one thread, read and stopped by others."""
 
     def __init__(self, request: PageRequest) -> None:
@@ -52,36 +52,35 @@ class Job:
         self.token = secrets.token_urlsafe(16)
         """Names the audio in its address; whoever doesn't know it can't listen."""
         self.begun = False
-        """Whether its turn has come."""
+        """Whether somebody speaks it."""
         self.finished = False
         self.path: Path | None = None
         """The result, removed with the job."""
-        self._pieces: list[bytes] = []
-        self._stopped = threading.Event()
+        self.stopped = False
+        """Whether the user stopped it."""
         self.abandoned = False
         """Whether its page is closed, so that the result will not be fetched."""
-        self._stream: SpeechStream | None = None
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the user stopped it."""
-        return self._stopped.is_set()
+        self.spoken: Job | None = None
+        """What the engine makes of it."""
+        self._pieces: list[bytes] = []
 
     def stop(self) -> None:
-        """Ask the job to end after the piece it is making."""
-        self._stopped.set()
-        if self._stream is not None:
-            self._stream.close()
+        """Ask the job to end at the next frame."""
+        self.stopped = True
+        if self.spoken is not None:
+            self.spoken.cancel()
 
-    def speak(self, stream: SpeechStream) -> Iterator[NDArray[np.float32]]:
-        """The pieces of ``stream``, handed out to listeners, until its end or until the job is stopped."""
-        self._stream = stream
+    def speak(self, spoken: Job) -> Iterator[NDArray[np.float32]]:
+        """The pieces of ``spoken``, handed out to listeners, until its end or until the job is stopped."""
+        self.spoken = spoken
+        if self.stopped:
+            spoken.cancel()
         try:
-            while not self.stopped and (piece := next(stream, None)) is not None:
+            for piece in spoken.pieces():
                 self.add(piece)
                 yield piece
         finally:
-            stream.close()
+            spoken.cancel()
 
     def add(self, audio: NDArray[np.floating]) -> None:
         """Hand out another piece of audio (n,) in [-1, 1]."""
@@ -97,14 +96,14 @@ class Job:
         return self._pieces[start:], finished
 
 
-class Jobs:
-    """The latest job of every session, in the order of the requests."""
+class Sessions:
+    """The latest request of every session."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, PageJob] = {}
         self._lock = threading.Lock()
 
-    def begin(self, session: str, request: PageRequest) -> Job:
+    def begin(self, session: str, request: PageRequest) -> PageJob:
         """A new job in the place of the session's former one, which is stopped.
 
         Where there are `MOST_SESSIONS` the oldest finished one goes; a UserError where all are at work or waiting.
@@ -116,23 +115,17 @@ class Jobs:
                 if finished is None:
                     raise UserError(f"too many requests: {MOST_SESSIONS} are waiting, expected fewer; press “Speak” again in a minute")
                 self._drop(finished)
-            job = self._jobs[session] = Job(request)
+            job = self._jobs[session] = PageJob(request)
             return job
 
-    def of(self, session: str) -> Job | None:
+    def of(self, session: str) -> PageJob | None:
         """The session's latest job."""
         return self._jobs.get(session)
 
-    def find(self, token: str) -> Job | None:
+    def find(self, token: str) -> PageJob | None:
         """The job whose audio ``token`` names."""
         with self._lock:
             return next((job for job in self._jobs.values() if secrets.compare_digest(job.token.encode(), token.encode())), None)
-
-    def ahead(self, job: Job) -> int:
-        """How many unfinished jobs came before ``job``."""
-        with self._lock:
-            jobs = list(self._jobs.values())
-        return sum(not other.finished for other in jobs[: jobs.index(job)]) if job in jobs else 0
 
     def stop(self, session: str) -> bool:
         """Stop the session's job, at once where it hasn't begun; whether there was one to stop."""
@@ -181,18 +174,20 @@ class JobResult:
 
 
 class Backend:
-    """The model, jobs and voices behind one page; a context manager that removes its temporary files."""
+    """The engine, sessions and voices behind one page; a context manager that removes its temporary files."""
 
-    def __init__(self, kalle: Kalle, voices: Path, max_text: int = DEFAULT_MAX_TEXT) -> None:
-        """``voices`` is where kept voices go; ``max_text`` in characters."""
+    def __init__(self, kalle: Kalle, voices: Path, max_text: int = DEFAULT_MAX_TEXT, engine: Engine | None = None) -> None:
+        """``voices`` is where kept voices go; ``max_text`` in characters. Without an ``engine`` it has one of its own."""
         if max_text < 1:
             raise UserError(f"bad limit of the text: got {max_text} characters, expected at least 1; raise --max-text")
         self._temporary = tempfile.TemporaryDirectory(prefix="kalle-web-")
         self.temporary = Path(self._temporary.name)
         """Removed with the backend."""
         self.kalle, self.max_text = kalle, max_text
-        self.jobs = Jobs()
+        self.sessions = Sessions()
         self.voices = VoiceStore(kalle, voices, self.temporary)
+        self.engine = engine or Engine(kalle)
+        self._owned = engine is None
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -206,18 +201,24 @@ class Backend:
         self.close()
 
     def close(self) -> None:
-        """Remove the temporary files."""
+        """End the engine where it is its own, and remove the temporary files."""
+        if self._owned:
+            self.engine.close()
         self._temporary.cleanup()
 
-    def begin(self, session: str, request: PageRequest) -> Job:
+    def begin(self, session: str, request: PageRequest) -> PageJob:
         """Accept a request and stop the session's former one; a UserError when it can't be spoken."""
         check_request(request, self.max_text, not self.kalle.has_speaker_encoder)
-        return self.jobs.begin(session, request)
+        return self.sessions.begin(session, request)
 
-    def speak(self, job: Job) -> Iterator[JobProgress | JobResult]:
-        """Make the audio of ``job`` as ``Kalle.stream`` does and hand it out through the job. The last value is the result.
+    def ahead(self, job: PageJob) -> int:
+        """How many requests come before ``job``, those of other servers of the engine among them."""
+        return 0 if job.spoken is None else self.engine.ahead(job.spoken)
 
-        Nothing follows when the job was stopped before its first piece. UserError for what the model cannot speak.
+    def speak(self, job: PageJob) -> Iterator[JobProgress | JobResult]:
+        """Have the engine speak ``job`` and hand its audio out. The last value is the result.
+
+        Nothing follows when the job was stopped before its first piece. UserError for what the model cannot speak, and a ServingError.
         """
         job.begun = True
         try:
@@ -227,21 +228,21 @@ class Backend:
         finally:
             job.finish()
 
-    def _speak(self, job: Job) -> Iterator[JobProgress | JobResult]:
+    def _speak(self, job: PageJob) -> Iterator[JobProgress | JobResult]:
         voice = self.voices.voice(job.request.voice)
-        stream = self.kalle.stream(job.request.text, voice, options=job.request.options)
+        spoken = self.engine.submit(SpeechRequest(job.request.text, voice, job.request.options), streamed=True)
         started, samples = time.perf_counter(), 0
-        for piece in job.speak(stream):
+        for piece in job.speak(spoken):
             samples += len(piece)
-            yield JobProgress(samples / stream.sample_rate, time.perf_counter() - started)
+            yield JobProgress(samples / spoken.sample_rate, time.perf_counter() - started)
         elapsed = time.perf_counter() - started
         if samples:
-            speech = stream.speech
+            speech = spoken.speech
             job.path = self.temporary / f"kalle-{job.token[:8]}.wav"
-            write_audio(job.path, speech.audio, stream.sample_rate)
+            write_audio(job.path, speech.audio, spoken.sample_rate)
             if job.abandoned:
                 job.path.unlink(missing_ok=True)
                 return
             yield JobResult(job.path, speech, elapsed, job.stopped)
         elif not job.stopped:
-            raise UserError(f"the model ended the speech before its first frame: got no audio with seed {stream.seed}; try another seed")
+            raise UserError(f"the model ended the speech before its first frame: got no audio with seed {spoken.seed}; try another seed")
