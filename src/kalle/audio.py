@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,10 @@ from kalle.errors import UserError
 from kalle.files import atomic_file
 
 Audio = NDArray[np.float32]
+WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
+"""RIFF header, format chunk and the head of the data chunk of a PCM file."""
+UNKNOWN_SIZE = 0xFFFFFFFF
+"""The size that a WAV states in a pipe, where it cannot be written later."""
 PCM16_SCALE = 32767.0
 LONGEST_WAV_BYTES = 2**32 - 4096
 """A WAV file counts its bytes in 32 bits."""
@@ -134,6 +139,14 @@ def write_audio(path: str | Path, audio: NDArray[np.floating], sample_rate_hz: i
     if samples.size == 0 or not np.isfinite(samples).all():
         raise UserError(f"no audio to write to '{path}': got {samples.size} samples with NaN or none at all, expected finite speech")
     write_encoded(path, to_pcm16(samples), sample_rate_hz, kind[0], kind[1])
+
+
+def wav_header(sample_rate_hz: int, data_bytes: int | None) -> bytes:
+    """The 44 bytes in front of ``data_bytes`` of 16-bit mono; None for a stream whose length is not known."""
+    size = UNKNOWN_SIZE if data_bytes is None else data_bytes
+    whole = UNKNOWN_SIZE if data_bytes is None else WAV_HEADER.size - 8 + data_bytes
+    rate, width = sample_rate_hz, 2
+    return WAV_HEADER.pack(b"RIFF", whole, b"WAVE", b"fmt ", 16, 1, 1, rate, rate * width, width, 8 * width, b"data", size)
 
 
 def writable_kind(path: Path) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from kalle.errors import UserError
 from kalle.synthesis.options import GenerationOptions
 
 MOST_LINES = 60
-COMMANDS = ["say", "stream", "adapt", "export", "calibrate", "convert", "download", "bench", "web", "doctor", "prepare", "data"]
+COMMANDS = ["say", "stream", "adapt", "export", "calibrate", "convert", "download", "bench", "serve", "web", "doctor", "prepare", "data"]
 VOICES = ["create", "random", "list", "show", "play", "check"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -16,22 +15,12 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kalle.audio import WAV_HEADER as HEADER
+from kalle.audio import wav_header
 from kalle.errors import UserError
 from kalle.files import disk_errors, lock_descriptor
 
-HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
-"""RIFF header, format chunk and the head of the data chunk of a PCM file."""
-UNKNOWN_SIZE = 0xFFFFFFFF
-"""The size that a WAV states in a pipe, where it cannot be written later."""
 _SAMPLE_BYTES = 2
-
-
-def wav_header(sample_rate_hz: int, data_bytes: int | None) -> bytes:
-    """The 44 bytes in front of ``data_bytes`` of 16-bit mono; None for a stream whose length is not known."""
-    size = UNKNOWN_SIZE if data_bytes is None else data_bytes
-    whole = UNKNOWN_SIZE if data_bytes is None else HEADER.size - 8 + data_bytes
-    rate, width = sample_rate_hz, _SAMPLE_BYTES
-    return HEADER.pack(b"RIFF", whole, b"WAVE", b"fmt ", 16, 1, 1, rate, rate * width, width, 8 * width, b"data", size)
 
 
 class Sink(Protocol):

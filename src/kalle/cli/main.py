@@ -22,6 +22,7 @@ COMMANDS = {
     "stream": "speak a text and play it while it is being made",
     "voices": "make, list, show and play voices",
     "adapt": "learn one voice from a recording (test-time training) and keep it as a small adapter",
+    "serve": "speech over HTTP as OpenAI's API does: many requests at once, streamed or whole",
     "web": "a page for the browser, on this machine only unless told otherwise",
     "prepare": "turn recordings and texts into a corpus folder",
     "data": "check a corpus, filter it, or write it as shards",

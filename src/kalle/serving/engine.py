@@ -240,7 +240,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class EngineState:
-    """What an engine does and did, for a monitor."""
+    """The state and the totals of an engine, for a monitor."""
 
     waiting: int
     """Requests that have not begun."""
@@ -295,7 +295,7 @@ class Engine:
 
     @property
     def state(self) -> EngineState:
-        """What it does now and did so far."""
+        """Its state now and its totals so far."""
         with self._lock:
             waiting = sum(not job.began for job in self._ready)
             rows = sum(len(group.jobs) for group in list(self._groups.values()))
@@ -442,10 +442,8 @@ class Engine:
         self._end(job, error)
 
     def _lose(self, jobs: Sequence[Job], error: Exception) -> None:
-        """End ``jobs`` after a failure of the model, whose states cannot be used any more."""
-        for group in self._groups.values():
-            if any(job in jobs for job in group.jobs.values()):
-                group.jobs.clear()  # the next turn drops the group
+        """End ``jobs`` after a failure of the model; the batches that spoke them cannot be used any more."""
+        self._groups = {key: group for key, group in self._groups.items() if not any(job in jobs for job in group.jobs.values())}
         for job in jobs:
             job._place = None
             self._end(job, EngineError(f"the server failed while it spoke this text ({type(error).__name__}); try again"))

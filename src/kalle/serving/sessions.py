@@ -61,7 +61,7 @@ class PageJob:
         self.abandoned = False
         """Whether its page is closed, so that the result will not be fetched."""
         self.spoken: Job | None = None
-        """What the engine makes of it."""
+        """The job of the engine that speaks it."""
         self._pieces: list[bytes] = []
 
     def stop(self) -> None:

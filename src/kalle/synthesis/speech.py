@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from kalle.synthesis.longform import Part
 
 LOGGER = logging.getLogger(__name__)
-Asked, Answer, Outcome = TypeVar("Asked"), TypeVar("Answer"), TypeVar("Outcome")
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+Outcome = TypeVar("Outcome")
 FRAME_ARRAYS = ("latents", "log_std", "end_kl", "means", "log_likelihood", "stop_probability")
 """Fields of ``Speech`` with a row for each frame."""
 PCM16_MAX = 32767

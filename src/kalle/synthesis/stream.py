@@ -36,7 +36,7 @@ class FrameAudio(Protocol):
 
     @property
     def watcher(self) -> Watcher | None:
-        """What is to watch these frames."""
+        """The watcher of these frames, if any."""
 
     @property
     def wanted(self) -> int:
@@ -164,7 +164,7 @@ class TextAudio:
 
     @property
     def watcher(self) -> Watcher | None:
-        """What is to watch these frames."""
+        """The watcher of these frames, if any."""
         return self._current.watcher
 
     @property
