@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from kalle.checkpoint import write_json
 from kalle.models.flowvae import EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.text.tokenizer import Tokenizer
+
+# A loaded machine is no failure; pytest-timeout ends what hangs.
+settings.register_profile("kalle", deadline=None)
+settings.load_profile("kalle")
 
 RATE_HZ = 16000
 HOP = 160
