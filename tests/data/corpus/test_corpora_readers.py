@@ -62,6 +62,7 @@ def test_jsonl_takes_every_documented_key(tmp_path: Path) -> None:
 NEMO_AND_OTHERS = [
     {"audio_filepath": "a.wav", "text": "one"},
     {"wav": "a.wav", "transcript": "one"},
+    {"key": "a", "wav": "a.wav", "txt": "one"},
     {"path": "a.wav", "sentence": "one"},
     {"audio": {"path": "a.wav"}, "transcription": "one"},
     {"file_name": "a.wav", "raw_text": "not this", "text": "one"},

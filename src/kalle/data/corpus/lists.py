@@ -50,7 +50,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     ),
     "text": (
         *("text_normalized", "normalized_text", "text", "sentence", "transcript", "transcription", "transcripts", "caption", "raw_text"),
-        *("utterance", "words"),
+        *("txt", "utterance", "words", "text_original", "raw_transcription"),
     ),
     "speaker": ("speaker", "speaker_id", "speaker_name", "spk", "spk_id", "client_id"),
     "language": ("language", "lang", "locale"),
