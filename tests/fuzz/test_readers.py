@@ -485,7 +485,9 @@ VALUES = st.text(alphabet="[]{}'\"\\,:=${}?a1.- ", max_size=6) | st.sampled_from
 ])  # fmt: skip
 
 
-@sizes
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("inputs", [INPUTS // 2])
 @pytest.mark.parametrize("stage", ["lm", "flowvae"])
 def test_overrides_of_a_training(stage: str, inputs: int) -> None:
     from omegaconf import OmegaConf
@@ -511,4 +513,4 @@ def test_overrides_of_a_training(stage: str, inputs: int) -> None:
     def read(overrides: list[str]) -> None:
         training_config(compose(f"train_{stage}", [*given_always, "out=o", *overrides]))
 
-    fuzz(st.lists(override, min_size=1, max_size=2), read, inputs // 2 if inputs == INPUTS else inputs)
+    fuzz(st.lists(override, min_size=1, max_size=2), read, inputs)
