@@ -61,9 +61,7 @@ def test_readings(tokenizer: PhonemeTokenizer, text: str, read: str | None, unkn
 def test_a_number_beyond_the_package_is_bytes_and_the_rest_is_read(tokenizer: PhonemeTokenizer) -> None:
     number = "9" * 40
     read = tokenizer.decode(tokenizer.encode(f"He paid {number} now."))
-    assert read.startswith("hi ")
-    assert number in read
-    assert "nˈW" in read
+    assert read == f"hˌi pˈAd {number} nˈW."
     assert number in tokenizer.decode(tokenizer.encode(number))
 
 
