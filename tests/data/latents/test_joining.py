@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from kalle.data.corpus.cuts import load_audio
-from kalle.data.latents.encode import JoinConfig, Utterance, joined_records, singles
+from kalle.data.latents.encode import JoinConfig, Utterance, joined_utterances, singles
 from kalle.errors import UserError
 
 MakeCuts = Callable[..., list[Any]]
@@ -22,18 +22,18 @@ def facts(utterances: list[Utterance]) -> list[tuple[object, ...]]:
 
 def test_joinings_depend_on_the_seed_alone(make_cuts: MakeCuts) -> None:
     cuts = make_cuts([2000 + 300 * n for n in range(12)])
-    reference = facts(joined_records(cuts, CONFIG, 16000))
+    reference = facts(joined_utterances(cuts, CONFIG, 16000))
     shuffled = random.Random(1).sample(cuts, len(cuts))
-    assert facts(joined_records(shuffled, CONFIG, 16000)) == reference
+    assert facts(joined_utterances(shuffled, CONFIG, 16000)) == reference
     other = JoinConfig(passes=2, min_seconds=0.3, max_seconds=1.0, gap_seconds=(0.05, 0.1), seed=4)
-    assert facts(joined_records(cuts, other, 16000)) != reference
-    assert joined_records(cuts, JoinConfig(), 16000) == []
+    assert facts(joined_utterances(cuts, other, 16000)) != reference
+    assert joined_utterances(cuts, JoinConfig(), 16000) == []
 
 
 def test_passes_differ_and_the_first_does_not_depend_on_their_number(make_cuts: MakeCuts) -> None:
     cuts = make_cuts([2000 + 300 * n for n in range(12)])
-    both = facts(joined_records(cuts, CONFIG, 16000))
-    first = facts(joined_records(cuts, JoinConfig(passes=1, min_seconds=0.3, max_seconds=1.0, gap_seconds=(0.05, 0.1), seed=3), 16000))
+    both = facts(joined_utterances(cuts, CONFIG, 16000))
+    first = facts(joined_utterances(cuts, JoinConfig(passes=1, min_seconds=0.3, max_seconds=1.0, gap_seconds=(0.05, 0.1), seed=3), 16000))
     assert both[: len(first)] == first
     assert [members for _, members, _ in both[len(first) :]] != [members for _, members, _ in first]
     assert len({name for name, _, _ in both}) == len(both)
@@ -41,7 +41,7 @@ def test_passes_differ_and_the_first_does_not_depend_on_their_number(make_cuts: 
 
 def test_joined_utterance(make_cuts: MakeCuts) -> None:
     cuts = make_cuts([1600 + 160 * n for n in range(20)])
-    utterances = joined_records(cuts, CONFIG, 16000)
+    utterances = joined_utterances(cuts, CONFIG, 16000)
     assert utterances
     for utterance in utterances:
         audio = utterance.audio(16000)

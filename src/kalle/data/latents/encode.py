@@ -139,7 +139,7 @@ def singles(cuts: Sequence[Cut]) -> list[Utterance]:
     return [Utterance(cut.id, (cut,)) for cut in cuts]
 
 
-def joined_records(cuts: Sequence[Cut], config: JoinConfig, sample_rate_hz: int) -> list[Utterance]:
+def joined_utterances(cuts: Sequence[Cut], config: JoinConfig, sample_rate_hz: int) -> list[Utterance]:
     """Joinings of ``cuts`` of the same speaker: deterministic in the set of cuts and the configuration, whatever their order.
 
     A pass puts the cuts of a speaker in a random order and fills one utterance after another up to a length drawn uniformly
@@ -365,7 +365,7 @@ def planned(split: str, cuts: Sequence[Cut], encoder: CorpusEncoder) -> list[Utt
     """The utterances of ``split``: every cut, and for the training split the joinings after them."""
     utterances = singles(cuts)
     if split == TRAIN:
-        utterances += joined_records(cuts, encoder.config.join, encoder.flowvae.config.sample_rate)
+        utterances += joined_utterances(cuts, encoder.config.join, encoder.flowvae.config.sample_rate)
     twice = [name for name, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if twice:
         raise UserError(f"cut ids of the split '{split}' must differ: got '{twice[0]}' twice; run `kalle prepare` again")
