@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.flowvae.bigvgan import anti_aliased_snake
+from kalle.models.flowvae.inference import REACH, PreparedActivation, PreparedDecoder
 from kalle.models.flowvae.streaming import EXACT, BigVGANStream, StreamingDecoder, Window, delay_samples, window_within
-from kalle.models.flowvae.streaming_layers import REACH, ActivationStream, SymmetricConvStream
+from kalle.models.flowvae.streaming_layers import ActivationStream, SymmetricConvStream
 
 ENCODER = EncoderConfig(channels=(2,) * 7, residual_layers=1)
 HOP, DIM = 1280, 6
@@ -23,13 +24,13 @@ def build(decoder: BigVGANConfig | ISTFTConfig) -> FlowVAE:
 
 
 @pytest.fixture(scope="module")
-def bigvgan() -> FlowVAE:
-    return build(BigVGANConfig(initial_channels=64))
+def bigvgan() -> PreparedDecoder:
+    return PreparedDecoder(build(BigVGANConfig(initial_channels=64)).decoder)
 
 
 def test_the_delay_is_the_look_ahead(bigvgan):
     # 14,135 samples are what test_flowvae measures by gradient; 5,359 for the inverse STFT, whose window begins with a zero.
-    assert delay_samples(bigvgan.decoder) == 14135
+    assert delay_samples(bigvgan) == 14135
     assert StreamingDecoder(build(ISTFTConfig(channels=8)))._stream.delay_samples == 5360
 
 
@@ -47,15 +48,15 @@ def test_the_delay_is_the_look_ahead(bigvgan):
     ],
 )
 def test_windows_use_the_latency_they_are_given(bigvgan, latency, window):
-    assert window_within(bigvgan.decoder, latency * HOP) == window
-    assert latency * HOP - 256 < delay_samples(bigvgan.decoder, window) <= latency * HOP or window == EXACT
-    assert window_within(bigvgan.decoder, 3 * HOP) is None
+    assert window_within(bigvgan, latency * HOP) == window
+    assert latency * HOP - 256 < delay_samples(bigvgan, window) <= latency * HOP or window == EXACT
+    assert window_within(bigvgan, 3 * HOP) is None
 
 
 @pytest.mark.parametrize("window", [EXACT, Window(1, 3), Window(3, 4), Window(6, 9)])
 @torch.inference_mode()
 def test_the_layers_emit_as_much_as_they_say(bigvgan, window):
-    layers = BigVGANStream(bigvgan.decoder, window)
+    layers = BigVGANStream(bigvgan, window)
     emitted, state = 0, layers.start(1)
     for frames in range(1, 17):
         wav, state = layers.push(torch.randn(1, DIM, 1), state)
@@ -102,25 +103,25 @@ def test_an_exact_stream_reaches_as_far_as_decode():
 def test_the_delayed_activation_is_the_activation(length, chunk):
     activation = anti_aliased_snake(3).double()
     activation.act.alpha.copy_(torch.tensor([0.0, 0.5, -1.0]))
-    layer, x = ActivationStream(activation, REACH), torch.randn(1, 3, length, dtype=torch.float64)
+    layer, x = ActivationStream(PreparedActivation(activation), REACH), torch.randn(1, 3, 1, length, dtype=torch.float64)
     state, pieces = layer.start(1), []
     for piece in x.split(chunk, dim=-1):
         y, state = layer.push(piece, state)
-        pieces.append(y)
+        pieces += y
     assert sum(piece.shape[-1] for piece in pieces) == max(0, length - REACH)
-    pieces.append(layer.push(x[..., :0], state, end=True)[0])
-    torch.testing.assert_close(torch.cat(pieces, dim=-1), activation(x), rtol=1e-12, atol=1e-12)
+    pieces += layer.push(x[..., :0], state, end=True)[0]
+    torch.testing.assert_close(torch.cat(pieces, dim=-1)[:, :, 0], activation(x[:, :, 0]), rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("hold", [0, 1, 5, 8])
 def test_the_windowed_activation_forgets_what_it_holds(hold):
     activation = anti_aliased_snake(2).double()
-    layer, x = ActivationStream(activation, 0), torch.randn(1, 2, 30, dtype=torch.float64)
-    first, state = layer.push(torch.cat([x[..., :12], torch.randn(1, 2, hold, dtype=torch.float64)], dim=-1), layer.start(1), hold)
+    layer, x = ActivationStream(PreparedActivation(activation), 0), torch.randn(1, 2, 1, 30, dtype=torch.float64)
+    (first,), state = layer.push(torch.cat([x[..., :12], torch.randn(1, 2, 1, hold, dtype=torch.float64)], dim=-1), layer.start(1), hold)
     assert first.shape[-1] == 12 + hold
-    rest, _ = layer.push(x[..., 12:], state)
-    torch.testing.assert_close(rest, activation(x)[..., 12:], rtol=1e-12, atol=1e-12)
+    (rest,), _ = layer.push(x[..., 12:], state)
+    torch.testing.assert_close(rest[:, :, 0], activation(x[:, :, 0])[..., 12:], rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def test_the_symmetric_convolution_in_pushes(dilation):
     ],
 )
 def test_what_is_computed_is_within_a_tenth_of_decoding_at_once(config, latency, chunk, share):
-    flowvae, z = build(config), torch.randn(1, 24, DIM)
+    flowvae, z = build(config).prepare_inference(), torch.randn(1, 24, DIM)
     decoder = StreamingDecoder(flowvae, latency)
     with FlopCounterMode(display=False) as whole:
         flowvae.decode(z)

@@ -24,6 +24,7 @@ from kalle.cli.main import INTERRUPTED
 from kalle.cli.speaking import (
     SAY_FLAGS,
     AdapterOption,
+    DecoderDtypeOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -73,6 +74,7 @@ def say(
     adapter: AdapterOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    decoder_dtype: DecoderDtypeOption = "float32",
     quantize: QuantizeOption = "none",
     text_file: Annotated[
         Path | None, typer.Option(help="File with what to say, - for standard input; sentence by sentence, resumable.")
@@ -118,7 +120,7 @@ def say(
         told = Told(place, output is not None or not play, play, quiet, as_json)
         check_files(place, long=why is not None, plot=plot, srt=srt)
         # The precision of the release is rounded to from fp32.
-        kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype, quantize)
+        kalle = load_model(folder, device, "float32" if release_exact and dtype == "auto" else dtype, quantize, decoder_dtype)
         chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
         if why is None:
             tell_without_effect(options, restart, keep_parts)

@@ -32,6 +32,10 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
     str, typer.Option(help="Of the backbone: auto, float32, bfloat16, float16 or half (the faster of them).", hidden=True)
 ]
+DecoderDtypeOption = Annotated[
+    str,
+    typer.Option(help="Of the convolutions of the paper's decoder: float32, or bfloat16 where the CPU is faster in it.", hidden=True),
+]
 QuantizeOption = Annotated[
     str, typer.Option(help="8-bit weights on a CPU: int8, none, or auto where the model is large enough to gain (extra fast).")
 ]
@@ -174,12 +178,12 @@ def model_folder(model: str | Path | None, *, quiet: bool = False) -> Path:
     return resolve_weights(Path(model) if Path(model) == CKPT / CONVERTED else model)
 
 
-def load_model(model: str | Path | None, device: str, dtype: str = "auto", quantize: str = "none") -> Kalle:
+def load_model(model: str | Path | None, device: str, dtype: str = "auto", quantize: str = "none", decoder_dtype: str = "float32") -> Kalle:
     """The whole model of --model."""
     folder = model_folder(model)
     from kalle.synthesis.kalle import Kalle
 
-    return Kalle.from_pretrained(folder, device, dtype, quantize)
+    return Kalle.from_pretrained(folder, device, dtype, quantize, decoder_dtype=decoder_dtype)
 
 
 def check_before_loading(text: str, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:

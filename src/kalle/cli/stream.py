@@ -18,6 +18,7 @@ from kalle.cli.main import INTERRUPTED
 from kalle.cli.speaking import (
     STREAM_FLAGS,
     AdapterOption,
+    DecoderDtypeOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -61,6 +62,7 @@ def stream(
     adapter: AdapterOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    decoder_dtype: DecoderDtypeOption = "float32",
     quantize: QuantizeOption = "none",
     play: Annotated[bool, typer.Option("--play", help="Play it as it comes.")] = False,
     container: Annotated[Container, typer.Option("--format", help="Of standard output: a WAV, or raw 16-bit.")] = Container.wav,
@@ -75,7 +77,7 @@ def stream(
     written = read_text(text)
     check_stream_output(output, play)
     check_before_loading(written, prompt_audio, prompt_text, voice)
-    kalle = load_model(model, device, dtype, quantize)
+    kalle = load_model(model, device, dtype, quantize, decoder_dtype)
     chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
     started = time.perf_counter()
     speaking = kalle.stream(written, chosen, options=options)

@@ -86,27 +86,35 @@ class Kalle:
         quantize: str | None = None,
         compile: bool = False,
         graph: bool = False,
+        decoder_dtype: str | torch.dtype = "float32",
     ) -> Kalle:
         """Load a weight folder (see docs/architecture.md), one with the released files, a hub id OWNER/NAME, or kalle-nano, which ships.
 
         Released files are converted beside themselves the first time; what a hub id names is fetched the first time.
         ``device`` "auto" is CUDA where there is one. ``dtype`` is that of the language model's backbone: "auto" is fp32 on
-        the CPU and bfloat16 on CUDA, "half" the faster 16-bit type, measured at load on a CPU; its heads and the Flow-VAE are fp32 always.
-        UserError for anything that isn't there.
+        the CPU and bfloat16 on CUDA, "half" the faster 16-bit type, measured at load on a CPU; its heads and the Flow-VAE's encoder are
+        fp32 always. UserError for anything that isn't there.
         ``quantize`` "int8" computes the backbone with 8-bit weights on the CPU, by onnxruntime (extra ``fast``); they are made once and
         kept beside the others. "auto" does so where the model is large enough to gain and this machine can, and logs what it took.
         A model with 8-bit weights takes no adapter. ``compile`` runs the layers of the backbone through torch.compile, which takes from
         seconds to minutes at the first texts and needs a C++ compiler; 8-bit weights are not compiled. ``graph`` replays every step of the
         language model as a CUDA graph, recorded anew where a batch or a length outgrows a buffer (`kalle.models.static_cache`).
+        On the CPU the paper's decoder is prepared for inference (``FlowVAE.prepare_inference``); ``decoder_dtype`` "bfloat16" computes its
+        convolutions in bf16.
         On the CPU the weights are the mapped files: while they are in use, replace a file by a rename, never overwrite it in place.
         """
         check_type("compile", compile, bool, "True or False")
         resolved = resolve_device(device)
         precision = resolve_dtype(dtype, resolved)
+        if str(decoder_dtype).removeprefix("torch.") not in ("float32", "bfloat16"):
+            raise UserError(f"unknown decoder_dtype: got '{decoder_dtype}', expected float32 or bfloat16; correct it")
+        decoder_precision = DTYPES[str(decoder_dtype).removeprefix("torch.")]
         check_quantize(quantize, dtype)
         folder = resolve_weights(folder_or_hub_id)
         config = read_weight_folder(folder)
         flowvae = FlowVAE.from_pretrained(folder, resolved)
+        if resolved.type == "cpu" or decoder_precision != torch.float32:
+            flowvae.prepare_inference(decoder_precision)
         chosen = resolve_quantize(quantize, folder, resolved, dtype)
         try:
             lm = KalleLM.from_pretrained(folder, resolved, precision, chosen, graph)
@@ -276,7 +284,7 @@ class Kalle:
         return SpeechStream(self, SpeechRequest(text, voice, options, **fields))
 
     def streaming_decoder(self, latency_frames: int | None = None) -> StreamingDecoder:
-        """The decoder for streams of this latency, kept for the next stream: it has its own copy of the effective weights."""
+        """The decoder for streams of this latency, kept for the next stream. It shares the weights that ``from_pretrained`` prepares."""
         with self._lock:
             if self._decoder is None or self._decoder[0] != latency_frames:
                 self._decoder = (latency_frames, StreamingDecoder(self.flowvae, latency_frames))

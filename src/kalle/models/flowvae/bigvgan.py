@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kalle.models.flowvae.config import BigVGANConfig
 from kalle.models.layers import CausalConv1d, CausalUpsample1d, in_full_precision, same_conv
 
-_EPSILON = 1e-9
+EPSILON = 1e-9
 
 
 class SnakeBeta(nn.Module):
@@ -29,7 +29,7 @@ class SnakeBeta(nn.Module):
 
 def snake_beta(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """x + sin²(αx)/β, element by element."""
-    return x + torch.sin(alpha * x).square() / (beta + _EPSILON)
+    return x + torch.sin(alpha * x).square() / (beta + EPSILON)
 
 
 def anti_aliased_snake(channels: int) -> nn.Module:

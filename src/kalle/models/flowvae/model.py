@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kalle.checkpoint import CONFIG_NAME, load_module, part_folder, read_json, save_part
+from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae.bigvgan import BigVGANDecoder
 from kalle.models.flowvae.config import BigVGANConfig, FlowVAEConfig
 from kalle.models.flowvae.encoder import Encoder
 from kalle.models.flowvae.flow import CouplingFlow
 from kalle.models.flowvae.istft import ISTFTDecoder
+from kalle.models.flowvae.streaming import DecoderForInference
 
 PART = "flowvae"
 
@@ -59,9 +61,27 @@ class FlowVAE(nn.Module):
         return load_module(lambda: cls(config), part, device, {"": dtype})
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``folder``/flowvae/{config.json, model.safetensors} (``folder`` itself when it is named flowvae)."""
+        """Write ``folder``/flowvae/{config.json, model.safetensors} (``folder`` itself when it is named flowvae).
+
+        UserError after ``prepare_inference``.
+        """
+        if isinstance(self.decoder, DecoderForInference):
+            raise UserError("the decoder was prepared for inference and has no weights to save; load the Flow-VAE again, unprepared")
         root = Path(folder)
         save_part(root if root.name == PART else root / PART, self.config.to_dict(), self)
+
+    def prepare_inference(self, dtype: torch.dtype | None = None) -> FlowVAE:
+        """Replace the paper's decoder by one that only decodes, faster and with its weights once in memory; returns itself.
+
+        Waveforms differ from the trained decoder's by rounding. ``dtype`` bfloat16 computes the convolutions in it, the activations and
+        the sums in the weights' own. The decoder then has no parameters: it can't be trained, saved or moved. The inverse-STFT decoder
+        stays as it is; UserError for it and another ``dtype`` than its own.
+        """
+        if isinstance(self.decoder, BigVGANDecoder):
+            self.decoder = DecoderForInference(self.decoder, dtype)
+        elif isinstance(self.decoder, ISTFTDecoder) and dtype not in (None, self.decoder.conv_in.weight.dtype):
+            raise UserError(f"the inverse-STFT decoder computes in the dtype of its weights: got {dtype}; leave the decoder's dtype out")
+        return self
 
     def forward(self, wav: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> FlowVAEOutput:
         """Encode ``wav`` (B, S), sample once (``noise`` (B, T, D) or ``generator``), and send the sample to decoder and flow."""

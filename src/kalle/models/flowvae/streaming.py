@@ -11,24 +11,27 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kalle.errors import UserError
-from kalle.models.flowvae.bigvgan import AMPBlock, BigVGANDecoder, BigVGANStage
+from kalle.models.flowvae.bigvgan import BigVGANDecoder
+from kalle.models.flowvae.inference import REACH, PreparedBlock, PreparedDecoder, PreparedStage
 from kalle.models.flowvae.istft import MIN_ENVELOPE, ConvNeXtBlock, ISTFTDecoder, ISTFTHead
-from kalle.models.flowvae.model import FlowVAE
 from kalle.models.flowvae.streaming_layers import (
-    REACH,
     ActivationStream,
     CausalConvStream,
+    DelayedConvStream,
     SymmetricConvStream,
     UpsampleStream,
     delayed_sum,
     join,
 )
+
+if TYPE_CHECKING:
+    from kalle.models.flowvae.model import FlowVAE
 
 BlockState = tuple[Tensor, ...]
 """For each pair of convolutions: activation, convolution, activation, convolution, residual queue."""
@@ -77,34 +80,32 @@ ENOUGH_LAG = 15
 
 
 class _BlockStream:
-    def __init__(self, block: nn.Module, delay: int) -> None:
-        assert isinstance(block, AMPBlock), type(block)
-        activations = [ActivationStream(activation, delay) for activation in block.activations]
-        dilated = [CausalConvStream(conv) for conv in block.dilated]
-        plain = [CausalConvStream(conv) for conv in block.plain]
-        self.pairs = tuple(zip(activations[::2], dilated, activations[1::2], plain, strict=True))
-        self.channels = plain[-1].weight.shape[0]
+    def __init__(self, block: PreparedBlock, delay: int) -> None:
+        self.pairs = [
+            (ActivationStream(first, delay), CausalConvStream(dilated), ActivationStream(second, delay), CausalConvStream(plain))
+            for first, dilated, second, plain in block.pairs
+        ]
 
     def start(self, batch: int) -> BlockState:
-        queue = self.pairs[0][1].bias.new_zeros(batch, self.channels, 0)
-        return tuple(state for pair in self.pairs for state in (*(layer.start(batch) for layer in pair), queue))
+        """Before a signal; its residual queue is as empty as what the activation has seen."""
+        return tuple(state for pair in self.pairs for state in (*(layer.start(batch) for layer in pair), pair[0].start(batch)))
 
     def push(self, x: Tensor, state: BlockState, hold: int, end: bool) -> tuple[Tensor, BlockState]:
         states: list[Tensor] = []
         for index, (first, dilated, second, plain) in enumerate(self.pairs):
             before_first, before_dilated, before_second, before_plain, queue = state[5 * index : 5 * index + 5]
-            y, before_first = first.push(x, before_first, hold, end)
-            y, before_dilated = dilated.push(y, before_dilated, hold)
-            y, before_second = second.push(y, before_second, hold, end)
-            y, before_plain = plain.push(y, before_plain, hold)
+            pieces, before_first = first.push(x, before_first, hold, end)
+            y, before_dilated = dilated.push(pieces, before_dilated, hold)
+            pieces, before_second = second.push(y, before_second, hold, end)
+            y, before_plain = plain.push(pieces, before_plain, hold)
             x, queue = delayed_sum(queue, x, y)
             states += (before_first, before_dilated, before_second, before_plain, queue)
         return x, tuple(states)
 
 
 class _StageStream:
-    def __init__(self, stage: BigVGANStage, delay: int) -> None:
-        self.up = UpsampleStream(stage.up)
+    def __init__(self, stage: PreparedStage, delay: int) -> None:
+        self.up, self.nothing = UpsampleStream(stage.up), stage.blocks[0].pairs[0][0].nothing
         self.blocks = [_BlockStream(block, delay) for block in stage.blocks]
 
     def start(self, batch: int) -> StageState:
@@ -121,42 +122,39 @@ class _StageStream:
         results = [block.push(x, state, hold, end) for block, state in zip(self.blocks, states, strict=True)]
         total = results[0][0]
         for y, _ in results[1:]:
-            total = total + y
+            total += y
         return total / len(self.blocks), tuple(state for _, state in results)
 
 
 class BigVGANStream:
-    """``BigVGANDecoder`` in pushes: latents (B, D, t) in, samples (B, n) out, ``delay_samples`` later.
+    """``BigVGANDecoder`` in pushes: latents (B, D, t) in, samples (B, n) out, ``delay_samples`` later."""
 
-    Takes the decoder's weights as they are now (weight-normed ones are computed once and kept).
-    """
-
-    def __init__(self, decoder: BigVGANDecoder, window: Window = EXACT) -> None:
-        self.window = window
-        self.conv_in = SymmetricConvStream(decoder.conv_in)
-        self.stages = [_StageStream(stage, REACH if index >= window.stages else 0) for index, stage in enumerate(_stages(decoder))]
+    def __init__(self, decoder: PreparedDecoder, window: Window = EXACT) -> None:
+        self.window, self.finish = window, decoder.finish
+        self.conv_in = DelayedConvStream(decoder.conv_in)
+        self.stages = [_StageStream(stage, REACH if index >= window.stages else 0) for index, stage in enumerate(decoder.stages)]
         self.activation_out = ActivationStream(decoder.activation_out, REACH)
         self.conv_out = CausalConvStream(decoder.conv_out)
-        self.finish = decoder.finish
+        self.dtype = decoder.conv_out.dtype
         self.delay_samples = delay_samples(decoder, window)
 
     def start(self, batch: int) -> BigVGANState:
         """Before the first frame of ``batch`` signals."""
         stages = tuple(stage.start(batch) for stage in self.stages)
-        pending = stages[0].up.new_zeros(batch, self.stages[0].blocks[0].channels, 0)
+        pending = self.stages[0].nothing(batch)
         return BigVGANState(self.conv_in.start(batch), pending, stages, self.activation_out.start(batch), self.conv_out.start(batch))
 
     def push(self, z: Tensor, state: BigVGANState, end: bool = False) -> tuple[Tensor, BigVGANState]:
         """Continue with ``z``; the ``end`` emits what is left."""
-        x, conv_in = self.conv_in.push(z, state.conv_in, end)
+        x, conv_in = self.conv_in.push(z[:, :, None], state.conv_in, end)
         x, pending, windowed = self._push_window(x, state, end)
         delayed: list[StageState] = []
         for stage, before in zip(self.stages[self.window.stages :], state.stages[self.window.stages :], strict=True):
             x, after = stage.push(x, before, end)
             delayed.append(after)
-        x, activation_out = self.activation_out.push(x, state.activation_out, end=end)
-        x, conv_out = self.conv_out.push(x, state.conv_out)
-        return self.finish(x)[:, 0], BigVGANState(conv_in, pending, (*windowed, *delayed), activation_out, conv_out)
+        pieces, activation_out = self.activation_out.push(x, state.activation_out, end=end)
+        x, conv_out = self.conv_out.push(pieces, state.conv_out)
+        return self.finish(x)[:, 0, 0], BigVGANState(conv_in, pending, (*windowed, *delayed), activation_out, conv_out)
 
     def _push_window(self, x: Tensor, state: BigVGANState, end: bool) -> tuple[Tensor, Tensor, list[StageState]]:
         span, lag = self.window.stages, self.window.lag
@@ -167,8 +165,7 @@ class BigVGANStream:
         hold = 0 if end else min(lag, x.shape[-1])
         pending = x[..., x.shape[-1] - hold :].clone()
         if hold == x.shape[-1]:
-            nothing = x.new_zeros(x.shape[0], self.stages[span - 1].blocks[0].channels, 0)
-            return nothing, pending, [StageState(up, state.stages[0].blocks), *state.stages[1:span]]
+            return self.stages[span - 1].nothing(len(x)), pending, [StageState(up, state.stages[0].blocks), *state.stages[1:span]]
         x, blocks = self.stages[0].refine(x, state.stages[0].blocks, hold, end)
         states = [StageState(up, blocks)]
         for stage, before in zip(self.stages[1:span], state.stages[1:span], strict=True):
@@ -179,19 +176,29 @@ class BigVGANStream:
         return x[..., : x.shape[-1] - hold], pending, states
 
 
-def delay_samples(decoder: BigVGANDecoder, window: Window = EXACT) -> int:
+class DecoderForInference(nn.Module):
+    """``BigVGANDecoder`` that can only decode: latents (B, D, T) to a waveform (B, T * hop). It has no parameters."""
+
+    def __init__(self, decoder: BigVGANDecoder, dtype: torch.dtype | None = None) -> None:
+        """``dtype`` as in `PreparedDecoder`."""
+        super().__init__()
+        self.layers = PreparedDecoder(decoder, dtype)
+        self._stream = BigVGANStream(self.layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self._stream.push(z, self._stream.start(len(z)), end=True)[0]
+
+
+def delay_samples(decoder: PreparedDecoder, window: Window = EXACT) -> int:
     """Samples by which ``BigVGANStream`` lags behind its input with this ``window``."""
-    assert isinstance(decoder.conv_in, nn.Conv1d)
     steps = _steps(decoder)
-    delay = decoder.conv_in.kernel_size[0] // 2 * steps[0] + (window.lag * steps[1] if window.stages else 0) + REACH
-    for step, stage in list(zip(steps[1:], _stages(decoder), strict=True))[window.stages :]:
-        block = stage.blocks[0]
-        assert isinstance(block, AMPBlock), type(block)
-        delay += REACH * len(block.activations) * step
+    delay = decoder.conv_in.past // 2 * steps[0] + (window.lag * steps[1] if window.stages else 0) + REACH
+    for step, stage in list(zip(steps[1:], decoder.stages, strict=True))[window.stages :]:
+        delay += 2 * REACH * len(stage.blocks[0].pairs) * step
     return delay
 
 
-def window_within(decoder: BigVGANDecoder, delay: int) -> Window | None:
+def window_within(decoder: PreparedDecoder, delay: int) -> Window | None:
     """The most accurate way to lag behind by at most ``delay`` samples; None when there is none.
 
     A window looks ahead further the more stages it spans; from ``ENOUGH_LAG`` on it takes the fewest that give as much.
@@ -206,13 +213,9 @@ def window_within(decoder: BigVGANDecoder, delay: int) -> Window | None:
     return best if best.lag > 0 else None
 
 
-def _stages(decoder: BigVGANDecoder) -> list[BigVGANStage]:
-    return [stage for stage in decoder.stages if isinstance(stage, BigVGANStage)]
-
-
-def _steps(decoder: BigVGANDecoder) -> list[int]:
+def _steps(decoder: PreparedDecoder) -> list[int]:
     """Output samples per sample of the latents and of each stage's output."""
-    strides = [stage.up.stride for stage in _stages(decoder)]
+    strides = [stage.up.stride for stage in decoder.stages]
     return [math.prod(strides[index:]) for index in range(len(strides) + 1)]
 
 
@@ -267,6 +270,7 @@ class ISTFTStream:
     def __init__(self, decoder: ISTFTDecoder) -> None:
         self.decoder = _frozen(decoder)
         self.conv_in = SymmetricConvStream(self.decoder.conv_in)
+        self.dtype = self.conv_in.weight.dtype
         self.blocks = [block for block in self.decoder.blocks if isinstance(block, ConvNeXtBlock)]
         self.depthwise = [SymmetricConvStream(block.depthwise) for block in self.blocks]
         self.head = _HeadStream(self.decoder.head)
@@ -331,8 +335,8 @@ class StreamingDecoder:
     From ``exact_latency_frames`` on nothing is approximated. The paper's decoder accepts less, and its default is
     the smallest latency measured to stay within 1e-4; the inverse-STFT decoder is always exact.
 
-    Takes the weights as they are now: after a change of ``flowvae``'s weights, device or precision make a new one. Weights that
-    are normalised at every call of the module are kept here a second time, ready to use. Wrap pushes in
+    Takes the weights as they are now: after a change of ``flowvae``'s weights, device or precision make a new one. The paper's decoder is
+    kept here a second time, ready to use, unless ``flowvae`` is already so (``FlowVAE.prepare_inference``). Wrap pushes in
     ``torch.inference_mode()`` unless gradients with respect to the latents are wanted. One decoder serves any number of streams.
     """
 
@@ -343,13 +347,14 @@ class StreamingDecoder:
         self.hop_length, self.latent_dim = flowvae.config.hop_length, flowvae.config.latent_dim
         decoder = flowvae.decoder
         self._stream: Any
-        if isinstance(decoder, BigVGANDecoder):
-            self.exact_latency_frames = self._frames(delay_samples(decoder))
-            self.latency_frames = self._shortest(decoder, SAFE_LAG) if latency_frames is None else latency_frames
-            window = window_within(decoder, self.latency_frames * self.hop_length)
+        if isinstance(decoder, BigVGANDecoder | DecoderForInference):
+            layers = decoder.layers if isinstance(decoder, DecoderForInference) else PreparedDecoder(decoder)
+            self.exact_latency_frames = self._frames(delay_samples(layers))
+            self.latency_frames = self._shortest(layers, SAFE_LAG) if latency_frames is None else latency_frames
+            window = window_within(layers, self.latency_frames * self.hop_length)
             if window is None:
-                raise _too_short(latency_frames, self._shortest(decoder, 1))
-            self._stream = BigVGANStream(decoder, window)
+                raise _too_short(latency_frames, self._shortest(layers, 1))
+            self._stream = BigVGANStream(layers, window)
         else:
             assert isinstance(decoder, ISTFTDecoder), type(decoder)
             self._stream = ISTFTStream(decoder)
@@ -361,7 +366,7 @@ class StreamingDecoder:
     def start(self, batch: int = 1) -> DecoderState:
         """The state before the first frame of ``batch`` signals that are pushed together."""
         layers = self._stream.start(batch)
-        return DecoderState(0, 0, layers.conv_in.new_zeros(batch, 0), layers)
+        return DecoderState(0, 0, layers.conv_in.new_zeros(batch, 0, dtype=self._stream.dtype), layers)
 
     def push(self, z: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Samples (B, n) in [-1, 1] that are due after the next latents ``z`` (B, t, D), t >= 0, and the state to continue from."""
@@ -390,7 +395,7 @@ class StreamingDecoder:
     def _frames(self, samples: int) -> int:
         return -(-samples // self.hop_length)
 
-    def _shortest(self, decoder: BigVGANDecoder, lag: int) -> int:
+    def _shortest(self, decoder: PreparedDecoder, lag: int) -> int:
         """The fewest frames of latency with which a window looks ``lag`` samples ahead, or none is needed."""
         for frames in range(self.exact_latency_frames):
             window = window_within(decoder, frames * self.hop_length)

@@ -1,7 +1,7 @@
 """Layers that carry their past as an explicit value: any split of a signal into chunks gives the numbers of the whole.
 
-A layer is ``push(x, state, ...) -> (y, new state)`` with (B, C, t) tensors; t may be 0. No state is ever changed in
-place, so an older one can be continued again. A layer that looks ahead is used in one of two ways:
+A layer is ``push(x, state, ...) -> (y, new state)`` with (B, C, t) tensors, or (B, C, 1, t) in the paper's decoder; t may be 0. No state is
+ever changed in place, so an older one can be continued again. A layer that looks ahead is used in one of two ways:
 
 - *delayed*: it emits what its input determines and keeps the rest for the next push, or for the end;
 - *windowed* (delay 0): it treats the last sample as the end of the signal and emits everything. The trailing ``hold``
@@ -10,17 +10,13 @@ place, so an older one can be continued again. A layer that looks ahead is used 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalle.models.flowvae.bigvgan import snake_beta
-from kalle.models.layers import CausalConv1d, CausalUpsample1d
-
-REACH = 5
-"""Samples that one anti-aliased activation sees to each side: half of two 12-tap filters at twice the rate."""
+from kalle.models.flowvae.inference import REACH, PreparedActivation, PreparedConv, PreparedUpsample, joined
 
 
 def _last(x: Tensor, count: int, hold: int) -> Tensor:
@@ -46,42 +42,56 @@ def delayed_sum(queue: Tensor, x: Tensor, branch: Tensor) -> tuple[Tensor, Tenso
 class CausalConvStream:
     """``CausalConv1d`` with its past as state."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        assert isinstance(layer, CausalConv1d), type(layer)
-        # A weight-normed convolution computes its weight at every look; this takes one for all pushes.
-        self.weight, self.bias = layer.conv.weight.detach(), layer.conv.bias.detach()
-        self.dilation, self.past = layer.conv.dilation, layer.past
+    def __init__(self, conv: PreparedConv) -> None:
+        self.conv, self.past = conv, conv.past
 
     def start(self, batch: int) -> Tensor:
         """The zeros before a signal."""
-        return self.weight.new_zeros(batch, self.weight.shape[1], self.past)
+        return self.conv.zeros(batch, self.past)
 
-    def push(self, x: Tensor, state: Tensor, hold: int = 0) -> tuple[Tensor, Tensor]:
-        """(B, C, t) -> (B, C', t)."""
-        if not x.shape[-1]:
-            return x.new_zeros(x.shape[0], self.weight.shape[0], 0), state
-        joined = join(state, x)
-        return F.conv1d(joined, self.weight, self.bias, dilation=self.dilation), _last(joined, self.past, hold)
+    def push(self, pieces: Sequence[Tensor], state: Tensor, hold: int = 0) -> tuple[Tensor, Tensor]:
+        """``pieces`` that make (B, C, 1, t) when they are joined -> (B, C', 1, t)."""
+        if not any(piece.shape[-1] for piece in pieces):
+            return self.conv.nothing(len(state)), state
+        whole = joined([state, *(piece.to(state.dtype) for piece in pieces)])
+        return self.conv(whole), _last(whole, self.past, hold)
 
 
 class UpsampleStream:
     """``CausalUpsample1d`` with the previous input sample as state."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        assert isinstance(layer, CausalUpsample1d), type(layer)
-        self.weight, self.bias, self.stride = layer.conv.weight.detach(), layer.conv.bias.detach(), layer.stride
+    def __init__(self, up: PreparedUpsample) -> None:
+        self.up, self.stride = up, up.stride
 
     def start(self, batch: int) -> Tensor:
         """The zero before a signal."""
-        return self.weight.new_zeros(batch, self.weight.shape[0], 1)
+        return self.up.conv.zeros(batch, 1)
 
     def push(self, x: Tensor, state: Tensor, hold: int = 0) -> tuple[Tensor, Tensor]:
-        """(B, C, t) -> (B, C', t * stride)."""
+        """(B, C, 1, t) -> (B, C', 1, t * stride)."""
         if not x.shape[-1]:
-            return x.new_zeros(x.shape[0], self.weight.shape[1], 0), state
-        joined = join(state, x)
-        y = F.conv_transpose1d(joined, self.weight, self.bias, stride=self.stride)
-        return y[..., self.stride : -self.stride], _last(joined, 1, hold)
+            return self.up.nothing(len(state)), state
+        whole = joined([state, x.to(state.dtype)])
+        return self.up(whole), _last(whole, 1, hold)
+
+
+class DelayedConvStream:
+    """A zero-padded "same" convolution, delayed by half its kernel."""
+
+    def __init__(self, conv: PreparedConv) -> None:
+        self.conv, self.delay = conv, conv.past // 2
+
+    def start(self, batch: int) -> Tensor:
+        """The zeros before a signal."""
+        return self.conv.zeros(batch, self.delay)
+
+    def push(self, x: Tensor, state: Tensor, end: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, C, 1, t) -> (B, C', 1, up to t samples; all that are left at the ``end``)."""
+        after = [self.conv.zeros(len(state), self.delay)] if end else []
+        whole = joined([state, x.to(state.dtype), *after])
+        if whole.shape[-1] <= 2 * self.delay:
+            return self.conv.nothing(len(state)), whole.clone()
+        return self.conv(whole), _last(whole, 2 * self.delay, 0)
 
 
 class SymmetricConvStream:
@@ -116,38 +126,22 @@ class ActivationStream:
     repeats the first sample: before its upsampler, and again before its downsampler.
     """
 
-    def __init__(self, activation: Any, delay: int) -> None:
-        """``activation``: what ``anti_aliased_snake`` makes."""
-        snake, upsample, lowpass = activation.act, activation.upsample, activation.downsample.lowpass
-        assert (upsample.ratio, upsample.kernel_size, lowpass.stride, lowpass.kernel_size) == (2, 12, 2, 12)
-        channels = snake.alpha.shape[0]
-        self.alpha, self.beta = snake.alpha.detach().exp()[:, None], snake.beta.detach().exp()[:, None]
-        self.up = (upsample.ratio * upsample.filter).repeat(channels, 1, 1)
-        self.down = lowpass.filter.repeat(channels, 1, 1)
-        self.delay, self.kept = delay, REACH + delay
+    def __init__(self, activation: PreparedActivation, delay: int) -> None:
+        self.activation, self.delay, self.kept = activation, delay, REACH + delay
 
     def start(self, batch: int) -> Tensor:
         """Nothing before a signal."""
-        return self.alpha.new_zeros(batch, self.alpha.shape[0], 0)
+        return self.activation.nothing(batch)
 
-    def push(self, x: Tensor, state: Tensor, hold: int = 0, end: bool = False) -> tuple[Tensor, Tensor]:
-        """(B, C, t) -> (B, C, t) when windowed, else what is determined (all that is left at the ``end``)."""
-        joined = join(state, x)
+    def push(self, x: Tensor, state: Tensor, hold: int = 0, end: bool = False) -> tuple[list[Tensor], Tensor]:
+        """(B, C, 1, t) -> (B, C, 1, t) in pieces when windowed, else what is determined (all that is left at the ``end``)."""
+        length = state.shape[-1] + x.shape[-1]
         starts, ends = state.shape[-1] < self.kept, end or not self.delay
         sent = max(0, state.shape[-1] - self.delay) if starts else 0
-        if joined.shape[-1] - sent - (0 if starts else REACH) - (0 if ends else REACH) > 0:
-            y = self._activate(joined, starts, ends)[..., sent:]
-        else:
-            y = joined[..., :0]
-        return y, _last(joined, self.kept, hold)
-
-    def _activate(self, x: Tensor, starts: bool, ends: bool) -> Tensor:
-        left, right = REACH * starts, REACH * ends
-        channels = x.shape[1]
-        if starts or ends:
-            x = F.pad(x, (left, right), mode="replicate")
-        # ``padding`` cuts what the transposed convolution makes from less than all of its taps.
-        u = snake_beta(F.conv_transpose1d(x, self.up, stride=2, padding=2 * REACH, groups=channels), self.alpha, self.beta)
-        if starts or ends:
-            u = F.pad(u[..., left : u.shape[-1] - right], (left, right), mode="replicate")
-        return F.conv1d(u, self.down, stride=2, groups=channels)
+        pieces: list[Tensor] = []
+        if length - sent - (0 if starts else REACH) - (0 if ends else REACH) > 0:
+            pieces = self.activation([state, x], starts, ends)
+            pieces[0] = pieces[0][..., sent:]
+        # Only the end is kept, which most often lies in ``x`` alone.
+        seen = x if x.shape[-1] >= self.kept + hold else joined([state, x])
+        return pieces, _last(seen, self.kept, hold)
