@@ -243,12 +243,22 @@ def random_lm(size: Size | None) -> KalleLM:
 
 
 def decoder_forms(model: Path | None, size: Size | None, device: Any) -> list[DecoderForm]:
-    """The decoder as it was trained."""
-    import functools
+    """The decoder as it was trained; on a CPU the paper's prepared for inference too, in fp32 and in bf16."""
+    import torch
 
     from kalle.evaluation.benchmark import DecoderForm
+    from kalle.models.flowvae import BigVGANConfig
 
-    return [DecoderForm("trained form", library("float32"), functools.partial(load_flowvae, model, size, device))]
+    def load(dtype: torch.dtype | None = None) -> FlowVAE:
+        flowvae = load_flowvae(model, size, device)
+        return flowvae if dtype is None else flowvae.prepare_inference(dtype)
+
+    forms = [DecoderForm("trained form", library("float32"), load)]
+    config = configuration("flowvae", size) if model is None else load().config
+    if device.type == "cpu" and isinstance(config.decoder, BigVGANConfig):
+        forms.append(DecoderForm("inference form", library("float32"), lambda: load(torch.float32)))
+        forms.append(DecoderForm("inference form, bf16", library("bfloat16"), lambda: load(torch.bfloat16), "bfloat16"))
+    return forms
 
 
 def load_flowvae(model: Path | None, size: Size | None, device: Any) -> FlowVAE:
