@@ -10,7 +10,7 @@ import pytest
 
 from kalle.cli.main import main
 from kalle.errors import UserError
-from kalle.evaluation.comparison import GateRules, Run, compare, gate, markdown, paired_bootstrap, read_run
+from kalle.evaluation.comparison import GateRules, Run, compare, gate, markdown, paired_bootstrap, read_run, terminal
 
 COLUMNS = {"wer_utt_mean": ["wer"], "wer_corpus": ["wer_errors", "wer_words"], "sim": ["sim"], "rate": ["rate"]}
 LOWER = {"wer_utt_mean": True, "wer_corpus": True, "sim": False, "rate": None}
@@ -87,6 +87,9 @@ def test_more_errors_are_found_and_named(result: Make) -> None:
     assert first.b == rows[first.id]["wer_errors"] / rows[first.id]["wer_words"]
     (reverse,) = compare(b, a, resamples=2000)
     assert reverse.difference("wer_corpus").verdict == "better"
+    table = [line for line in terminal([found]).splitlines() if line.startswith(("metric", "wer", "sim"))]
+    assert len(table) == 4
+    assert max(map(len, table)) <= 80
     assert reverse.difference("wer_corpus").difference == -found.difference("wer_corpus").difference
 
 

@@ -194,8 +194,8 @@ def test_in_a_browser(systems: dict[str, Path], tmp_path: Path, browser: Any, wi
     key = make(config)
     address = (tmp_path / "test" / "page" / "index.html").as_uri()
     context = browser.new_context(viewport={"width": width, "height": height}, offline=True, accept_downloads=True)
+    context.set_default_timeout(120_000)
     page = context.new_page()
-    page.set_default_timeout(120_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)

@@ -463,10 +463,10 @@ def terminal(comparisons: Sequence[Comparison], checks: Sequence[GateCheck] = ()
     for comparison in comparisons:
         lines.append(f"{comparison.b} (b) against {comparison.a} (a)")
         width = max([len(d.metric) for d in comparison.differences] + [len("metric")])
-        lines.append(f"{'metric':<{width}}{'a':>9}{'b':>9}{'b - a':>10}{'95% interval':>20}{'p':>8}  b is")
+        lines.append(f"{'metric':<{width}}{'a':>7}{'b':>7}{'b - a':>8}{'95% interval':>18}{'p':>8} b is")
         for d in comparison.differences:
             interval = "–" if d.interval is None else "{:+.3f} to {:+.3f}".format(*d.interval)
-            lines.append(f"{d.metric:<{width}}{d.a:>9.4f}{d.b:>9.4f}{d.difference:>+10.4f}{interval:>20}{_p(d.p):>8}  {d.verdict}")
+            lines.append(f"{d.metric:<{width}}{d.a:>7.3f}{d.b:>7.3f}{d.difference:>+8.3f}{interval:>18}{_p(d.p):>8} {d.verdict}")
         lines += ["", *(f"note: {note}" for note in notes(comparison)), ""]
     lines += [f"gate: {'pass' if check.passed else 'FAIL'}: {check.rule} ({check.found})" for check in checks]
     return "\n".join(lines).rstrip()
