@@ -90,6 +90,17 @@ def test_the_cache_s_arithmetic_is_that_of_every_step() -> None:
     assert cached_flop(config, frames=5, text_positions=7) == counted_flop(speak)
 
 
+@pytest.mark.skipif(not HAS_INT8, reason="the extra 'fast' is not installed")
+def test_the_gain_of_8_bits_is_measured_by_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "crossover.json"
+    assert main(["bench", "crossover", "--hidden", "64", "--hidden", "128", "--rows", "2", "--steps", "2", "--out", str(out)]) == 0
+    small, large = json.loads(out.read_text())["rows"]
+    assert small["layer_parameters"] < large["layer_parameters"]
+    assert all(row["rows"] == 2 and row["fp32_seconds"] > 0 and row["int8_seconds"] > 0 for row in (small, large))
+    assert capsys.readouterr().out.count("\n") == 3
+    assert main(["bench", "crossover", "--hidden", "100"]) == 2
+
+
 @pytest.mark.parametrize("engine", ["int4", "graph"])
 def test_an_engine_that_cannot_run_here_is_refused(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "synthesis", *FAST, "--engine", engine]) == 2

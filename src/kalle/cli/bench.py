@@ -26,6 +26,7 @@ _MEGABYTE = 2**20
 ENGINES = {"float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "int8": 1 + 4 / 32, "graph": 2}
 """Ways to compute the language model, and the bytes of a weight in each; half is the faster of the 16-bit types, graph bfloat16 replayed as
 a CUDA graph."""
+CROSSOVER_WIDTHS = [384, 512, 640, 768, 1024]
 ENGINE_HELP = f"Compute the language model so: {', '.join(ENGINES)}; repeatable, the first is the baseline. By default those that run here."
 
 
@@ -109,6 +110,43 @@ def compute(
             typer.echo(f"{row.counting:<10}{row.lm / 1e9:>16,.0f}{row.decoder / 1e9:>12,.0f}{row.total / 1e9:>12,.0f}  {row.unit}")
         if out is not None:
             write(out, {"size": size.value, "seconds": seconds, "frames": frames, "text_positions": text}, [asdict(row) for row in rows])
+
+
+@app.command()
+def crossover(
+    hidden: Annotated[list[int], typer.Option(min=64, help="Widths of backbones, multiples of 64; repeatable.")] = CROSSOVER_WIDTHS,
+    rows: Annotated[list[int], typer.Option(min=1, help="Texts at once; repeatable.")] = [1, 4],  # noqa: B006 (typer copies it)
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each, behind 100 positions.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Also write the rows to this JSON file.")] = None,
+) -> None:
+    """From which size on 8-bit weights gain: CPU time of a step with one thread, in fp32 and with 8 bits, of random backbones."""
+    with interruptible():
+        import torch
+
+        from kalle.evaluation.benchmark import step_seconds
+        from kalle.models.backbone import Backbone, BackboneConfig
+        from kalle.models.int8 import Int8Backbone, require_engine
+        from kalle.models.int8_weights import quantised_backbone
+
+        require_engine()
+        torch.set_num_threads(1)
+        if odd := [width for width in hidden if width % 64]:
+            raise UserError(f"--hidden: got {odd[0]}, expected a multiple of 64; correct it")
+        found = []
+        typer.echo(f"{'values in layers':>18}{'rows':>6}{'fp32':>12}{'8 bits':>12}{'gain':>8}  CPU time of a step with one thread")
+        for width in hidden:
+            heads = width // 64
+            config = BackboneConfig(300, width, width * 8 // 3 // 64 * 64, max(6, min(12, heads)), heads, heads, 64)
+            fp32 = Backbone(config).eval()
+            int8 = Int8Backbone(config, dict(quantised_backbone(config, fp32.state_dict())), threads=1)
+            for count in rows:
+                times = [step_seconds(backbone, count, steps) for backbone in (fp32, int8)]
+                row = {"layer_parameters": config.layer_parameters, "rows": count, "fp32_seconds": times[0], "int8_seconds": times[1]}
+                found.append(row)
+                told = f"{1000 * times[0]:>9.2f} ms{1000 * times[1]:>9.2f} ms{times[0] / times[1]:>8.2f}"
+                typer.echo(f"{config.layer_parameters / 1e6:>16.0f} M{count:>6}{told}")
+        if out is not None:
+            write(out, {"torch": torch.__version__, "threads": 1, "steps": steps}, found)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,8 @@ RELEASE = "the release's algorithm"
 """Its name as a baseline: no cache, the whole prefix for every frame, and the decoder as it was trained."""
 _UNCACHED = f"frames, {RELEASE}"
 _WARM_UP_FRAMES = 16
+_UNCOUNTED = 2
+"""Steps before those that are timed."""
 
 
 @dataclass(frozen=True)
@@ -514,3 +517,16 @@ def _seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return clock() - start
+
+
+@torch.no_grad()
+def step_seconds(backbone: Any, rows: int, steps: int, past: int = 100) -> float:
+    """Median CPU time of a step of ``rows`` of any backbone behind ``past`` positions, which other programs disturb less than its wall time."""
+    width = backbone.config.hidden_size
+    _, state = backbone.advance(torch.randn(rows, past, width), backbone.new_state())
+    x, times = torch.randn(rows, 1, width), []
+    for _ in range(_UNCOUNTED + steps):
+        started = time.process_time()
+        _, state = backbone.advance(x, state)
+        times.append(time.process_time() - started)
+    return statistics.median(times[_UNCOUNTED:])

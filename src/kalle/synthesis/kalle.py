@@ -48,8 +48,9 @@ from kalle.text.phonemes import PhonemeTokenizer
 from kalle.text.tokenizer import Tokenizer, check_text, prompt_ids
 
 logger = logging.getLogger(__name__)
-QUANTIZE_FROM = 100_000_000
-"""Values in the layers of the backbone from which quantize "auto" takes 8 bits."""
+QUANTIZE_FROM = 8_000_000
+"""Values in the layers of the backbone from which quantize "auto" takes 8 bits: the smallest size at which the gain was measured
+(docs/results/speed.md)."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
