@@ -521,7 +521,7 @@ def _seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
 
 @torch.no_grad()
 def step_seconds(backbone: Any, rows: int, steps: int, past: int = 100) -> float:
-    """Median CPU time of a step of ``rows`` behind ``past`` positions, which other programs disturb less than wall time; of any backbone."""
+    """Median CPU time of a step of ``rows`` behind ``past`` positions, of any backbone; other programs disturb it less than wall time."""
     width = backbone.config.hidden_size
     _, state = backbone.advance(torch.randn(rows, past, width), backbone.new_state())
     x, times = torch.randn(rows, 1, width), []
