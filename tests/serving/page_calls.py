@@ -56,6 +56,6 @@ class Gate:
         def before(now: int) -> None:
             if now == number:
                 self.held.set()
-                assert self.go_on.wait(60)
+                assert self.go_on.wait(600)
 
         self.before = before

@@ -103,7 +103,7 @@ def test_stopped_on_the_way_what_was_made_is_kept(handlers: Handlers, kalle_toy:
     run = handlers.run("a")
     next(run)
     next(run)
-    assert gate.held.wait(60)
+    assert gate.held.wait(600)
     assert "Stopping" in handlers.stop("a").message
     gate.go_on.set()
     *_, done = run
@@ -146,7 +146,7 @@ def test_a_longer_text_stops_inside_a_sentence(handlers: Handlers, kalle_toy: Ka
     gate = Gate(kalle_toy, monkeypatch)
     gate.hold(40 + 20)  # in the second sentence; the first has 40 frames
     job = handlers.backend.begin("a", LONG)
-    stopper = threading.Thread(target=lambda: (gate.held.wait(60), job.stop(), gate.go_on.set()))
+    stopper = threading.Thread(target=lambda: (gate.held.wait(600), job.stop(), gate.go_on.set()))
     stopper.start()
     *_, result = handlers.backend.speak(job)
     stopper.join()
@@ -237,7 +237,7 @@ def test_sessions_wait_for_each_other_and_know_it(kalle_toy: Kalle, tmp_path: Pa
             run.start()
             while job.spoken is None:
                 time.sleep(0.01)
-        assert gate.held.wait(60)
+        assert gate.held.wait(600)
         assert [backend.ahead(job) for job in jobs] == [0, 0, 1]
         gate.go_on.set()
         for run in runs:
