@@ -29,7 +29,8 @@ def heard(job: Job) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.float32), *job.pieces()])
 
 
-def test_together_each_is_as_alone(engine: Engine, kalle_toy: Kalle) -> None:
+def test_together_each_is_as_alone(engine: Engine, kalle_toy: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(kalle_toy, monkeypatch)
     voice = kalle_toy.random_voice(7)
     ends = StopRule(threshold=50.0, min_index=20)  # ends "by itself", here after 21 frames
     requests = [
@@ -39,7 +40,14 @@ def test_together_each_is_as_alone(engine: Engine, kalle_toy: Kalle) -> None:
         SpeechRequest(LONG, voice, seed=6, max_seconds=0.4, by_sentences=True),
         SpeechRequest("Hi there.", seed=8, max_seconds=0.35),
     ]
+    gate.hold(gate.steps + 1)  # until all are there
     jobs = [(request, streamed, engine.submit(request, streamed)) for request in requests for streamed in (False, True)]
+    gate.go_on.set()
+    for job in jobs:
+        job[-1].result()
+    state = engine.state
+    assert state.frames > 3 * state.steps, "they were not batched"
+    assert (state.waiting, state.rows) == (0, 0)
     for request, streamed, job in jobs:
         plain = {"retries": 0, "max_gain_db": 0.0} if streamed else {}
         alone = kalle_toy.speak(SpeechRequest(request.text, request.voice, request.options.changed(**plain)))
@@ -51,9 +59,6 @@ def test_together_each_is_as_alone(engine: Engine, kalle_toy: Kalle) -> None:
         assert (job.speech.stop_reason, job.speech.seed, job.seed) == (alone.stop_reason, alone.seed, alone.seed)
         assert [part.sentence for part in job.speech.parts] == [part.sentence for part in alone.parts]
         assert [each.seed for each in job.speech.attempts] == [each.seed for each in alone.attempts]
-    state = engine.state
-    assert state.frames > 3 * state.steps, "they were not batched"
-    assert (state.waiting, state.rows) == (0, 0)
 
 
 def test_a_request_without_a_seed_tells_the_one_it_drew(engine: Engine, kalle_toy: Kalle) -> None:
@@ -188,13 +193,16 @@ def test_closing_lets_those_that_are_there_end(kalle_toy: Kalle) -> None:
         heard(job)
 
 
-def test_adapted_voices_are_spoken_beside_the_others(engine: Engine, kalle_toy: Kalle) -> None:
+def test_adapted_voices_are_spoken_beside_the_others(engine: Engine, kalle_toy: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
     from kalle.adaptation.adapt import AdaptOptions, adapt
 
     tone = 0.3 * np.sin(np.arange(8000) / 10).astype(np.float32)
     learnt = adapt(kalle_toy, tone, "four", options=AdaptOptions(steps=2, lr=2e-2)).voice
     plain = replace(learnt, adapter=None)
+    gate = Gate(kalle_toy, monkeypatch)
+    gate.hold(1)
     jobs = [(voice, engine.submit(SpeechRequest("Hi there.", voice, options=SHORT))) for voice in (learnt, plain, learnt)]
+    gate.go_on.set()
     for voice, job in jobs:
         np.testing.assert_allclose(job.result().audio, kalle_toy.synthesize("Hi there.", voice, options=SHORT).audio, atol=1e-4)
     assert engine.state.frames > engine.state.steps

@@ -123,7 +123,9 @@ def test_the_client_of_openai_works_unchanged(served: Served, offline: np.ndarra
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="wrong").audio.speech.create(**arguments)
 
 
-def test_many_at_once_through_the_asynchronous_client(served: Served, offline: np.ndarray) -> None:
+def test_many_at_once_through_the_asynchronous_client(
+    served: Served, brief: Kalle, offline: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     openai = pytest.importorskip("openai")
     arguments = {"model": "toy", "voice": "default", "input": "Hi.", "response_format": "pcm", "extra_body": {"seed": 3}}
 
@@ -137,9 +139,20 @@ def test_many_at_once_through_the_asynchronous_client(served: Served, offline: n
             got = await asyncio.gather(*whole, *(streamed(client) for _ in range(3)))
             return [each if isinstance(each, bytes) else each.content for each in got]
 
+    gate = Gate(brief, monkeypatch)
+    gate.hold(1)
+
+    def let_go() -> None:
+        while len(served.engine._jobs) < 6:
+            time.sleep(0.01)
+        gate.go_on.set()
+
+    letting = threading.Thread(target=let_go)
+    letting.start()
     before = served.engine.state
     for content in asyncio.run(ask()):
         close_to(pcm(content), offline)
+    letting.join()
     after = served.engine.state
     assert after.frames - before.frames > 2 * (after.steps - before.steps), "they were not batched"
 
