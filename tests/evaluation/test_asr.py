@@ -14,7 +14,7 @@ from kalle.errors import UserError
 from kalle.evaluation import asr
 from kalle.evaluation.asr import FasterWhisper, PackagedModel, default_cache_dir, find_asr_model
 from kalle.evaluation.metrics import ScoreItem
-from kalle.evaluation.word_errors import WER
+from kalle.evaluation.word_errors import WER, seed_tts, word_errors
 
 CORPUS = Path(__file__).parents[2] / "recipes" / "quickstart" / "corpus" / "transcripts.jsonl"
 PARTS = PackagedModel("parts", ("numpy", "numpy"), (("fake_part_one", "data"), ("fake_part_two", "data")), multilingual=True)
@@ -69,7 +69,7 @@ def test_english_only_model_refuses_another_language() -> None:
 
 
 def test_unknown_decoding() -> None:
-    with pytest.raises(UserError, match="expected one of protocol, beam5"):
+    with pytest.raises(UserError, match="expected one of protocol, beam5, short"):
         FasterWhisper(decoding="beam9")
 
 
@@ -188,3 +188,8 @@ def test_tiny_en_reads_the_embedded_corpus(speech: Callable[..., Audio]) -> None
         assert "".join(segment.text for segment in segments).strip() == text, "what faster-whisper's own call gives"
     with pytest.raises(UserError, match="English only"):
         metric.transcriber(speech(), "zh")
+    short = FasterWhisper("tiny.en", decoding="short", threads=1)
+    heard = short.batch(audios, "en")
+    assert heard == [short(audio, "en") for audio in audios], "a window follows from the item alone"
+    errors = [word_errors(seed_tts(item.text, "en"), seed_tts(text, "en")).errors for item, text in zip(items, heard, strict=True)]
+    assert sum(errors) <= 0.3 * sum(len(item.text.split()) for item in items)
