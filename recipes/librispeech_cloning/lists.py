@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,7 @@ class Cutter:
         from kalle.evaluation.asr import find_asr_model
 
         self._model = WhisperModel(str(find_asr_model(model).path), device="cpu", compute_type="int8", local_files_only=True)
+        self._model.logger.setLevel(logging.WARNING)  # else lines for every utterance
 
     def cut(self, audio: Any, words: int) -> tuple[int, float]:
         """How many of the ``words`` end in time, and when the last of them does; (0, 0) where the recogniser counts other words."""

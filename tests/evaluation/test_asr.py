@@ -87,6 +87,16 @@ def test_a_missing_transformers_model_is_one_line_with_the_way_to_get_it(tmp_pat
     assert "\n" not in str(raised.value)
 
 
+def test_the_hash_of_a_state_follows_names_and_values() -> None:
+    norm = torch.nn.BatchNorm1d(2)  # counts its batches in a tensor without dimensions
+    first = asr.state_sha256(norm)
+    assert first == asr.state_sha256(torch.nn.BatchNorm1d(2))
+    norm.num_batches_tracked.add_(1)
+    assert len(first) == 16
+    assert asr.state_sha256(norm) != first
+    assert asr.state_sha256(torch.nn.Sequential(torch.nn.BatchNorm1d(2))) != first
+
+
 def test_paraformer_is_chinese() -> None:
     with pytest.raises(UserError, match="speaks Chinese"):
         asr.Paraformer(languages=["fr"])
