@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Texts that synthesis fails on, three seeds each, and a table by kind of text. README.md has what kalle-nano does.
+# Texts that synthesis fails on, three seeds each, and a table by kind of text. README.md says more.
 #
 #   recipes/stress/run.sh model=ckpt/kalle-nano runs/stress
 #   recipes/stress/run.sh wavs=theirs runs/stress
