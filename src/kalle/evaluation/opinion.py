@@ -55,7 +55,7 @@ class DistillMOS:
 class DNSMOS:
     """DNSMOS P.835 (Reddy et al., arXiv 2110.01763) by the package speechmos, which holds the weights; 1 to 5.
 
-    Windows of 9.01 s every second, shorter audio repeated: up to the last second of longer audio is not heard.
+    Windows of 9.01 s every second, shorter audio repeated: up to 2 s at the end of longer audio are not heard.
     """
 
     name = "dnsmos"
