@@ -466,7 +466,7 @@ def terminal(comparisons: Sequence[Comparison], checks: Sequence[GateCheck] = ()
         lines.append(f"{'metric':<{width}}{'a':>7}{'b':>7}{'b - a':>8}{'95% interval':>18}{'p':>8} b is")
         for d in comparison.differences:
             interval = "–" if d.interval is None else "{:+.3f} to {:+.3f}".format(*d.interval)
-            lines.append(f"{d.metric:<{width}}{d.a:>7.3f}{d.b:>7.3f}{d.difference:>+8.3f}{interval:>18}{_p(d.p):>8} {d.verdict}")
+            lines.append(f"{d.metric:<{width}}{d.a:>7.3f}{d.b:>7.3f}{d.difference:>+8.3f} {interval:>17}{_p(d.p):>8} {d.verdict}")
         lines += ["", *(f"note: {note}" for note in notes(comparison)), ""]
     lines += [f"gate: {'pass' if check.passed else 'FAIL'}: {check.rule} ({check.found})" for check in checks]
     return "\n".join(lines).rstrip()
