@@ -25,6 +25,7 @@ def command(monkeypatch: pytest.MonkeyPatch):
     def put(function: Any) -> None:
         fake = ModuleType("kalle.cli.train")
         fake.run = function  # type: ignore[attr-defined]
+        fake.error_prefix = importlib.import_module("kalle.cli.train").error_prefix  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "kalle.cli.train", fake)
 
     return put

@@ -75,7 +75,12 @@ def typer_command(name: str) -> Any:
 
 def _run_typer(name: str, arguments: Sequence[str]) -> int:
     command = typer_command(name)
-    code = command.main(args=_with_help(command, arguments), prog_name=f"kalle {name}", standalone_mode=False)
+    try:
+        code = command.main(args=_with_help(command, arguments), prog_name=f"kalle {name}", standalone_mode=False)
+    except SystemExit:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # put there by click, which ends with 1 for a closed pipe
+            raise BrokenPipeError from None
+        raise
     return int(code) if isinstance(code, int) else 0
 
 
