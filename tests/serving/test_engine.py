@@ -143,7 +143,7 @@ def test_a_failure_of_the_model_ends_its_requests_and_the_next_is_served(
 
 
 def test_an_error_of_one_request_does_not_touch_the_others(engine: Engine, kalle_toy: Kalle) -> None:
-    hot = engine.submit(SpeechRequest("Hi there.", options=SHORT.changed(temperature=1e38)))
+    hot = engine.submit(SpeechRequest("Hi there.", options=SHORT.changed(temperature=3.4e38)))
     fine = engine.submit(SpeechRequest("Hi there.", options=SHORT))
     with pytest.raises(UserError, match="lower the temperature"):
         hot.result()
