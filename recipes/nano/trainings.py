@@ -22,13 +22,15 @@ JOINS = ("join.passes=2", "join.min_seconds=1", "join.max_seconds=14", "join.gap
 """Joins of two to about six utterances beside the single ones: the synthetic corpus has about two seconds each."""
 EQUAL_LENGTHS = ("batch_size=8", "shard_size=1500")
 """Synthetic utterances, and so their joins with gaps of whole frames, have some 200 lengths together, and those of one length are encoded
-together: 48 x real time on a core that other work shared, where one at a time made 22 (every new length is compiled anew by oneDNN)."""
+together: oneDNN compiles the encoder's convolutions anew for every length and number of utterances that its cache of 1,024 has not."""
 SHORT_FIRST = 0.4
 """Share of the language model's steps on short utterances alone, in which there is least to lose the thread of."""
 SHORT = ("data.drop_longer_than=160", "scheduler.final_ratio=0.3")
 """Some five seconds with their text; and no end of the learning, for another training follows."""
 LONGEST_SECONDS = "8"
 """What these weights keep up in one request: some twenty words (the table by length in README.md), where joins are of 14 s at most."""
+CONFIDENCE_TEXTS = "48"
+"""Texts that are spoken, well and badly, to measure below which confidence speech is doubtful."""
 FROZEN = "freeze=[encoder.*,flow.*]"
 """While the decoder trains on; the encoder stays the one that the latents come from."""
 
@@ -119,14 +121,17 @@ class Training:
         parts = {"flowvae": part_folder(self.decoder, "flowvae"), "lm": part_folder(self.lm, "lm"), "tokenizer": self.lm / "tokenizer"}
         for name, source in parts.items():
             shutil.copytree(source, weights / name)
-        values = read_json(self.lm / CONFIG_NAME)
-        # A stored voice belongs to the encoders it was made with, which may have trained on.
+        # A continuation reads texts as its start does; a stored voice belongs to the encoders it was made with, which may have trained on.
+        stored = None if self.start is None else self.start / CONFIG_NAME
+        known = read_json(stored) if stored is not None and stored.is_file() else {}
+        values = {key: known[key] for key in ("temperature", "text") if key in known} | read_json(self.lm / CONFIG_NAME)
         write_json(weights / CONFIG_NAME, {key: value for key, value in values.items() if key != "voice"})
 
     def _calibrate(self, weights: Path) -> None:
         latents = str(self.out / "latents" / SYNTHETIC)
         try:
-            dispatch(["calibrate", str(weights), "--latents", latents, "--plot", str(self.out / "calibration.png")])
+            words = ["--latents", latents, "--confidence", CONFIDENCE_TEXTS, "--plot", str(self.out / "calibration.png")]
+            dispatch(["calibrate", str(weights), *words])
         except UserError as error:
             logger.warning("%s", error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -306,6 +307,18 @@ def test_assembled_parts_are_the_chosen_ones(recipe: Any, tmp_path: Path, toy_we
 
     assert Kalle.from_pretrained(tmp_path / "weights").default_voice is None
     training.assemble(tmp_path / "weights")  # again, over what is there
+
+
+def test_a_continuation_keeps_what_the_weights_say_of_texts(recipe: Any, tmp_path: Path, toy_weights: Path) -> None:
+    start, out = tmp_path / "start", tmp_path / "out"
+    for folder in (start, out / "lm/weights"):
+        shutil.copytree(toy_weights, folder)
+    described = read_json(start / "config.json")
+    write_json(start / "config.json", described | {"temperature": 0.6, "text": {"capital_words": True}})
+    given = command_line(recipe, "--out", str(out), "--continue-from", str(start), "--steps", "0", "0", "5")
+    recipe("nano", "trainings").Training(Recorder(), given).assemble(out / "weights")
+    kept = read_json(out / "weights/config.json")
+    assert (kept["temperature"], kept["text"]) == (0.6, {"capital_words": True})
 
 
 def test_every_evaluation_composes(recipe: Any, tmp_path: Path, toy_corpus: Path) -> None:

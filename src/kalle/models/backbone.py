@@ -260,7 +260,7 @@ SHORT = 512
 def _attended(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal attention by two products, (B, heads, T, head_dim) bf16.
 
-    For training on a CPU in bf16, where torch 2.11's fused kernel takes twice to four times as long for rows as short as utterances are
+    For training on a CPU in bf16, where torch 2.11's fused kernel takes two to three times as long for rows as short as utterances are
     (recipes/nano/README.md).
     """
     rows, heads, length, width = queries.shape
