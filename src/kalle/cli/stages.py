@@ -16,6 +16,7 @@ from kalle.cli.main import INTERRUPTED, USAGE_ERROR, dispatch, is_too_much, too_
 from kalle.errors import UserError
 
 logger = logging.getLogger(__name__)
+STEADY_SECONDS = 120.0
 
 
 def override(key: str, value: object) -> str:
@@ -81,10 +82,14 @@ class Stages:
             write_json(self.path, {"settings": self.settings, "seconds": self.seconds, "done": self.done})
 
     def place(self, name: str) -> str:
-        """Which of the expected stages ``name`` is and how long the rest may take, at the pace of those that are done."""
+        """Which of the expected stages ``name`` is and how long the rest may take, at the pace of those that are done.
+
+        As if `STEADY_SECONDS` had gone as expected before, for the first stages are short and load what all need.
+        """
         names = list(self.expected)
         done = [each for each in names if each in self.done]
-        pace = sum(self.seconds[each] for each in done) / sum(self.expected[each] for each in done) if done else 1.0
+        took, wanted = (sum(seconds[each] for each in done) for seconds in (self.seconds, self.expected))
+        pace = (took + STEADY_SECONDS) / (wanted + STEADY_SECONDS)
         left = pace * sum(seconds for each, seconds in self.expected.items() if each not in self.done)
         return f"stage {names.index(name) + 1} of {len(names)}, about {max(1, round(left / 60))} min left"
 
