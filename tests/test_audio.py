@@ -124,7 +124,7 @@ def test_a_length_that_the_header_does_not_know(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(decoding, "_BLOCK_VALUES", 8000)
     seen: list[int] = []
     real = decoding._sndfile_blocks
-    monkeypatch.setattr(decoding, "_sndfile_blocks", lambda file: (seen.append(len(block)) or block for block in real(file)))
+    monkeypatch.setattr(decoding, "_sndfile_blocks", lambda *given: (seen.append(len(block)) or block for block in real(*given)))
     with pytest.raises(AudioError, match=r"^too long: got more than 2 s of audio"):
         load_channels(tmp_path / "a.flac", 2)
     assert sum(seen) == 24000, "no more than a block beyond what is allowed"

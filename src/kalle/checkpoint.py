@@ -368,8 +368,8 @@ def dataclass_from_dict(cls: type, values: Any, source: str | Path, key: str = "
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(str(name) for name in values if name not in fields)
     if unknown:
-        listed, valid = (", ".join(f"{quote}{prefix}{name}{quote}" for name in names) for quote, names in (("'", unknown), ("", fields)))
-        raise UserError(f"unknown key {listed} in '{source}'; valid keys: {valid}")
+        listed = first_of(f"'{prefix}{name:.60}'" for name in unknown)
+        raise UserError(f"unknown key {listed} in '{source}'; valid keys: {', '.join(prefix + name for name in fields)}")
     required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
     missing = [f"'{prefix}{name}'" for name in required if name not in values]
     if missing:

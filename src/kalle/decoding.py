@@ -88,7 +88,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Part:
-    """What is read of a file: from ``start_s`` on, ``duration_s`` long or, with None, to the end."""
+    """The part of a file that is read: from ``start_s`` on, ``duration_s`` long or, with None, to the end."""
 
     start_s: float = 0.0
     duration_s: float | None = None

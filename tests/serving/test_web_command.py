@@ -122,7 +122,7 @@ def test_the_end_of_the_page_is_no_error(toy_weights: Path, monkeypatch: pytest.
 def test_an_interrupted_start_is_one(
     toy_weights: Path, monkeypatch: pytest.MonkeyPatch, served: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Kalle, "from_pretrained", interrupted)

@@ -160,7 +160,7 @@ def test_drop_last_frame_always_drops_it_at_the_cap_and_not_twice_at_the_end(lm_
         ({"temperature": -1.0}, "bad temperature: got -1.0"),
         ({"temperature": float("nan")}, "bad temperature: got nan"),
         ({"max_frames": 0}, "bad max_frames: got 0 frames"),
-        ({"max_frames": 2.5}, "bad max_frames: got 2.5 frames"),
+        ({"max_frames": 2.5}, "bad max_frames: got 2.5, expected a whole number"),
         ({"noise": torch.zeros(3, 7)}, r"noise has shape \(3, 7\), expected \(3, 8\)"),
         ({"noise": torch.zeros(3, 8), "max_frames": 4}, r"expected \(4, 8\)"),
     ],

@@ -231,7 +231,7 @@ def speech_engines(model: Path | None, size: Size | None, device: Any, names: li
 
 
 def library(engine: str) -> str:
-    """What computes ``engine``, with its version."""
+    """The library that computes ``engine``, with its version."""
     import importlib.metadata
 
     package, kind = (
@@ -364,7 +364,7 @@ def line(timing: Timing) -> str:
 
 
 def notes(timing: Timing) -> list[str]:
-    """What else a row says."""
+    """The rest of what a row says."""
     found = [f"{ratio:.2f} x {name}" for name, ratio in timing.ratios.items()]
     if timing.peak_since_start:
         found.append("peak since the process began")

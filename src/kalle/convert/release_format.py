@@ -158,7 +158,9 @@ def _check_keys(values: Mapping[str, Any], source: str | Path) -> None:
     valid = {*required, *TRAINING_KEYS}
     unknown = sorted(set(values) - valid)
     if unknown:
-        raise UserError(f"unknown key {', '.join(map(repr, unknown))} in '{source}'; valid keys: {', '.join(sorted(valid))}")
+        raise UserError(
+            f"unknown key {first_of(f'{name!r:.60}' for name in unknown)} in '{source}'; valid keys: {', '.join(sorted(valid))}"
+        )
     missing = sorted(required - set(values))
     if missing:
         raise UserError(f"missing key {', '.join(map(repr, missing))} in '{source}'; give the JSON that was published with the weights")

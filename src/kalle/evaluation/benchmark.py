@@ -86,7 +86,7 @@ class Timing:
 
     step: str
     library: str
-    """What computes it, with its version."""
+    """The library that computes it, with its version."""
     speech_seconds: float
     """Audio that the step made or prepared."""
     wall_seconds: float
@@ -208,7 +208,7 @@ class SynthesisBench:
 
     @property
     def rows(self) -> list[Timing]:
-        """What was measured so far."""
+        """The rows measured so far."""
         return list(self._found.values())
 
     def _left(self, step: str, seconds: float) -> float:

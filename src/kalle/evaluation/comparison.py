@@ -158,7 +158,7 @@ class Comparison:
     left_out: Sequence[str]
     """Metrics that only one of both has, or that share no item."""
     disagreements: Sequence[str]
-    """What differs between the protocols, recognisers or normalisers; not empty only with ``force``."""
+    """The differences between the protocols, recognisers or normalisers; not empty only with ``force``."""
     resamples: int
     seed: int
 
@@ -222,7 +222,7 @@ def _compared(a: Run, b: Run, resamples: int, seed: int, largest: int, force: bo
 
 
 def disagreements(a: Run, b: Run) -> list[str]:
-    """What makes the numbers of two runs incomparable, one fact each."""
+    """The facts that make the numbers of two runs incomparable."""
     found = []
     kinds = [run.data.get("kind") for run in (a, b)]
     if kinds[0] != kinds[1] and "reconstruction" in kinds:
@@ -405,7 +405,7 @@ def as_json(comparisons: Sequence[Comparison], checks: Sequence[GateCheck] = ())
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What to know beside the numbers: items that were not compared, and what differs."""
+    """Notes beside the numbers: items that were not compared, and what differs."""
     paired, a, b = comparison.pairing, comparison.a, comparison.b
     lines = [
         f"{paired.matched} items compared; intervals and p-values from {comparison.resamples} resamples of items, seed {comparison.seed}"

@@ -25,7 +25,7 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class Work:
-    """What a step has to do, whatever does it."""
+    """The work of a step, whatever does it."""
 
     bytes_read: float
     """Of weights and of the cache."""
@@ -37,7 +37,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """What was reached on this machine."""
+    """The rates reached on this machine."""
 
     read_bytes_per_second: float
     """By the sum of a tensor that no cache holds."""
@@ -90,7 +90,7 @@ def load_average() -> float | None:
 
 
 def why_not_quiet(load: float | None) -> str | None:
-    """What to say of measurements that begin at this ``load``; None on a quiet machine."""
+    """The warning for measurements that begin at this ``load``; None on a quiet machine."""
     if load is None or load <= QUIET_LOAD:
         return None
     return f"this machine is not quiet: got a load of {load:.2f}, expected at most {QUIET_LOAD}; compare rows of one run only"

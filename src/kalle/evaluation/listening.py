@@ -152,7 +152,7 @@ def _copied(source: Path, page: Path, name: str, same_level: bool) -> str:
 
 @dataclass(frozen=True)
 class SystemScore:
-    """What listeners gave one system.
+    """The ratings that listeners gave one system.
 
     ``mean`` is over all ratings, ``interval`` its 95% interval over resampled listeners and items together (both vary), ``half`` the usual
     1.96 standard errors of independent ratings, which published tables state as "±" and which is too narrow where a listener rates many.

@@ -43,7 +43,7 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 480, 220, 44, 34
 
 @dataclass(frozen=True)
 class PageOptions:
-    """What a page shows, and how it holds the audio."""
+    """The choices of a page: what it shows, and how it holds the audio."""
 
     items: int = 20
     """Items to listen to: those with most errors, or those that differ most."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kalle.checkpoint import first_of
 from kalle.errors import UserError
 from kalle.models.half_precision import PaddedLinear
 from kalle.models.lm_state import CachedState, KVCache, LayerCache
@@ -88,7 +89,7 @@ class BackboneConfig:
         rest = {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT}
         unknown = sorted(str(key) for key in rest if key not in _VALID)
         if unknown:
-            raise UserError(f"unknown key {', '.join(map(repr, unknown))} in '{source}'; valid keys: {', '.join(_VALID)}")
+            raise UserError(f"unknown key {first_of(f'{name!r:.60}' for name in unknown)} in '{source}'; valid keys: {', '.join(_VALID)}")
         for key, only in _ONLY_KNOWN.items():
             if (value := rest.pop(key, only)) != only:
                 raise UserError(f"not supported: {key} is {value!r} in '{source}', expected {only!r}; KALL-E's backbone is a plain Llama")

@@ -260,9 +260,9 @@ class Kalle:
         together, after the others; texts that are spoken by sentences come last, one after the other. UserError before anything is
         spoken for a request that cannot be.
         """
-        check_type("batch", requests, Iterable, "a list of requests or texts")
         if isinstance(requests, str | bytes | SpeechRequest | Mapping):
             raise UserError(f"not a batch: got one {type(requests).__name__}, expected a list of requests or texts; put it into a list")
+        check_type("batch", requests, Iterable, "a list of requests or texts")
         given = [each if isinstance(each, SpeechRequest) else SpeechRequest(each) for each in requests]
         long = {
             index: LongForm(self, request.text, request.voice, request.options)

@@ -74,7 +74,7 @@ def test_audio_is_resampled_and_mono(make_cuts: MakeCuts) -> None:
     expected = 0.3 * np.sin(2 * np.pi * (150 + 300 * np.arange(8000) / 16000) * np.arange(8000) / 16000)
     assert np.abs(audio - expected)[200:-200].max() < 1e-2
     soundfile.write(path, np.full(24000, np.nan), 48000, subtype="FLOAT")
-    with pytest.raises(UserError, match="NaN or infinity: cut 'c000'"):
+    with pytest.raises(UserError, match=r"cut 'c000'.*NaN or infinite"):
         load_audio(cut, 16000)
     cut.recording.sources[0].source = path + ".gone"
     with pytest.raises(UserError, match="unreadable audio: cut 'c000'") as caught:

@@ -55,7 +55,7 @@ def read_header(item: SourceItem) -> ItemAudio | None:
 
 
 def _header(path: Path) -> Decoded | None:
-    """What the header of ``path`` says; None where it is unreadable."""
+    """The length and format that the header of ``path`` states; None where it is unreadable."""
     try:
         with open_audio(path, None, HEADER) as header:
             return header if not any(map(len, header.blocks)) else None
