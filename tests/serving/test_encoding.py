@@ -68,7 +68,8 @@ def test_another_speed_keeps_the_pitch_also_in_pieces(speed: float) -> None:
     pieces = Stretch(RATE, speed)
     one = np.concatenate([whole.push(TONE), whole.finish()])
     several = np.concatenate([*(pieces.push(TONE[start : start + 1000]) for start in range(0, len(TONE), 1000)), pieces.finish()])
-    assert len(one) == pytest.approx(len(TONE) / speed, rel=0.05)
+    assert len(one) == round(len(TONE) / speed)
+    assert np.sqrt(np.mean(one[-2400:-800] ** 2)) > 0.1, "the end is missing"
     assert pitch_hz(one, RATE) == pytest.approx(440, abs=4)
     np.testing.assert_allclose(several, one, atol=1e-5)
     assert len(encode(TONE, "pcm", RATE, speed)) == 2 * len(one)

@@ -100,13 +100,12 @@ def test_stopped_on_the_way_what_was_made_is_kept(handlers: Handlers, kalle_toy:
     gate = Gate(kalle_toy, monkeypatch)
     gate.hold(40)
     handlers.begin("a", changed(HI, max_seconds=5.0))
-    run = handlers.run("a")
-    next(run)
-    next(run)
-    assert gate.held.wait(600)
-    assert "Stopping" in handlers.stop("a").message
-    gate.go_on.set()
-    *_, done = run
+    said: list[str] = []
+    stopper = threading.Thread(target=lambda: (gate.held.wait(600), said.append(handlers.stop("a").message), gate.go_on.set()))
+    stopper.start()
+    *_, done = handlers.run("a")
+    stopper.join()
+    assert "Stopping" in said[0]
     assert "interrupted: stopped by you" in done.facts
     heard = pcm(handlers)
     assert 0 < len(heard) <= 40 * 160

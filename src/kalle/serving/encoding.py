@@ -19,6 +19,8 @@ SPEEDS = (0.25, 4.0)
 """The slowest and the fastest speed."""
 SLOWEST_STEP = 0.5
 """FFmpeg's filter goes down to half the speed; two of them go to a quarter."""
+FLUSH_SECONDS = 1.0
+"""Longer than what the filters hold back at any speed."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Stretch:
         steps = [speed]
         while steps[-1] < SLOWEST_STEP:
             steps[-1:] = [SLOWEST_STEP, steps[-1] / SLOWEST_STEP]
-        self._rate_hz, self._taken = rate_hz, 0
+        self._rate_hz, self._speed, self._taken, self._given = rate_hz, speed, 0, 0
         self._graph = av.filter.Graph()
         source = self._graph.add_abuffer(sample_rate=rate_hz, format="flt", layout="mono")
         filters = [source, *(self._graph.add("atempo", f"{step:g}") for step in steps), self._graph.add("abuffersink")]
@@ -115,14 +117,20 @@ class Stretch:
         if len(audio):
             self._graph.push(_frame(np.ascontiguousarray(audio, np.float32), "flt", self._rate_hz, self._taken))
             self._taken += len(audio)
-        return self._ready()
+        ready = self._ready()
+        self._given += len(ready)
+        return ready
 
     def finish(self) -> FloatArray:
         """The last samples."""
         if not self._taken:
             return np.zeros(0, np.float32)
+        left = round(self._taken / self._speed) - self._given
+        # The filter drops the rest of its last window: silence pushes the speech out, and is cut off again.
+        silence = np.zeros(round(FLUSH_SECONDS * self._rate_hz), np.float32)
+        self._graph.push(_frame(silence, "flt", self._rate_hz, self._taken))
         self._graph.push(None)
-        return self._ready()
+        return self._ready()[: max(0, left)]
 
     def _ready(self) -> FloatArray:
         from av.error import BlockingIOError, EOFError
