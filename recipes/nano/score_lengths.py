@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from difflib import SequenceMatcher
 from typing import Any
 
+from kalle.evaluation.intelligibility import last_word_heard, repeated_words
 from kalle.evaluation.scoring import estimate
 from kalle.evaluation.test_list import TestItem
 from kalle.evaluation.word_errors import corpus_style
@@ -15,10 +15,6 @@ BINS = ((1, 1), (2, 5), (6, 15), (16, 30), (31, 60))
 """First and last number of words of each line of the table."""
 SHORT_SHARE = 0.5
 """Speech of less than this share of the expected time is short."""
-ALIKE = 0.7
-"""Least likeness (difflib's ratio) to the last word among the last words heard: recognisers spell, and that is not the model's doing."""
-LAST_WORDS = 3
-LONGEST_PHRASE = 8
 REPEATED_WORDS = 3
 """So many words more than the text repeats itself make a repetition."""
 RATES = ("no_end", "early_stop", "last_word_missing", "short", "repetition")
@@ -28,25 +24,6 @@ def seconds_per_character(items: Sequence[TestItem]) -> float:
     """Pace of a voice: seconds of all recordings over the characters of their texts."""
     timed = [item for item in items if item.duration_s]
     return sum(item.duration_s or 0.0 for item in timed) / sum(len(item.text) for item in timed)
-
-
-def repeated_words(tokens: Sequence[str]) -> int:
-    """Words that say again what stands right before them: the most that one phrase of up to `LONGEST_PHRASE` words gives.
-
-    "go on go on go on" has four: "go on" twice more than once.
-    """
-    most = 0
-    for size in range(1, min(LONGEST_PHRASE, len(tokens) // 2) + 1):
-        run = 0
-        for index in range(size, len(tokens)):
-            run = run + 1 if tokens[index] == tokens[index - size] else 0
-            most = max(most, run - run % size)
-    return most
-
-
-def last_word_heard(text: Sequence[str], heard: Sequence[str]) -> bool:
-    """Whether the last word of ``text``, or one much like it, is among the last `LAST_WORDS` that were ``heard``."""
-    return any(SequenceMatcher(None, text[-1], word).ratio() >= ALIKE for word in heard[-LAST_WORDS:])
 
 
 def judged(row: Mapping[str, Any], pace: float) -> dict[str, Any]:
