@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -40,11 +41,15 @@ _DEVICES = "auto, cpu, cuda, cuda:N, or mps where torch has one"
 
 @contextmanager
 def permission_errors() -> Iterator[None]:
-    """Turn a file or folder that may not be read, inside the block or the decorated function, into a UserError."""
+    """Turn a path that may not be read, or can't exist, inside the block or the decorated function, into a UserError."""
     try:
         yield
     except PermissionError as error:
         raise unreadable(error.filename, error) from None
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise UserError(f"bad path: got '{error.filename!s:.200}' ({error.strerror}), expected a file or folder; correct it") from None
 
 
 def shipped_folder() -> Path | None:

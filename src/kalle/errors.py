@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from types import UnionType
 
 
@@ -10,8 +11,16 @@ class UserError(ValueError):
     """A mistake that the user can correct: the message names the value got, what was expected, and the remedy.
 
     The command line prints it on one line and leaves with exit code 2; the library raises it as the
-    ``ValueError`` it is. A broken invariant of our own is an ``assert`` instead.
+    ``ValueError`` it is. A broken invariant of our own is an ``assert`` instead. Its text is `one_line`.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """``message`` with line breaks and control characters as escapes: a name or a value from a file may hold what a terminal obeys."""
+    return "".join(ascii(one)[1:-1] if unicodedata.category(one) in ("Cc", "Zl", "Zp") else one for one in message)
 
 
 PATH = str | os.PathLike

@@ -10,12 +10,11 @@ import logging
 import os
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kalle.errors import UserError
+from kalle.errors import UserError, one_line
 
 COMMANDS = {
     "say": "speak a text, or a whole book, into a file",
@@ -107,9 +106,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 def _fail(message: str, code: int = USAGE_ERROR) -> int:
     from kalle.cli.train import error_prefix
 
-    # A name from a file or a list may hold what a terminal obeys.
-    words = "".join(ascii(one)[1:-1] if unicodedata.category(one) == "Cc" else one for one in " ".join(message.split()))
-    sys.stderr.write(f"{error_prefix()}{words}\n")
+    sys.stderr.write(f"{error_prefix()}{one_line(' '.join(message.split()))}\n")
     return code
 
 
@@ -385,7 +382,7 @@ def fail(message: str, flags: Mapping[str, str] | None = None) -> int:
     """Print ``message`` with the script's own ``flags``; returns the exit code of a mistake."""
     for theirs, ours in (flags or {}).items():
         message = message.replace(theirs, ours)
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {one_line(' '.join(message.split()))}\n")
     return USAGE_ERROR
 
 

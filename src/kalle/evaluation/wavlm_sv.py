@@ -178,8 +178,7 @@ class WavLMSpeaker:
         self.unmatched = tuple(name for name, problem in unmatched if problem == "unused")
         wrong = [f"{name}: {problem}" for name, problem in unmatched if problem != "unused"]
         if wrong:
-            listed = "\n  ".join(wrong)
-            raise UserError(f"'{checkpoint}' does not fit WavLM with an ECAPA head; get it from {GET}. Tensors:\n  {listed}")
+            raise UserError(f"'{checkpoint}' does not fit WavLM with an ECAPA head; get it from {GET}. Tensors: {'; '.join(wrong)}")
         for name in self.unmatched:
             logger.info("%s: tensor %s is not used", self.checkpoint.name, name)
         with self.checkpoint.open("rb") as file:
