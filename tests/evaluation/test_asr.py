@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,7 @@ def tiny_whisper(folder: Path) -> Path:
     torch.manual_seed(0)
     model = WhisperForConditionalGeneration(config)
     generation = model.generation_config
+    generation._from_model_config = False  # else what is Whisper's own in it is stored and not read again
     generation.is_multilingual, generation.max_length = True, 24
     generation.lang_to_id = {token: ids[token] for token in ("<|en|>", "<|zh|>")}
     generation.task_to_id = {name: ids[f"<|{name}|>"] for name in ("transcribe", "translate")}
@@ -150,13 +152,24 @@ def test_the_official_decoding_is_greedy_behind_language_and_task(tmp_path: Path
             features = processor(audio, sampling_rate=16000, return_tensors="pt").input_features
             ids = torch.tensor([tokenizer.convert_tokens_to_ids(prompt)])
             with torch.no_grad():
-                while ids.shape[1] < 24 and ids[0, -1] != tokenizer.eos_token_id:
+                while ids.shape[1] - len(prompt) < 24 and ids[0, -1] != tokenizer.eos_token_id:  # max_length counts no prompt
                     best = model(input_features=features, decoder_input_ids=ids).logits[0, -1].argmax()
                     ids = torch.cat([ids, best.view(1, 1)], dim=1)
             expected.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
         assert whisper.batch(audios, language) == [*expected, ""]
         assert whisper(audios[0], language) == expected[0]
     assert model.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_a_whisper_that_does_not_tell_its_languages_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    stored = tiny_whisper(tmp_path) / "generation_config.json"
+    told = json.loads(stored.read_text())
+    del told["is_multilingual"]
+    stored.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="copy generation_config.json"):
+        asr.recogniser("transformers", model=tmp_path, languages=["en"])
 
 
 def test_folder_that_is_no_model_is_one_line(tmp_path: Path) -> None:

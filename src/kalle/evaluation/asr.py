@@ -189,7 +189,13 @@ class TransformersWhisper:
         self.model_name, self._device = str(model), torch.device(device)
         self._processor: Any = pretrained("speech recogniser", WhisperProcessor, model)
         self._model: Any = pretrained("speech recogniser", WhisperForConditionalGeneration, model, dtype=torch.float32).to(device).eval()
-        self._english = not self._model.generation_config.is_multilingual
+        multilingual = getattr(self._model.generation_config, "is_multilingual", None)
+        if multilingual is None:
+            raise UserError(
+                f"speech recogniser '{model}' does not tell its languages: its generation_config.json lacks is_multilingual, as that of a "
+                "fine-tuned Whisper may; copy generation_config.json from the model it was trained from"
+            )
+        self._english = not multilingual
         self.weights_sha256 = state_sha256(self._model)
         if self._english and set(languages) - {"en"}:
             raise UserError(f"speech recogniser '{model}' is English only: got a list in {', '.join(sorted(set(languages)))}; use another")
