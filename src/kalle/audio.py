@@ -14,7 +14,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from kalle.decoding import WHOLE, AudioError, Decoded, Part, empty_audio, open_audio
+from kalle.decoding import WHOLE, AudioError, Decoded, Span, empty_audio, open_audio
 from kalle.errors import UserError
 from kalle.files import atomic_file
 
@@ -38,8 +38,8 @@ WRITABLE = {
 """Suffix -> format and encoding of libsndfile."""
 
 
-def load_channels(path: str | Path, longest_seconds: float | None = None, part: Part = WHOLE) -> tuple[Audio, int]:
-    """Decode a file, or a ``part`` of it, as it is stored: float32 (channels, S) and its sample rate in Hz.
+def load_channels(path: str | Path, longest_seconds: float | None = None, span: Span = WHOLE) -> tuple[Audio, int]:
+    """Decode a file, or a ``span`` of it, as it is stored: float32 (channels, S) and its sample rate in Hz.
 
     libsndfile reads it, else PyAV where that is installed (`kalle.decoding`). Raises AudioError when the file is missing, unreadable,
     without samples, has more than 64 channels, or holds NaN or infinity; with ``longest_seconds`` also when it is longer: by its header
@@ -47,7 +47,7 @@ def load_channels(path: str | Path, longest_seconds: float | None = None, part: 
     A WAV file whose header was never finished (0 samples, followed by samples) is read to its end, with a warning in the log.
     """
     path = Path(path)
-    with open_audio(path, longest_seconds, part) as decoded:
+    with open_audio(path, longest_seconds, span) as decoded:
         blocks = list(decoded.blocks)
         channels = np.ascontiguousarray(np.concatenate(blocks).T) if blocks else np.zeros((decoded.channels, 0), np.float32)
     if channels.shape[1] == 0:

@@ -87,7 +87,7 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Part:
+class Span:
     """The part of a file that is read: from ``start_s`` on, ``duration_s`` long or, with None, to the end."""
 
     start_s: float = 0.0
@@ -102,8 +102,8 @@ class Part:
         return start or 0, frames
 
 
-WHOLE = Part()
-HEADER = Part(duration_s=0.0)
+WHOLE = Span()
+HEADER = Span(duration_s=0.0)
 
 
 def _require_content(path: Path) -> None:
@@ -119,23 +119,23 @@ def empty_audio(path: Path) -> AudioError:
 
 
 @contextmanager
-def open_audio(path: Path, longest_seconds: float | None, part: Part = WHOLE) -> Iterator[Decoded]:
-    """The header of ``path`` and the samples of ``part`` in blocks, all checked: AudioError when it is missing or unreadable, has more
-    channels than `MOST_CHANNELS`, or holds NaN or infinity, and with ``longest_seconds`` when the part is longer, by the header before
-    anything is decoded. A part that reaches beyond the end is what there is of it.
+def open_audio(path: Path, longest_seconds: float | None, span: Span = WHOLE) -> Iterator[Decoded]:
+    """The header of ``path`` and the samples of ``span`` in blocks, all checked: AudioError when it is missing or unreadable, has more
+    channels than `MOST_CHANNELS`, or holds NaN or infinity, and with ``longest_seconds`` when the span is longer, by the header before
+    anything is decoded. A span that reaches beyond the end is what there is of it.
     """
     _require_content(path)
     with contextlib.ExitStack() as stack:
-        decoded = _decode_here(path, stack, part) or _decode_apart(path, stack, part)
+        decoded = _decode_here(path, stack, span) or _decode_apart(path, stack, span)
         if decoded.channels > MOST_CHANNELS:
             raise AudioError(
                 f"too many channels in '{path}': got {decoded.channels}, expected at most {MOST_CHANNELS}; mix it down", "unreadable"
             )
-        most = _most_samples(path, longest_seconds, decoded, part)
+        most = _most_samples(path, longest_seconds, decoded, span)
         yield replace(decoded, blocks=_checked(path, decoded, most))
 
 
-def _most_samples(path: Path, longest_seconds: float | None, decoded: Decoded, part: Part) -> int | None:
+def _most_samples(path: Path, longest_seconds: float | None, decoded: Decoded, span: Span) -> int | None:
     """How many samples a channel may have, None for any number; refuses a header that claims more."""
     if longest_seconds is None:
         return None
@@ -145,8 +145,8 @@ def _most_samples(path: Path, longest_seconds: float | None, decoded: Decoded, p
             f"{MOST_VALUES_A_SECOND} together; convert it",
             "too long",
         )
-    claimed = math.inf if decoded.seconds is None else decoded.seconds - part.start_s
-    claimed = min(claimed, math.inf if part.duration_s is None else part.duration_s)
+    claimed = math.inf if decoded.seconds is None else decoded.seconds - span.start_s
+    claimed = min(claimed, math.inf if span.duration_s is None else span.duration_s)
     if longest_seconds < claimed < math.inf:
         raise _too_long(path, longest_seconds, claimed)
     return int(longest_seconds * decoded.rate_hz)
@@ -201,7 +201,7 @@ def open_plain(content: bytes) -> soundfile.SoundFile:
     return file
 
 
-def _decode_here(path: Path, stack: contextlib.ExitStack, part: Part) -> Decoded | None:
+def _decode_here(path: Path, stack: contextlib.ExitStack, span: Span) -> Decoded | None:
     """The file where it is PCM or FLAC; None for another format, or none."""
     with path.open("rb") as start:
         if not start.read(4).startswith(_PLAIN_BEGINNINGS) or path.suffix.lower() in HEADERLESS:
@@ -214,23 +214,23 @@ def _decode_here(path: Path, stack: contextlib.ExitStack, part: Part) -> Decoded
     if file.subtype not in _PLAIN_SUBTYPES:
         return None
     if not file.frames and (rest := _unfinished_wave(path, stack)):
-        return replace(_from_sndfile(rest, part), format="")
-    return _from_sndfile(file, part)
+        return replace(_from_sndfile(rest, span), format="")
+    return _from_sndfile(file, span)
 
 
-def _from_sndfile(file: soundfile.SoundFile, part: Part) -> Decoded:
+def _from_sndfile(file: soundfile.SoundFile, span: Span) -> Decoded:
     seconds = file.frames / file.samplerate
     # A file that was written into a pipe doesn't know its length, which reads as the largest there is.
     known = seconds if seconds < _LONGEST_BELIEVED_SECONDS else None
-    return Decoded(int(file.samplerate), int(file.channels), known, _sndfile_blocks(file, part), file.format)
+    return Decoded(int(file.samplerate), int(file.channels), known, _sndfile_blocks(file, span), file.format)
 
 
-def _sndfile_blocks(file: soundfile.SoundFile, part: Part) -> Iterator[Samples]:
-    start, left = part.range(file.samplerate)
+def _sndfile_blocks(file: soundfile.SoundFile, span: Span) -> Iterator[Samples]:
+    start, left = span.range(file.samplerate)
     most = max(1, _BLOCK_VALUES // file.channels)
     try:
         # An Ogg stream whose first granule is late begins elsewhere without it.
-        if start or (file.format == "OGG" and not part.as_opened):
+        if start or (file.format == "OGG" and not span.as_opened):
             file.seek(min(start, file.frames))
         while left != 0 and len(block := file.read(most if left is None else min(most, left), dtype="float32", always_2d=True)):
             yield block
@@ -305,7 +305,7 @@ def _are_chunks(file: IO[bytes], place: int, size: int) -> bool:
     return place == size
 
 
-# The decoding process: a request is a line of JSON with the path and the part; the answer a line of JSON with the header, blocks (their
+# The decoding process: a request is a line of JSON with the path and the span; the answer a line of JSON with the header, blocks (their
 # bytes, then the samples), and after an empty block a line that says how it ended. Nothing that comes from it is trusted.
 _LENGTH = struct.Struct("<I")
 
@@ -318,11 +318,11 @@ class _Decoder:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def ask(self, path: Path, part: Part) -> dict[str, Any]:
-        """Begin to decode ``part`` of ``path``; its header."""
+    def ask(self, path: Path, span: Span) -> dict[str, Any]:
+        """Begin to decode ``span`` of ``path``; its header."""
         process = self._running()
         assert process.stdin is not None
-        process.stdin.write(json.dumps([os.fsencode(path.absolute()).hex(), astuple(part)]).encode() + b"\n")
+        process.stdin.write(json.dumps([os.fsencode(path.absolute()).hex(), astuple(span)]).encode() + b"\n")
         process.stdin.flush()
         return self._line()
 
@@ -412,7 +412,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_decoder.forget)
 
 
-def _decode_apart(path: Path, stack: contextlib.ExitStack, part: Part) -> Decoded:
+def _decode_apart(path: Path, stack: contextlib.ExitStack, span: Span) -> Decoded:
     """The part decoded by the other process, which is ended when anything else than the whole part was read from it."""
     stack.enter_context(_decoder.lock)
     whole = False
@@ -423,7 +423,7 @@ def _decode_apart(path: Path, stack: contextlib.ExitStack, part: Part) -> Decode
 
     stack.callback(end)
     try:
-        header = _decoder.ask(path, part)
+        header = _decoder.ask(path, span)
         if "error" in header:
             whole = True
             raise _DecodingError(str(header["error"]))
@@ -465,11 +465,11 @@ def serve() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     _limit_memory()
     for line in sys.stdin.buffer:
-        name, part = json.loads(line)
+        name, span = json.loads(line)
         end: dict[str, Any] = {}
         try:
             with contextlib.ExitStack() as stack:
-                decoded = _decode_any(Path(os.fsdecode(bytes.fromhex(name))), stack, Part(*part))
+                decoded = _decode_any(Path(os.fsdecode(bytes.fromhex(name))), stack, Span(*span))
                 header = {"rate": decoded.rate_hz, "channels": decoded.channels, "seconds": decoded.seconds, "format": decoded.format}
                 _say(answers, header)
                 if decoded.channels > MOST_CHANNELS:
@@ -501,20 +501,20 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (mapped + DECODER_MEMORY_BYTES, resource.RLIM_INFINITY))
 
 
-def _decode_any(path: Path, stack: contextlib.ExitStack, part: Part) -> Decoded:
+def _decode_any(path: Path, stack: contextlib.ExitStack, span: Span) -> Decoded:
     problem = "it needs PyAV (`pip install av`)"
     if path.suffix.lower() not in HEADERLESS:
         try:
-            return _from_sndfile(stack.enter_context(_Sequential(path)), part)
+            return _from_sndfile(stack.enter_context(_Sequential(path)), span)
         except (soundfile.LibsndfileError, OSError, TypeError) as error:
             problem = str(error)
-    decoded = _from_av(path, stack, part)
+    decoded = _from_av(path, stack, span)
     if decoded is None:
         raise _DecodingError(problem)
     return decoded
 
 
-def _from_av(path: Path, stack: contextlib.ExitStack, part: Part = WHOLE) -> Decoded | None:
+def _from_av(path: Path, stack: contextlib.ExitStack, span: Span = WHOLE) -> Decoded | None:
     """The first audio stream by way of PyAV; None when PyAV is absent or finds none."""
     try:
         import av
@@ -531,7 +531,7 @@ def _from_av(path: Path, stack: contextlib.ExitStack, part: Part = WHOLE) -> Dec
     claimed = next((float(length * base) for length, base in lengths if length and base), None)
     channels, rate_hz = int(context.channels or 0), int(context.sample_rate or 0)
     blocks = _av_blocks(container, av.AudioResampler(format="flt"), channels, rate_hz)
-    return Decoded(rate_hz, channels, claimed, _within(blocks, *part.range(max(rate_hz, 1))))
+    return Decoded(rate_hz, channels, claimed, _within(blocks, *span.range(max(rate_hz, 1))))
 
 
 def _within(blocks: Iterator[Samples], start: int, left: int | None) -> Iterator[Samples]:

@@ -168,7 +168,7 @@ def test_a_whisper_that_does_not_tell_its_languages_is_one_line(tmp_path: Path) 
     told = json.loads(stored.read_text())
     del told["is_multilingual"]
     stored.write_text(json.dumps(told))
-    with pytest.raises(UserError, match="copy generation_config.json"):
+    with pytest.raises(UserError, match=r"copy generation_config.json"):
         asr.recogniser("transformers", model=tmp_path, languages=["en"])
 
 

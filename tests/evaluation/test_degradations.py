@@ -114,7 +114,10 @@ def test_noise_costs_words(items: list[TestItem]) -> None:
     lost = []
     for snr_db in (40, 0, -15):
         noised = [ScoreItem(item.id, noisy(item.audio(), snr_db), item.text) for item in items]
-        rows = [{"system": "noisy", "text": item.text, "audio_s": 1.0} | row for item, row in zip(items, columns_of([metric], noised), strict=True)]
+        rows = [
+            {"system": "noisy", "text": item.text, "audio_s": 1.0} | row
+            for item, row in zip(items, columns_of([metric], noised), strict=True)
+        ]
         judge(rows, whisper_english)
         # Not the rate: in noise a recogniser makes words up, and a rate above 1 falls again where it hears nothing.
         lost.append(sum(row["deleted"] + row["substituted"] for row in rows) / sum(row["spoken_words"] for row in rows))

@@ -30,7 +30,7 @@ from kalle.data.corpus.prepare import PrepareOptions, prepare_corpus
 from kalle.data.corpus.published import read_kaldi
 from kalle.data.latents.shards import iter_posteriors, read_items
 from kalle.data.shared_work import RankJournals, ResumeJournal, Share
-from kalle.decoding import Part
+from kalle.decoding import Span
 from kalle.errors import UserError
 from kalle.evaluation.test_list import read_test_list
 from kalle.models.flowvae import FlowVAE
@@ -97,7 +97,7 @@ PLAIN = {
 def read_in_one_way(path: Path, content: bytes) -> None:
     """The three ways to read a file, one for each content."""
     path.write_bytes(content)
-    ways = (lambda: read_audio(path, 16000, 5.0), lambda: load_mono(path, 5.0), lambda: load_channels(path, 5.0, Part(0.05, 0.02)))
+    ways = (lambda: read_audio(path, 16000, 5.0), lambda: load_mono(path, 5.0), lambda: load_channels(path, 5.0, Span(0.05, 0.02)))
     ways[zlib.crc32(content) % 3]()
 
 

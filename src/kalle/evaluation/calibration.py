@@ -162,7 +162,7 @@ def end_scores(lm: KalleLM, batches: Iterable[LMBatch]) -> EndScores:
             at_end.append(float(row[length]))
     if not all(np.isfinite(values).all() for values in (*inside, np.array(at_end))):
         raise UserError(
-            "the language model predicts NaN or infinity on this speech: expected numbers; check the weights, or use --dtype float32"
+            "the language model predicts NaN or infinity on this speech: expected numbers; check the weights, or compute in float32"
         )
     return EndScores(tuple(inside), np.array(at_end))
 

@@ -253,7 +253,7 @@ def check_texts(language: str | None, count: int) -> tuple[str, ...]:
     """The first ``count`` texts for ``language``; a UserError for a count there is not."""
     texts = CHECK_TEXTS.get(language or "en", CHECK_TEXTS["en"])
     if not 2 <= count <= len(texts):
-        raise UserError(f"bad number of texts: got {count}, expected 2 to {len(texts)}; change --texts")
+        raise UserError(f"bad number of texts: got {count}, expected 2 to {len(texts)}; change it")
     return texts[:count]
 
 

@@ -108,7 +108,7 @@ class ConvUnit(nn.Module):
         return self.bn(F.relu(self.conv(x)))
 
 
-class Res2Conv(nn.Module):
+class HierarchicalConv(nn.Module):
     """Hierarchical convolution: group i is convolved together with the result of group i - 1, the last group passes untouched."""
 
     def __init__(self, channels: int, scale: int, dilation: int) -> None:
@@ -145,7 +145,10 @@ class SqueezeExcitation(nn.Module):
 def _se_res2_block(channels: int, scale: int, dilation: int) -> nn.Sequential:
     """Unit, Res2 convolution, unit, squeeze-excitation; the residual is added by the encoder."""
     return nn.Sequential(
-        ConvUnit(channels, channels, 1), Res2Conv(channels, scale, dilation), ConvUnit(channels, channels, 1), SqueezeExcitation(channels)
+        ConvUnit(channels, channels, 1),
+        HierarchicalConv(channels, scale, dilation),
+        ConvUnit(channels, channels, 1),
+        SqueezeExcitation(channels),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from kalle.audio import Audio, AudioError, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
 from kalle.data.corpus.items import TAG, Rejection, SourceItem, SplitPolicy, normalised
-from kalle.decoding import HEADER, Decoded, Part, open_audio
+from kalle.decoding import HEADER, Decoded, Span, open_audio
 from kalle.errors import UserError
 
 ROUNDING_S = 0.1
@@ -111,7 +111,7 @@ def _read_part(item: SourceItem, longest_seconds: float) -> ItemAudio | None:
     if header is None or header.frames is None or header.format not in SEEKABLE:
         return None
     start, stop = _range(item, header.frames, header.rate_hz)
-    part = Part(start / header.rate_hz, (stop - start) / header.rate_hz)
+    part = Span(start / header.rate_hz, (stop - start) / header.rate_hz)
     channels, rate_hz = load_channels(item.audio, longest_seconds, part)
     if channels.shape[1] < stop - start:
         raise AudioError(f"unreadable audio: '{item.audio}' ends before its header says; fetch it again", "unreadable")
@@ -268,7 +268,7 @@ def _soundfile_agrees(item: SourceItem, sound: ItemAudio) -> bool:
         return True
     # An Ogg stream that begins late is opened in its middle.
     try:
-        opened, _ = load_channels(item.audio, LONGEST_RECORDING_SECONDS, Part(as_opened=True))
+        opened, _ = load_channels(item.audio, LONGEST_RECORDING_SECONDS, Span(as_opened=True))
         return sound.channels is not None and np.array_equal(opened, sound.channels)
     except AudioError:
         return False

@@ -21,7 +21,7 @@ from lhotse.cut import Cut, MixedCut
 from lhotse.serialization import deserialize_item
 
 from kalle.data.corpus.items import SPLITS
-from kalle.decoding import Part, open_audio, open_plain
+from kalle.decoding import Span, open_audio, open_plain
 from kalle.errors import UserError
 from kalle.files import atomic_file, output_folder, parse_json, write_atomic
 
@@ -221,7 +221,7 @@ class CheckedBackend(LibsndfileBackend):
             open_plain(path_or_fd.getvalue()).close()
             return super().read_audio(path_or_fd, offset, duration)
         # Of a whole recording lhotse asks for no duration; a file may hold more than its manifest says.
-        with open_audio(Path(path_or_fd), LONGEST_CUT_SECONDS, Part(offset, duration)) as decoded:
+        with open_audio(Path(path_or_fd), LONGEST_CUT_SECONDS, Span(offset, duration)) as decoded:
             blocks = list(decoded.blocks)
             joined = np.concatenate(blocks or [np.zeros((0, decoded.channels), np.float32)]) if len(blocks) != 1 else blocks[0]
             return joined.T, decoded.rate_hz
