@@ -173,6 +173,8 @@ def test_many_at_once_through_the_asynchronous_client(
         ({"speed": "fast"}, 400, "speed", ""),
         ({"seed": -1}, 400, "seed", ""),
         ({"seed": 1.5}, 400, "seed", ""),
+        ({"seed": "3"}, 400, "seed", ""),
+        ({"seed": True}, 400, "seed", ""),
         ({"temperature": 3}, 400, "temperature", ""),
         ({"language": "klingon"}, 400, None, "ISO 639"),
         ({"cfg_scale": 2}, 400, "cfg_scale", "no such field"),
@@ -181,8 +183,8 @@ def test_many_at_once_through_the_asynchronous_client(
         ({"ref_text": "Words."}, 400, "ref_text", "ref_audio"),
         ({"ref_audio": "/etc/passwd", "ref_text": "Words."}, 400, "ref_audio", "base64"),
         ({"ref_audio": "http://127.0.0.1/a.wav", "ref_text": "Words."}, 400, "ref_audio", "base64"),
-        ({"ref_audio": base64.b64encode(b"no audio").decode(), "ref_text": "Words."}, 400, None, "readable"),
-        ({"ref_audio": base64.b64encode(recording()).decode()}, 400, None, "transcript"),
+        ({"ref_audio": base64.b64encode(b"no audio").decode(), "ref_text": "Words."}, 400, None, "unreadable audio: the recording ("),
+        ({"ref_audio": base64.b64encode(recording()).decode()}, 400, "ref_text", "transcript"),
         ({"ref_audio": base64.b64encode(recording()).decode(), "ref_text": "Words.", "voice": "random"}, 400, "voice", "one of them"),
         ({"ref_audio": "A" * 360_000, "ref_text": "Words."}, 413, "ref_audio", "shorter"),
         ({"ref_audio": "A" * 600_000}, 413, None, "shorter"),
@@ -249,6 +251,7 @@ def test_speed_reference_and_times(served: Served, brief: Kalle, offline: np.nda
     whole = served.http.post(SPEECH, json={**HELLO, "response_format": "wav"})
     assert soundfile.info(io.BytesIO(whole.content)).frames == len(offline)
     assert whole.headers["content-type"] == "audio/wav"
+    assert served.http.post(SPEECH, json={**HELLO, "seed": 3.0}).headers["x-seed"] == "3"  # JSON has one kind of number
 
 
 def test_voices_are_kept_listed_spoken_and_deleted(served: Served) -> None:

@@ -235,6 +235,7 @@ def _add_voices(app: FastAPI, service: Service) -> None:
         """Keep a voice made from a recording, with the speaker's consent."""
         if not consent.strip():
             raise ApiError(400, "no consent: got an empty text, expected who spoke and what they agreed to", "consent")
+        service.check_transcript(ref_text)
         content = await audio_sample.read(service.options.max_upload_bytes + 1)
         if len(content) > service.options.max_upload_bytes:
             raise ApiError(413, f"the recording is too large: expected at most {service.options.max_upload_bytes} bytes", "audio_sample")

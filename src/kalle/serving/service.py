@@ -6,6 +6,7 @@ import base64
 import binascii
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -29,7 +30,7 @@ from kalle.serving.shapes import (
     VoiceFields,
     VoiceId,
 )
-from kalle.serving.voices import STORED, VoiceChoice, VoiceStore
+from kalle.serving.voices import STORED, UPLOAD_PREFIX, VoiceChoice, VoiceStore
 from kalle.synthesis.options import GenerationOptions, SpeechRequest, check_seed
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import RANDOM_VOICE, GivenVoice
@@ -38,6 +39,8 @@ PORT = 8000
 MODELS_OWN = "default"
 """The voice that leaves the choice to the model."""
 _POLL_SECONDS = 0.2
+_UPLOAD = re.compile(rf"'?\b{UPLOAD_PREFIX}\w+'?")
+"""The name of an upload while it is decoded, which says nothing to its sender."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,16 @@ class Service:
         return await self.in_thread(lambda: self.engine.submit(request, streamed))
 
     async def in_thread(self, work: Callable[[], Any], limiter: anyio.CapacityLimiter | None = None) -> Any:
-        """The result of ``work``, done in another thread; UserErrors name no folder of this machine."""
+        """The result of ``work``, done in another thread; UserErrors name no folder or file of this machine."""
         try:
             return await to_thread.run_sync(work, limiter=limiter)
         except UserError as error:
-            raise UserError(without_folders(str(error), self.folders)) from None
+            raise UserError(_UPLOAD.sub("the recording", without_folders(str(error), self.folders))) from None
+
+    def check_transcript(self, text: str | None) -> None:
+        """ApiError for a recording without its words, where the weights need them."""
+        if not self.kalle.has_speaker_encoder and not (text or "").strip():
+            raise ApiError(400, "a recording without its transcript: got no ref_text, expected the words that are spoken in it", "ref_text")
 
     def check_model(self, name: str) -> None:
         """ApiError unless this model is served."""
@@ -117,6 +125,7 @@ class Service:
         if body.ref_audio is not None:
             if name not in (None, MODELS_OWN):
                 raise ApiError(400, f"two voices: got voice {name!r:.60} and ref_audio, expected one of them; leave one out", "voice")
+            self.check_transcript(body.ref_text)
             return self.voices.of_bytes(_base64(body.ref_audio, self.options.max_upload_bytes), body.ref_text)
         if body.ref_text is not None:
             raise ApiError(400, "a transcript without its recording: got ref_text alone; send ref_audio too", "ref_text")

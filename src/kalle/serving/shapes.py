@@ -4,11 +4,11 @@
 import hashlib
 import json
 import secrets
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kalle.errors import UserError
@@ -19,6 +19,8 @@ from kalle.synthesis.options import SEED_LIMIT
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """Answered without a key."""
 HOTTEST = 2.0
+WholeNumber = Annotated[StrictInt, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)]
+"""An integer as JSON Schema has it: 4.0 is one, "4" and true are none."""
 FormatName = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 
 
@@ -60,7 +62,7 @@ class VoiceFields(BaseModel):
         None, description="A name of /v1/audio/voices; `random` for the made-up voice of the seed; `default`, or none, for the model's own."
     )
     speed: float = Field(1.0, ge=SPEEDS[0], le=SPEEDS[1], description="Changes the pace after synthesis, and keeps the pitch.")
-    seed: StrictInt | None = Field(None, ge=0, lt=SEED_LIMIT, description="The same seed gives the same speech; without one it is drawn.")
+    seed: WholeNumber | None = Field(None, ge=0, lt=SEED_LIMIT, description="The same seed gives the same speech; without one it is drawn.")
     temperature: float | None = Field(None, ge=0, le=HOTTEST, description="Scale of the standard deviations; 1 is the model's own spread.")
     language: StrictStr | None = Field(None, max_length=8, description="ISO 639-1 code of the text; guessed by default.")
     ref_audio: StrictStr | None = Field(

@@ -29,6 +29,7 @@ SAMPLE_SECONDS = 6.0
 SAMPLE_TEXT = "This is how I sound."
 _REMEMBERED = 32
 Value = TypeVar("Value")
+UPLOAD_PREFIX = "upload-"
 STORED, RECORDING, RANDOM = "stored", "recording", "random"
 
 
@@ -151,7 +152,7 @@ class VoiceStore:
 
     def _of_file(self, content: bytes, use: Callable[[VoiceChoice], Value], transcript: str | None) -> Value:
         # A name of ours: that of the client's file says nothing, and a suffix could make samples without a header of it.
-        with tempfile.NamedTemporaryFile(dir=self.temporary, prefix="upload-") as file:
+        with tempfile.NamedTemporaryFile(dir=self.temporary, prefix=UPLOAD_PREFIX) as file:
             file.write(content)
             file.flush()
             return use(VoiceChoice(RECORDING, recording=file.name, transcript=transcript))
