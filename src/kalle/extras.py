@@ -1,10 +1,11 @@
-"""The optional parts of the package: which packages each needs, how to install what is missing; and the name of the processor."""
+"""The optional parts of the package: which packages each needs, how to install what is missing; the processor and the commit."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import platform
+import subprocess
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +76,20 @@ def cpu_name() -> str:
     rows = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def checkout_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "+" where files of it were changed; None elsewhere."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # the checkout of somebody else may hold the environment
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _installed() -> Distribution | None:

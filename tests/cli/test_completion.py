@@ -15,7 +15,7 @@ from kalle.cli.main import SCRIPTS, candidates, main
     ("words", "found"),
     [
         (["ev"], ["evaluate"]),
-        (["bench", ""], ["train", "synthesis", "streaming", "compute", "crossover"]),
+        (["bench", ""], ["train", "load", "synthesis", "streaming", "compute", "crossover"]),
         (["train", ""], ["flowvae", "lm"]),
         (["evaluate", "kind"], ["kind="]),
         (["train", "lm", "ob"], ["objective="]),

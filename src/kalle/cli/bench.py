@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kalle.cli.bench_load import load
 from kalle.cli.bench_train import train
 from kalle.cli.main import interruptible
 from kalle.errors import UserError
@@ -39,6 +40,7 @@ class Size(StrEnum):
 
 
 app.command()(train)
+app.command()(load)
 
 
 @app.callback()

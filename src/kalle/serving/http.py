@@ -318,9 +318,9 @@ def _description(app: FastAPI) -> dict[str, Any]:
 class _Server(uvicorn.Server):
     """uvicorn, for which a signal is the ordinary end: requests finish, or end with an error when the grace is over."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float, told: str) -> None:
         super().__init__(config)
-        self._engine, self._grace_s = engine, grace_s
+        self._engine, self._grace_s, self._told = engine, grace_s, told
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -334,6 +334,12 @@ class _Server(uvicorn.Server):
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen, and say so only then."""
+        await super().startup(sockets)
+        if self.started:
+            LOGGER.info("%s (Ctrl-C ends it)", self._told)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Take no more requests; the engine ends those that are left, each with its error, when the grace is over."""
@@ -361,6 +367,5 @@ def serve_api(kalle: Kalle, options: ServeOptions) -> None:
             timeout_graceful_shutdown=int(options.grace_s) + 5,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        LOGGER.info("serving %s at http://%s:%d/v1 (Ctrl-C ends it)", kalle.folder or "a model", options.host, port)
-        _Server(config, engine, options.grace_s).run()
+        _Server(config, engine, options.grace_s, f"serving {kalle.folder or 'a model'} at http://{options.host}:{port}/v1").run()
     LOGGER.info("the server has ended")

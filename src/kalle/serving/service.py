@@ -18,7 +18,7 @@ import anyio
 import numpy as np
 from anyio import to_thread
 from fastapi import Request
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from kalle.errors import UserError
@@ -165,6 +165,7 @@ class Metrics:
         self.request = Histogram("kalle_request_seconds", "From a request to its end.", buckets=seconds, registry=self.registry)
         self.answers = Counter("kalle_answers", "Answers by path and status.", ["path", "status"], registry=self.registry)
         self.registry.register(cast("Any", self))
+        ProcessCollector(registry=self.registry)  # memory, processor time and open files, where the system tells them
 
     def collect(self) -> Iterator[Any]:
         """The state of the engine."""
