@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kalle.audio import Audio
 from kalle.errors import UserError
@@ -160,10 +161,8 @@ class FasterWhisper:
     def _encode(self, audios: Sequence[Audio], frames: int) -> Any:
         """The encoder's output (N, frames / 2, width), as CTranslate2 holds it."""
         from ctranslate2 import StorageView
-        from faster_whisper.audio import pad_or_trim
 
-        windows = [np.ascontiguousarray(audio[:WINDOW_SAMPLES], dtype=np.float32) for audio in audios]
-        features = [pad_or_trim(self._model.feature_extractor(window)[..., :-1], frames) for window in windows]
+        features = [window_features(self._model.feature_extractor, audio, frames) for audio in audios]
         if self._model.model.device != "cpu":
             return self._model.encode(np.stack(features))
         return StorageView.from_array(np.concatenate([np.asarray(self._model.encode(one)) for one in features]))
@@ -174,6 +173,17 @@ class FasterWhisper:
         versions = {package: importlib.metadata.version(package) for package in packages}
         settings = {"decoding": self.decoding, "compute_type": self.compute_type}
         return {"model": self.model_name, "weights_sha256": self.weights_sha256[:16], **settings, **versions}
+
+
+def window_features(extractor: Any, audio: Audio, frames: int) -> NDArray[np.float32]:
+    """Log-mel (M, ``frames``) of mono (S,) at 16 kHz and silence behind it, as OpenAI's Whisper and transformers compute it.
+
+    ``extractor`` is faster-whisper's, which would fill the window up with frames of 0.0, louder than the mean of speech
+    (findings/faster_whisper_pads_with_loud_frames.sh).
+    """
+    samples = frames * int(extractor.hop_length)
+    heard = np.asarray(audio[: min(samples, WINDOW_SAMPLES)], dtype=np.float32)
+    return np.asarray(extractor(np.pad(heard, (0, samples - len(heard))), padding=0), dtype=np.float32)
 
 
 class TransformersWhisper:
