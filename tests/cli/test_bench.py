@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kalle.cli.bench import Size, configuration, warn_of_load
+from kalle.cli.bench_common import Size, configuration, warn_of_load
 from kalle.cli.main import main
 from kalle.evaluation.benchmark import PeakMemory
 from kalle.evaluation.limits import cached_flop, counted_flop

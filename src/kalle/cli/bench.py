@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kalle.cli.bench_common import Size, configuration, machine, warn_of_load, write
 from kalle.cli.bench_load import load
 from kalle.cli.bench_train import train
 from kalle.cli.main import interruptible
@@ -29,14 +28,6 @@ ENGINES = {"float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "int8": 1 + 4 /
 a CUDA graph."""
 CROSSOVER_WIDTHS = [384, 512, 640, 768, 1024]
 ENGINE_HELP = f"Compute the language model so: {', '.join(ENGINES)}; repeatable, the first is the baseline. By default those that run here."
-
-
-class Size(StrEnum):
-    """Configurations that can be filled with random weights."""
-
-    full = "full"
-    small = "small"
-    nano = "nano"
 
 
 app.command()(train)
@@ -313,16 +304,6 @@ def load_flowvae(model: Path | None, size: Size | None, device: Any) -> FlowVAE:
     return FlowVAE(configuration("flowvae", size)).to(device).eval()
 
 
-def configuration(part: str, size: Size | None) -> Any:
-    """The configuration object of ``part``, "lm" or "flowvae"."""
-    from hydra.utils import instantiate
-
-    from kalle.cli.hydra_entry import compose
-
-    assert size is not None
-    return instantiate(compose(f"train_{part}", [f"{part}={size.value}"])[part], _convert_="all")
-
-
 def heading(facts: Mapping[str, Any]) -> str:
     """The heading of the table: what is measured, where, and the columns."""
     told = ", ".join(f"{name} {value}" for name, value in facts.items() if isinstance(value, str | int))
@@ -331,31 +312,6 @@ def heading(facts: Mapping[str, Any]) -> str:
         f"{told}\nreads {facts['read_bytes_per_second'] / 1e9:.1f} GB/s, {peaks}\n"
         f"{'step':<44}{'speech':>9}{'wall':>10}{'limit':>10}{'RTF':>8}{'peak':>10}  RTF = wall seconds / seconds of speech"
     )
-
-
-def machine(device: Any) -> dict[str, Any]:
-    """The facts that a timing depends on."""
-    import torch
-
-    from kalle import __version__
-    from kalle.evaluation.limits import load_average
-    from kalle.extras import cpu_name
-
-    return {
-        "kalle": __version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "load": load_average(),
-    }
-
-
-def warn_of_load(load: float | None) -> None:
-    """A line where other programs are at work."""
-    from kalle.evaluation.limits import why_not_quiet
-
-    if (reason := why_not_quiet(load)) is not None:
-        typer.echo(f"warning: {reason}", err=True)
 
 
 def line(timing: Timing) -> str:
@@ -390,10 +346,3 @@ def write_table(path: Path, facts: Mapping[str, Any], rows: Sequence[Timing]) ->
         step = f"{row.step}, {row.speech_seconds:g} s"
         table.append(f"| {step} | {row.library} | {times} | {row.peak_bytes / 1e9:.1f} GB | {'; '.join(notes(row))} |")
     write_atomic(path, ("\n".join(["  \n".join(told), "", *table]) + "\n").encode())
-
-
-def write(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """The rows and the machine as JSON."""
-    from kalle.files import write_atomic
-
-    write_atomic(path, (json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n").encode())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kalle.serving.load import LoadReport
 
 FRAMES_TARGET, AUDIO_TARGET, FIRST_AUDIO_TARGET_S = 3.0, 1.8, 0.6
-"""What is aimed at on two cores: both rates over those of one request at a time, and the 95th percentile at a rate of requests."""
+"""The aims on two cores: both rates over those of one request at a time, and the 95th percentile at a rate of requests."""
 
 MOMENTS = ("second_quarter", "last_quarter", "most")
 
@@ -52,7 +52,7 @@ def load(
             require(module, "serve", "the server")
         import torch
 
-        from kalle.cli.bench import machine, warn_of_load
+        from kalle.cli.bench_common import machine, warn_of_load
         from kalle.cli.speaking import load_model, model_folder
         from kalle.extras import checkout_commit
         from kalle.serving.load import LoadBench, LoadPlan, server_process

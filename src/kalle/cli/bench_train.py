@@ -104,7 +104,7 @@ def train(
         import torch
 
         from kalle.checkpoint import resolve_device
-        from kalle.cli.bench import warn_of_load
+        from kalle.cli.bench_common import warn_of_load
         from kalle.data.loading.datamodules import measure_loader
         from kalle.evaluation.limits import load_average, measure_limits
 
@@ -267,7 +267,7 @@ def _flowvae_variants(
 
 
 def _configuration(part: str, size: str) -> Any:
-    from kalle.cli.bench import Size, configuration
+    from kalle.cli.bench_common import Size, configuration
 
     if size not in tuple(Size):
         raise UserError(f"--size: got '{size}', expected {', '.join(Size)}")
@@ -302,7 +302,7 @@ def _encoded(folder: Path, latent_dim: int) -> Path:
 def _write(out: Path, rows: list[dict[str, Any]], loader: dict[str, Any], device: torch.device) -> None:
     import torch
 
-    from kalle.cli.bench import write
+    from kalle.cli.bench_common import write
     from kalle.extras import cpu_name
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

@@ -40,7 +40,7 @@ LOSSLESS = ("wav", "pcm", "flac")
 TOLERANCE = 1e-4
 """Largest difference of a sample of a lossless answer from the speech alone, before both are rounded to 16 bits."""
 CODEC_SECONDS = 0.15
-"""What a lossy codec may add, by its frames and its delay."""
+"""The most that a lossy codec adds, by its frames and its delay."""
 LEAST_CORRELATION = 0.5
 """Of a lossy answer with the speech alone, at the lag where it is largest."""
 WAV_HEADER_BYTES = 44
@@ -70,7 +70,7 @@ Work = Callable[[httpx.AsyncClient, "list[Answer]", float], Coroutine[Any, Any, 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What is asked of the server. UserError for a number that asks for nothing."""
+    """The requests that are made of the server. UserError for a number that asks for nothing."""
 
     clients: int = 64
     """Clients at once, each with one request at a time."""
@@ -107,7 +107,7 @@ class Case:
 
     @property
     def spoken(self) -> tuple[str, str, int, bool]:
-        """What decides the samples."""
+        """All that decides the samples."""
         return self.text, self.voice, self.seed, self.way != "whole"
 
     def body(self, model: str) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Case:
 
 @dataclass
 class Answer:
-    """What a client got for a case."""
+    """The answer that a client got for a case."""
 
     case: Case
     content: bytes = b""
@@ -209,7 +209,7 @@ class LoadReport:
 
     @property
     def problems(self) -> Counter[str]:
-        """What was wrong with answers, and how often."""
+        """Faults of answers, and how often each."""
         return Counter(answer.problem for phase in self.phases for answer in phase.answers if answer.problem is not None)
 
     @property

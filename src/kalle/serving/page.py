@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import gradio as gr
 
 from kalle.errors import UserError
 from kalle.serving.handlers import MODELS_OWN, Handlers, KeepOutcome, View, choice_from, error_html, fresh_seed, request_from_fields
-from kalle.serving.server import FieldTest
 from kalle.serving.voices import RANDOM, RECORDING, STORED
+
+if TYPE_CHECKING:
+    from kalle.serving.server import FieldTest
 
 EXAMPLES = {
     "en": ("Hello! This voice is drawn frame by frame.", "The sun came up slowly over the quiet harbour."),
