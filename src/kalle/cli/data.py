@@ -139,13 +139,14 @@ def recogniser(normaliser: str, languages: list[str], **asr: Any) -> Recogniser:
     """faster-whisper and a named normaliser as the layer of the data wants them; ``asr`` goes to `FasterWhisper`."""
     from kalle.audio import Audio, resample
     from kalle.data.corpus.retranscribe import Recogniser
-    from kalle.evaluation.asr import WINDOW_SAMPLES, FasterWhisper
+    from kalle.evaluation.asr import WINDOW_SAMPLES, FasterWhisper, keep_freed_memory
     from kalle.evaluation.metrics import RATE_HZ
     from kalle.evaluation.word_errors import normaliser as named
     from kalle.evaluation.word_errors import one_script, word_errors
 
     tokens = named(normaliser)
     whisper = FasterWhisper(languages=languages, **asr)
+    keep_freed_memory()
 
     def transcribe(audio: Audio, rate_hz: int, language: str) -> str:
         return one_script(whisper(resample(audio, rate_hz, RATE_HZ), language), language)

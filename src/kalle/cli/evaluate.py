@@ -40,8 +40,10 @@ def testset_path(override: str) -> str:
 def evaluate_composed(config: DictConfig) -> Result | None:
     """Run the evaluation that Hydra composed and log its report; None when items of other ranks are not scored yet."""
     from kalle.evaluation import evaluate
+    from kalle.evaluation.asr import keep_freed_memory
     from kalle.evaluation.report import terminal_report
 
+    keep_freed_memory()  # a short list is scored in this process
     filled = filled_config(config)
     result = evaluate(filled)
     if result is None:

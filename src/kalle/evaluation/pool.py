@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kalle.errors import UserError
+from kalle.evaluation.asr import keep_freed_memory
 from kalle.evaluation.metrics import ALIGNED, Aggregate, Metric, MetricError, ScoreItem, Value, described, trimmed
 
 BATCH_ITEMS = 8
@@ -200,6 +201,7 @@ _METRICS: list[Sequence[Metric]] = []
 def _start(build: BuildMetrics) -> None:
     import torch
 
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     parent = multiprocessing.parent_process()
     assert parent is not None, "started by a pool"

@@ -19,6 +19,9 @@ from kalle.evaluation.test_list import TestItem
 from kalle.files import DiskError
 from kalle.progress import counting_bar
 
+BLOCK = 2**18
+"""Resampled items held in memory at once."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -44,11 +47,11 @@ def estimate(numerators: Sequence[float], denominators: Sequence[float] | None =
         return Estimate(value, None, top.size)
     generator = np.random.default_rng(seed)
     drawn = []
-    for _ in range(resamples):
-        index = generator.integers(top.size, size=top.size)
-        if bottom[index].sum() > 0:
-            drawn.append(top[index].sum() / bottom[index].sum())
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    for start in range(0, resamples, block := max(1, BLOCK // top.size)):
+        index = generator.integers(top.size, size=(min(block, resamples - start), top.size))
+        tops, bottoms = top[index].sum(axis=1), bottom[index].sum(axis=1)
+        drawn.append(tops[bottoms > 0] / bottoms[bottoms > 0])
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5])
     return Estimate(value, (float(low), float(high)), top.size)
 
 
