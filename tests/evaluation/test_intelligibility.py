@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kalle.evaluation.intelligibility import (
@@ -13,6 +14,7 @@ from kalle.evaluation.intelligibility import (
     repeated_words,
     row_alignment,
     sound_classes,
+    sound_confusions,
     word_facts,
     word_table,
 )
@@ -110,3 +112,15 @@ def test_classes_of_sounds() -> None:
     phonemes = {"boat": "bˈOt", "sea": "sˈi"}
     found = sound_classes([alignment(["boat", "sea", "xyz"], ["boat", "tea", "xyz"])], phonemes.get)
     assert found == [("stop", 1, 0), ("fricative", 1, 1), ("long vowel", 1, 1), ("diphthong", 1, 0)]
+
+
+def test_sounds_heard_for_sounds() -> None:
+    phonemes = {"boat": "bˈOt", "coat": "kˈOt", "goes": "ɡˈOz", "sea": "sˈi", "uh": "ˈʌ"}
+    pairs = [("boat", "coat"), ("sea boat", "boat"), ("boat xyz", "boat abc"), ("boat", "boat uh"), ("goes", "coat")]
+    names, counts = sound_confusions([alignment(text.split(), heard.split()) for text, heard in pairs], phonemes.get)
+    found = {(names[heard], names[said]): int(counts[heard, said]) for heard, said in np.argwhere(counts)}
+    assert found.pop(("stop", "fricative")) == 1, "the end of goes, heard as that of coat"
+    assert found == {
+        ("stop", "stop"): 9, ("diphthong", "diphthong"): 5, ("nothing", "fricative"): 1, ("nothing", "long vowel"): 1,
+        ("short vowel", "nothing"): 1,
+    }  # fmt: skip

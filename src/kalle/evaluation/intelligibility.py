@@ -9,6 +9,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kalle.evaluation.metrics import Aggregate
 from kalle.evaluation.scoring import Estimate, Row, estimate
@@ -225,3 +226,32 @@ def sound_classes(alignments: Iterable[Sequence[Edit]], phonemes: Callable[[str]
         said.update(classes)
         wrong.update(classes if edit.kind != "equal" else ())
     return [(name, said[name], wrong[name]) for name in PHONEME_CLASSES if said[name]]
+
+
+NOTHING = "nothing"
+"""What is heard for a sound that is lost, and said where a sound is added."""
+
+
+def sound_confusions(alignments: Iterable[Sequence[Edit]], phonemes: Callable[[str], str | None]) -> tuple[list[str], NDArray[np.int64]]:
+    """Counts (heard, said) of sounds by class, and the names of rows and columns alike: of `PHONEME_CLASSES`, then `NOTHING`.
+
+    The phonemes of a word and of what was heard for it are aligned once more, so that "boat" heard as "coat" is a stop heard as a stop and
+    two sounds that are right. ``phonemes`` reads a word of either; words that it does not know are left out.
+    """
+    names = [*PHONEME_CLASSES, NOTHING]
+    class_of = {symbol: index for index, symbols in enumerate(PHONEME_CLASSES.values()) for symbol in symbols}
+    lost = len(PHONEME_CLASSES)
+    counts, known = np.zeros((len(names), len(names)), dtype=np.int64), dict[str, list[str]]()
+
+    def sounds(word: str) -> list[str]:
+        if word not in known:
+            known[word] = [symbol for symbol in phonemes(word) or "" if symbol in class_of]
+        return known[word]
+
+    for edit in (edit for edits in alignments for edit in edits):
+        said, heard = (sounds(word) if word else [] for word in (edit.word, edit.heard))
+        if (edit.word and not said) or (edit.heard and not heard):
+            continue
+        for sound in alignment(said, heard):
+            counts[class_of.get(sound.heard, lost), class_of.get(sound.word, lost)] += 1
+    return names, counts

@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,11 +17,12 @@ import soundfile
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
 
 from kalle.audio import Audio, read_audio
 from kalle.errors import UserError
 from kalle.evaluation.comparison import CEILING, Comparison, GateCheck, Run, named_apart, notes
-from kalle.evaluation.intelligibility import Edit, Tokens, length_curve, row_alignment, sound_classes, word_table
+from kalle.evaluation.intelligibility import Edit, Tokens, length_curve, row_alignment, sound_classes, sound_confusions, word_table
 from kalle.evaluation.metrics import RATE_HZ
 from kalle.evaluation.opinion import EMOTIONS, emotion_matrix, intended_emotion
 from kalle.evaluation.word_errors import NORMALISERS
@@ -162,8 +164,21 @@ class _Page:
             found = [edits for row in run.rows if (edits := row_alignment(row, self.tokens)) is not None]
             table = word_table(found, WORDS)
             if table.words or table.inserted:
-                reader = _reader() if english else None
-                yield {"name": run.name, "table": table, "classes": sound_classes(found, reader) if reader is not None else []}
+                reader = self.reader if english else None
+                classes = [] if reader is None else sound_classes(found, reader)
+                sounds = None if reader is None else _shaded(_sounds(*sound_confusions(found, reader)))
+                yield {"name": run.name, "table": table, "classes": classes, "sounds": sounds}
+
+    @cached_property
+    def reader(self) -> Any:
+        """A function that reads an English word as phonemes; None without the front end."""
+        from kalle.text.phonemes import PhonemeTokenizer
+
+        try:
+            tokenizer = PhonemeTokenizer.create()
+        except UserError:
+            return None
+        return lambda word: "".join(piece.phonemes or "" for piece in tokenizer.pieces(word, "en"))
 
     def items(self) -> Iterator[dict[str, Any]]:
         """The items to listen to, each with its rows in every run."""
@@ -232,17 +247,6 @@ def tokens_of(described: Iterable[Mapping[str, Any]]) -> Tokens:
     return NORMALISERS.get(names[0] if names else "", NORMALISERS["kalle_authors"])
 
 
-def _reader() -> Any:
-    """A function that reads an English word as phonemes; None without the front end."""
-    from kalle.text.phonemes import PhonemeTokenizer
-
-    try:
-        tokenizer = PhonemeTokenizer.create()
-    except UserError:
-        return None
-    return lambda word: "".join(piece.phonemes or "" for piece in tokenizer.pieces(word, "en"))
-
-
 def _counts(run: Run) -> dict[str, Any]:
     failed = [row for row in run.rows if "error" in row]
     config = run.data.get("config", {})
@@ -298,6 +302,18 @@ def _confusions(run: Run) -> Iterator[tuple[str, Mapping[str, Any]]]:
             {"true": labels, "predicted": labels, "values": means, "unit": "mean probability; a column sums to 1"},
         )
         yield "Emotion, highest score", {"true": labels, "predicted": labels, "values": counts, "unit": "items"}
+
+
+def _sounds(names: Sequence[str], counts: NDArray[np.int64]) -> dict[str, Any]:
+    """``sound_confusions`` as shares of each sound that was to be said; the last column is of those that were added."""
+    shares = counts / np.maximum(1, counts.sum(axis=0))
+    said = [f"{name} ({count})" for name, count in zip(names, counts.sum(axis=0), strict=True)]
+    return {
+        "true": said,
+        "predicted": names,
+        "values": shares,
+        "unit": "a column sums to 1; in brackets the sounds of the texts, and those added",
+    }
 
 
 def _shaded(matrix: Mapping[str, Any]) -> dict[str, Any]:
