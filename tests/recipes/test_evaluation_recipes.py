@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -98,6 +99,29 @@ def test_seed_tts_from_the_list_to_the_report(seed_sets: Path, toy_weights: Path
     again = evaluated(tmp_path / "again", "protocol=seed_tts_en", "kind=wavs", wavs, *words)
     assert again["config"]["resampling"] == "fft"
     assert again["counts"]["wavs"]["errors"] == 1
+
+
+def test_test_time_training_of_each_line(seed_sets: Path, recipe: Any, toy_weights: Path, tmp_path: Path) -> None:
+    adapted = recipe("seed_tts_eval", "adapted")
+    words = {"list": seed_sets / "en/meta.lst", "model": str(toy_weights), "out": tmp_path / "wavs", "language": "en", "steps": 2}
+    given = argparse.Namespace(**words, full=True, limit=None, seed=0, device="cpu")
+    adapted.speak(given)
+    made = sorted(given.out.glob("*.wav"))
+    assert len(made) == 3, "the fourth line has no prompt"
+    first = {path: path.read_bytes() for path in made}
+    made[0].unlink()
+    adapted.speak(given)
+    assert {path: path.read_bytes() for path in made} == first, "an interrupted run continues to the same"
+    scored = evaluated(
+        tmp_path / "out",
+        "protocol=seed_tts_en",
+        "kind=wavs",
+        f"wavs={given.out}",
+        f"testset.path={given.list}",
+        "~metrics.wer",
+        "~metrics.sim",
+    )
+    assert (scored["counts"]["wavs"]["items"], scored["counts"]["wavs"]["errors"]) == (4, 1)
 
 
 @pytest.mark.parametrize("name", ["stress", "emotion", "librispeech_continuation"])
