@@ -10,7 +10,7 @@ import pytest
 
 from kalle.cli.main import main
 from kalle.errors import UserError
-from kalle.evaluation.comparison import GateRules, Run, compare, gate, markdown, paired_bootstrap, read_run, terminal
+from kalle.evaluation.comparison import GateRules, Run, compare, gate, markdown, notes, paired_bootstrap, read_run, terminal
 
 COLUMNS = {"wer_utt_mean": ["wer"], "wer_corpus": ["wer_errors", "wer_words"], "sim": ["sim"], "rate": ["rate"]}
 LOWER = {"wer_utt_mean": True, "wer_corpus": True, "sim": False, "rate": None}
@@ -206,7 +206,7 @@ def test_p_values_of_equal_systems_are_spread_evenly() -> None:
 def test_one_item_has_no_interval(result: Make) -> None:
     (found,) = compare(result("a", scored(1)), result("b", scored(1, worse=1)))
     assert (found.difference("sim").interval, found.difference("sim").p) == (None, None)
-    assert not gate(found)[1].passed
+    assert [check.rule for check in gate(found) if not check.passed] == ["WER is not shown to be worse"]
 
 
 def test_the_gate(result: Make, tmp_path: Path) -> None:
@@ -261,3 +261,53 @@ def test_names_of_items_do_not_break_the_table(result: Make) -> None:
     table = [line for line in markdown([found]).splitlines() if line.startswith("| item-")]
     assert len(table) == 10
     assert all(line.count("|") - line.count("\\|") == 6 and "<b>" not in line for line in table)
+
+
+def test_numbers_that_are_not_finite_are_left_out_and_named(result: Make) -> None:
+    odd = [row | {"sim": (float("nan"), float("inf"), 10**400, "0.8", None)[index]} for index, row in enumerate(scored(5))]
+    (found,) = compare(result("a", scored()), result("b", odd + scored()[5:]), resamples=200)
+    sim = found.difference("sim")
+    assert (sim.items, len(sim.only_a), sim.only_b) == (55, 5, [])
+    assert np.isfinite([sim.a, sim.b, *sim.interval, sim.p]).all()
+    assert any("5 items have sim in a alone: item-0" in note for note in notes(found))
+    assert [check.passed for check in gate(found) if check.rule == "every item is scored"] == [False]
+    assert all(check.passed for check in gate(found, GateRules(sim_drop=None)))
+
+
+def test_seeds_that_failed_are_named_and_close_the_gate(result: Make) -> None:
+    a = scored(seeds=(0, 1, 2))
+    b = [
+        {key: row[key] for key in ("system", "id", "text", "seed")} | {"error": "x"} if index in (1, 2) else row
+        for index, row in enumerate(a)
+    ]
+    (found,) = compare(result("a", a), result("b", b), resamples=200)
+    assert (found.pairing.failed_b, found.pairing.failed_seeds_b, found.pairing.failed_seeds_a) == ([], ["item-0"], [])
+    assert found.pairing.matched == 60
+    assert [check.rule for check in gate(found) if not check.passed] == ["every item is scored"]
+    (back,) = compare(result("c", b), result("d", a), resamples=200)
+    assert all(check.passed for check in gate(back)), "what failed before may be there now"
+
+
+def test_items_that_a_run_holds_twice_are_refused(result: Make) -> None:
+    rows = scored(seeds=(0, 1))
+    with pytest.raises(UserError, match="item-3"):
+        read_run(result("a", [*rows, rows[6]]))
+    unseeded = [{key: value for key, value in row.items() if key != "seed"} for row in scored()]
+    with pytest.raises(UserError, match="score it again"):
+        read_run(result("b", [*unseeded, unseeded[0]]))
+
+
+def test_lists_that_overlap_are_compared_where_they_do(result: Make) -> None:
+    rows = scored(seeds=(0, 1))
+    (found,) = compare(result("a", rows[:80]), result("b", [row for row in rows[40:] if row["seed"] == 0]), resamples=200)
+    assert (found.pairing.matched, len(found.pairing.only_a), len(found.pairing.only_b)) == (20, 20, 20)
+    assert (found.pairing.seeds_a, found.pairing.seeds_b) == (2, 1)
+    assert {d.items for d in found.differences} == {20}
+    assert not gate(found)[0].passed
+
+
+def test_no_resample_with_words_is_no_interval() -> None:
+    a = np.array([[0.0, 0.0], [1.0, 4.0]])
+    found = {paired_bootstrap(a, a, resamples=1, seed=seed) for seed in range(20)}
+    assert (None, None) in found
+    assert ((0.0, 0.0), 1.0) in found

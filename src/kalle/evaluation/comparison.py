@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,10 +49,10 @@ class Run:
         return found
 
     def values(self, columns: Sequence[str]) -> dict[str, tuple[float, ...]]:
-        """For every item the mean over its seeds of each of ``columns``; items without a row that holds all of them are left out."""
+        """For every item the mean over its seeds of each of ``columns``; items without a row of finite numbers in all are left out."""
         found = {}
         for item, rows in self.by_item().items():
-            complete = [[row[column] for column in columns] for row in rows if all(isinstance(row.get(c), int | float) for c in columns)]
+            complete = [[row[column] for column in columns] for row in rows if all(_is_finite(row.get(column)) for column in columns)]
             if complete:
                 found[item] = tuple(np.mean(np.asarray(complete, dtype=np.float64), axis=0).tolist())
         return found
@@ -59,11 +61,23 @@ class Run:
         """Items of which not one seed could be made or read."""
         return [item for item, rows in self.by_item().items() if all("error" in row for row in rows)]
 
+    def failed_seeds(self) -> list[str]:
+        """Items of which some seeds, and not all, could not be made or read."""
+        return [item for item, rows in self.by_item().items() if 0 < sum("error" in row for row in rows) < len(rows)]
+
+
+def _is_finite(value: object) -> bool:
+    """Whether ``value`` is a number that a mean can hold; JSON has numbers of any size, and Python writes NaN."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
 
 def read_run(path: str | Path, system: str | None = None) -> Run:
     """The result in the folder, or the results.json, ``path``; ``system`` None is the first that is not the recordings themselves.
 
-    UserError for a file that is missing, damaged, or of another program, and for a system that it lacks.
+    UserError for a file that is missing, damaged, or of another program, for a system that it lacks, and for items that it holds twice.
     """
     file = Path(path) / RESULTS_NAME if Path(path).is_dir() else Path(path)
     try:
@@ -85,6 +99,9 @@ def read_run(path: str | Path, system: str | None = None) -> Run:
     if chosen is None or chosen not in systems:
         raise UserError(f"no such system in '{file}': got {chosen}, expected one of {', '.join(systems) or 'none'}; give another system")
     rows = [row for row in data["rows"] if row["system"] == chosen]
+    twice = [item for (item, _), count in Counter((row["id"], str(row.get("seed"))) for row in rows).items() if count > 1]
+    if twice:
+        raise UserError(f"repeated items in '{file}': got {some(twice)} more than once with one seed, expected each once; score it again")
     return Run(file.resolve().parent.name if file.name == RESULTS_NAME else file.stem, file.parent, chosen, rows, data)
 
 
@@ -116,6 +133,9 @@ class Difference:
     p: float | None
     p_holm: float | None
     largest: Sequence[ItemDifference]
+    only_a: Sequence[str] = ()
+    """Items of both runs that have this number in ``a`` alone, and so no part in the comparison."""
+    only_b: Sequence[str] = ()
 
     @property
     def worse_by(self) -> float:
@@ -145,6 +165,9 @@ class Pairing:
     seeds_a: int
     seeds_b: int
     """Most seeds of an item; they are averaged before items are compared."""
+    failed_seeds_a: Sequence[str] = ()
+    """Items that are compared by fewer seeds than were spoken, because some could not be made or read."""
+    failed_seeds_b: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -264,6 +287,8 @@ def pairing(a: Run, b: Run) -> Pairing:
         failed_b=failed_b,
         seeds_a=max(map(len, items_a.values())),
         seeds_b=max(map(len, items_b.values())),
+        failed_seeds_a=[item for item in a.failed_seeds() if item in items_b],
+        failed_seeds_b=[item for item in b.failed_seeds() if item in items_a],
     )
 
 
@@ -273,6 +298,7 @@ def _difference(name: str, a: Run, b: Run, resamples: int, seed: int, largest: i
     table_a, table_b = np.array([values_a[item] for item in items]), np.array([values_b[item] for item in items])
     if not items or (table_a.shape[1] == 2 and min(table_a[:, 1].sum(), table_b[:, 1].sum()) <= 0):
         return None
+    made = a.by_item().keys() & b.by_item().keys() - {*a.failed(), *b.failed()}
     interval, p = paired_bootstrap(table_a, table_b, resamples, seed)
     total_a, total_b = float(_rates(table_a.sum(axis=0))), float(_rates(table_b.sum(axis=0)))
     if table_a.shape[1] == 1:
@@ -288,6 +314,8 @@ def _difference(name: str, a: Run, b: Run, resamples: int, seed: int, largest: i
         p=p,
         p_holm=p,
         largest=_largest(items, _rates(table_a), _rates(table_b), largest),
+        only_a=[item for item in values_a if item in made and item not in values_b],
+        only_b=[item for item in values_b if item in made and item not in values_a],
     )
 
 
@@ -311,7 +339,7 @@ def paired_bootstrap(a: Values, b: Values, resamples: int = 10_000, seed: int = 
     ``a``, ``b``: (items, 1), whose means are compared, or (items, 2), whose quotients of sums are, such as errors over words. The interval
     is the percentile interval. The p-value is the share of resampled differences that lie as far from the observed one as that lies from 0
     (Efron and Tibshirani 1993, chapter 16: the bootstrap distribution shifted to the null hypothesis), never below 1 / (resamples + 1).
-    Below two items both are None. Resamples whose divisors sum to 0 are left out.
+    Below two items both are None. Resamples whose divisors sum to 0 are left out; where none is left, both are None.
     """
     assert a.shape == b.shape, f"got {a.shape} and {b.shape}"
     items, generator = len(a), np.random.default_rng(seed)
@@ -325,6 +353,8 @@ def paired_bootstrap(a: Values, b: Values, resamples: int = 10_000, seed: int = 
         drawn.append(_resampled(np.stack([column[index].mean(axis=1) for column in tables.T], axis=1)))
     differences = np.concatenate(drawn)
     differences = differences[np.isfinite(differences)]
+    if not len(differences):
+        return None, None
     low, high = np.percentile(differences, [100 * LEVEL / 2, 100 * (1 - LEVEL / 2)])
     # Rounding makes equal numbers differ in their last digits; a run against itself must have p = 1.
     rounding = 1e-12 * max(1.0, abs(observed))
@@ -375,7 +405,13 @@ def gate(comparison: Comparison, rules: GateRules | None = None, of: str = "") -
     """
     rules, failed = rules or GateRules(), comparison.pairing.failed_b
     lost = [*comparison.pairing.only_a, *(item for item in failed if item not in comparison.pairing.failed_a)]
-    checks = [GateCheck("every item is there", not lost, f"{len(lost)} missing or failed" + (f": {some(lost)}" if lost else ""))]
+    checks = [GateCheck("every item is there", not lost, _counted(lost, "missing or failed"))]
+    numbers = [comparison.difference("wer_corpus", "wer_utt_mean"), comparison.difference("sim") if rules.sim_drop is not None else None]
+    unscored = list(dict.fromkeys(item for number in numbers if number is not None for item in number.only_a))
+    unscored += [item for item in comparison.pairing.failed_seeds_b if item not in comparison.pairing.failed_seeds_a]
+    checks.append(
+        GateCheck("every item is scored", not unscored, _counted(unscored, "without a number that was measured before, or a seed"))
+    )
     checks.append(_wer_check(comparison.difference("wer_corpus", "wer_utt_mean"), rules.wer_margin))
     if rules.sim_drop is not None:
         sim = comparison.difference("sim")
@@ -383,6 +419,10 @@ def gate(comparison: Comparison, rules: GateRules | None = None, of: str = "") -
         passed = sim is not None and sim.difference >= -rules.sim_drop - 1e-12
         checks.append(GateCheck(rule, passed, _said(sim) if sim is not None else "sim was not measured in both"))
     return [GateCheck(f"{of}: {check.rule}" if of else check.rule, check.passed, check.found) for check in checks]
+
+
+def _counted(items: Sequence[str], said: str) -> str:
+    return f"{len(items)} {said}" + (f": {some(items)}" if items else "")
 
 
 def _wer_check(wer: Difference | None, margin: float | None) -> GateCheck:
@@ -417,11 +457,23 @@ def notes(comparison: Comparison) -> list[str]:
         (f"only in {b}", paired.only_b),
         (f"failed in {a}", paired.failed_a),
         (f"failed in {b}", paired.failed_b),
+        (f"failed with some of their seeds in {a}", paired.failed_seeds_a),
+        (f"failed with some of their seeds in {b}", paired.failed_seeds_b),
+        *((f"have {', '.join(metrics)} in {run} alone", items) for run, items, metrics in _unmeasured(comparison)),
     ):
         lines += [f"{len(items)} items {said}: {some(items)}"] if items else []
     lines += [f"not compared, one run lacks them: {', '.join(comparison.left_out)}"] if comparison.left_out else []
     lines += [f"compared although they differ in {fact}" for fact in comparison.disagreements]
     return lines
+
+
+def _unmeasured(comparison: Comparison) -> Iterator[tuple[str, tuple[str, ...], list[str]]]:
+    """By run and items, the metrics that these items have in this run alone."""
+    for run, side in ((comparison.a, "only_a"), (comparison.b, "only_b")):
+        found: dict[tuple[str, ...], list[str]] = {}
+        for difference in comparison.differences:
+            found.setdefault(tuple(getattr(difference, side)), []).append(difference.metric)
+        yield from ((run, items, metrics) for items, metrics in found.items() if items)
 
 
 def markdown(comparisons: Sequence[Comparison], checks: Sequence[GateCheck] = (), texts: Mapping[str, str] | None = None) -> str:
