@@ -311,3 +311,12 @@ def test_no_resample_with_words_is_no_interval() -> None:
     found = {paired_bootstrap(a, a, resamples=1, seed=seed) for seed in range(20)}
     assert (None, None) in found
     assert ((0.0, 0.0), 1.0) in found
+
+
+def test_what_one_recogniser_does_not_tell_is_a_difference(result: Make) -> None:
+    told = {"wer": WER | {"behind the audio": "silence"}}
+    a, b = result("a", scored()), result("b", scored(), metrics=told)
+    with pytest.raises(UserError, match=r"behind the audio \(not told, silence\)"):
+        compare(a, b)
+    (found,) = compare(a, b, force=True)
+    assert len(found.disagreements) == 1

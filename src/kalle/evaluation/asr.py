@@ -190,7 +190,7 @@ class FasterWhisper:
         """Model, the hash of its weights, decoding and versions."""
         packages = ("faster-whisper", "ctranslate2")
         versions = {package: importlib.metadata.version(package) for package in packages}
-        settings = {"decoding": self.decoding, "compute_type": self.compute_type}
+        settings = {"decoding": self.decoding, "compute_type": self.compute_type, "behind the audio": "silence"}
         return {"model": self.model_name, "weights_sha256": self.weights_sha256[:16], **settings, **versions}
 
 
@@ -200,9 +200,12 @@ def window_features(extractor: Any, audio: Audio, frames: int) -> NDArray[np.flo
     ``extractor`` is faster-whisper's, which would fill the window up with frames of 0.0, louder than the mean of speech
     (findings/faster_whisper_pads_with_loud_frames.sh).
     """
-    samples = frames * int(extractor.hop_length)
-    heard = np.asarray(audio[: min(samples, WINDOW_SAMPLES)], dtype=np.float32)
-    return np.asarray(extractor(np.pad(heard, (0, samples - len(heard))), padding=0), dtype=np.float32)
+    hop = int(extractor.hop_length)
+    heard = np.asarray(audio[: min(frames * hop, WINDOW_SAMPLES)], dtype=np.float32)
+    # One silent frame is like another: two windows of silence are computed, and the last frame of them stands for the rest.
+    computed = min(frames, math.ceil((len(heard) + 2 * int(extractor.n_fft)) / hop))
+    features = np.asarray(extractor(np.pad(heard, (0, computed * hop - len(heard))), padding=0), dtype=np.float32)
+    return np.concatenate([features, np.repeat(features[:, -1:], frames - computed, axis=1)], axis=1)
 
 
 class TransformersWhisper:

@@ -254,7 +254,9 @@ def disagreements(a: Run, b: Run) -> list[str]:
     found += [f"{key} ({x}, {y})" for key, x, y in _unequal(*settings) if key in PROTOCOL]
     metrics = [run.data.get("metrics", {}) for run in (a, b)]
     for name in metrics[0].keys() & metrics[1].keys():
-        found += [f"metrics.{name}.{key} ({x}, {y})" for key, x, y in _unequal(metrics[0][name], metrics[1][name])]
+        # What one of them does not tell was measured by another version, which may have heard otherwise.
+        told = dict.fromkeys([*metrics[0][name], *metrics[1][name]], "not told")
+        found += [f"metrics.{name}.{key} ({x}, {y})" for key, x, y in _unequal(told | metrics[0][name], told | metrics[1][name])]
     texts = [{row["id"]: row.get("text") for row in run.rows} for run in (a, b)]
     other = [item for item in texts[0] if item in texts[1] and texts[0][item] != texts[1][item]]
     if other:
