@@ -51,13 +51,18 @@ def seed_tts(out: Path, items: int) -> None:
 
 
 def librispeech(out: Path, items: int) -> None:
-    """OUT/61/70968/*.flac and their transcripts, in capitals and without marks."""
-    folder, lines = out / "61" / "70968", []
-    for index, item in enumerate(sentences(items, 4.0)):
+    """OUT/61/70968/*.flac and transcripts in capitals without marks; OUT/pairs.lst, where each recording is the prompt of the next one."""
+    folder, lines, pairs = out / "61" / "70968", [], []
+    chosen = sentences(items, 4.0)
+    for index, item in enumerate(chosen):
         _write(folder / f"61-70968-{index:04d}.flac", item)
         words = "".join(mark for mark in item.text.upper().replace("-", " ") if mark.isalnum() or mark in " '")
         lines.append(f"61-70968-{index:04d} {' '.join(words.split())}")
+        after = (index + 1) % items
+        facts = [(f"61-70968-{number:04d}", f"{chosen[number].duration_s:.3f}", chosen[number].text) for number in (index, after)]
+        pairs.append("\t".join(field for fact in facts for field in fact))
     write_atomic(folder / "61-70968.trans.txt", "\n".join(lines) + "\n")
+    write_atomic(out / "pairs.lst", "\n".join(pairs) + "\n")
 
 
 def _write(path: Path, item: TestItem) -> None:
