@@ -449,6 +449,20 @@ def test_the_description_is_complete(served: Served) -> None:
     assert "422" not in json.dumps(schema)
 
 
+def test_the_page_of_the_description_needs_nothing_else(served: Served) -> None:
+    page = served.http.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    for word in ("src=", "<script", "http://", "https://", "@import", "url("):
+        assert word not in page.text
+    schema = served.http.get("/openapi.json").json()
+    for path, operations in schema["paths"].items():
+        assert all(f"{method.upper()} {path}</code>" in page.text for method in operations)
+    fields = [name for each in schema["components"]["schemas"].values() if "Body" in each["title"] for name in each["properties"]]
+    assert {"ref_audio", "consent", "stream_format"} < set(fields)
+    assert all(f"<code>{name}</code>" in page.text for name in fields if name != "error")
+    assert served.http.get("/redoc").status_code == 404
+
+
 def test_the_command_refuses_an_open_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from kalle.cli.main import main
 

@@ -21,12 +21,13 @@ from anyio import to_thread
 from fastapi import FastAPI, File, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from kalle import __version__
 from kalle.errors import UserError
+from kalle.serving.description import description_page
 from kalle.serving.encoding import FORMATS, Encoder, encode
 from kalle.serving.engine import ClosedError, Engine, Job, ServingError
 from kalle.serving.server import OriginCheck, is_loopback, listenable_port, loopback_names, mounted_page
@@ -74,7 +75,8 @@ def create_app(engine: Engine, options: ServeOptions | None = None) -> FastAPI:
         for status, words in {400: "refused", 401: "no valid key", 404: "not found", 413: "too large", 429: "queue full"}.items()
     }
     errors |= {status: {"model": ErrorBody, "description": "failed"} for status in (500, 503, 504)}
-    app = FastAPI(title="kalle", version=__version__, lifespan=lifespan, responses=errors)
+    # The pages of FastAPI load scripts from another host.
+    app = FastAPI(title="kalle", version=__version__, lifespan=lifespan, responses=errors, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_middleware(BodyLimit, most=options.max_upload_bytes * 4 // 3 + 4 * options.max_text + 2**16)
     if options.keys:
@@ -87,6 +89,11 @@ def create_app(engine: Engine, options: ServeOptions | None = None) -> FastAPI:
     _add_state(app, service)
     app.websocket("/v1/audio/speech/stream")(speech_socket(service))
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(description_page(app.openapi()))
+
     return app
 
 
