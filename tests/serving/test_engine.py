@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -164,6 +166,36 @@ def test_a_decoder_that_fails_ends_one_request(engine: Engine, monkeypatch: pyte
     with pytest.raises(EngineError):
         jobs[0].result()
     assert jobs[1].result().frames == 50
+
+
+def test_frames_gather_while_the_decoder_is_late(engine: Engine, kalle_toy: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
+    push, held, go_on, sizes = type(engine._whole_decoder).push, threading.Event(), threading.Event(), list[int]()
+
+    def late(decoder: Any, z: Any, state: Any) -> Any:
+        sizes.append(z.shape[1])
+        held.set()
+        assert go_on.wait(600)
+        return push(decoder, z, state)
+
+    monkeypatch.setattr(type(engine._whole_decoder), "push", late)
+    job = engine.submit(SpeechRequest("Hi there.", options=SHORT), streamed=True)
+    assert held.wait(600)
+    while engine.state.rows:  # the language model goes on to the end of the speech
+        time.sleep(0.01)
+    assert (engine.state.frames, job.finished, list(job.take())) == (50, False, [[], False])
+    go_on.set()
+    np.testing.assert_allclose(heard(job), kalle_toy.synthesize("Hi there.", options=SHORT).audio, atol=1e-4)
+    assert sizes == [sizes[0], 50 - sizes[0]]
+
+
+def test_audio_that_clients_leave_untaken_is_bounded(kalle_toy: Kalle) -> None:
+    with Engine(kalle_toy, EngineLimits(unread_seconds=0.4)) as engine:
+        job = engine.submit(SpeechRequest("Hi there.", options=SHORT), streamed=True)
+        job.result()
+        with pytest.raises(QueueFullError, match="wait for clients"):
+            engine.submit(SpeechRequest("Hi there.", options=SHORT))
+        assert len(heard(job)) == 8000
+        assert engine.submit(SpeechRequest("Hi there.", options=SHORT)).result().frames == 50
 
 
 @pytest.mark.parametrize("streamed", [False, True])

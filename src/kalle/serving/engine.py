@@ -1,24 +1,27 @@
-"""The engine behind every server: many texts through one model at once, in one thread.
+"""The engine behind every server: many texts through one model at once, in two threads.
 
-At every turn it takes one frame of every text that is being spoken, in one batch (`kalle.synthesis.batch`), decodes those frames
-that make a piece of audio, and hands the piece out. Texts join and leave between frames, and sentences of a long text queue like
-texts of their own, so that a long text never takes more than one place and short ones pass it. What a text sounds like depends
-neither on the others nor on when they come.
+At every turn the first takes one frame of every text that is being spoken, in one batch (`kalle.synthesis.batch`). The second
+decodes those frames that make a piece of audio and hands the piece out, while the first goes on. Texts join and leave between
+frames, and sentences of a long text queue like texts of their own, so that a long text never takes more than one place and short
+ones pass it. What a text sounds like depends neither on the others nor on when they come.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import secrets
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from kalle.errors import UserError
 from kalle.models.flowvae.streaming import StreamingDecoder
@@ -33,6 +36,10 @@ from kalle.synthesis.stream import FrameAudio, RequestAudio, TextAudio
 LOGGER = logging.getLogger(__name__)
 WHOLE_CHUNK_FRAMES = 16
 """Frames that are decoded together where nobody waits for the first of them."""
+IDLE_SECONDS = 0.05
+"""How often jobs are looked at that wait for the decoder alone: one may be cancelled, or late."""
+SLOW_RETRY_SECONDS = 10
+"""When to come back where clients take their audio too slowly."""
 _NOTHING = np.zeros(0, dtype=np.float32)
 
 
@@ -41,10 +48,10 @@ class ServingError(RuntimeError):
 
 
 class QueueFullError(ServingError):
-    """Too many requests wait; after ``retry_after_s`` seconds there may be room."""
+    """Too many requests wait, or too much audio for clients who take it slowly; after ``retry_after_s`` seconds there may be room."""
 
-    def __init__(self, waiting: int, retry_after_s: int) -> None:
-        super().__init__(f"too many requests: {waiting} are waiting, which is the most; try again in {retry_after_s} s")
+    def __init__(self, reason: str, retry_after_s: int) -> None:
+        super().__init__(f"too many requests: {reason}, which is the most; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
@@ -74,6 +81,8 @@ class EngineLimits:
     """Positions of the language model's cache, rows times the longest."""
     joins: int = 2
     """Texts that may begin in one turn: each is read before the frames of the others, which wait for it."""
+    unread_seconds: float = 3600.0
+    """Audio that may wait for clients who take it slowly, all of them together; beyond it no request is taken."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -83,7 +92,7 @@ class EngineLimits:
 
 
 class Job:
-    """One text on its way. The engine's thread makes its audio; other threads read, wait for and cancel it."""
+    """One text on its way. The engine's threads make its audio; others read, wait for and cancel it."""
 
     def __init__(self, audio: FrameAudio, seed: int, streamed: bool, sample_rate: int, deadline: float) -> None:
         self.seed, self.streamed, self.sample_rate = seed, streamed, sample_rate
@@ -97,6 +106,12 @@ class Job:
         self._frames: list[Frame] = []
         self._place: tuple[_Group, int] | None = None
         """Where its row is, while it has one."""
+        self._ended = self._decoding = False
+        """Whether it is over, told or about to be; and whether frames of it wait for the decoder, or are there."""
+        self._failure: Exception | None = None
+        """What the decoder met, until the row is taken out of its batch."""
+        self._unread = 0
+        """Samples that nobody has taken yet."""
         self._pieces: deque[FloatArray] = deque()
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
@@ -114,6 +129,7 @@ class Job:
         with self._changed:
             pieces = list(self._pieces)
             self._pieces.clear()
+            self._unread = 0
             return pieces, self.finished
 
     def pieces(self) -> Iterator[FloatArray]:
@@ -139,7 +155,7 @@ class Job:
         self.cancelled = True
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` from the engine's thread at every piece and at the end, and once now."""
+        """Call ``listener`` from a thread of the engine at every piece and at the end, and once now."""
         with self._changed:
             self._listeners.append(listener)
         listener()
@@ -150,6 +166,7 @@ class Job:
                 return
             if len(piece):
                 self._pieces.append(piece)
+                self._unread += len(piece)
                 if self.first_audio_s is None:
                     self.first_audio_s = time.monotonic() - self.asked_s
             if finished:
@@ -257,7 +274,9 @@ class EngineState:
 
 
 class Engine:
-    """Speaks texts for any number of threads; a context manager that ends its thread.
+    """Speaks texts for any number of threads; a context manager that ends its own two.
+
+    The CPU threads that torch may use are shared out between them, at least one each.
 
     ``submit`` returns at once with a `Job`. With the same seed a job gives what ``Kalle.synthesize`` (streamed: ``Kalle.stream``) gives,
     up to rounding in a batch. An error of one request ends that one; a failure of the model ends those it was speaking, each with an
@@ -274,13 +293,30 @@ class Engine:
         """All that are not finished, in the order of the requests."""
         self._ready: deque[Job] = deque()
         """Those whose next sentence waits for a row."""
+        self._told: weakref.WeakSet[Job] = weakref.WeakSet()
+        """All that somebody may still read."""
+        self._work: deque[tuple[Job, list[Frame], Ending | None]] = deque()
+        """Frames for the decoder; of each job those that follow each other, and its ending at last."""
+        self._over: deque[tuple[Job, Exception | None]] = deque()
+        """Jobs that ended and are not told yet."""
         self._lock = threading.Condition()
         self._closing: float | None = None
         self._frames = self._steps = 0
         self._audio_seconds, self._usual_seconds = 0.0, 1.0
         self._endings: Counter[str] = Counter()
-        self._thread = threading.Thread(target=self._run, name="kalle engine", daemon=True)
+        # On CUDA the two take turns: a graph cannot be captured while another thread uses the device.
+        self._alone = threading.Lock() if kalle.device.type == "cuda" else contextlib.nullcontext()
+        self._speaking = True
+        threads = torch.get_num_threads()
+        started = threading.Barrier(3)
+        self._thread = threading.Thread(target=self._run, args=(max(1, threads // 2), started), name="kalle engine", daemon=True)
+        self._decoder = threading.Thread(
+            target=self._decode, args=(max(1, threads - threads // 2), started), name="kalle decoder", daemon=True
+        )
         self._thread.start()
+        self._decoder.start()
+        started.wait()
+        torch.set_num_threads(threads)  # for the threads that come after
 
     def __enter__(self) -> Engine:
         return self
@@ -318,6 +354,7 @@ class Engine:
             self._check_room()
             self._jobs.append(job)
             self._ready.append(job)
+            self._told.add(job)
             self._lock.notify_all()
         return job
 
@@ -333,21 +370,30 @@ class Engine:
             if self._closing is None:
                 self._closing = time.monotonic() + grace_s
             self._lock.notify_all()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() not in (self._thread, self._decoder):
             self._thread.join()
+            self._decoder.join()
 
     def _check_room(self) -> None:
         if not self.alive:
             raise ClosedError("the server is shutting down; try again in a minute")
         with self._lock:
             waiting = sum(not job.began for job in self._ready)
+            unread = sum(job._unread for job in self._told) / self.kalle.sample_rate
         if waiting >= self.limits.queue:
-            raise QueueFullError(waiting, max(1, math.ceil(self._usual_seconds * waiting / self.limits.rows)))
+            raise QueueFullError(f"{waiting} are waiting", max(1, math.ceil(self._usual_seconds * waiting / self.limits.rows)))
+        if unread >= self.limits.unread_seconds:
+            raise QueueFullError(f"{unread:.0f} s of audio wait for clients to take them", SLOW_RETRY_SECONDS)
 
-    def _run(self) -> None:
+    def _run(self, threads: int, started: threading.Barrier) -> None:
+        """The thread of the language model, which has as many CPU ``threads``."""
+        _use_threads(threads)
+        started.wait()
         while True:
             with self._lock:
                 self._lock.wait_for(lambda: self._jobs or self._closing is not None)
+                if self._jobs and not self._ready and not any(job._place for job in self._jobs):
+                    self._lock.wait(IDLE_SECONDS)  # all of them are with the decoder
                 if self._closing is not None and (not self._jobs or time.monotonic() >= self._closing):
                     break
             try:
@@ -357,6 +403,50 @@ class Engine:
                 self._lose(list(self._jobs), error)
         for job in list(self._jobs):
             self._end(job, ClosedError("the server was shut down before the speech was done; try again in a minute"))
+        with self._lock:
+            self._speaking = False
+            self._lock.notify_all()
+
+    def _decode(self, threads: int, started: threading.Barrier) -> None:
+        """The thread of the decoder, which has as many CPU ``threads``: pieces of audio, and the ends of jobs."""
+        _use_threads(threads)
+        started.wait()
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._over or self._work or not self._speaking)
+                if not (self._over or self._work):
+                    return
+                over = self._over.popleft() if self._over else None
+                job, frames, ending = self._next_work() if over is None else (over[0], [], None)
+            try:
+                if over is not None:
+                    job._tell(finished=True, error=over[1])
+                elif not job._ended and job._failure is None:
+                    self._decode_piece(job, frames, ending)
+            except Exception as error:
+                job._failure = error  # its row is the other thread's to take out
+
+    def _next_work(self) -> tuple[Job, list[Frame], Ending | None]:
+        """The frames that are decoded next: those that somebody has heard nothing of come first."""
+        first = next((index for index, (job, _, _) in enumerate(self._work) if job.streamed and job.first_audio_s is None), 0)
+        work = self._work[first]
+        del self._work[first]
+        return work
+
+    def _decode_piece(self, job: Job, frames: list[Frame], ending: Ending | None) -> None:
+        with self._alone:
+            piece = job._audio.push(frames, ending)
+        with self._lock:
+            self._audio_seconds += len(piece) / job.sample_rate
+            job._decoding = False
+        job._tell(piece)
+        if job._audio.done:
+            self._end(job)
+        elif ending is not None:
+            with self._lock:
+                if not job._ended:
+                    self._ready.append(job)
+                self._lock.notify_all()
 
     def _turn(self) -> None:
         """One frame of everything that is being spoken."""
@@ -367,7 +457,8 @@ class Engine:
                 del self._groups[key]
                 continue
             try:
-                events = group.generator.step()
+                with self._alone:
+                    events = group.generator.step()
             except Exception as error:
                 LOGGER.exception("the model failed; the texts it was speaking end, and the next one starts anew")
                 self._lose(list(group.jobs.values()), error)
@@ -380,7 +471,9 @@ class Engine:
         """End what was cancelled or takes too long."""
         now = time.monotonic()
         for job in list(self._jobs):
-            if job.cancelled:
+            if job._failure is not None:
+                self._fail(job, job._failure)
+            elif job.cancelled:
                 self._end(job)
             elif now >= job._deadline:
                 self._end(job, OverdueError(f"the request took longer than {self.limits.seconds:g} s; shorten the text, or try later"))
@@ -408,7 +501,10 @@ class Engine:
                 self._fail(job, error)
 
     def _take(self, job: Job, event: BatchEvent) -> None:
-        """Keep the frame of ``event``, and decode the frames of ``job`` where they make a piece."""
+        """Keep the frame of ``event``, and give the frames of ``job`` to the decoder where they make a piece.
+
+        While it has some of them, they gather, so that a decoder that comes late has fewer and longer pieces.
+        """
         assert job._place is not None
         if event.error is not None:
             self._end(job, event.error)
@@ -416,23 +512,15 @@ class Engine:
         if event.frame is not None:
             self._frames += 1
             job._frames.append(event.frame)
-        if event.ending is None and len(job._frames) < job._audio.wanted:
+        if event.ending is None and (job._decoding or len(job._frames) < job._audio.wanted):
             return
         frames, job._frames = job._frames, []
         if event.ending is not None:
             job._place[0].remove(job)
-        try:
-            piece = job._audio.push(frames, event.ending)
-        except Exception as error:
-            self._fail(job, error)
-            return
-        self._audio_seconds += len(piece) / job.sample_rate
-        job._tell(piece)
-        if job._audio.done:
-            self._end(job)
-        elif event.ending is not None:
-            with self._lock:
-                self._ready.append(job)
+        with self._lock:
+            job._decoding = True
+            self._work.append((job, frames, event.ending))
+            self._lock.notify_all()
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End one ``job``, whose own ``error`` does not touch the others."""
@@ -449,18 +537,28 @@ class Engine:
             self._end(job, EngineError(f"the server failed while it spoke this text ({type(error).__name__}); try again"))
 
     def _end(self, job: Job, error: Exception | None = None) -> None:
-        """Free all that ``job`` holds and tell whoever waits for it."""
+        """Free all that ``job`` holds; whoever waits for it is told by the decoder's thread, which may be at work on it."""
         if job._place is not None:
             job._place[0].remove(job)
+        how = _ending(job, error)
         with self._lock:
-            if job in self._jobs:
-                self._jobs.remove(job)
+            if job._ended:
+                return
+            job._ended = True
+            self._jobs.remove(job)
             if job in self._ready:
                 self._ready.remove(job)
-        if error is None and not job.cancelled:
-            self._usual_seconds += 0.1 * (time.monotonic() - job.asked_s - self._usual_seconds)
-        self._endings[_ending(job, error)] += 1
-        job._tell(finished=True, error=error)
+            if error is None and not job.cancelled:
+                self._usual_seconds += 0.1 * (time.monotonic() - job.asked_s - self._usual_seconds)
+            self._endings[how] += 1
+            self._over.append((job, error))
+            self._lock.notify_all()
+
+
+def _use_threads(count: int) -> None:
+    """Let torch compute with ``count`` CPU threads in this thread; whoever calls it then restores the number of new threads."""
+    torch.get_num_threads()  # a thread takes the number of the process when it first needs one: now, and not after the next line
+    torch.set_num_threads(count)
 
 
 def _ending(job: Job, error: Exception | None) -> str:
