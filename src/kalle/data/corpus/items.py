@@ -290,10 +290,14 @@ class SplitPolicy:
     outside_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.valid_share >= 0 and self.test_share >= 0 and self.valid_share + self.test_share < 1):
-            raise UserError(
-                f"split shares: got valid {self.valid_share} and test {self.test_share}, expected both >= 0 and a sum below 1; change them"
-            )
+        if not (self.valid_share >= 0 and self.test_share >= 0 and self.valid_share + self.test_share <= 1):
+            got = f"valid {self.valid_share} and test {self.test_share}"
+            raise UserError(f"split shares: got {got}, expected both >= 0 and a sum of at most 1; change them")
+
+    @property
+    def trains(self) -> bool:
+        """Whether any text is for training: a corpus may be for tests alone."""
+        return self.valid_share + self.test_share < 1
 
     def assign(self, text: str) -> str:
         """The split of ``text``: a function of its normalised form and the seed alone, not of the rest of the corpus."""
@@ -309,14 +313,14 @@ class SplitPolicy:
         return int.from_bytes(digest[:8], "big") / 2**64
 
     def completed(self, texts: Sequence[str], splits: Sequence[str], fixed: Collection[str] = ()) -> list[str]:
-        """``splits`` of ``texts`` with at least one text in training and in each part that has a share, if there are texts enough.
+        """``splits`` of ``texts`` with at least one text in each part that has a share, if there are texts enough.
 
         A small corpus has parts that no hash falls into. Such a part gets the text of the lowest hash out of the largest other one, all
         items of it. ``fixed`` are the parts that hold items of their own besides.
         """
         keys = [normalised(text) for text in texts]
         found = dict(zip(keys, splits, strict=True))
-        wanted = {"train": True, "valid": self.valid_share > 0, "test": self.test_share > 0}
+        wanted = {"train": self.trains, "valid": self.valid_share > 0, "test": self.test_share > 0}
         for part in (part for part, share in wanted.items() if share and part not in fixed):
             counts = Counter(found.values())
             if not counts[part] and counts and max(counts.values()) > 1:

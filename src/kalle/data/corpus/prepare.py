@@ -310,7 +310,7 @@ def _finish(
     report = prepare_report(source, options, kept, rejected)
     write_atomic(out / REPORT_JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_atomic(out / REPORT_MD, prepare_markdown(report))
-    if not any(item.split == "train" for item in kept):
+    if not any(item.split == "train" or not options.split.trains for item in kept):
         counts = ", ".join(f"{count} {reason}" for reason, count in report["rejected_by_reason"].items()) or "none rejected"
         raise UserError(
             f"nothing to train on in '{source.name}': got {len(kept)} usable items, none of them for training ({counts}); "
