@@ -14,6 +14,15 @@ def test_the_text_of_an_error_is_one_line(character: str) -> None:
     assert message.splitlines() == [message] == [one_line(message)]
 
 
+def test_a_long_text_of_an_error_keeps_its_beginning_and_its_remedy() -> None:
+    message = str(UserError(f"bad value: got {'9' * 50_000}, expected a number; correct it"))
+    assert message.startswith("bad value: got 999")
+    assert message.endswith("999, expected a number; correct it")
+    assert "characters left out" in message
+    assert len(message) < 2100
+    assert str(UserError("9" * 2000)) == "9" * 2000
+
+
 def test_letters_of_any_script_stay_as_they_are() -> None:
     assert str(UserError("没有 'café  x'")) == "没有 'café  x'"
 

@@ -6,16 +6,23 @@ import os
 import unicodedata
 from types import UnionType
 
+LONGEST = 2000
+"""Characters of a message that are shown."""
+
 
 class UserError(ValueError):
     """A mistake that the user can correct: the message names the value got, what was expected, and the remedy.
 
     The command line prints it on one line and leaves with exit code 2; the library raises it as the
-    ``ValueError`` it is. A broken invariant of our own is an ``assert`` instead. Its text is `one_line`.
+    ``ValueError`` it is. A broken invariant of our own is an ``assert`` instead. Its text is `one_line` of at most about
+    `LONGEST` characters, for what a damaged file holds has any length: the middle is left out, as the remedy stands at the end.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        text = one_line(message)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} … ({len(text) - LONGEST} characters left out) … {text[-LONGEST // 2 :]}"
+        super().__init__(text)
 
 
 def one_line(message: str) -> str:

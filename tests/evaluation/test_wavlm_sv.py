@@ -180,14 +180,15 @@ def test_what_is_not_used_is_told_by_name(checkpoint: Path, caplog: pytest.LogCa
     assert caplog.text.count("is not used") == 2
 
 
-def test_every_tensor_that_does_not_fit_is_listed(checkpoint: Path, tmp_path: Path) -> None:
+def test_every_tensor_that_does_not_fit_is_listed(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = torch.load(checkpoint, weights_only=True)["model"]
     del state["layer3.SE_Connect.linear1.bias"], state["feature_extract.model.encoder.layers.1.fc1.bias"]
     state["bn.weight"] = torch.zeros(3)
     torch.save({"model": state}, tmp_path / "broken.pth")
     with pytest.raises(UserError) as raised:
         WavLMSpeaker(tmp_path / "broken.pth")
-    lines = str(raised.value).partition("Tensors: ")[2].split("; ")
+    lines = str(raised.value).partition("3 tensors: ")[2].partition("); get it")[0].split("; ")
+    assert [record.getMessage().partition(": tensor ")[2] for record in caplog.records if record.levelname == "WARNING"] == lines
     assert len(lines) == 3
     assert any("layer3.SE_Connect.linear1.bias: missing" in line for line in lines)
     assert any("layers.1.feed_forward.intermediate_dense.bias: missing" in line for line in lines)

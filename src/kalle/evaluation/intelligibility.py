@@ -229,7 +229,7 @@ def sound_classes(alignments: Iterable[Sequence[Edit]], phonemes: Callable[[str]
 
 
 NOTHING = "nothing"
-"""What is heard for a sound that is lost, and said where a sound is added."""
+"""The sound that stands for none: heard where a sound is lost, said where one is added."""
 
 
 def sound_confusions(alignments: Iterable[Sequence[Edit]], phonemes: Callable[[str], str | None]) -> tuple[list[str], NDArray[np.int64]]:

@@ -25,6 +25,8 @@ from kalle.errors import UserError
 from kalle.evaluation.metrics import MetricError
 from kalle.extras import require
 
+MOST_SHOWN = 5
+"""Tensors that an error names; each of the others has a line of the log."""
 logger = logging.getLogger(__name__)
 GET = "the speaker verification page of microsoft/UniSpeech (wavlm_large_finetune.pth)"
 LEAST_SAMPLES = 400
@@ -178,7 +180,10 @@ class WavLMSpeaker:
         self.unmatched = tuple(name for name, problem in unmatched if problem == "unused")
         wrong = [f"{name}: {problem}" for name, problem in unmatched if problem != "unused"]
         if wrong:
-            raise UserError(f"'{checkpoint}' does not fit WavLM with an ECAPA head; get it from {GET}. Tensors: {'; '.join(wrong)}")
+            for problem in wrong:
+                logger.warning("%s: tensor %s", self.checkpoint.name, problem)
+            shown = "; ".join(wrong[:MOST_SHOWN]) + ("; …" if len(wrong) > MOST_SHOWN else "")
+            raise UserError(f"'{checkpoint}' does not fit WavLM with an ECAPA head ({len(wrong)} tensors: {shown}); get it from {GET}")
         for name in self.unmatched:
             logger.info("%s: tensor %s is not used", self.checkpoint.name, name)
         with self.checkpoint.open("rb") as file:

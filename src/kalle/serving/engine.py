@@ -109,7 +109,7 @@ class Job:
         self._ended = self._decoding = False
         """Whether it is over, told or about to be; and whether frames of it wait for the decoder, or are there."""
         self._failure: Exception | None = None
-        """What the decoder met, until the row is taken out of its batch."""
+        """The failure that the decoder met, until the row is taken out of its batch."""
         self._unread = 0
         """Samples that nobody has taken yet."""
         self._pieces: deque[FloatArray] = deque()
