@@ -17,7 +17,7 @@ from kalle.cli.main import interruptible
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
-    from kalle.evaluation.benchmark import DecoderForm, Engine, Timing
+    from kalle.evaluation.benchmark import BackboneForm, DecoderForm, Timing
     from kalle.models.flowvae import FlowVAE
     from kalle.models.lm import KalleLM
 
@@ -192,14 +192,14 @@ def check(model: Path | None, size: Size | None, seconds: list[float], batch: li
         raise UserError(f"bad --batch: got {batch}, expected sizes of at least 1")
 
 
-def speech_engines(model: Path | None, size: Size | None, device: Any, names: list[str]) -> list[Engine]:
+def speech_engines(model: Path | None, size: Size | None, device: Any, names: list[str]) -> list[BackboneForm]:
     """The engines called ``names``, by default those that run here; their weights are read from ``model`` or random of ``size``.
 
     UserError for a name that is not known or cannot run here.
     """
     import functools
 
-    from kalle.evaluation.benchmark import Engine
+    from kalle.evaluation.benchmark import BackboneForm
     from kalle.models.int8 import require_engine
 
     cuda = device.type == "cuda"
@@ -220,7 +220,7 @@ def speech_engines(model: Path | None, size: Size | None, device: Any, names: li
     if "int8" in names:
         require_engine()
     base = functools.cache(lambda: random_lm(size))
-    return [Engine(name, library(name), functools.partial(load_lm, model, base, device, name), ENGINES[name]) for name in names]
+    return [BackboneForm(name, library(name), functools.partial(load_lm, model, base, device, name), ENGINES[name]) for name in names]
 
 
 def library(engine: str) -> str:

@@ -117,7 +117,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Engine:
+class BackboneForm:
     """One way to compute the language model."""
 
     name: str
@@ -167,7 +167,12 @@ class SynthesisBench:
     """
 
     def __init__(
-        self, engines: Sequence[Engine], decoders: Sequence[DecoderForm], plan: BenchPlan, limits: Limits, report: Callable[[Timing], None]
+        self,
+        engines: Sequence[BackboneForm],
+        decoders: Sequence[DecoderForm],
+        plan: BenchPlan,
+        limits: Limits,
+        report: Callable[[Timing], None],
     ) -> None:
         """``report`` gets each row as it is measured."""
         self._engines, self._decoders, self._plan, self._limits, self._report = engines, decoders, plan, limits, report
@@ -228,7 +233,7 @@ class SynthesisBench:
         for _ in RequestStream(lm, flowvae, StreamingDecoder(flowvae), self._request(lm, _WARM_UP_FRAMES)):
             pass
 
-    def _bench_frames(self, engine: Engine, lm: KalleLM, flowvae: FlowVAE, seconds: float) -> None:
+    def _bench_frames(self, engine: BackboneForm, lm: KalleLM, flowvae: FlowVAE, seconds: float) -> None:
         request, rate = self._request(lm, max(1, round(seconds * flowvae.config.frame_rate_hz))), flowvae.config.frame_rate_hz
         first, step = engine is self._engines[0], f"frames, {engine.name}"
         if first and self._plan.uncached and (left := self._left(_UNCACHED, seconds)):
@@ -255,7 +260,7 @@ class SynthesisBench:
         """The predictions (T + 1, D) for the first engine's frames, in one pass without a cache."""
         return lm.predict_all(request.text_ids[None].to(lm.device), self._latents[seconds][None].to(lm.device))[0]
 
-    def _bench_stream(self, engine: Engine, lm: KalleLM, flowvae: FlowVAE, seconds: float) -> None:
+    def _bench_stream(self, engine: BackboneForm, lm: KalleLM, flowvae: FlowVAE, seconds: float) -> None:
         step, config = f"stream, {engine.name}", flowvae.config
         if not self._left(step, seconds):
             return
@@ -269,7 +274,7 @@ class SynthesisBench:
         timing = replace(timing, first_audio_seconds=first, difference=difference)
         self._keep(timing, seconds, {self._engines[0].name: f"stream, {self._engines[0].name}"})
 
-    def _bench_batch(self, engine: Engine, lm: KalleLM, flowvae: FlowVAE, size: int) -> None:
+    def _bench_batch(self, engine: BackboneForm, lm: KalleLM, flowvae: FlowVAE, size: int) -> None:
         seconds, step = min(self._plan.seconds), f"batch of {size}, {engine.name}"
         if not self._left(step, seconds):
             return
@@ -325,12 +330,12 @@ class SynthesisBench:
             )
             self._keep(whole, seconds, baselines)
 
-    def _reading(self, engine: Engine, lm: KalleLM, positions: int) -> Work:
+    def _reading(self, engine: BackboneForm, lm: KalleLM, positions: int) -> Work:
         """Reading ``positions`` at once."""
         weights: int = lm.backbone.config.layer_parameters
         return Work(weights * engine.value_bytes, 2.0 * weights * positions, engine.name)
 
-    def _stepping(self, engine: Engine, lm: KalleLM, frames: int, rows: int) -> list[Work]:
+    def _stepping(self, engine: BackboneForm, lm: KalleLM, frames: int, rows: int) -> list[Work]:
         """``frames`` steps of ``rows`` behind the text, with the cache that each reads."""
         config = lm.backbone.config
         one, width = self._reading(engine, lm, rows), 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
