@@ -11,6 +11,7 @@ from typing import Any
 from corpora import STRANGERS, SYNTHETIC
 from score_lengths import lengths_table
 from similarity import margins_table
+from voices import DEFAULT
 
 from kalle.checkpoint import read_json, write_json
 from kalle.files import write_atomic
@@ -72,6 +73,8 @@ GOALS = (
     Goal("STOI of the same", _speech(f"reconstruction-{SYNTHETIC}", "reconstruction", "stoi"), at_least=0.94),
     Goal("PESQ-WB, English recordings", _speech("reconstruction-en", "reconstruction", "pesq_wb"), at_least=1.8),
     Goal("STOI of the same", _speech("reconstruction-en", "reconstruction", "stoi"), at_least=0.9),
+    Goal("WER of the worst built-in voice but the default one", ("worst_voice_wer",), at_most=0.1),
+    Goal("mean WER of a cloned stranger", ("strangers_wer",), at_most=0.12),
     Goal("mean similarity of a cloned stranger", ("strangers_own",), at_least=0.8),
     Goal("... mean margin over the nearest other", ("strangers_margin",), at_least=0.1),
 )
@@ -105,7 +108,9 @@ def write_report(
     summary["times_teacher"] = after / before if before and after is not None else None
     strangers = out / "strangers.json"
     summary["strangers"] = read_json(strangers) if strangers.is_file() else {}
-    for key in ("own", "margin"):
+    others = [row["wer"] for name, row in summary["voices"].items() if name != DEFAULT]
+    summary["worst_voice_wer"] = max(others) if others else None
+    for key in ("wer", "own", "margin"):
         values = [row[key] for row in summary["strangers"].values() if row[key] is not None]
         summary[f"strangers_{key}"] = sum(values) / len(values) if values else None
     summary["goals"] = [_goal(goal, summary) for goal in GOALS]

@@ -14,7 +14,7 @@ from curves import draw_curves
 from lengths import texts_of_all_lengths
 from report import write_report
 from score_lengths import judged, seconds_per_character, summarised
-from similarity import stranger_margins, voice_margins
+from similarity import VoiceScores
 
 from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages, override
@@ -89,9 +89,10 @@ def _score_lengths(out: Path, pace: float) -> None:
 
 
 def _score_voices(out: Path, given: argparse.Namespace, weights: Path, count: int) -> None:
-    write_json(out / "voices.json", voice_margins(weights, given.corpora, count, given.device, given.score_seeds[0]))
+    voices = VoiceScores(weights, given.corpora, count, given.device, given.score_seeds[0], given.asr)
+    write_json(out / "voices.json", voices.built_in())
     if (given.corpora.parent / "test" / STRANGERS).is_dir():
-        write_json(out / "strangers.json", stranger_margins(weights, given.corpora, count, given.device, given.score_seeds[0]))
+        write_json(out / "strangers.json", voices.strangers())
 
 
 def size_and_memory(weights: Path, wav: Path) -> dict[str, Any]:

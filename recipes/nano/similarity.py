@@ -1,4 +1,4 @@
-"""Does every built-in voice sound like its speaker, and not like another? Cosines between speaker embeddings, and the margin."""
+"""Does every built-in voice sound like its speaker and like no other, and are its words understood? Cosines, margin and WER."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from voices import BUILT_IN, BuiltIn
 
 from kalle.audio import Audio, resample
 from kalle.errors import UserError
+from kalle.evaluation.asr import FasterWhisper
 from kalle.evaluation.metrics import RATE_HZ, MetricError
 from kalle.evaluation.similarity import SpeakerEmbedder, speaker_embedder
 from kalle.evaluation.test_list import TestItem, choose_prompt, read_test_list
+from kalle.evaluation.word_errors import seed_tts, word_errors
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import Voice
 
@@ -39,25 +41,54 @@ def margins(spoken: Mapping[str, Vectors], recorded: Mapping[str, Vectors]) -> d
     return found
 
 
-def voice_margins(weights: Path, corpora: Path, texts: int, device: str, seed: int) -> dict[str, dict[str, object]]:
-    """`margins` of the built-in voices in ``weights``, each speaking ``texts`` unseen English sentences.
+class VoiceScores:
+    """Scores of voices of the weights in a folder; each speaks the same unseen English sentences.
 
-    UserError when ``weights`` have no such voice.
+    ``texts``: how many of them; ``asr``: the recogniser, as `kalle.evaluation.asr.FasterWhisper` takes it. ``seed``: of the first text.
     """
-    kalle, embedder = Kalle.from_pretrained(weights, device), speaker_embedder("ge2e")
-    chosen = [voice for voice in BUILT_IN if (weights / "voices" / f"{voice.name}.safetensors").is_file()]
-    if not chosen:
-        raise UserError(
-            f"no voices: got '{weights}', expected one of {', '.join(voice.name for voice in BUILT_IN)} in it; run --only voices"
-        )
-    unseen = read_test_list(corpora.parent / "test" / SYNTHETIC).items[-texts:]
-    spoken: dict[str, Vectors] = {}
-    recorded: dict[str, Vectors] = {}
-    for voice in chosen:
-        items = own_recordings(voice, corpora)
-        recorded[voice.name] = _embedded(embedder, [item.audio(RATE_HZ) for item in items[:RECORDINGS]])
-        spoken[voice.name] = _embedded(embedder, _speak(kalle, kalle.load_voice(voice.name), unseen, seed))
-    return margins(spoken, recorded)
+
+    def __init__(self, weights: Path, corpora: Path, texts: int, device: str, seed: int, asr: str) -> None:
+        self.weights, self.corpora, self.seed = weights, corpora, seed
+        self._kalle, self._embedder, self._hear = Kalle.from_pretrained(weights, device), speaker_embedder("ge2e"), FasterWhisper(asr)
+        self._unseen = read_test_list(corpora.parent / "test" / SYNTHETIC).items[-texts:]
+
+    def built_in(self) -> dict[str, dict[str, object]]:
+        """`margins` of the built-in voices, with ``wer``. UserError when the weights have none."""
+        chosen = [voice for voice in BUILT_IN if (self.weights / "voices" / f"{voice.name}.safetensors").is_file()]
+        if not chosen:
+            names = ", ".join(voice.name for voice in BUILT_IN)
+            raise UserError(f"no voices: got '{self.weights}', expected one of {names} in it; run --only voices")
+        voices = {voice.name: self._kalle.load_voice(voice.name) for voice in chosen}
+        return self._scored(voices, {voice.name: own_recordings(voice, self.corpora)[:RECORDINGS] for voice in chosen})
+
+    def strangers(self) -> dict[str, dict[str, object]]:
+        """The same of voices made from one recording each of speakers that no training heard; the recording itself is not compared with."""
+        items = read_test_list(self.corpora.parent / "test" / STRANGERS).items
+        voices: dict[str, Voice] = {}
+        others: dict[str, list[TestItem]] = {}
+        for name in sorted({item.speaker for item in items if item.speaker}):
+            prompt = choose_prompt(items, speaker=name)
+            assert prompt.audio_path is not None, "choose_prompt"
+            voices[name] = self._kalle.voice(prompt.audio_path)
+            others[name] = [item for item in items if item.speaker == name and item.id != prompt.id][:RECORDINGS]
+        return self._scored(voices, others)
+
+    def _scored(self, voices: Mapping[str, Voice], recordings: Mapping[str, Sequence[TestItem]]) -> dict[str, dict[str, object]]:
+        spoken: dict[str, Vectors] = {}
+        rates: dict[str, float] = {}
+        for name, voice in voices.items():
+            made = [self._kalle.synthesize(item.text, voice, seed=self.seed + index) for index, item in enumerate(self._unseen)]
+            audio = [resample(speech.audio, speech.sample_rate, RATE_HZ) for speech in made]
+            spoken[name] = _embedded(self._embedder, audio)
+            rates[name] = self._error_rate(audio)
+        recorded = {name: _embedded(self._embedder, [item.audio(RATE_HZ) for item in items]) for name, items in recordings.items()}
+        return {name: {**row, "wer": rates[name]} for name, row in margins(spoken, recorded).items()}
+
+    def _error_rate(self, audio: Sequence[Audio]) -> float:
+        """WER over the corpus, with the normaliser of Seed-TTS."""
+        pairs = zip(self._unseen, self._hear.batch(audio, "en"), strict=True)
+        counted = [word_errors(seed_tts(item.text, "en"), seed_tts(transcript, "en")) for item, transcript in pairs]
+        return sum(one.errors for one in counted) / sum(one.words for one in counted)
 
 
 def own_recordings(voice: BuiltIn, corpora: Path) -> list[TestItem]:
@@ -65,27 +96,6 @@ def own_recordings(voice: BuiltIn, corpora: Path) -> list[TestItem]:
     split = "test" if voice.corpus in LANGUAGES else "train"
     items = read_test_list(corpora / voice.corpus / f"cuts_{split}.jsonl.gz").items
     return [item for item in items if voice.speaker in (None, item.speaker)]
-
-
-def stranger_margins(weights: Path, corpora: Path, texts: int, device: str, seed: int) -> dict[str, dict[str, object]]:
-    """`margins` of voices made from one recording each of speakers that no training heard; the recording itself is not compared with."""
-    kalle, embedder = Kalle.from_pretrained(weights, device), speaker_embedder("ge2e")
-    items = read_test_list(corpora.parent / "test" / STRANGERS).items
-    unseen = read_test_list(corpora.parent / "test" / SYNTHETIC).items[-texts:]
-    spoken: dict[str, Vectors] = {}
-    recorded: dict[str, Vectors] = {}
-    for name in sorted({item.speaker for item in items if item.speaker}):
-        prompt = choose_prompt(items, speaker=name)
-        others = [item for item in items if item.speaker == name and item.id != prompt.id]
-        recorded[name] = _embedded(embedder, [item.audio(RATE_HZ) for item in others[:RECORDINGS]])
-        assert prompt.audio_path is not None, "choose_prompt"
-        spoken[name] = _embedded(embedder, _speak(kalle, kalle.voice(prompt.audio_path), unseen, seed))
-    return margins(spoken, recorded)
-
-
-def _speak(kalle: Kalle, voice: Voice, items: Sequence[TestItem], seed: int) -> list[Audio]:
-    made = [kalle.synthesize(item.text, voice, seed=seed + index) for index, item in enumerate(items)]
-    return [resample(speech.audio, speech.sample_rate, RATE_HZ) for speech in made]
 
 
 def _embedded(embedder: SpeakerEmbedder, audio: Sequence[Audio]) -> Vectors:
@@ -102,14 +112,14 @@ def _embedded(embedder: SpeakerEmbedder, audio: Sequence[Audio]) -> Vectors:
 
 def margins_table(found: Mapping[str, Mapping[str, object]]) -> list[str]:
     """What `margins` found, as Markdown."""
-    head = ["| voice | own speaker | nearest other | margin | own recordings among themselves |", "|---|---|---|---|---|"]
+    head = ["| voice | WER | own speaker | nearest other | margin | own recordings among themselves |", "|---|---|---|---|---|---|"]
     lines = []
     for name, row in found.items():
         others = row["others"]
         assert isinstance(others, Mapping)
         nearest = max(others, key=lambda other: others[other]) if others else None
         named = "-" if nearest is None else f"{nearest} {others[nearest]:.3f}"
-        numbers = [row[key] for key in ("own", "margin", "ceiling")]
-        own, margin, ceiling = ("-" if value is None else f"{value:.3f}" for value in numbers)
-        lines.append(f"| {name} | {own} | {named} | {margin} | {ceiling} |")
+        numbers = [row.get(key) for key in ("wer", "own", "margin", "ceiling")]
+        rate, own, margin, ceiling = ("-" if value is None else f"{value:.3f}" for value in numbers)
+        lines.append(f"| {name} | {rate} | {own} | {named} | {margin} | {ceiling} |")
     return head + lines

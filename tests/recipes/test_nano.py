@@ -234,7 +234,7 @@ def test_margins_are_over_the_nearest_other(recipe: Any) -> None:
     assert found["a"]["own"] == found["a"]["margin"] == found["a"]["ceiling"] == 1.0
     assert found["b"]["margin"] == pytest.approx(0.8 - 0.6)
     assert found["b"]["others"] == pytest.approx({"a": 0.6, "c": 0.0})
-    assert recipe("nano", "similarity").margins_table(found)[3] == "| b | 0.800 | a 0.600 | 0.200 | 1.000 |"
+    assert recipe("nano", "similarity").margins_table(found)[3] == "| b | - | 0.800 | a 0.600 | 0.200 | 1.000 |"
 
 
 def test_compute_adds_up_over_continuations(recipe: Any, tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_the_chain_from_training_to_scores(tmp_path: Path, recipe: Any) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = read_json(out / "evaluation/summary.json")
     assert set(summary["voices"]) == {"hibari", "allison", "june", "carlo", "ivrvoice"}
-    assert summary["strangers"]
+    assert all(row["wer"] > 0 for row in (*summary["voices"].values(), *summary["strangers"].values()))
     assert summary["size"]["peak_memory_bytes"] > summary["size"]["bytes"] > 0
     assert summary["lengths"]["rates"]["all"]["items"] == 2
     assert read_json(out / "compute.json")["total_seconds"] > 0
