@@ -11,7 +11,7 @@ from torch import nn
 from kalle.checkpoint import read_tensors, write_json, write_tensors
 from kalle.errors import UserError
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
-from kalle.models.flowvae.flow import CouplingFlow
+from kalle.models.flowvae.model import CouplingFlow
 
 ENCODER = EncoderConfig(channels=(4, 4, 6, 6, 8, 8, 8), residual_layers=2)
 BIGVGAN = FlowVAEConfig(latent_dim=6, encoder=ENCODER, flow=FlowConfig(hidden_channels=8), decoder=BigVGANConfig(initial_channels=64))

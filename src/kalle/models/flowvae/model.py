@@ -1,24 +1,188 @@
-"""The Flow-VAE: speech to a sequence of Gaussians and back (KALL-E paper, section 3)."""
+"""The Flow-VAE: speech to a sequence of Gaussians and back (KALL-E paper, section 3), with its encoder and its flow.
+
+The encoder maps a waveform to the parameters of the posterior; the volume-preserving flow turns a sample of the posterior into one of the
+prior N(0, I). The decoders have modules of their own.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from kalle.checkpoint import CONFIG_NAME, load_module, part_folder, read_json, save_part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae.bigvgan import BigVGANDecoder
-from kalle.models.flowvae.config import BigVGANConfig, FlowVAEConfig
-from kalle.models.flowvae.encoder import Encoder
-from kalle.models.flowvae.flow import CouplingFlow
+from kalle.models.flowvae.config import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAEConfig
 from kalle.models.flowvae.istft import ISTFTDecoder
 from kalle.models.flowvae.streaming import DecoderForInference
+from kalle.models.layers import CausalConv1d, in_full_precision, same_conv
 
 PART = "flowvae"
+_STAGE_SLOPE = 0.2
+_RESIDUAL_SLOPE = 0.01
+_SPEECH_RMS = 0.1
+"""Typical level of speech, -20 dBFS: the first convolution starts by bringing it to unit variance."""
+_INITIAL_LOG_STD = -1.0
+"""The posterior starts narrower than the spread of its means, so that the decoder receives the signal from the first step."""
+
+
+class ResidualLayer(nn.Module):
+    """Dilated then plain convolution, added to the input: (B, C, T) -> (B, C, T)."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.dilated = same_conv(channels, channels, 3, dilation)
+        self.plain = same_conv(channels, channels, 3)
+        self.activation = nn.LeakyReLU(_RESIDUAL_SLOPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.plain(self.activation(self.dilated(self.activation(x))))
+
+
+class EncoderStage(nn.Module):
+    """Strided convolution, residual stack, activation: (B, C, T) -> (B, C', about T / stride)."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int, residual_layers: int) -> None:
+        super().__init__()
+        kernel_size = 2 * stride
+        self.down = weight_norm(nn.Conv1d(channels_in, channels_out, kernel_size, stride, padding=(kernel_size - 1) // 2))
+        self.residual = nn.Sequential(*(ResidualLayer(channels_out, 2**i) for i in range(residual_layers)))
+        self.activation = nn.LeakyReLU(_STAGE_SLOPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.residual(self.down(x)))
+
+
+class Encoder(nn.Module):
+    """Waveform (B, 1, S) to parameters (B, 2D, T), mean then log_std. Not causal; the input is not padded to a whole frame."""
+
+    def __init__(self, config: EncoderConfig, latent_dim: int) -> None:
+        super().__init__()
+        widths = config.channels
+        self.conv_in = same_conv(1, widths[0], 3)
+        self.activation = nn.LeakyReLU(_STAGE_SLOPE)
+        self.stages = nn.Sequential(
+            *(
+                EncoderStage(before, after, stride, config.residual_layers)
+                for before, after, stride in zip(widths[:-1], widths[1:], config.strides, strict=True)
+            )
+        )
+        self.conv_out = same_conv(widths[-1], 2 * latent_dim, 3)
+        if not self.conv_in.weight.is_meta:  # which is about to be given its weights
+            self._initialise()
+
+    def forward(self, wav: Tensor) -> Tensor:
+        x = self.stages(self.activation(self.conv_in(wav)))
+        # Posteriors may be narrower than what bf16 resolves of their means.
+        return in_full_precision(self.conv_out, x)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Start with signals of unit variance at every depth.
+
+        torch's default shrinks them by about the square root of 3 in each of the eight unnormalised convolutions on the
+        main path; the posterior then hardly depends on the input and the first minutes of training are lost.
+        """
+        _variance_preserving(self.conv_in, 1 / _SPEECH_RMS)
+        for stage in self.stages:
+            assert isinstance(stage, EncoderStage)
+            _variance_preserving(stage.down, nn.init.calculate_gain("leaky_relu", _STAGE_SLOPE))
+            for layer in stage.residual:
+                assert isinstance(layer, ResidualLayer)
+                _variance_preserving(layer.dilated, nn.init.calculate_gain("leaky_relu", _RESIDUAL_SLOPE))
+                _variance_preserving(layer.plain, 1 / math.sqrt(2 * len(stage.residual)))
+        _variance_preserving(self.conv_out, 1.0)
+        assert isinstance(self.conv_out, nn.Conv1d)
+        weight, bias = self.conv_out.weight.clone(), self.conv_out.bias
+        assert bias is not None
+        log_std_rows = slice(len(bias) // 2, None)
+        weight[log_std_rows] *= 0.01
+        self.conv_out.weight = weight
+        bias[log_std_rows] = _INITIAL_LOG_STD
+
+
+def _variance_preserving(conv: nn.Module, gain: float) -> None:
+    """Normal weights of standard deviation ``gain`` / sqrt(fan-in), zero bias; sets a weight-normed weight through its parts."""
+    assert isinstance(conv, nn.Conv1d)
+    assert conv.bias is not None
+    _, channels_in, kernel_size = conv.weight.shape
+    conv.weight = torch.randn_like(conv.weight) * gain / math.sqrt(channels_in * kernel_size)
+    nn.init.zeros_(conv.bias)
+
+
+class WaveNet(nn.Module):
+    """Gated causal convolutions with residual and skip paths, no conditioning: (B, H, T) -> (B, H, T)."""
+
+    def __init__(self, hidden_channels: int, kernel_size: int, layers: int) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(CausalConv1d(hidden_channels, 2 * hidden_channels, kernel_size) for _ in range(layers))
+        # The last layer has nothing after it to feed, so it has a skip path only.
+        widths = [2 * hidden_channels] * (layers - 1) + [hidden_channels]
+        self.res_skips = nn.ModuleList(weight_norm(nn.Conv1d(hidden_channels, width, 1)) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden_channels = x.shape[1]
+        skip_sum = torch.zeros_like(x)
+        for gate, res_skip in zip(self.gates, self.res_skips, strict=True):
+            content, control = gate(x).chunk(2, dim=1)
+            out = res_skip(torch.tanh(content) * torch.sigmoid(control))
+            if out.shape[1] == 2 * hidden_channels:
+                residual, out = out.chunk(2, dim=1)
+                x = x + residual
+            skip_sum = skip_sum + out
+        return skip_sum
+
+
+class MeanCoupling(nn.Module):
+    """x1 <- x1 + m(x0) on the two channel halves; its log-determinant is 0 and it starts as the identity."""
+
+    def __init__(self, channels: int, config: FlowConfig) -> None:
+        super().__init__()
+        self.pre = nn.Conv1d(channels // 2, config.hidden_channels, 1)
+        self.wavenet = WaveNet(config.hidden_channels, config.kernel_size, config.wavenet_layers)
+        self.post = nn.Conv1d(config.hidden_channels, channels // 2, 1)
+        nn.init.zeros_(self.post.weight)
+        assert self.post.bias is not None
+        nn.init.zeros_(self.post.bias)
+
+    def shift(self, x0: Tensor) -> Tensor:
+        """m(x0), (B, C/2, T)."""
+        return self.post(self.wavenet(self.pre(x0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x0, x1 = x.chunk(2, dim=1)
+        return torch.cat([x0, x1 + self.shift(x0)], dim=1)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """The exact inverse of ``forward``."""
+        x0, x1 = x.chunk(2, dim=1)
+        return torch.cat([x0, x1 - self.shift(x0)], dim=1)
+
+
+class CouplingFlow(nn.Module):
+    """Coupling layers, each followed by a flip of the channels: (B, D, T) -> (B, D, T), causal."""
+
+    def __init__(self, config: FlowConfig, latent_dim: int) -> None:
+        super().__init__()
+        self.couplings = nn.ModuleList(MeanCoupling(latent_dim, config) for _ in range(config.couplings))
+
+    def forward(self, z: Tensor) -> Tensor:
+        for coupling in self.couplings:
+            z = coupling(z).flip(1)
+        return z
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """From the prior back to the posterior's space."""
+        for coupling in reversed(self.couplings):
+            assert isinstance(coupling, MeanCoupling)
+            z = coupling.inverse(z.flip(1))
+        return z
 
 
 @dataclass(frozen=True)
