@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from kalle.audio import rms_dbfs
 from kalle.cli.evaluate import filled_config
 from kalle.cli.hydra_entry import compose
 from kalle.errors import UserError
 from kalle.evaluation import EvaluateConfig, ReconstructionConfig, SpeakingConfig, TestListConfig, evaluate
-from kalle.evaluation.metrics import DurationRatio, MelDistance
+from kalle.evaluation.metrics import Aggregate, DurationRatio, MelDistance, ScoreItem
 from kalle.synthesis.options import GenerationOptions
 
 
@@ -58,6 +59,41 @@ def test_other_settings_score_anew_and_summary_settings_do_not(named_list: Path,
     assert "2 of 2 items were scored before" in caplog.text
     evaluate(config(named_list, tmp_path / "out", aligned=False))
     assert "starting anew" in caplog.text
+
+
+class Loudness:
+    """Decibels of the audio; counts what it heard."""
+
+    name = "loudness"
+    needs: frozenset[str] = frozenset()
+    aggregates = (Aggregate("loudness", "loudness"),)
+
+    def __init__(self, model: str = "rms") -> None:
+        self.model, self.heard = model, 0
+
+    def __call__(self, item: ScoreItem) -> dict[str, float]:
+        self.heard += 1
+        return {"loudness": rms_dbfs(item.audio)}
+
+    def describe(self) -> dict[str, str]:
+        return {"model": self.model}
+
+
+def test_recordings_that_are_known_are_not_scored_again(named_list: Path, tmp_path: Path) -> None:
+    first, again, other = Loudness(), Loudness(), Loudness("peak")
+    before = evaluate(config(named_list, tmp_path / "first", metrics=[first]))
+    known = evaluate(config(named_list, tmp_path / "again", metrics=[again], recordings=tmp_path / "first"))
+    assert before is not None
+    assert known is not None
+    assert (first.heard, again.heard) == (4, 2), "the wavs alone"
+    assert list(known.rows) == list(before.rows)
+    assert known.summary == before.summary
+    with pytest.raises(UserError, match=r"scored otherwise.*peak"):
+        evaluate(config(named_list, tmp_path / "other", metrics=[other], recordings=tmp_path / "first"))
+    rows = [json.loads(line) for line in named_list.read_text().splitlines()]
+    named_list.write_text("".join(json.dumps(row | {"text": f"{row['text']} more"} if row["id"] == "0" else row) + "\n" for row in rows))
+    evaluate(config(named_list, tmp_path / "changed", metrics=[again := Loudness()], recordings=tmp_path / "first"))
+    assert again.heard == 3, "another text is scored"
 
 
 def test_metrics_learn_the_languages_of_the_list(named_list: Path, tmp_path: Path) -> None:

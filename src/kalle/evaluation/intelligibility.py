@@ -38,6 +38,8 @@ RULES = (
     Aggregate("deletion_rate", "deleted", "spoken_words", lower_is_better=True),
     Aggregate("substitution_rate", "substituted", "spoken_words", lower_is_better=True),
 )
+JUDGED = ("spoken_words", "inserted", "deleted", "substituted", "last_word_missing", "early_stop", "repetition")
+"""The columns of ``judge``."""
 
 
 @dataclass(frozen=True)

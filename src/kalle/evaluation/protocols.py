@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from torch import Tensor
 from kalle.audio import Audio, load_mono, resample, write_audio
 from kalle.data.shared_work import RankJournals
 from kalle.errors import UserError
+from kalle.evaluation.comparison import read_run
 from kalle.evaluation.figures import FigureRow
+from kalle.evaluation.intelligibility import JUDGED
 from kalle.evaluation.metrics import RATE_HZ, Aggregate, Metric, ScoreItem
-from kalle.evaluation.pool import ScoringPool, as_pool
-from kalle.evaluation.report import Result, Settings, finish
-from kalle.evaluation.scoring import Row, Scores, counted, score_items
+from kalle.evaluation.pool import MetricCard, ScoringPool, as_pool, card
+from kalle.evaluation.report import Result, Settings, finish, versions
+from kalle.evaluation.scoring import DIGEST, Row, Scores, counted, score_items
 from kalle.evaluation.test_list import LONGEST_RECORDING_S, TestItem, read_scored
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import latent_health
@@ -67,8 +70,27 @@ def read_references(scores: Scores, item: TestItem, voice: TestItem | None, scor
         return References(None, speaker)
     references = References(recording, speaker)
     if recording is not None and score_recording:
-        scores.add(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language, speaker=speaker))
+        scores.add_recording(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language, speaker=speaker))
     return references
+
+
+def known_recordings(result: str | Path | None, metrics: Sequence[Metric | MetricCard]) -> dict[str, Row]:
+    """The rows of the recordings in an earlier ``result``, by their digest; they hold what ``metrics`` would measure again.
+
+    UserError where that result was measured by other metrics or versions, and as ``read_run``.
+    """
+    if result is None:
+        return {}
+    run = read_run(result, RECORDING_SYSTEM)
+    told = {metric.name: dict(card(metric).describe()) for metric in metrics}
+    now = {"metrics": json.loads(json.dumps(told, default=str)), "versions": versions()}
+    other = [f"{name} ({run.data.get(name)}, {value})" for name, value in now.items() if run.data.get(name) != value]
+    if other:
+        raise UserError(
+            f"recordings: '{result}' was scored otherwise: it differs in {'; '.join(other)}; leave recordings out, or score it again"
+        )
+    rows = [{key: value for key, value in row.items() if key not in JUDGED} for row in run.rows if "error" not in row]
+    return {row[DIGEST]: row for row in rows if DIGEST in row}
 
 
 def figure_rows(items: Sequence[TestItem], rows: Sequence[Row], folder: Path, limit: int) -> list[FigureRow]:
@@ -131,7 +153,8 @@ def evaluate_reconstruction(
     An unreadable recording is an error row; UserError when all are. ``journal`` as in ``score_items``.
     """
     pool = as_pool(metrics)
-    settings, scores = settings or Settings(), Scores(pool.cards)
+    settings = settings or Settings()
+    scores = Scores(pool.cards, known_recordings(settings.recordings, pool.cards))
     run = _ReconstructionRun(flowvae, scores, Path(out_dir), sample, seed, settings)
 
     def score(index: int, item: TestItem) -> None:
@@ -160,7 +183,7 @@ class _ReconstructionRun:
         posterior, decoded = self._reconstruct(wav, index)
         recording = resample(wav, rate_hz, RATE_HZ)
         if self.settings.score_recordings:
-            self.scores.add(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language))
+            self.scores.add_recording(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language))
         systems = {name: resample(audio, rate_hz, RATE_HZ) for name, audio in decoded.items()}
         for name, audio in systems.items():
             path = self.out_dir / "wavs" / name / f"{item.file_stem}.wav"
@@ -269,7 +292,8 @@ def evaluate_synthesis(
     and what ``finish`` writes. A prompt that is missing is an error row; UserError when all items fail. ``journal`` as in ``score_items``.
     """
     pool = as_pool(metrics)
-    config, settings, scores = config or SpeakingConfig(), settings or Settings(), Scores(pool.cards)
+    config, settings = config or SpeakingConfig(), settings or Settings()
+    scores = Scores(pool.cards, known_recordings(settings.recordings, pool.cards))
     if voice is not None and config.prompts != "none":
         raise UserError(f"a voice and prompts={config.prompts}: got both, expected one; use prompts=none with a voice")
     run = _SynthesisRun(kalle, scores, Path(out_dir), config, voice, settings)
@@ -357,7 +381,8 @@ def evaluate_wavs(
     missing or no item could be scored. Writes what ``finish`` writes. ``journal`` as in ``score_items``.
     """
     pool = as_pool(metrics)
-    files, settings, scores = WavFolder(folder, items), settings or Settings(), Scores(pool.cards)
+    files, settings = WavFolder(folder, items), settings or Settings()
+    scores = Scores(pool.cards, known_recordings(settings.recordings, pool.cards))
     if items and not any(files.found(item) for item in items):
         wanted = f"{items[0].file_stem}.wav"
         raise UserError(f"no wav to score: got none of {len(items)} in '{folder}', expected files such as {wanted}; check the folder")

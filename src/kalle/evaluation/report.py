@@ -44,6 +44,8 @@ class Settings:
     """Show a progress bar on standard error."""
     score_recordings: bool = True
     """Score the recordings themselves too, as the ceiling."""
+    recordings: str | Path | None = None
+    """An earlier result (folder) by the same metrics: its scores of recordings are taken over where audio, text and prompt are equal."""
     context: Mapping[str, Any] = field(default_factory=dict)
     """Recorded beside the arguments: the test list and how many of its items were left out, hardware, seeds."""
 
@@ -110,9 +112,10 @@ def finish(
     tokens = tokens_of(metric.describe() for metric in scores.metrics)
     judge(scores.rows, tokens)
     rules = [rule for metric in scores.metrics for rule in [*metric.aggregates, *twin_rules(metric)]] + list(extra_rules)
+    taken_over = {} if settings.recordings is None else {"recordings": str(settings.recordings)}
     result = Result(
         kind=kind,
-        config={**settings.context, **config, "resamples": settings.resamples, "bootstrap_seed": settings.bootstrap_seed},
+        config={**settings.context, **taken_over, **config, "resamples": settings.resamples, "bootstrap_seed": settings.bootstrap_seed},
         versions=versions(),
         metrics={metric.name: dict(metric.describe()) for metric in scores.metrics},
         rows=scores.rows,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +91,9 @@ class Scores:
     made or read) or ``metric_errors`` (name to message). Every requested item has a row.
     """
 
-    def __init__(self, metrics: Sequence[Metric | MetricCard]) -> None:
-        """``metrics``: cards where a pool scores what ``take`` returns."""
-        self.metrics = metrics
+    def __init__(self, metrics: Sequence[Metric | MetricCard], known: Mapping[str, Row] | None = None) -> None:
+        """``metrics``: cards where a pool scores what ``take`` returns. ``known``: rows of recordings by their `recording_digest`."""
+        self.metrics, self._known = metrics, known or {}
         self._rows: list[Row] = []
         self._taken = Addition([], [], [])
         if not metrics:
@@ -120,6 +122,15 @@ class Scores:
         self._taken.items.append(item)
         self._taken.scored.append(row)
 
+    def add_recording(self, system: str, item: ScoreItem) -> None:
+        """Keep a row for a recording of the list: the known one where there is one, else as ``add``."""
+        digest = recording_digest(item)
+        if digest not in self._known:
+            return self.add(system, item, {DIGEST: digest})
+        row = self._known[digest] | {"system": system, "id": item.id}
+        self._rows.append(row)
+        self._taken.rows.append(row)
+
     def fail(self, system: str, item: TestItem, error: Exception | str) -> None:
         """Keep a row for an item that could not be made or read."""
         row = {"system": system, "id": item.id, "text": item.text, "language": item.language, "error": str(error)}
@@ -130,6 +141,18 @@ class Scores:
         """The rows and items added since the last call."""
         taken, self._taken = self._taken, Addition([], [], [])
         return taken
+
+
+DIGEST = "recording_sha256"
+"""The column of a recording's `recording_digest`."""
+
+
+def recording_digest(item: ScoreItem) -> str:
+    """32 hexadecimal digits that stand for all of ``item`` that metrics of a recording see: audio, prompt, text, language and rate."""
+    digest = hashlib.sha256(json.dumps([item.text, item.language, item.rate_hz]).encode())
+    for audio in (item.audio, item.speaker):
+        digest.update(b"none" if audio is None else f"{len(audio)} ".encode() + np.ascontiguousarray(audio, dtype=np.float32).tobytes())
+    return digest.hexdigest()[:32]
 
 
 @contextmanager
