@@ -401,12 +401,11 @@ def test_voices(tmp_path: Path, inputs: int) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     notes |= {"seed": "3", "seconds": "1.5", "format": "kalle-voice-2", "adapter": json.dumps({"format": 1, "tensors": {}})}
 
+    def text(value: Any) -> str:
+        return str(value).encode("utf-8", "replace").decode()
+
     def named(values: Any) -> bytes:
-        return (
-            save(tensors, {str(key): str(value).encode("utf-8", "replace").decode() for key, value in values.items()})
-            if isinstance(values, dict)
-            else b""
-        )
+        return save(tensors, {text(key): text(value) for key, value in values.items()}) if isinstance(values, dict) else b""
 
     strategy = files(1500, path.read_bytes()) | documents(notes, notes | {"format": "kalle-voice-1"}).map(named)
 
