@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ RECIPES = (
 )
 
 
-def scored(recipe: Recipe, data: Path, model: Path, out: Path, seeds: int, known: Path | None) -> dict[str, Any]:
-    """Run ``recipe`` and read its results.json; the scores of the recordings are those of the result in ``known``."""
+def score(recipe: Recipe, data: Path, model: Path, out: Path, seeds: int, known: Path | None) -> None:
+    """Run ``recipe``; the scores of the recordings are those of the result in ``known``."""
     words = ["bash", str(HERE / recipe.folder / "run.sh"), *recipe.arguments(data, model, out)]
     words += [f"synthesis.seeds={list(range(seeds))}"] if recipe.metrics is SPOKEN else []
     words += [f"recordings={known}"] if known is not None else []
@@ -107,9 +108,6 @@ def scored(recipe: Recipe, data: Path, model: Path, out: Path, seeds: int, known
     done = subprocess.run(words, env=os.environ | told, check=False)
     if done.returncode:
         raise UserError(f"recipe '{recipe.name}' ended with exit code {done.returncode}; see above, then run it again")
-    found = json.loads((out / "results.json").read_text())
-    assert isinstance(found, dict)
-    return found
 
 
 def table(recipe: Recipe, result: dict[str, Any]) -> Iterator[str]:
@@ -177,7 +175,7 @@ def page(results: dict[str, dict[str, Any]], comparisons: dict[str, Comparison],
         "The lists are embedded telephone prompts of one speaker and the models are small ones that packages hold, so no number here is",
         "comparable with a published one, and the recordings' own row shows how much is the recogniser's. Times are not measured here.",
     ]
-    for recipe in RECIPES:
+    for recipe in (recipe for recipe in RECIPES if recipe.name in results):
         lines += ["", f"## {recipe.title}", "", f"[recipes/{recipe.folder}](../../recipes/{recipe.folder}/README.md)", ""]
         lines += table(recipe, results[recipe.name])
         stress = Path(str(results[recipe.name]["out"])) / "stress.md"
@@ -206,19 +204,23 @@ def work(given: argparse.Namespace) -> None:
     data = (out / "data").resolve()
     stages.run("data", lambda: (seed_tts(data / "seedtts_testset", given.items), librispeech(data / "test-clean", given.items)))
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in systems}
+    wanted = {"new": given.recipes, "old": [name for name in given.recipes if name in given.against_recipes]}
     for recipe in RECIPES:
-        for name, model in systems.items():
+        for name, model in ((name, model) for name, model in systems.items() if recipe.name in wanted[name]):
             folder, first = ((out / system / recipe.name).resolve() for system in (name, "new"))
             known = None if name == "new" or recipe.name == "stress" else first  # texts without recordings
-            results[name][recipe.name] = scored(recipe, data, model, folder, given.seeds, known) | {"out": folder}
+            stages.run(f"{recipe.name}, {name}", partial(score, recipe, data, model, folder, given.seeds, known))
+            results[name][recipe.name] = json.loads((folder / "results.json").read_text()) | {"out": folder}
     comparisons: dict[str, Comparison] = {}
-    if "old" in systems:
-        for recipe in RECIPES:
-            (comparisons[recipe.name],) = compare(out / "old" / recipe.name, out / "new" / recipe.name)
+    for name in results.get("old", {}):
+        (comparisons[name],) = compare(out / "old" / name, out / "new" / name)
     facts = {"weights": digests["new"], "commit": commit(), "on": hardware()}
     facts |= {"against weights": digests["old"]} if "old" in systems else {}
     shown = f"python recipes/evaluate_all.py {given.model} {given.out}"
     shown += " --against OLD" if given.against else ""
+    names = [recipe.name for recipe in RECIPES]
+    shown += f" --recipes {' '.join(given.recipes)}" if given.recipes != names else ""
+    shown += f" --against-recipes {' '.join(given.against_recipes)}" if given.against and given.against_recipes != names else ""
     text = page(results["new"], comparisons, facts, f"{shown} --items {given.items} --seeds {given.seeds} --page {given.page or 'FILE'}")
     write_atomic(out / "page.md", text)
     if given.page is not None:
@@ -231,6 +233,9 @@ if __name__ == "__main__":
     parser.add_argument("model", type=Path, help="weight folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--against", type=Path, help="the weights before")
+    names = [recipe.name for recipe in RECIPES]
+    parser.add_argument("--recipes", nargs="+", choices=names, default=names, help="some of the recipes")
+    parser.add_argument("--against-recipes", nargs="+", choices=names, default=names, help="those that the weights before speak, too")
     parser.add_argument("--items", type=int, default=10, help="recordings of each list")
     parser.add_argument("--seeds", type=int, default=3, help="times that each text is spoken")
     parser.add_argument("--page", type=Path, help="also write the page here")

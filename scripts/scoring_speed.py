@@ -56,6 +56,11 @@ def pss_mb(root: int) -> float:
     return total_kb / 1000
 
 
+def name_of(word: str) -> str:
+    """``word`` without the temporary folder that it names."""
+    return f"{word.split('=')[0]}=…" if "/" in word else word
+
+
 def measured(checkout: Path, wavs: Path, out: Path, items: int, more: list[str]) -> str:
     """A line of the table for one checkout."""
     words = ["evaluate", "kind=wavs", f"wavs={wavs}", f"testset={CORPUS}", f"testset.limit={items}", f"out={out}", *more]
@@ -72,7 +77,14 @@ def measured(checkout: Path, wavs: Path, out: Path, items: int, more: list[str])
     user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
     summary = json.loads((out / "results.json").read_text())["summary"]["wavs"]
     scores = ", ".join(f"{name} {summary[name]['value']:.6f}" for name in SHOWN if name in summary)
-    cells = [checkout, f"{seconds:.1f}", f"{60 * items / seconds:.1f}", f"{user:.1f} + {system:.1f}", f"{peak:.0f}", scores]
+    cells = [
+        " ".join([str(checkout), *map(name_of, more)]),
+        f"{seconds:.1f}",
+        f"{60 * items / seconds:.1f}",
+        f"{user:.1f} + {system:.1f}",
+        f"{peak:.0f}",
+        scores,
+    ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -81,6 +93,7 @@ if __name__ == "__main__":
     parser.add_argument("checkouts", nargs="+", type=Path, help="folders with src/kalle")
     parser.add_argument("--items", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--known", action="store_true", help="once more by the last checkout, with the scores of the recordings")
     parser.add_argument("--more", nargs="*", default=[], help="more words for kalle evaluate")
     given = parser.parse_args()
     print("| checkout | seconds | items a minute | CPU seconds, user + system | peak memory, MB | scores |", "|---" * 6 + "|", sep="\n")
@@ -90,3 +103,6 @@ if __name__ == "__main__":
         for repeat in range(given.repeats):
             for index, checkout in enumerate(given.checkouts):
                 print(measured(checkout, wavs, Path(folder) / f"out{index}-{repeat}", given.items, given.more), flush=True)
+            if given.known:
+                known = [*given.more, f"recordings={Path(folder) / f'out{len(given.checkouts) - 1}-{repeat}'}"]
+                print(measured(given.checkouts[-1], wavs, Path(folder) / f"known-{repeat}", given.items, known), flush=True)

@@ -81,6 +81,15 @@ def test_what_the_page_shows(made: Callable[..., Path]) -> None:
     assert html.index("gone") < html.index("&lt;i&gt;2"), "a failure comes before errors"
 
 
+def test_sounds_heard_for_sounds(made: Callable[..., Path]) -> None:
+    pytest.importorskip("hibari")
+    html = page_of(made("a", heard="one two three more"))
+    title = html.index("Sounds heard for sounds (synthesis)")
+    cells = re.sub(r"<[^>]*>", " ", html[title:].split("</table>")[0])
+    assert re.search(r"nasal \(\d+\)", cells)
+    assert "nothing" in cells
+
+
 def test_emotions_that_are_meant_and_heard(tmp_path: Path) -> None:
     scores = {"happy": {"happy": 0.75, "sad": 0.25}, "sad": {"happy": 0.5, "sad": 0.5}}
     rows = [

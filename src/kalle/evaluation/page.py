@@ -108,7 +108,9 @@ class _Page:
     def variables(self) -> dict[str, Any]:
         data = self.runs[0].data
         names = " and ".join(run.name for run in self.runs if run.system != CEILING or len(self.runs) == 1)
-        items = list(self.items())
+        items, words = list(self.items()), list(self.words())
+        confusions = [(run.name, title, _shaded(matrix)) for run in self.runs for title, matrix in _confusions(run)]
+        confusions += [(own["name"], "Sounds heard for sounds", own["sounds"]) for own in words if own["sounds"] is not None]
         return {
             "title": f"{names} compared" if self.comparisons else f"Evaluation: {data.get('kind', '')}",
             "legend": [(run.name, COLOURS[index % len(COLOURS)]) for index, run in enumerate(self.runs)],
@@ -118,8 +120,8 @@ class _Page:
             "comparisons": [(comparison, notes(comparison)) for comparison in self.comparisons],
             "histograms": list(self.histograms()),
             "curve": self.curve(),
-            "words": list(self.words()),
-            "confusions": [(run.name, title, _shaded(matrix)) for run in self.runs for title, matrix in _confusions(run)],
+            "words": words,
+            "confusions": confusions,
             "items": items,
             "without_audio": self.without_audio,
             "cap_mb": self.options.audio_cap_mb,
@@ -320,7 +322,7 @@ def _shaded(matrix: Mapping[str, Any]) -> dict[str, Any]:
     values = np.asarray(matrix["values"], dtype=np.float64)
     top = float(values.max(initial=0.0)) or 1.0
     rows = [
-        (label, [(f"{value:.3g}", round(float(value) / top, 3)) for value in line])
+        (label, [(f"{value:.2g}" if value < 1 else f"{value:g}", round(float(value) / top, 3)) for value in line])
         for label, line in zip(matrix["predicted"], values, strict=True)
     ]
     return {"true": matrix["true"], "rows": rows, "unit": matrix.get("unit", "")}
