@@ -18,9 +18,11 @@ from kalle.files import (
     disk_errors,
     folder_lock,
     output_folder,
+    read_jsonl,
     remove_abandoned,
     unwritable,
     write_atomic,
+    write_jsonl,
 )
 from kalle.progress import progress_bar
 
@@ -100,6 +102,13 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
             fail(error)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x"]
     assert (tmp_path / "new" / "x").read_bytes() == "Käthe\n".encode()
+
+
+def test_half_of_a_surrogate_pair_is_written_as_json_escapes_it(tmp_path: Path) -> None:
+    rows = [{"id": "a", "problem": "got 'x\ud800y', expected a word"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    assert (tmp_path / "rows.jsonl").read_bytes().isascii()
 
 
 def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -161,9 +161,12 @@ def _check_replaceable(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write bytes, or text as UTF-8, through ``atomic_file``."""
+    """Write bytes, or text as UTF-8, through ``atomic_file``.
+
+    Half of a surrogate pair, which JSON and file names may hold and UTF-8 may not, is written as JSON escapes it.
+    """
     with atomic_file(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextmanager
