@@ -168,7 +168,7 @@ def test_a_decoder_that_fails_ends_one_request(engine: Engine, monkeypatch: pyte
     assert jobs[1].result().frames == 50
 
 
-def test_frames_gather_while_the_decoder_is_late(engine: Engine, kalle_toy: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_is_late_makes_the_same_pieces(engine: Engine, kalle_toy: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
     push, held, go_on, sizes = type(engine._whole_decoder).push, threading.Event(), threading.Event(), list[int]()
 
     def late(decoder: Any, z: Any, state: Any) -> Any:
@@ -184,8 +184,27 @@ def test_frames_gather_while_the_decoder_is_late(engine: Engine, kalle_toy: Kall
         time.sleep(0.01)
     assert (engine.state.frames, job.finished, list(job.take())) == (50, False, [[], False])
     go_on.set()
-    np.testing.assert_allclose(heard(job), kalle_toy.synthesize("Hi there.", options=SHORT).audio, atol=1e-4)
-    assert sizes == [sizes[0], 50 - sizes[0]]
+    pieces = list(job.pieces())
+    monkeypatch.undo()
+    alone = list(kalle_toy.stream("Hi there.", options=SHORT))
+    assert [len(piece) for piece in pieces] == [len(piece) for piece in alone]
+    np.testing.assert_allclose(np.concatenate(pieces), np.concatenate(alone), atol=1e-4)
+    assert sum(sizes) == 50
+
+
+def test_a_stream_that_got_stuck_is_as_alone(engine: Engine, kalle_toy: Kalle) -> None:
+    text = "It was a bright cold day in April, and the clocks were striking thirteen."
+    stop = StopRule(threshold=1e9, min_index=499)
+    alone = kalle_toy.stream(text, seed=3, stop=stop)
+    audio = np.concatenate(list(alone))
+    assert alone.speech.stop_reason == "repetition"
+    assert alone.speech.stuck_seconds > 0
+    jobs = [engine.submit(SpeechRequest(text, seed=3, stop=stop), streamed=True) for _ in range(4)]
+    for job in jobs:
+        got = heard(job)
+        assert len(got) == len(audio)
+        np.testing.assert_allclose(got, audio, atol=1e-4)
+        assert job.speech.stuck_seconds == alone.speech.stuck_seconds
 
 
 def test_audio_that_clients_leave_untaken_is_bounded(kalle_toy: Kalle) -> None:

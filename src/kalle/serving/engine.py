@@ -106,8 +106,10 @@ class Job:
         self._frames: list[Frame] = []
         self._place: tuple[_Group, int] | None = None
         """Where its row is, while it has one."""
-        self._ended = self._decoding = False
-        """Whether it is over, told or about to be; and whether frames of it wait for the decoder, or are there."""
+        self._ended = self._queued = False
+        """Whether it is over, told or about to be; and whether it waits for the decoder, or is there."""
+        self._last: BatchEvent | None = None
+        """The event that ended its current request, until the decoder has taken it."""
         self._failure: Exception | None = None
         """The failure that the decoder met, until the row is taken out of its batch."""
         self._unread = 0
@@ -295,8 +297,8 @@ class Engine:
         """Those whose next sentence waits for a row."""
         self._told: weakref.WeakSet[Job] = weakref.WeakSet()
         """All that somebody may still read."""
-        self._work: deque[tuple[Job, list[Frame], Ending | None]] = deque()
-        """Frames for the decoder; of each job those that follow each other, and its ending at last."""
+        self._work: deque[Job] = deque()
+        """Those that have frames for the decoder."""
         self._over: deque[tuple[Job, Exception | None]] = deque()
         """Jobs that ended and are not told yet."""
         self._lock = threading.Condition()
@@ -343,7 +345,7 @@ class Engine:
         UserError for what cannot be spoken, guidance and the release's ways of computing among it, for they share no batch;
         QueueFullError and ClosedError.
         """
-        self._check_room()  # before the work on the text
+        self.check_room()  # before the work on the text
         seed = secrets.randbelow(2**31) if request.options.seed is None else request.options.seed
         seeded = SpeechRequest(request.text, request.voice, request.options.changed(seed=seed))
         audio: FrameAudio = TextAudio(self.kalle, seeded) if streamed else _WholeAudio(self.kalle, seeded, self._whole_decoder)
@@ -351,7 +353,7 @@ class Engine:
             raise UserError("requests share a batch: got guidance or a way of computing of the release, expected neither; leave them out")
         job = Job(audio, seed, streamed, self.kalle.sample_rate, time.monotonic() + self.limits.seconds)
         with self._lock:
-            self._check_room()
+            self.check_room()
             self._jobs.append(job)
             self._ready.append(job)
             self._told.add(job)
@@ -374,7 +376,8 @@ class Engine:
             self._thread.join()
             self._decoder.join()
 
-    def _check_room(self) -> None:
+    def check_room(self) -> None:
+        """QueueFullError or ClosedError where no request would be taken now."""
         if not self.alive:
             raise ClosedError("the server is shutting down; try again in a minute")
         with self._lock:
@@ -417,28 +420,41 @@ class Engine:
                 if not (self._over or self._work):
                     return
                 over = self._over.popleft() if self._over else None
-                job, frames, ending = self._next_work() if over is None else (over[0], [], None)
+                job = self._next_work() if over is None else over[0]
             try:
                 if over is not None:
                     job._tell(finished=True, error=over[1])
                 elif not job._ended and job._failure is None:
-                    self._decode_piece(job, frames, ending)
+                    self._decode_piece(job)
             except Exception as error:
                 job._failure = error  # its row is the other thread's to take out
 
-    def _next_work(self) -> tuple[Job, list[Frame], Ending | None]:
-        """The frames that are decoded next: those that somebody has heard nothing of come first."""
-        first = next((index for index, (job, _, _) in enumerate(self._work) if job.streamed and job.first_audio_s is None), 0)
-        work = self._work[first]
+    def _next_work(self) -> Job:
+        """Whose frames are decoded next: that of somebody who has heard nothing yet comes first."""
+        first = next((index for index, job in enumerate(self._work) if job.streamed and job.first_audio_s is None), 0)
+        job = self._work[first]
         del self._work[first]
-        return work
+        return job
 
-    def _decode_piece(self, job: Job, frames: list[Frame], ending: Ending | None) -> None:
+    def _decode_piece(self, job: Job) -> None:
+        """One piece of ``job``, and its ending where nothing is left. Pieces are those of a stream alone, however late the decoder is."""
+        wanted = job._audio.wanted
+        with self._lock:
+            last = job._last
+            # A frame that comes with the ending belongs to the last piece.
+            more = len(job._frames) > wanted or (len(job._frames) == wanted and (last is None or last.frame is None))
+            frames, job._frames = (job._frames[:wanted], job._frames[wanted:]) if more or last is None else (job._frames, [])
+            ending = None if more or last is None else last.ending
+            if ending is not None:
+                job._last = None
         with self._alone:
             piece = job._audio.push(frames, ending)
+        wanted = 0 if job._audio.done else job._audio.wanted
         with self._lock:
             self._audio_seconds += len(piece) / job.sample_rate
-            job._decoding = False
+            job._queued = ending is None and (job._last is not None or len(job._frames) >= wanted)
+            if job._queued:
+                self._work.append(job)
         job._tell(piece)
         if job._audio.done:
             self._end(job)
@@ -501,26 +517,23 @@ class Engine:
                 self._fail(job, error)
 
     def _take(self, job: Job, event: BatchEvent) -> None:
-        """Keep the frame of ``event``, and give the frames of ``job`` to the decoder where they make a piece.
-
-        While it has some of them, they gather, so that a decoder that comes late has fewer and longer pieces.
-        """
+        """Keep the frame of ``event``, and tell the decoder where the frames of ``job`` make a piece."""
         assert job._place is not None
         if event.error is not None:
             self._end(job, event.error)
             return
-        if event.frame is not None:
-            self._frames += 1
-            job._frames.append(event.frame)
-        if event.ending is None and (job._decoding or len(job._frames) < job._audio.wanted):
-            return
-        frames, job._frames = job._frames, []
         if event.ending is not None:
             job._place[0].remove(job)
         with self._lock:
-            job._decoding = True
-            self._work.append((job, frames, event.ending))
-            self._lock.notify_all()
+            if event.frame is not None:
+                self._frames += 1
+                job._frames.append(event.frame)
+            if event.ending is not None:
+                job._last = event
+            if not job._queued and (event.ending is not None or len(job._frames) >= job._audio.wanted):
+                job._queued = True
+                self._work.append(job)
+                self._lock.notify_all()
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End one ``job``, whose own ``error`` does not touch the others."""

@@ -39,6 +39,8 @@ from kalle.synthesis.voice import RANDOM_VOICE
 LOSSLESS = ("wav", "pcm", "flac")
 TOLERANCE = 1e-4
 """Largest difference of a sample of a lossless answer from the speech alone, before both are rounded to 16 bits."""
+ROUNDING = 0.01
+"""Differences up to here are rounding that grew from frame to frame; other speech differs by more."""
 CODEC_SECONDS = 0.15
 """The most that a lossy codec adds, by its frames and its delay."""
 LEAST_CORRELATION = 0.5
@@ -413,7 +415,9 @@ def compared(answer: Answer, alone: FloatArray, rate_hz: int) -> tuple[str | Non
             return f"another length as {form}", None
         difference = float(np.abs(heard.astype(np.int32) - wanted).max(initial=0)) / PCM16_SCALE
         # Both are rounded: numbers that differ by less than a step may be one step apart.
-        return (None if difference <= TOLERANCE + 1 / PCM16_SCALE else f"other samples as {form}"), difference
+        if difference <= TOLERANCE + 1 / PCM16_SCALE:
+            return None, difference
+        return f"samples as {form} that {'differ by more than the tolerance' if difference < ROUNDING else 'are others'}", difference
     if abs(len(heard) - len(wanted)) > CODEC_SECONDS * rate_hz:
         return f"another length as {form}", None
     return (None if _correlation(heard, wanted, int(CODEC_SECONDS * rate_hz)) >= LEAST_CORRELATION else f"other speech as {form}"), None
