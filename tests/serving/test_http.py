@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -38,17 +39,21 @@ HELLO = {"model": "toy", "input": "Hi.", "voice": "default", "seed": 3, "respons
 class Served:
     """A server in a thread."""
 
-    def __init__(self, kalle: Kalle, voices: Path, limits: EngineLimits | None = None, **options: Any) -> None:
+    def __init__(
+        self, kalle: Kalle, voices: Path, limits: EngineLimits | None = None, send_buffer: int | None = None, **options: Any
+    ) -> None:
         self.engine = Engine(kalle, limits)
         made = ServeOptions(voices=voices, names=("toy",), max_text=200, max_upload_bytes=2**18, **options)
         self.app = create_app(self.engine, made)
         self.server = uvicorn.Server(uvicorn.Config(self.app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
-        self._thread = threading.Thread(target=self.server.run)
+        listening = socket.create_server(("127.0.0.1", 0))
+        if send_buffer is not None:  # those who are accepted inherit it
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        self._thread = threading.Thread(target=self.server.run, args=([listening],))
         self._thread.start()
         while not self.server.started:
             time.sleep(0.01)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.host = f"127.0.0.1:{port}"
+        self.host = f"127.0.0.1:{listening.getsockname()[1]}"
         self.url = f"http://{self.host}"
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=900)
 
@@ -307,8 +312,6 @@ def test_a_client_that_vanishes_frees_its_place(brief: Kalle, tmp_path: Path, mo
 
 
 def _ask_and_leave(host: str, body: dict[str, Any], held: threading.Event) -> None:
-    import socket
-
     name, port = host.split(":")
     content = json.dumps(body).encode()
     with socket.create_connection((name, int(port))) as connection:

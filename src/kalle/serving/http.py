@@ -29,7 +29,7 @@ from kalle import __version__
 from kalle.errors import UserError
 from kalle.serving.description import description_page
 from kalle.serving.encoding import FORMATS, Encoder, encode
-from kalle.serving.engine import ClosedError, Engine, Job, ServingError
+from kalle.serving.engine import ClosedError, Engine, Job, QueueFullError, ServingError
 from kalle.serving.server import OriginCheck, is_loopback, listenable_port, loopback_names, mounted_page
 from kalle.serving.service import MODELS_OWN, ServeOptions, Service, audio_of, nothing_spoken, sentence_times, whole_of
 from kalle.serving.sessions import Backend
@@ -43,6 +43,7 @@ from kalle.serving.shapes import (
     ModelList,
     SentenceTime,
     SpeechBody,
+    StallLimit,
     TimedSpeech,
     VoiceCard,
     VoiceDeleted,
@@ -83,6 +84,7 @@ def create_app(engine: Engine, options: ServeOptions | None = None) -> FastAPI:
         app.add_middleware(KeyCheck, keys=options.keys)
     if is_loopback(options.host):
         app.add_middleware(cast("Any", OriginCheck), names=loopback_names(options.host))
+    app.add_middleware(StallLimit, seconds=options.stall_s)
     _add_errors(app)
     _add_speech(app, service)
     _add_voices(app, service)
@@ -299,8 +301,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """Whether a request would be taken now; 503 while the queue is full or the server shuts down."""
         if not service.engine.alive:
             raise ClosedError("the engine has ended")
-        if service.engine.state.waiting >= service.engine.limits.queue:
-            raise ApiError(503, "the queue is full", code="queue_full")
+        try:
+            service.engine.check_room()
+        except QueueFullError as error:
+            raise ApiError(503, str(error), code="queue_full") from None
         return Health(status="ready")
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})

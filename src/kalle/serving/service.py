@@ -65,6 +65,8 @@ class ServeOptions:
     grace_s: float = 30.0
     """How long requests may go on after SIGTERM."""
     limits: EngineLimits = field(default_factory=EngineLimits)
+    stall_s: float = 60.0
+    """How long a client may take nothing of its answer."""
 
 
 def default_voices() -> Path:

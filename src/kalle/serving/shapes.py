@@ -1,8 +1,10 @@
 """Requests and answers of the API: bodies, errors in OpenAI's shape, and the checks before a request reaches a route."""
 
 # Annotations are evaluated here: FastAPI reads them.
+import asyncio
 import hashlib
 import json
+import logging
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -16,6 +18,7 @@ from kalle.serving.encoding import SPEEDS
 from kalle.serving.engine import ClosedError, OverdueError, QueueFullError, ServingError
 from kalle.synthesis.options import SEED_LIMIT
 
+LOGGER = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """Answered without a key."""
 HOTTEST = 2.0
@@ -203,6 +206,32 @@ class KeyCheck:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
+
+
+class _StalledError(Exception):
+    """A client that takes nothing of its answer."""
+
+
+class StallLimit:
+    """ASGI middleware that breaks off an answer of which the client takes nothing for ``seconds``."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app, self._seconds = app, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says."""
+
+        async def sent(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    await send(message)
+            except TimeoutError:
+                raise _StalledError from None
+
+        try:
+            await self._app(scope, receive, sent)
+        except _StalledError:  # the server closes the connection of an answer that does not end
+            LOGGER.warning("an answer was broken off: its client took nothing for %g s", self._seconds)
 
 
 class BodyLimit:
