@@ -178,3 +178,10 @@ def test_a_file_that_breaks_off_is_unreadable_or_read_so_far(tmp_path: Path) -> 
         (tmp_path / "b.flac").write_bytes(content[: int(share * len(content))])
         with contextlib.suppress(AudioError):
             assert len(read_audio(tmp_path / "b.flac")) <= 160000
+
+
+@pytest.mark.parametrize("name", ["é" * 300 + ".wav", "a\0b.wav"])
+def test_a_name_that_no_file_can_have_is_missing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AudioError, match="audio file not found") as caught, decoding.open_audio(tmp_path / name, None):
+        pytest.fail("there is nothing to read")
+    assert caught.value.reason == "missing"

@@ -32,7 +32,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from kalle.errors import UserError
-from kalle.files import points_elsewhere
+from kalle.files import is_file, points_elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ HEADER = Span(duration_s=0.0)
 
 
 def _require_content(path: Path) -> None:
-    if not path.is_file():
+    if not is_file(path):
         raise AudioError(f"audio file not found: got '{path}', expected a readable audio file; check the path", "missing")
     if path.stat().st_size == 0:
         raise AudioError(f"empty file: '{path}' has 0 bytes, expected audio; record or fetch the file again", "empty")

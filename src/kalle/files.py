@@ -160,6 +160,14 @@ def _check_replaceable(path: Path) -> None:
         raise FileExistsError(errno.EEXIST, "it is no plain file", str(path))
 
 
+def is_file(path: Path) -> bool:
+    """Whether ``path``, which a list or a table may name, is a file; False, not an OSError, for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write bytes, or text as UTF-8, through ``atomic_file``.
 

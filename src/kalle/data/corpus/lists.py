@@ -26,7 +26,7 @@ from kalle.data.corpus.items import (
     split_of_part,
 )
 from kalle.errors import UserError
-from kalle.files import parse_json, read_jsonl, read_lines, read_text_line
+from kalle.files import is_file, parse_json, read_jsonl, read_lines, read_text_line
 
 TRANSCRIPTS_NAME = "transcripts.jsonl"
 REJECTED_NAME = "rejected.jsonl"
@@ -234,14 +234,7 @@ def _located(table: Path, audio: str) -> Path:
     here = table.resolve().parent
     given = here / audio
     candidates = [given, given.with_name(given.name + ".wav"), here / "wavs" / f"{audio}.wav", here / "wavs" / audio] if given.name else []
-    return next((candidate for candidate in candidates if _is_file(candidate)), given)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
-        return False
+    return next((candidate for candidate in candidates if is_file(candidate)), given)
 
 
 def read_csv_corpus(
@@ -309,7 +302,7 @@ def _delimiter(path: Path, content: str) -> str:
         if rows and {"audio", "text"} <= set(_header(rows[0][1]) or ()):
             return delimiter
     for delimiter, rows in tables.items():
-        if any(len(cells) > 1 and any(_is_file(_located(path, cell.strip())) for cell in cells if cell.strip()) for _, cells in rows):
+        if any(len(cells) > 1 and any(is_file(_located(path, cell.strip())) for cell in cells if cell.strip()) for _, cells in rows):
             return delimiter
     if not tables:
         raise UserError(f"one column in '{path}': got '{_shown(start)}', expected audio|text a row; set delimiter")

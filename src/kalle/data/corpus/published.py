@@ -24,7 +24,7 @@ from kalle.data.corpus.items import (
 )
 from kalle.data.corpus.library_readers import from_cuts
 from kalle.errors import UserError
-from kalle.files import parse_json, read_lines, read_text_line
+from kalle.files import is_file, parse_json, read_lines, read_text_line
 from kalle.text.languages import detect_language
 
 MICROPHONES = ("mic1", "mic2")
@@ -116,7 +116,7 @@ def _common_voice_rows(locale: Path, table: Path, rejected: list[Rejection]) -> 
         name = row["path"] or ""
         audio = clips / (name if Path(name).suffix else f"{name}.mp3")
         item_id = Path(name).with_suffix("").name
-        if not name or not audio.is_file():
+        if not name or not is_file(audio):
             rejected.append(Rejection(item_id, str(audio), "missing", f"named in {table.name}, but not in clips"))
             continue
         language = language_of_name(row.get("locale") or locale.resolve().name)
@@ -250,7 +250,7 @@ def _kaldi_segments(path: Path) -> dict[str, tuple[str, float, float | None]]:
 
 def _kaldi_audio(folder: Path, place: str) -> Path:
     here = folder.resolve() / place
-    return here if here.is_file() or not Path(place).is_file() else Path(place).resolve()
+    return here if is_file(here) or not is_file(Path(place)) else Path(place).resolve()
 
 
 _EMILIA_LAYOUT = "expected x.json beside x.mp3 at any depth, or *.tar with such pairs, or raw/EN/*.jsonl (Emilia)"
