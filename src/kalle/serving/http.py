@@ -109,6 +109,8 @@ def _add_errors(app: FastAPI) -> None:
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else first["type"]
         # The message of the check alone: the value may be anything, a recording among it.
         said = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+        if "UploadFile" in said:
+            said = "expected a file"
         return error_response(ApiError(400, f"bad {place or 'request'}: {said}", place or None, code))
 
     async def refused(_: Request, error: Exception) -> JSONResponse:
