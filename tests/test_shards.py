@@ -88,3 +88,9 @@ def test_an_index_that_is_none(places, tmp_path: Path) -> None:
     write_json(tmp_path / INDEX, {"weight_map": places})
     with pytest.raises(UserError, match="no usable 'weight_map'"):
         read_weights(tmp_path)
+
+
+def test_a_shard_whose_name_no_file_can_have_is_missing(tmp_path: Path) -> None:
+    write_json(tmp_path / INDEX, {"weight_map": {"x": "9" * 300}})
+    with pytest.raises(UserError, match="weights are missing"):
+        read_weights(tmp_path)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kalle.errors import PATH, UserError, check_type
-from kalle.files import atomic_file, points_elsewhere, unwritable, write_atomic
+from kalle.files import atomic_file, is_file, points_elsewhere, unwritable, write_atomic
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -143,7 +143,7 @@ def weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
     files: dict[Path, frozenset[str] | None] = {
         folder / file: frozenset(name for name, place in places.items() if place == file) for file in sorted(set(places.values()))
     }
-    missing = [path.name for path in files if not path.is_file()]
+    missing = [path.name for path in files if not is_file(path)]
     if missing:
         raise UserError(f"weights are missing: got no {', '.join(missing)} in '{folder}', which {index.name} lists; fetch or export again")
     return files

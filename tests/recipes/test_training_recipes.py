@@ -138,7 +138,7 @@ def test_emilia(trained: Path, emilia: Path, tmp_path: Path) -> None:
     assert minutes_of(out / "corpus") > 10
     config = json.loads((out / "lm/weights/lm/config.json").read_text())
     assert config["speaker"] is not None
-    assert spoken_items(out / "synthesis") == 2
+    assert 1 <= spoken_items(out / "synthesis") <= 2, "an item is left out whose speaker has no other recording in the split"
 
 
 @pytest.mark.parametrize("tuning", ["all", "lora"])
@@ -146,6 +146,6 @@ def test_finetune_mixes_and_speaks(tuning: str, trained: Path, tmp_path: Path) -
     weights, out = trained / "lm/weights", tmp_path / tuning
     options = {"STEPS": "6", "BASE": str(trained / "latents"), **({"LORA": "4"} if tuning == "lora" else {})}
     said = recipe("finetune_release", str(weights), str(trained / "corpus"), str(out), *QUICK, "data.max_positions=2000", **options)
-    assert "an epoch visits" in said
+    assert "an epoch takes" in said
     assert (out / "lm/weights/adapter/adapter.safetensors").is_file() == (tuning == "lora")
     assert spoken_items(out / "before") == spoken_items(out / "after") == 2

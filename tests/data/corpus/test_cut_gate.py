@@ -112,6 +112,7 @@ def test_a_cut_made_elsewhere_is_checked_too(tmp_path: Path) -> None:
 DAMAGED: dict[str, Change] = {
     "endless": lambda row, _: row.update(duration=float("inf")),
     "not a number": lambda row, _: row.update(start=float("nan")),
+    "a number beyond floats": lambda row, _: row["supervisions"][0].update(start=10**400),
     "negative": lambda row, _: row.update(duration=-1),
     "a day": lambda row, _: row.update(duration=86400.0),
     "no rate": lambda row, _: row["recording"].update(sampling_rate=0),

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import stat
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -157,13 +156,17 @@ def _check_recordings(value: Any) -> None:
         _check_recordings(one)
 
 
+_GREATEST = 1e300
+"""Beyond any time or rate: a whole number of JSON may be too great for a float."""
+
+
 def _checked(cut: Any) -> Cut:
     """``cut`` when its times are possible and its texts are texts; else a ValueError."""
     if not isinstance(cut, Cut):
         raise ValueError(f"got a {type(cut).__name__}, expected a cut")
     numbers = [getattr(cut, "start", 0.0), cut.duration, cut.sampling_rate, *((one.start, one.duration) for one in cut.supervisions)]
     flat = [number for part in numbers for number in (part if isinstance(part, tuple) else (part,))]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in flat):
+    if not all(isinstance(number, int | float) and abs(number) <= _GREATEST for number in flat):
         raise ValueError(f"cut '{cut.id}' has impossible times")
     if not 0 < cut.duration <= LONGEST_CUT_SECONDS or getattr(cut, "start", 0.0) < 0 or not 0 < cut.sampling_rate <= HIGHEST_RATE_HZ:
         raise ValueError(f"cut '{cut.id}' is {cut.duration:g} s at {cut.sampling_rate:g} Hz, expected up to {LONGEST_CUT_SECONDS:g} s")
