@@ -185,6 +185,7 @@ def test_many_at_once_through_the_asynchronous_client(
         ({"cfg_scale": 2}, 400, "cfg_scale", "no such field"),
         ({"stream": False, "stream_format": "sse"}, 400, "stream", ""),
         ({"stream_format": "audio", "timestamps": "sentence"}, 400, "timestamps", "sse"),
+        ({"timestamps": "word"}, 400, "timestamps", "sentence"),
         ({"ref_text": "Words."}, 400, "ref_text", "ref_audio"),
         ({"ref_audio": "/etc/passwd", "ref_text": "Words."}, 400, "ref_audio", "base64"),
         ({"ref_audio": "http://127.0.0.1/a.wav", "ref_text": "Words."}, 400, "ref_audio", "base64"),
