@@ -43,7 +43,7 @@ STEP_S, REST_S = 5, 2
 DECODINGS: Mapping[str, Decoding] = {"protocol": Decoding(), "beam5": Decoding(beam=5), "short": Decoding(whole_window=False)}
 """Decodings by name. "protocol" is the Seed-TTS one; "short" is for a quick look, and never comparable with it."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """Numbers of mallopt(3)'s parameters."""
 KEPT_BYTES = 2**30
 
@@ -58,7 +58,9 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return all(libc.mallopt(option, KEPT_BYTES) for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))
+    # A thread other than the first would have an arena of its own, whose heaps of 64 MB hold one such block and are returned with it.
+    options = {_M_MMAP_THRESHOLD: KEPT_BYTES, _M_TRIM_THRESHOLD: KEPT_BYTES, _M_ARENA_MAX: 1}
+    return all(libc.mallopt(option, value) for option, value in options.items())
 
 
 class Transcriber(Protocol):
