@@ -7,21 +7,23 @@ import unicodedata
 from types import UnionType
 
 LONGEST = 2000
-"""Characters of a message that are shown."""
+"""Most characters of a message."""
+_KEPT = (LONGEST - 60) // 2
+"""Of either end of a longer one: with the notice between them it has at most `LONGEST`, so that it is not cut again in another message."""
 
 
 class UserError(ValueError):
     """A mistake that the user can correct: the message names the value got, what was expected, and the remedy.
 
     The command line prints it on one line and leaves with exit code 2; the library raises it as the
-    ``ValueError`` it is. A broken invariant of our own is an ``assert`` instead. Its text is `one_line` of at most about
+    ``ValueError`` it is. A broken invariant of our own is an ``assert`` instead. Its text is `one_line` of at most
     `LONGEST` characters, for what a damaged file holds has any length: the middle is left out, as the remedy stands at the end.
     """
 
     def __init__(self, message: str) -> None:
         text = one_line(message)
         if len(text) > LONGEST:
-            text = f"{text[: LONGEST // 2]} … ({len(text) - LONGEST} characters left out) … {text[-LONGEST // 2 :]}"
+            text = f"{text[:_KEPT]} … ({len(text) - 2 * _KEPT} characters left out) … {text[-_KEPT:]}"
         super().__init__(text)
 
 

@@ -161,9 +161,14 @@ def _check_replaceable(path: Path) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether ``path``, which a list or a table may name, is a file; False, not an OSError, for a name that no file can have."""
+    """Whether ``path``, which a list or a table may name, is a file; False, not an OSError, for a name that no file can have.
+
+    PermissionError where the system does not tell.
+    """
     try:
         return path.is_file()
+    except PermissionError:
+        raise
     except (OSError, ValueError):  # a name that is too long, or holds a zero byte
         return False
 

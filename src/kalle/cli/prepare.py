@@ -148,7 +148,7 @@ def _show(report: dict[str, Any], out: Path, unchanged: bool, resumed_items: int
         f"every rejected item is listed in {out / 'report.json'}",
         soft_wrap=True,
     )
-    empty = [split for split, row in report["splits"].items() if not row["items"]]
-    if empty:
-        remedy = " and ".join(f"raise --{split}-share" if split != "train" else "lower the other shares" for split in empty)
-        console.print(f"note: no items in {' and '.join(empty)}; {remedy}, or give a split in the list", soft_wrap=True)
+    empty = [split for split, row in report["splits"].items() if not row["items"] and split in ("valid", "test")]
+    if empty and report["splits"]["train"]["items"]:  # else the corpus is for tests alone, as was asked for
+        remedy = " and ".join(f"--{split}-share" for split in empty)
+        console.print(f"note: no items in {' and '.join(empty)}; raise {remedy}, or give a split in the list", soft_wrap=True)

@@ -49,7 +49,9 @@ KEPT_BYTES = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, blocks of up to `KEPT_BYTES`, for the next use; False where the C library is not glibc.
+    """Let this process keep what it frees, blocks of up to `KEPT_BYTES`, for the next use.
+
+    False where the C library is not glibc, or refuses a part.
 
     Whisper's encoder takes and frees matrices of 54 MB in every layer. glibc returns blocks above 32 MB to the system at once, and the
     system clears each page of the next one again: 77,000 page faults an utterance, half of its time. No result depends on it. It is a
@@ -60,7 +62,8 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     # A thread other than the first would have an arena of its own, whose heaps of 64 MB hold one such block and are returned with it.
     options = {_M_MMAP_THRESHOLD: KEPT_BYTES, _M_TRIM_THRESHOLD: KEPT_BYTES, _M_ARENA_MAX: 1}
-    return all(libc.mallopt(option, value) for option, value in options.items())
+    taken = [bool(libc.mallopt(option, value)) for option, value in options.items()]
+    return all(taken)
 
 
 class Transcriber(Protocol):

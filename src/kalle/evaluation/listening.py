@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from kalle.audio import load_mono, rms_dbfs, write_audio
 from kalle.errors import UserError
 from kalle.evaluation.comparison import RESULTS_NAME, read_run, some
-from kalle.files import parse_json, write_atomic
+from kalle.files import is_file, parse_json, write_atomic
 
 ASSETS = Path(__file__).parent / "assets"
 Kind = Literal["mos", "smos"]
@@ -109,7 +109,7 @@ def stimuli(folder: str | Path) -> dict[str, Path]:
         found: dict[str, Path] = {}
         for row in read_run(root).rows:
             paths = [root / row["wav"], Path(row["wav"])] if row.get("wav") else []
-            for path in (path for path in paths if path.is_file()):
+            for path in (path for path in paths if is_file(path)):
                 found.setdefault(row["id"], path)
     else:
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)

@@ -26,7 +26,7 @@ from kalle.evaluation.intelligibility import Edit, Tokens, length_curve, row_ali
 from kalle.evaluation.metrics import RATE_HZ
 from kalle.evaluation.opinion import EMOTIONS, emotion_matrix, intended_emotion
 from kalle.evaluation.word_errors import NORMALISERS
-from kalle.files import write_atomic
+from kalle.files import is_file, write_atomic
 from kalle.models.mel import LogMel, MelConfig
 
 ASSETS = Path(__file__).parent / "assets"
@@ -331,7 +331,7 @@ def _shaded(matrix: Mapping[str, Any]) -> dict[str, Any]:
 def _wav(run: Run, row: Mapping[str, Any]) -> Path | None:
     """The audio of ``row``: relative to the results, or to the working directory as paths that a user gave are."""
     wav = row.get("wav")
-    return next((path for path in (run.folder / wav, Path(wav)) if path.is_file()), None) if wav else None
+    return next((path for path in (run.folder / wav, Path(wav)) if is_file(path)), None) if wav else None
 
 
 def _read(path: Path) -> Audio | None:

@@ -89,7 +89,9 @@ def known_recordings(result: str | Path | None, metrics: Sequence[Metric | Metri
         raise UserError(
             f"recordings: '{result}' was scored otherwise: it differs in {'; '.join(other)}; leave recordings out, or score it again"
         )
-    rows = [{key: value for key, value in row.items() if key not in JUDGED} for row in run.rows if "error" not in row]
+    rows = [
+        {key: value for key, value in row.items() if key not in JUDGED} for row in run.rows if not {"error", "metric_errors"} & row.keys()
+    ]
     return {row[DIGEST]: row for row in rows if DIGEST in row}
 
 

@@ -173,8 +173,12 @@ class Job:
                     self.first_audio_s = time.monotonic() - self.asked_s
             if finished:
                 self.error, self.finished = error, True
-                self._audio.close()
-            self._changed.notify_all()
+                try:
+                    self._audio.close()
+                finally:
+                    self._changed.notify_all()
+            else:
+                self._changed.notify_all()
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
@@ -306,7 +310,7 @@ class Engine:
         self._frames = self._steps = 0
         self._audio_seconds, self._usual_seconds = 0.0, 1.0
         self._endings: Counter[str] = Counter()
-        # On CUDA the two take turns: a graph cannot be captured while another thread uses the device.
+        # On CUDA the two take turns, as one thread did before; whether they gain by overlapping there has not been measured.
         self._alone = threading.Lock() if kalle.device.type == "cuda" else contextlib.nullcontext()
         self._speaking = True
         threads = torch.get_num_threads()
@@ -382,7 +386,7 @@ class Engine:
             raise ClosedError("the server is shutting down; try again in a minute")
         with self._lock:
             waiting = sum(not job.began for job in self._ready)
-            unread = sum(job._unread for job in self._told) / self.kalle.sample_rate
+            unread = sum(job._unread for job in self._told if not job.cancelled) / self.kalle.sample_rate
         if waiting >= self.limits.queue:
             raise QueueFullError(f"{waiting} are waiting", max(1, math.ceil(self._usual_seconds * waiting / self.limits.rows)))
         if unread >= self.limits.unread_seconds:
@@ -427,6 +431,8 @@ class Engine:
                 elif not job._ended and job._failure is None:
                     self._decode_piece(job)
             except Exception as error:
+                if job._ended:
+                    LOGGER.exception("the decoder failed at the end of a text")
                 job._failure = error  # its row is the other thread's to take out
 
     def _next_work(self) -> Job:

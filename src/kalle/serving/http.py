@@ -11,7 +11,7 @@ import logging
 import signal
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -24,6 +24,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Receive, Scope, Send
 
 from kalle import __version__
 from kalle.errors import UserError
@@ -173,9 +174,9 @@ def _add_speech(app: FastAPI, service: Service) -> None:
             raise
         content = _encoded(service, job, encoder, first, pieces)
         if not events:
-            return StreamingResponse(content, media_type=media_type, headers=headers)
+            return _Streamed([content], media_type, headers)
         tokens = len(service.kalle.tokenizer.encode(body.input))
-        return StreamingResponse(_events(body, job, content, tokens), media_type="text/event-stream", headers=headers)
+        return _Streamed([_events(body, job, content, tokens), content], "text/event-stream", headers)
 
 
 def _timed(body: SpeechBody, spoken: Speech, audio: bytes, headers: Mapping[str, str]) -> JSONResponse:
@@ -191,9 +192,28 @@ def _timed(body: SpeechBody, spoken: Speech, audio: bytes, headers: Mapping[str,
     return JSONResponse(timed.model_dump(), headers=dict(headers))
 
 
+class _Streamed(StreamingResponse):
+    """The answer of the first of ``generators``. All of them are closed with it, however it ends.
+
+    A generator that is left to the garbage collector keeps its job, whose audio then counts as waiting for a client.
+    """
+
+    def __init__(self, generators: Sequence[AsyncGenerator[Any, None]], media_type: str, headers: Mapping[str, str]) -> None:
+        super().__init__(generators[0], media_type=media_type, headers=headers)
+        self._generators = generators
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI says."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for generator in self._generators:
+                await generator.aclose()
+
+
 async def _encoded(
     service: Service, job: Job, encoder: Encoder, first: np.ndarray, pieces: AsyncIterator[np.ndarray]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The bytes of ``first`` and all ``pieces`` after it. An error of the job breaks the connection off, which the client sees."""
     try:
         if content := encoder.push(first):
@@ -208,7 +228,7 @@ async def _encoded(
         service.metrics.ended(job)
 
 
-async def _events(body: SpeechBody, job: Job, content: AsyncIterator[bytes], tokens: int) -> AsyncIterator[str]:
+async def _events(body: SpeechBody, job: Job, content: AsyncIterator[bytes], tokens: int) -> AsyncGenerator[str, None]:
     """Server-sent events of OpenAI's shape; the last one has what else is known of the speech."""
     try:
         async for part in content:

@@ -93,6 +93,8 @@ class LoadPlan:
         for name, value in asdict(self).items():
             if name != "seed" and not value > 0:
                 raise UserError(f"bad {name} of the load: got {value!r}, expected more than 0; raise it")
+        if self.requests < 2:
+            raise UserError(f"bad requests of the load: got {self.requests}, expected 2 or more, streamed and whole ones; raise it")
 
 
 @dataclass(frozen=True)
@@ -198,16 +200,16 @@ class LoadReport:
     """The server every second."""
 
     @property
-    def frames_ratio(self) -> float:
-        """Frames of the language model a second with many clients, over those one at a time."""
+    def frames_ratio(self) -> float | None:
+        """Frames of the language model a second with many clients, over those one at a time; None where there was none."""
         alone, load = (phase.row()["frames_per_second"] for phase in self.phases[:2])
-        return float(load / alone)
+        return float(load / alone) if alone else None
 
     @property
-    def audio_ratio(self) -> float:
+    def audio_ratio(self) -> float | None:
         """The same for seconds of audio."""
         alone, load = (phase.row()["audio_seconds_per_second"] for phase in self.phases[:2])
-        return float(load / alone)
+        return float(load / alone) if alone else None
 
     @property
     def problems(self) -> Counter[str]:
@@ -354,7 +356,7 @@ class LoadBench:
                         await asyncio.sleep(float(response.headers["retry-after"]))
                         continue
                     await self._read(response, answer, began)
-            except (httpx.HTTPError, OSError) as error:
+            except (httpx.HTTPError, OSError, ValueError, LookupError) as error:
                 answer.problem = f"broken off: {type(error).__name__}"
             answer.seconds = time.monotonic() - began
             return answer
@@ -375,12 +377,15 @@ class LoadBench:
 
     async def _numbers(self, client: httpx.AsyncClient) -> dict[str, float]:
         """The numbers of the server for Prometheus."""
-        lines = (await client.get("/metrics")).raise_for_status().text.splitlines()
+        try:
+            lines = (await client.get("/metrics")).raise_for_status().text.splitlines()
+        except httpx.HTTPError as error:
+            raise UserError(f"the server tells nothing at /metrics ({type(error).__name__}); see its log, and start it again") from None
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))}
 
     async def _watch(self, client: httpx.AsyncClient) -> None:
         while True:
-            with suppress(httpx.HTTPError):
+            with suppress(UserError):
                 numbers = await self._numbers(client)
                 resident = numbers.get("process_resident_memory_bytes")
                 moment = time.monotonic() - self._began
@@ -461,7 +466,12 @@ def told_of(phase: Phase) -> str:
 
 def check_loopback(url: str) -> str:
     """``url`` without its end; UserError where it is not on this machine: a load is no way to treat others."""
-    host = httpx.URL(url).host
+    try:
+        host = httpx.URL(url).host
+    except httpx.InvalidURL:
+        host = ""
+    if not host:
+        raise UserError(f"no address of a server: got '{url}', expected one such as http://127.0.0.1:8000; correct it")
     if host != "localhost" and not is_loopback(host):
         raise UserError(f"a load on another machine: got {url}, expected an address such as http://127.0.0.1:8000; run it there")
     return url.rstrip("/").removesuffix("/v1")

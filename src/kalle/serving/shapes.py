@@ -230,7 +230,7 @@ class StallLimit:
 
         try:
             await self._app(scope, receive, sent)
-        except _StalledError:  # the server closes the connection of an answer that does not end
+        except _StalledError:  # its connection ends when the client goes, or takes what the server still holds for it
             LOGGER.warning("an answer was broken off: its client took nothing for %g s", self._seconds)
 
 

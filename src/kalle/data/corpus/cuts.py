@@ -294,10 +294,10 @@ def write_derived(
 ) -> None:
     """Write the cuts of every split, report.json, report.md and, last of all, .completed.
 
-    UserError when no training item is left.
+    UserError when nothing is left.
     """
-    if not cuts.get("train"):
-        raise UserError(f"nothing to train on would be left in '{out}': {_counts(cuts)}; loosen the limits or correct the corpus")
+    if not any(cuts.values()):
+        raise UserError(f"nothing would be left in '{out}': {_counts(cuts)}; loosen the limits or correct the corpus")
     with output_folder(out):
         (out / COMPLETED_NAME).unlink(missing_ok=True)
         for split in dict.fromkeys((*SPLITS, *cuts)):

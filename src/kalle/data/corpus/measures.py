@@ -24,6 +24,7 @@ from kalle.audio import PCM16_SCALE, Audio, clipped_share, to_pcm16
 from kalle.data.corpus.cuts import corpus_cuts, load_audio
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
+from kalle.files import is_file
 from kalle.text.languages import LANGUAGE_OF_SCRIPT, script_of
 
 FRAME_S = 0.01
@@ -308,7 +309,7 @@ def audio_stamp(cut: Cut) -> str:
     stamps = []
     for source in getattr(cut, "recording", None).sources if getattr(cut, "has_recording", False) else []:  # type: ignore[union-attr]
         path = Path(str(source.source))
-        stat = path.stat() if source.type == "file" and path.is_file() else None
+        stat = path.stat() if source.type == "file" and is_file(path) else None
         stamps.append(f"{stat.st_size}-{stat.st_mtime_ns}" if stat else "-")
     return ",".join(stamps)
 
