@@ -81,7 +81,7 @@ def test_unknown_command(capsys) -> None:
 def test_user_error_is_one_line(command, capsys) -> None:
     command(raising(UserError("speed: got 0,\n  expected more; raise it")))
     assert main(["train"]) == 2
-    assert one_line(capsys) == "error: speed: got 0, expected more; raise it"
+    assert one_line(capsys) == r"error: speed: got 0,\n expected more; raise it"
 
 
 def test_ctrl_c(command, capsys) -> None:

@@ -135,7 +135,7 @@ def test_mistakes_are_one_line_and_harm_nothing(healthy: Path, tmp_path: Path) -
         ([healthy, "--limit", "max_seconds=long"], "bad limit: got 'max_seconds=long'"),
         (
             [healthy, "--limit", "max_seconds=0.1", "--remove", "duration", "--filter", tmp_path / "x", "--out", tmp_path / "r"],
-            "nothing to train",
+            "nothing would be left",
         ),
         ([healthy, "--jobs", "0", "--out", tmp_path / "other"], "--jobs: got 0"),
     ]
