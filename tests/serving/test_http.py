@@ -25,6 +25,9 @@ pytest.importorskip("fastapi")
 import uvicorn
 
 from kalle.audio import to_pcm16
+from kalle.errors import UserError
+from kalle.evaluation import asr
+from kalle.evaluation.alignment import WordAligner
 from kalle.serving.engine import Engine, EngineLimits
 from kalle.serving.http import create_app
 from kalle.serving.service import ServeOptions
@@ -185,7 +188,7 @@ def test_many_at_once_through_the_asynchronous_client(
         ({"cfg_scale": 2}, 400, "cfg_scale", "no such field"),
         ({"stream": False, "stream_format": "sse"}, 400, "stream", ""),
         ({"stream_format": "audio", "timestamps": "sentence"}, 400, "timestamps", "sse"),
-        ({"timestamps": "word"}, 400, "timestamps", "sentence"),
+        ({"timestamps": "letter"}, 400, "timestamps", "sentence"),
         ({"ref_text": "Words."}, 400, "ref_text", "ref_audio"),
         ({"ref_audio": "/etc/passwd", "ref_text": "Words."}, 400, "ref_audio", "base64"),
         ({"ref_audio": "http://127.0.0.1/a.wav", "ref_text": "Words."}, 400, "ref_audio", "base64"),
@@ -487,3 +490,29 @@ def test_the_engine_of_several_servers_is_one(brief: Kalle, tmp_path: Path) -> N
         apps = [create_app(engine, replace(ServeOptions(), voices=tmp_path)) for _ in range(2)]
         assert apps[0].state.service.engine is apps[1].state.service.engine
         assert engine.submit(SpeechRequest("Hi.", seed=3, max_seconds=0.2)).result().frames == 20
+
+
+def test_times_of_words(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {**HELLO, "input": "Hi there. You too.", "timestamps": "word"}
+    try:
+        WordAligner().check("en")
+    except UserError:
+        pytest.skip("no speech recogniser is installed")
+    whole = served.http.post(SPEECH, json=asked).json()
+    *_, streamed = events(served.http.post(SPEECH, json={**asked, "stream_format": "sse"}).text.splitlines())
+    slow = served.http.post(SPEECH, json={**asked, "speed": 0.5}).json()
+    for answer in (whole, streamed, slow):
+        said = [word["word"] for sentence in answer["sentences"] for word in sentence["words"]]
+        assert said == ["Hi", "there.", "You", "too."]
+        for sentence in answer["sentences"]:
+            assert all(sentence["start"] <= word["start"] <= word["end"] <= sentence["end"] + 1e-3 for word in sentence["words"])
+    ends = [[word["end"] for sentence in answer["sentences"] for word in sentence["words"]] for answer in (whole, slow)]
+    assert ends[1] == pytest.approx([2 * end for end in ends[0]], abs=2e-3)
+    sentences = served.http.post(SPEECH, json={**asked, "timestamps": "sentence"}).json()["sentences"]
+    assert all("words" not in sentence for sentence in sentences)
+    monkeypatch.setattr(asr, "_installed_folders", lambda packaged: None)
+    before = served.engine.state.frames
+    refused = served.http.post(SPEECH, json=asked)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "aligner_missing")
+    assert "pip install" in refused.json()["error"]["message"]
+    assert served.engine.state.frames == before, "it was spoken all the same"

@@ -98,6 +98,15 @@ def transcripts(transcriber: Transcriber, items: Sequence[ScoreItem]) -> list[st
     return [found[index] for index in range(len(items))]
 
 
+@dataclass(frozen=True)
+class AlignedPiece:
+    """A piece of a text and where it is heard, in seconds."""
+
+    text: str
+    start_s: float
+    end_s: float
+
+
 class FasterWhisper:
     """A CTranslate2 Whisper.
 
@@ -146,8 +155,7 @@ class FasterWhisper:
 
         What faster-whisper's ``transcribe`` gives for one window under these options, from the same parts of it.
         """
-        if language != "en" and not self._model.model.is_multilingual:
-            raise UserError(f"speech recogniser '{self.model_name}' is English only: got '{language}'; use model=base or a folder")
+        self._check_language(language)
         by_frames: dict[int, list[int]] = {}
         for index, audio in enumerate(audios):
             if len(audio):
@@ -181,6 +189,30 @@ class FasterWhisper:
         )
         spoken = ([token for token in result.sequences_ids[0] if token < tokenizer.eot] for result in results)
         return [tokenizer.decode(tokens).strip() for tokens in spoken]
+
+    def align(self, audio: Audio, text: str, language: str) -> list[AlignedPiece]:
+        """Where the pieces of ``text`` are in mono float32 (S,) at 16 kHz that says it, by the model's attention; [] for no samples.
+
+        A piece is a word with the mark or space before it, as Whisper's tokenizer splits them; in languages without spaces some characters.
+        UserError for a language that the model does not speak, and for audio beyond its window of 30 s.
+        """
+        self._check_language(language)
+        if len(audio) > WINDOW_SAMPLES:
+            raise UserError(f"cannot align speech of {len(audio) / RATE_HZ:.0f} s: expected at most 30; split the text into sentences")
+        if not len(audio) or not text.strip():
+            return []
+        from faster_whisper.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(self._model.hf_tokenizer, self._model.model.is_multilingual, task="transcribe", language=language)
+        tokens = tokenizer.encode(" " + text.strip())
+        heard = math.ceil(len(audio) / int(self._model.feature_extractor.hop_length))
+        encoded = self._encode([audio], int(self._model.feature_extractor.nb_max_frames))
+        (pieces,) = self._model.find_alignment(tokenizer, [tokens], encoded, heard)
+        return [AlignedPiece(str(piece["word"]), float(piece["start"]), float(piece["end"])) for piece in pieces]
+
+    def _check_language(self, language: str) -> None:
+        if language != "en" and not self._model.model.is_multilingual:
+            raise UserError(f"speech recogniser '{self.model_name}' is English only: got '{language}'; use model=base or a folder")
 
     def _encode(self, audios: Sequence[Audio], frames: int) -> Any:
         """The encoder's output (N, frames / 2, width), as CTranslate2 holds it."""

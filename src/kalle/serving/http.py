@@ -32,7 +32,7 @@ from kalle.serving.description import description_page
 from kalle.serving.encoding import FORMATS, Encoder, encode
 from kalle.serving.engine import ClosedError, Engine, Job, QueueFullError, ServingError
 from kalle.serving.server import OriginCheck, is_loopback, listenable_port, loopback_names, mounted_page
-from kalle.serving.service import MODELS_OWN, ServeOptions, Service, audio_of, nothing_spoken, sentence_times, whole_of
+from kalle.serving.service import MODELS_OWN, ServeOptions, Service, audio_of, nothing_spoken, whole_of
 from kalle.serving.sessions import Backend
 from kalle.serving.shapes import (
     ApiError,
@@ -149,6 +149,7 @@ def _add_speech(app: FastAPI, service: Service) -> None:
             raise ApiError(400, f"two answers: got stream false and stream_format {body.stream_format}; leave one out", "stream")
         if streamed and not events and body.timestamps:
             raise ApiError(400, "timestamps have no place in chunked audio: use stream_format sse, or none", "timestamps")
+        await service.check_times(body)
         wanted = await service.request(body, body.input)
         encoder = Encoder(body.response_format, service.kalle.sample_rate, body.speed) if streamed else None
         job = await service.submit(wanted, streamed)
@@ -163,7 +164,9 @@ def _add_speech(app: FastAPI, service: Service) -> None:
                 raise nothing_spoken(job.seed)
             audio = await to_thread.run_sync(lambda: encode(spoken.audio, body.response_format, spoken.sample_rate, body.speed))
             headers["X-Stop-Reason"] = spoken.stop_reason
-            return _timed(body, spoken, audio, headers) if body.timestamps else Response(audio, media_type=media_type, headers=headers)
+            if body.timestamps:
+                return _timed(body, spoken, audio, headers, *await service.times(body, spoken))
+            return Response(audio, media_type=media_type, headers=headers)
         pieces = audio_of(job)
         try:
             first = await anext(pieces)  # what fails before it is an answer with a status
@@ -176,20 +179,22 @@ def _add_speech(app: FastAPI, service: Service) -> None:
         if not events:
             return _Streamed([content], media_type, headers)
         tokens = len(service.kalle.tokenizer.encode(body.input))
-        return _Streamed([_events(body, job, content, tokens), content], "text/event-stream", headers)
+        return _Streamed([_events(service, body, job, content, tokens), content], "text/event-stream", headers)
 
 
-def _timed(body: SpeechBody, spoken: Speech, audio: bytes, headers: Mapping[str, str]) -> JSONResponse:
+def _timed(
+    body: SpeechBody, spoken: Speech, audio: bytes, headers: Mapping[str, str], times: list[SentenceTime], warnings: list[str]
+) -> JSONResponse:
     timed = TimedSpeech(
         audio=base64.b64encode(audio).decode(),
         format=body.response_format,
         sample_rate=spoken.sample_rate,
         seed=spoken.seed,
         stop_reason=spoken.stop_reason,
-        sentences=[SentenceTime(**each) for each in sentence_times(spoken, body.speed)],
-        warnings=list(spoken.warnings),
+        sentences=times,
+        warnings=[*spoken.warnings, *warnings],
     )
-    return JSONResponse(timed.model_dump(), headers=dict(headers))
+    return JSONResponse(timed.model_dump(exclude_none=True), headers=dict(headers))
 
 
 class _Streamed(StreamingResponse):
@@ -228,20 +233,21 @@ async def _encoded(
         service.metrics.ended(job)
 
 
-async def _events(body: SpeechBody, job: Job, content: AsyncIterator[bytes], tokens: int) -> AsyncGenerator[str, None]:
+async def _events(service: Service, body: SpeechBody, job: Job, content: AsyncIterator[bytes], tokens: int) -> AsyncGenerator[str, None]:
     """Server-sent events of OpenAI's shape; the last one has what else is known of the speech."""
     try:
         async for part in content:
             yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(part).decode()})
+        spoken = job.speech
+        times, warnings = await service.times(body, spoken) if body.timestamps else (None, [])
     except (ServingError, UserError) as error:
         yield _event(error_event(error), "error")
         return
-    spoken = job.speech
     usage = {"input_tokens": tokens, "output_tokens": spoken.frames, "total_tokens": tokens + spoken.frames}
     done = {"type": "speech.audio.done", "usage": usage, "seed": job.seed, "stop_reason": spoken.stop_reason}
-    done["warnings"] = list(spoken.warnings)
-    if body.timestamps:
-        done["sentences"] = sentence_times(spoken, body.speed)
+    done["warnings"] = [*spoken.warnings, *warnings]
+    if times is not None:
+        done["sentences"] = [each.model_dump(exclude_none=True) for each in times]
     yield _event(done)
 
 

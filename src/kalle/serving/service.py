@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,18 +23,17 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from kalle.errors import UserError
+from kalle.evaluation.alignment import WordAligner
 from kalle.serving.engine import Engine, EngineLimits, Job
 from kalle.serving.handlers import without_folders
 from kalle.serving.server import LOOPBACK
-from kalle.serving.shapes import (
-    ApiError,
-    VoiceFields,
-    VoiceId,
-)
+from kalle.serving.shapes import ApiError, SentenceTime, SpeechBody, VoiceFields, VoiceId, WordTime
 from kalle.serving.voices import STORED, UPLOAD_PREFIX, VoiceChoice, VoiceStore
 from kalle.synthesis.options import GenerationOptions, SpeechRequest, check_seed
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import RANDOM_VOICE, GivenVoice
+from kalle.text.frontend import GIVEN_PHONEMES
+from kalle.text.languages import detect_language
 
 PORT = 8000
 MODELS_OWN = "default"
@@ -84,6 +84,8 @@ class Service:
         self.began = int(time.time())
         self.metrics = Metrics(engine)
         self._voice_work = anyio.CapacityLimiter(2)
+        self._align = WordAligner()
+        self._align_work = anyio.CapacityLimiter(1)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -121,6 +123,45 @@ class Service:
         """ApiError unless this model is served."""
         if name not in self.names:
             raise ApiError(404, f"no such model: got {name!r:.60}, expected {' or '.join(self.names)}", "model", "model_not_found")
+
+    async def check_times(self, body: SpeechBody) -> None:
+        """ApiError where ``body`` asks for times of words and no recogniser of its language is installed: before anything is spoken."""
+        if body.timestamps != "word":
+            return
+        try:
+            await self.in_thread(lambda: self._align.check(self._language(body, body.input)), self._align_work)
+        except UserError as error:
+            raise ApiError(400, f"no times of words: {error}; or use timestamps sentence", "timestamps", "aligner_missing") from None
+
+    async def times(self, body: SpeechBody, speech: Speech) -> tuple[list[SentenceTime], list[str]]:
+        """Where the sentences of ``speech`` are in the audio, in seconds after the change of speed, and their words where asked for.
+
+        The words are those that the model got, numbers in words. Also warnings: a sentence whose words cannot be placed has none.
+        """
+        found: list[SentenceTime] = []
+        warnings: list[str] = []
+        for text, start_s, end_s, spoken in [
+            (part.sentence.spoken, part.start_s, part.end_s, part.speech) for part in speech.parts
+        ] or [(speech.text, 0.0, speech.seconds, speech)]:  # fmt: skip
+            time = SentenceTime(text=text, start=_after(start_s, body.speed), end=_after(end_s, body.speed))
+            if body.timestamps == "word":
+                # A sentence at a time, so that those of other requests come between.
+                work = partial(self._align, spoken.audio, spoken.sample_rate, _plain(spoken.text), self._language(body, body.input))
+                try:
+                    heard = await self.in_thread(work, self._align_work)
+                except UserError as error:
+                    warnings.append(f"sentence {len(found) + 1} has no times of words: {error}")
+                else:
+                    time.words = [
+                        WordTime(word=at.word, start=_after(start_s + at.start_s, body.speed), end=_after(start_s + at.end_s, body.speed))
+                        for at in heard
+                    ]
+            found.append(time)
+        return found, warnings
+
+    def _language(self, body: SpeechBody, text: str) -> str:
+        chosen = self.kalle.config.language_of(text, GenerationOptions(language=body.language))
+        return chosen or detect_language(_plain(text))
 
     def _voice(self, body: VoiceFields) -> GivenVoice:
         name = body.voice.id if isinstance(body.voice, VoiceId) else body.voice
@@ -230,10 +271,14 @@ async def whole_of(job: Job, request: Request) -> Speech:
     return job.speech
 
 
-def sentence_times(speech: Speech, speed: float) -> list[dict[str, Any]]:
-    """Where the sentences are in the audio, in seconds after the change of speed."""
-    spans = [(part.sentence.spoken, part.start_s, part.end_s) for part in speech.parts] or [(speech.text, 0.0, speech.seconds)]
-    return [{"text": text, "start": round(start / speed, 3), "end": round(end / speed, 3)} for text, start, end in spans]
+def _after(seconds: float, speed: float) -> float:
+    """A time of the speech in audio of another ``speed``, to the millisecond."""
+    return round(seconds / speed, 3)
+
+
+def _plain(text: str) -> str:
+    """``text`` without the phonemes that a client wrote into it."""
+    return GIVEN_PHONEMES.sub(r"\1", text)
 
 
 def nothing_spoken(seed: int) -> ApiError:

@@ -85,17 +85,28 @@ class SpeechBody(VoiceFields):
         None, description="`audio` sends the audio while it is made, `sse` as events; without it, it is sent when it is whole."
     )
     stream: StrictBool | None = Field(None, description="true is stream_format audio.")
-    timestamps: Literal["sentence"] | None = Field(
-        None, description="Where each sentence is: in the last event with sse; otherwise the answer is JSON with the audio in base64."
+    timestamps: Literal["sentence", "word"] | None = Field(
+        None,
+        description="Where each sentence is, and with `word` each of its words, which needs a speech recogniser on the server: in the last "
+        "event with sse; otherwise the answer is JSON with the audio in base64.",
     )
 
 
+class WordTime(BaseModel):
+    """A word and where it is in the audio, in seconds."""
+
+    word: str
+    start: float
+    end: float
+
+
 class SentenceTime(BaseModel):
-    """A sentence and where it is in the audio, in seconds."""
+    """A sentence and where it is in the audio, in seconds; its words where they were asked for."""
 
     text: str
     start: float
     end: float
+    words: list[WordTime] | None = None
 
 
 class TimedSpeech(BaseModel):
