@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,49 @@ def test_two_users_are_spoken_to_at_once(page: Any, browser: Any, address: str) 
     page.click("#stop")
     spoken(page)
     other.context.close()
+
+
+def test_several_texts_are_spoken_and_saved(page: Any, tmp_path: Path) -> None:
+    cap_seconds(page, 0.5)
+    page.locator("#seed input").fill("7")
+    page.get_by_role("tab", name="Several texts").click()
+    page.click("#speak-all")
+    page.wait_for_function("document.querySelector('#several-message').innerText.includes('only empty lines')")
+    page.fill("#lines textarea", "Hello there.\n\nWho <b>is</b> it?")
+    page.click("#speak-all")
+    page.wait_for_selector("#download-all")
+    assert page.locator("#several li").count() == 2
+    assert "Who <b>is</b> it?" in page.inner_text("#several")
+    for player in page.locator("#several audio").all():
+        assert len(samples(page, player.evaluate("sound => sound.src"))) == 8000
+    with page.expect_download() as saved:
+        page.click("#download-all")
+    saved.value.save_as(tmp_path / "all.zip")
+    with zipfile.ZipFile(tmp_path / "all.zip") as archive:
+        assert archive.namelist() == ["001.wav", "002.wav", "list.csv"]
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_what_was_spoken_stays_on_the_page(page: Any) -> None:
+    assert not page.is_visible("#history summary")
+    cap_seconds(page, 0.5)
+    for text in ("Hello there.", "<i>Who</i> is it?"):
+        page.fill("#text textarea", text)
+        page.click("#speak")
+        page.wait_for_function("text => document.querySelector('.kalle-history p')?.textContent === text", arg=text)
+    page.click("#history summary")
+    entries = page.locator("#history li")
+    assert entries.count() == 2
+    for entry in entries.all():
+        assert len(samples(page, entry.locator("audio").evaluate("sound => sound.src"))) == 8000
+        assert "the model's own, seed" in entry.inner_text()
+    entries.nth(1).get_by_role("button", name="Use this text").click()
+    assert page.input_value("#text textarea") == "Hello there."
+    assert page.inner_text(".kalle-count").startswith("12 of")
+    with page.expect_download() as saved:
+        entries.nth(0).get_by_role("link", name="Download").click()
+    assert saved.value.suggested_filename.endswith(".wav")
 
 
 @pytest.mark.parametrize("source", ["Stored voice", "Recording", "Random voice"])

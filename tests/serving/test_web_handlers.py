@@ -18,7 +18,7 @@ from kalle.errors import UserError
 from kalle.serving.engine import Engine, EngineLimits
 from kalle.serving.handlers import MODELS_OWN, UNEXPECTED, Handlers, choice_from, error_html, request_from_fields
 from kalle.serving.server import WebOptions, growing, is_loopback, launch, require_gradio
-from kalle.serving.sessions import MOST_SESSIONS, Backend, JobResult, PageRequest, Sessions
+from kalle.serving.sessions import MOST_SESSIONS, Backend, JobResult, PageJob, PageRequest, Sessions
 from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions
@@ -170,12 +170,12 @@ def test_the_result_of_a_page_that_closed_early_is_not_kept(handlers: Handlers) 
 def test_sessions_are_bounded() -> None:
     jobs = Sessions()
     for number in range(MOST_SESSIONS):
-        jobs.begin(str(number), HI)
+        jobs.begin(str(number), PageJob(HI))
     with pytest.raises(UserError, match="too many requests"):
-        jobs.begin("another", HI)
+        jobs.begin("another", PageJob(HI))
     first = jobs.of("0")
     first.finish()
-    assert not jobs.begin("another", HI).finished
+    assert not jobs.begin("another", PageJob(HI)).finished
     assert jobs.of("0") is None
     assert first.abandoned
 
@@ -248,7 +248,7 @@ def test_sessions_wait_for_each_other_and_know_it(kalle_toy: Kalle, tmp_path: Pa
 
 
 def test_listeners_get_the_audio_while_it_is_made() -> None:
-    job = Sessions().begin("a", HI)
+    job = Sessions().begin("a", PageJob(HI))
     heard: list[bytes] = []
 
     async def listen() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from kalle.errors import UserError
 from kalle.serving.engine import ServingError
 from kalle.serving.sessions import Backend, JobProgress, JobResult, PageRequest
+from kalle.serving.several import SeveralJob, begin_several, speak_several
 from kalle.serving.voices import RANDOM, RECORDING, STORED, VoiceChoice
 from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
@@ -80,6 +81,7 @@ def facts_html(result: JobResult, voice: str, warnings: Sequence[str] = ()) -> s
     ``warnings`` are about the voice.
     """
     speech, work = result.speech, result.elapsed_seconds
+    shown_text = _escape(speech.text)
     facts = {
         "Length": f"{speech.seconds:.2f} s ({speech.frames} frames)",
         "RTF": f"{work / speech.seconds:.2f} ({work:.2f} s of work / {speech.seconds:.2f} s of audio)",
@@ -92,7 +94,7 @@ def facts_html(result: JobResult, voice: str, warnings: Sequence[str] = ()) -> s
     of_sentences = {warning for part in speech.parts for warning in part.warnings}
     notes = [*warnings, *(note for note in speech.warnings if not any(note.endswith(warning) for warning in of_sentences))]
     shown = "".join(f'<p class="kalle-warning">{_escape(note)}</p>' for note in notes)
-    return f'<dl class="kalle-facts">{rows}</dl>{shown}' + (_sentences(speech) if speech.parts else "")
+    return f'<dl class="kalle-facts" data-text="{shown_text}">{rows}</dl>{shown}' + (_sentences(speech) if speech.parts else "")
 
 
 def weakest(speech: Speech) -> tuple[int, Speech]:
@@ -119,6 +121,22 @@ def _sentences(speech: Speech) -> str:
         numbers = f"{said.seconds:.2f} s, {said.stop_reason}" + (f", confidence {said.confidence:.3f}" if said.frames else "")
         rows.append(f"<li value='{part.index + 1}'>{_escape(said.text)} <small>({_escape(numbers)})</small>{notes}</li>")
     return f'<ol class="kalle-sentences">{"".join(rows)}</ol>'
+
+
+def several_html(job: SeveralJob, shown: Callable[[str], str]) -> str:
+    """A table of the texts of ``job`` with a player each; ``shown`` makes an error fit to be seen."""
+    rows = []
+    for each in job.spoken_texts:
+        if each.path is None:
+            heard = f'<p class="kalle-warning">{_escape(shown(each.error))}</p>'
+        else:
+            numbers = f"{each.seconds:.2f} s, {each.ending}, seed {each.seed}"
+            address = f"kalle/text/{job.token}/{each.number}"
+            heard = (
+                f'<audio controls preload="none" src="{address}" aria-label="Text {each.number}"></audio><small>{_escape(numbers)}</small>'
+            )
+        rows.append(f"<li value='{each.number}'>{_escape(each.text)}{heard}</li>")
+    return f'<ol class="kalle-several">{"".join(rows)}</ol>' if rows else ""
 
 
 def figure_html(figure: Figure, description: str) -> str:
@@ -160,6 +178,18 @@ class View:
 
 
 @dataclass(frozen=True)
+class SeveralView:
+    """The state of several texts as the page shows it."""
+
+    message: str = ""
+    """HTML"""
+    busy: bool = False
+    table: str = ""
+    """HTML; the recordings of what was spoken."""
+    archive: Path | None = None
+
+
+@dataclass(frozen=True)
 class KeepOutcome:
     """The answer to "Keep this voice"; ``name`` is None when it was refused."""
 
@@ -185,10 +215,39 @@ class Handlers:
             return View(self._mistake(error))
         return View(notice_html("Starting…"), busy=True, token=job.token)
 
+    def begin_several(self, session: str, lines: object, voice: VoiceChoice, options: GenerationOptions) -> SeveralView:
+        """ "Speak all" was pressed: a job to wait for, or what is wrong with it."""
+        try:
+            begin_several(self.backend, session, _string(lines, "texts"), voice, options)
+        except UserError as error:
+            return SeveralView(self._mistake(error))
+        return SeveralView(notice_html("Starting…"), busy=True)
+
+    def run_several(self, session: str) -> Iterator[SeveralView]:
+        """Do the session's job of several texts; one view for each that is done, nothing when there is nothing to do."""
+        job = self.backend.sessions.of(session)
+        if not isinstance(job, SeveralJob) or job.begun or job.finished:
+            return
+        message = ""
+        try:
+            for _ in speak_several(self.backend, job):
+                yield SeveralView(notice_html(f"{len(job.spoken_texts)} of {len(job.texts)} spoken."), busy=True)
+        except UserError as error:
+            message = self._mistake(error)
+        except ServingError as error:
+            message = error_html(str(error))
+        except Exception:
+            LOGGER.exception("a request on the page failed")
+            message = error_html(UNEXPECTED)
+        if not message and job.stopped:
+            message = notice_html(f"Stopped: {len(job.spoken_texts)} of {len(job.texts)} spoken.")
+        table = several_html(job, lambda error: without_folders(error, self.backend.folders))
+        yield SeveralView(message, False, table, job.path)
+
     def run(self, session: str) -> Iterator[View]:
         """Do the session's job, when its turn has come; one view for every change, nothing when there is nothing to do."""
         job = self.backend.sessions.of(session)
-        if job is None or job.begun or job.finished:
+        if job is None or isinstance(job, SeveralJob) or job.begun or job.finished:
             return
         shown = -SECONDS_BETWEEN_NOTICES
         view = View(notice_html(STOPPED), token=job.token)
@@ -298,12 +357,16 @@ def _finite(text: str) -> float:
 
 def request_from_fields(text: object, voice: VoiceChoice, seed: object, temperature: object, max_seconds: object) -> PageRequest:
     """The fields of the page as a request; an empty number is the default. UserError for a value that cannot be used."""
+    return PageRequest(_string(text, "text"), voice, options_from_fields(seed, temperature, max_seconds))
+
+
+def options_from_fields(seed: object, temperature: object, max_seconds: object) -> GenerationOptions:
+    """The settings of the page; an empty number is the default. UserError for a value that cannot be used."""
     if isinstance(temperature, bool) or not isinstance(temperature, int | float | None):
         raise UserError(f"bad temperature: got a {type(temperature).__name__}, expected a number; load the page again")
-    options = GenerationOptions(
+    return GenerationOptions(
         seed=typed_whole(seed, "seed"), temperature=temperature, max_seconds=typed_number(max_seconds, "longest length")
     )
-    return PageRequest(_string(text, "text"), voice, options)
 
 
 def choice_from(source: object, name: object, recording: object, transcript: object, seed: object) -> VoiceChoice:

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import gradio as gr
 
 from kalle.errors import UserError
-from kalle.serving.handlers import MODELS_OWN, Handlers, KeepOutcome, View, choice_from, error_html, fresh_seed, request_from_fields
+from kalle.serving.handlers import (
+    MODELS_OWN,
+    Handlers,
+    KeepOutcome,
+    SeveralView,
+    View,
+    choice_from,
+    error_html,
+    fresh_seed,
+    options_from_fields,
+    request_from_fields,
+)
+from kalle.serving.several import MOST_TEXTS
 from kalle.serving.voices import RANDOM, RECORDING, STORED
 
 if TYPE_CHECKING:
@@ -27,6 +39,9 @@ _PLAYER = (
     '<span class="time">Nothing to play yet</span><span class="meter" aria-hidden="true"><span></span></span>'
     '<button type="button" disabled>Pause</button></div>'
 )
+
+_HISTORY = '<details class="kalle-history" hidden><summary></summary><ol></ol></details>'
+"""Filled by history.js, in the browser alone."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,17 @@ class VoiceParts:
 
 
 @dataclass(frozen=True)
+class SeveralParts:
+    """The components that ask for several texts and show them."""
+
+    lines: gr.Textbox
+    speak: gr.Button
+    message: gr.HTML
+    table: gr.HTML
+    download: gr.DownloadButton
+
+
+@dataclass(frozen=True)
 class SpeechParts:
     """The components that ask for speech and show it."""
 
@@ -70,6 +96,7 @@ class SpeechParts:
     download: gr.DownloadButton
     facts: gr.HTML
     figure: gr.HTML
+    several: SeveralParts
 
     @property
     def numbers(self) -> list[Any]:
@@ -86,10 +113,14 @@ def lay_out(handlers: Handlers, player_js: str) -> tuple[VoiceParts, SpeechParts
     )
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
-            text = gr.Textbox(label="Text", lines=5, max_lines=14, placeholder="What to say", elem_id="text")
-            gr.HTML(f'<p class="kalle-count" data-limit="{limit}" aria-live="off">0 of {limit} characters</p>', elem_id="count")
-            examples = EXAMPLES.get(kalle.config.language or "en", EXAMPLES["en"])
-            gr.Examples([[example] for example in examples], inputs=text, label="Try one of these", elem_id="examples")
+            with gr.Tabs():
+                with gr.Tab("One text"):
+                    text = gr.Textbox(label="Text", lines=5, max_lines=14, placeholder="What to say", elem_id="text")
+                    gr.HTML(f'<p class="kalle-count" data-limit="{limit}" aria-live="off">0 of {limit} characters</p>', elem_id="count")
+                    examples = EXAMPLES.get(kalle.config.language or "en", EXAMPLES["en"])
+                    gr.Examples([[example] for example in examples], inputs=text, label="Try one of these", elem_id="examples")
+                with gr.Tab("Several texts", elem_id="several-tab"):
+                    several = _several()
             voice = _voice(handlers)
             with gr.Accordion("Settings", open=False):
                 seed = _number("Seed", "The same seed gives the same speech; empty draws one.", "seed")
@@ -105,7 +136,22 @@ def lay_out(handlers: Handlers, player_js: str) -> tuple[VoiceParts, SpeechParts
             audio = gr.Audio(label="Speech", interactive=False, type="filepath", buttons=[], visible=False, elem_id="audio")
             download = gr.DownloadButton("Download WAV", visible=False, elem_id="download", elem_classes="kalle-big")
             facts, figure = gr.HTML(elem_id="facts"), gr.HTML(elem_id="figure")
-    return voice, SpeechParts(text, seed, temperature, max_seconds, speak, stop, message, player, audio, download, facts, figure)
+            gr.HTML(_HISTORY, elem_id="history")
+    return voice, SpeechParts(text, seed, temperature, max_seconds, speak, stop, message, player, audio, download, facts, figure, several)
+
+
+def _several() -> SeveralParts:
+    lines = gr.Textbox(
+        label=f"Texts, one a line, at most {MOST_TEXTS}",
+        lines=6,
+        max_lines=20,
+        placeholder="What to say\nWhat to say next",
+        elem_id="lines",
+    )
+    speak = gr.Button("Speak all", variant="primary", elem_id="speak-all", elem_classes="kalle-big")
+    message, table = gr.HTML(elem_id="several-message"), gr.HTML(elem_id="several")
+    download = gr.DownloadButton("Download all (ZIP)", visible=False, elem_id="download-all", elem_classes="kalle-big")
+    return SeveralParts(lines, speak, message, table, download)
 
 
 def _number(label: str, info: str | None, elem_id: str) -> gr.Textbox:
@@ -162,6 +208,7 @@ def build(handlers: Handlers) -> gr.Blocks:
         voice, speech = lay_out(handlers, (ASSETS / "player.js").read_text(encoding="utf-8"))
         _wire_voice(handlers, voice)
         _wire_speech(handlers, voice, speech)
+        _wire_several(handlers, voice, speech)
         page.load(
             lambda: (gr.Dropdown(choices=handlers.voices()), str(fresh_seed())), None, [voice.stored, voice.seed], queue=False, **QUIET
         )
@@ -264,17 +311,46 @@ def _wire_speech(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> 
 
     fields = [speech.text, *speech.numbers, *voice.choice]
     for press in (speech.speak.click, speech.text.submit):
-        press(begun, fields, view, queue=False, js=None, **QUIET).then(
-            ran,
-            None,
-            view,
-            concurrency_limit=None,
-            **QUIET,
-        )
+        speaking = press(begun, fields, view, queue=False, js=None, **QUIET).then(ran, None, view, concurrency_limit=None, **QUIET)
+        speaking.then(None, speech.audio, None, js=(ASSETS / "history.js").read_text(encoding="utf-8"), **QUIET)
     speech.stop.click(stopped, None, view, queue=False, js=SILENCE_ALL, **QUIET)
     for sound in (speech.audio, voice.sample):
         sound.play(None, js=SILENCE_PLAYER, **QUIET)
     speech.text.change(None, speech.text, None, js=(ASSETS / "counter.js").read_text(encoding="utf-8"), **QUIET)
+
+
+def _wire_several(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> None:
+    parts = speech.several
+    view = [parts.message, parts.table, parts.download, speech.speak, parts.speak, speech.stop]
+
+    def begun(request: gr.Request, lines: str, seed: str, temperature: float, max_seconds: str, *fields: Any) -> Any:
+        try:
+            choice, options = choice_from(*fields), options_from_fields(seed, temperature, max_seconds)
+        except UserError as error:
+            return _shown_several(SeveralView(error_html(str(error))))
+        return _shown_several(handlers.begin_several(str(request.session_hash), lines, choice, options))
+
+    def ran(request: gr.Request) -> Iterator[Any]:
+        yield [gr.skip()] * len(view)
+        for step in handlers.run_several(str(request.session_hash)):
+            shown = _shown_several(step)
+            yield [shown[0], *[gr.skip()] * (len(shown) - 1)] if step.busy else shown
+
+    fields = [parts.lines, *speech.numbers, *voice.choice]
+    parts.speak.click(begun, fields, view, queue=False, js=None, **QUIET).then(ran, None, view, concurrency_limit=None, **QUIET)
+
+
+def _shown_several(view: SeveralView) -> list[Any]:
+    """``view`` as new states of the components that ``_wire_several`` lists."""
+    path = None if view.archive is None else str(view.archive)
+    return [
+        view.message,
+        view.table,
+        gr.DownloadButton(value=path, visible=path is not None),
+        gr.Button(interactive=not view.busy),
+        gr.Button(interactive=not view.busy),
+        gr.Button(interactive=view.busy),
+    ]
 
 
 def _shown(view: View) -> list[Any]:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from kalle.errors import UserError
 from kalle.extras import require
 from kalle.serving.sessions import DEFAULT_MAX_TEXT, Backend, PageJob, Sessions
+from kalle.serving.several import SeveralJob
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import kept_voices
 
@@ -311,7 +312,11 @@ def _app_kwargs(backend: Backend, page: gr.Blocks, handlers: Handlers, *checks: 
     from kalle.serving.page import field_checks
 
     uploads = Path(os.environ.get(GRADIO_FOLDER) or backend.temporary / "page")
-    routes = [Route("/kalle/audio/{token}", audio_route(backend.sessions)), Route("/kalle/ahead/{token}", ahead_route(backend))]
+    routes = [
+        Route("/kalle/audio/{token}", audio_route(backend.sessions)),
+        Route("/kalle/ahead/{token}", ahead_route(backend)),
+        Route("/kalle/text/{token}/{number:int}", text_route(backend.sessions)),
+    ]
     return {"routes": routes, "middleware": [*checks, Middleware(FieldCheck, fields=field_checks(page, handlers, uploads))]}
 
 
@@ -327,6 +332,22 @@ def audio_route(sessions: Sessions) -> Any:
         return StreamingResponse(growing(job), media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
     return audio
+
+
+def text_route(sessions: Sessions) -> Any:
+    """The address of the recording of one of several texts, a WAV file, by its number from 1."""
+    from starlette.responses import FileResponse
+    from starlette.responses import Response as Plain
+
+    async def text(request: Request) -> Response:
+        job, number = sessions.find(request.path_params["token"]), request.path_params["number"]
+        spoken = job.spoken_texts if isinstance(job, SeveralJob) else []
+        path = next((each.path for each in spoken if each.number == number), None)
+        if path is None or not path.is_file():
+            return Plain("no such audio", status_code=404)
+        return FileResponse(path, media_type="audio/wav", headers={"Cache-Control": "no-store"})
+
+    return text
 
 
 def ahead_route(backend: Backend) -> Any:

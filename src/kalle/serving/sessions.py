@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,10 +91,18 @@ class PageJob:
         """No more audio comes."""
         self.finished = True
 
+    def remove(self) -> None:
+        """Delete the result's file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
     def pieces(self, start: int) -> tuple[list[bytes], bool]:
         """The pieces from number ``start`` on, little-endian PCM16, and whether they are the last."""
         finished = self.finished  # Read first: a piece added after this is found on the next call.
         return self._pieces[start:], finished
+
+
+AnyJob = TypeVar("AnyJob", bound=PageJob)
 
 
 class Sessions:
@@ -103,8 +112,8 @@ class Sessions:
         self._jobs: dict[str, PageJob] = {}
         self._lock = threading.Lock()
 
-    def begin(self, session: str, request: PageRequest) -> PageJob:
-        """A new job in the place of the session's former one, which is stopped.
+    def begin(self, session: str, job: AnyJob) -> AnyJob:
+        """``job`` in the place of the session's former one, which is stopped.
 
         Where there are `MOST_SESSIONS` the oldest finished one goes; a UserError where all are at work or waiting.
         """
@@ -115,7 +124,7 @@ class Sessions:
                 if finished is None:
                     raise UserError(f"too many requests: {MOST_SESSIONS} are waiting, expected fewer; press “Speak” again in a minute")
                 self._drop(finished)
-            job = self._jobs[session] = PageJob(request)
+            self._jobs[session] = job
             return job
 
     def of(self, session: str) -> PageJob | None:
@@ -148,8 +157,7 @@ class Sessions:
             job.abandoned = True
             job.stop()
             job.finish()
-            if job.path is not None:
-                job.path.unlink(missing_ok=True)
+            job.remove()
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,7 @@ class Backend:
     def begin(self, session: str, request: PageRequest) -> PageJob:
         """Accept a request and stop the session's former one; a UserError when it can't be spoken."""
         check_request(request, self.max_text, not self.kalle.has_speaker_encoder)
-        return self.sessions.begin(session, request)
+        return self.sessions.begin(session, PageJob(request))
 
     def ahead(self, job: PageJob) -> int:
         """How many requests come before ``job``, those of other servers of the engine among them."""
@@ -241,7 +249,7 @@ class Backend:
             job.path = self.temporary / f"kalle-{job.token[:8]}.wav"
             write_audio(job.path, speech.audio, spoken.sample_rate)
             if job.abandoned:
-                job.path.unlink(missing_ok=True)
+                job.remove()
                 return
             yield JobResult(job.path, speech, elapsed, job.stopped)
         elif not job.stopped:
