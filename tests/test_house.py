@@ -103,3 +103,26 @@ def test_heavy_libraries_stay_in_their_rooms(name: str) -> None:
         if any(module.split(".")[0] == name for module in imported) and not inside.startswith(rooms):
             outside.append(inside)
     assert not outside
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    """A newcomer who reads a name in a traceback or a signature finds one class."""
+    places: dict[str, list[str]] = {}
+    for path, tree in parsed():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+def test_no_two_modules_have_one_name_but_a_command_and_its_work() -> None:
+    """`cli/NAME.py` is the command, and another NAME.py what it does; no third one, and no pair elsewhere.
+
+    A model and its training (lm) and the configurations of models and of trainings (config) are one thing each.
+    """
+    places: dict[str, list[str]] = {}
+    for path, _ in parsed():
+        if path.stem != "__init__":
+            places.setdefault(path.stem, []).append(str(path.parent.relative_to("src/kalle")))
+    doubled = {name: found for name, found in places.items() if len([place for place in found if place != "cli"]) > 1}
+    assert set(doubled) <= {"lm", "config"}

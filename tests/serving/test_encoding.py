@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kalle.errors import UserError
-from kalle.serving.encoding import FORMATS, Encoder, Stretch, encode
+from kalle.serving.encoding import FORMATS, AudioEncoder, Stretch, encode
 
 RATE = 16000
 TONE = (0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE)).astype(np.float32)
@@ -30,13 +30,13 @@ def pitch_hz(audio: np.ndarray, rate_hz: int) -> float:
     return float(np.argmax(spectrum) * rate_hz / len(middle))
 
 
-def streamed(encoder: Encoder, audio: np.ndarray, piece: int = 1280) -> list[bytes]:
+def streamed(encoder: AudioEncoder, audio: np.ndarray, piece: int = 1280) -> list[bytes]:
     return [*(encoder.push(audio[start : start + piece]) for start in range(0, len(audio), piece)), encoder.finish()]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_holds_the_speech_streamed_and_whole(name: str) -> None:
-    pieces = streamed(Encoder(name, RATE), TONE)
+    pieces = streamed(AudioEncoder(name, RATE), TONE)
     assert sum(map(bool, pieces[: len(pieces) // 2])) > 4, "the bytes came late"
     for content in (b"".join(pieces), encode(TONE, name, RATE)):
         audio, rate_hz = decoded(content, name)
@@ -48,7 +48,7 @@ def test_every_format_holds_the_speech_streamed_and_whole(name: str) -> None:
 
 
 def test_a_whole_wav_knows_its_length_and_a_streamed_one_says_it_does_not() -> None:
-    whole, stream = encode(TONE, "wav", RATE), b"".join(streamed(Encoder("wav", RATE), TONE))
+    whole, stream = encode(TONE, "wav", RATE), b"".join(streamed(AudioEncoder("wav", RATE), TONE))
     assert int.from_bytes(whole[40:44], "little") == len(whole) - 44 == 2 * len(TONE)
     assert stream[40:44] == b"\xff" * 4
     assert stream[44:] == whole[44:]
@@ -77,13 +77,13 @@ def test_another_speed_keeps_the_pitch_also_in_pieces(speed: float) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_no_speech_is_a_valid_file(name: str) -> None:
-    encoder = Encoder(name, RATE, 2.0)
+    encoder = AudioEncoder(name, RATE, 2.0)
     assert isinstance(encoder.push(TONE[:0]) + encoder.finish(), bytes)
 
 
 def test_what_there_is_not_is_refused() -> None:
     with pytest.raises(UserError, match="unknown response_format"):
-        Encoder("ogg", RATE)
+        AudioEncoder("ogg", RATE)
     for speed in (0.2, 4.5, float("nan")):
         with pytest.raises(UserError, match="bad speed"):
-            Encoder("wav", RATE, speed)
+            AudioEncoder("wav", RATE, speed)

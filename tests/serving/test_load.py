@@ -19,7 +19,7 @@ from kalle.checkpoint import read_json, write_json
 from kalle.cli.bench_load import page, summary
 from kalle.cli.main import main
 from kalle.errors import UserError
-from kalle.serving.encoding import FORMATS, Encoder, encode
+from kalle.serving.encoding import FORMATS, AudioEncoder, encode
 from kalle.serving.load import LOSSLESS, Answer, Case, LoadBench, LoadPlan, check_loopback, compared
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import StopRule
@@ -37,7 +37,7 @@ def noise(seed: int, seconds: float = 1.5) -> np.ndarray:
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_answer_is_the_speech_that_was_asked_for_or_it_is_found_out(form: str) -> None:
     alone, other = noise(1), noise(2)
-    encoder = Encoder(form, RATE)
+    encoder = AudioEncoder(form, RATE)
     streamed = encoder.push(alone[:9000]) + encoder.push(alone[9000:]) + encoder.finish()
     case = Case("Hi.", "random", 1, form, "whole")
     for content in (encode(alone, form, RATE), streamed):

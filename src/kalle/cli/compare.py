@@ -64,7 +64,7 @@ def compare(
         write_atomic(out / "compare.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         write_atomic(out / "compare.md", comparing.markdown([*found, *real], checks, texts))
     if html is not None:
-        from kalle.evaluation.page import PageOptions, write_page
+        from kalle.evaluation.report_page import PageOptions, write_page
 
         write_page(html, opened, [*found, *real], checks, PageOptions(link_audio=link_audio))
     typer.echo(json.dumps(result, ensure_ascii=False) if as_json else comparing.terminal([*found, *real], checks))

@@ -349,7 +349,7 @@ def _refuse_terminal() -> None:
 
 
 @dataclass
-class Spoken:
+class LongResult:
     """The result of a run over a long text; its parts hold neither audio nor frames, so that a book fits in memory."""
 
     parts: list[Part] = field(default_factory=list)
@@ -371,7 +371,7 @@ def speak_long_to_file(
     srt: bool = False,
     restart: bool = False,
     keep_parts: bool = False,
-) -> Spoken:
+) -> LongResult:
     """Speak ``text`` into the output of ``told`` and print what came of it; ``why`` says why sentence by sentence.
 
     The sentences go to a folder beside the output first, and from there on if a run was interrupted with the same text, voice, weights,
@@ -409,7 +409,7 @@ def speak_long_to_file(
     return spoken
 
 
-def long_facts(long: LongForm, spoken: Spoken) -> dict[str, Any]:
+def long_facts(long: LongForm, spoken: LongResult) -> dict[str, Any]:
     """Return what --json prints of a text that was spoken by sentences."""
     sentences = [
         {
@@ -443,7 +443,7 @@ def subtitles(parts: list[Part]) -> str:
     return srt(Cue(part.sentence.spoken, part.start_s, part.end_s) for part in _audible(parts))
 
 
-def long_report(long: LongForm, spoken: Spoken) -> Iterator[str]:
+def long_report(long: LongForm, spoken: LongResult) -> Iterator[str]:
     """The output for a long text, one fact a line."""
     from kalle.synthesis.longform import shortened
 
@@ -476,11 +476,11 @@ def long_report(long: LongForm, spoken: Spoken) -> Iterator[str]:
         yield f"not spoken: {shortened(gap)} at character {place + 1}, without a letter or number"
 
 
-def _write(long: LongForm, output: Path, store: PartStore | None, told: Told, why: str) -> Spoken:
+def _write(long: LongForm, output: Path, store: PartStore | None, told: Told, why: str) -> LongResult:
     from kalle.audio import audio_writer
     from kalle.progress import progress_bar
 
-    spoken = Spoken()
+    spoken = LongResult()
     told.notice(f"speaking {len(long)} sentences one by one, as {why}")
     with audio_writer(output, long.kalle.sample_rate) as append, progress_bar(not told.quiet) as bar:
         task = bar.add_task("sentences", total=len(long))
@@ -519,7 +519,7 @@ def _audible(parts: list[Part]) -> list[Part]:
     return [part for part in parts if len(part.audio) and math.isfinite(part.loudness_db)]
 
 
-def _long_to_standard_output(long: LongForm, told: Told, why: str) -> Spoken:
+def _long_to_standard_output(long: LongForm, told: Told, why: str) -> LongResult:
     """All of it into a temporary file first: a WAV begins with its length."""
     _refuse_terminal()
     with tempfile.TemporaryDirectory() as folder:

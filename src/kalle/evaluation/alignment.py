@@ -16,7 +16,7 @@ WITHOUT_SPACES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km"})
 
 
 @dataclass(frozen=True)
-class WordTime:
+class AlignedWord:
     """A word as the text has it, its punctuation included, and where it is heard, in seconds."""
 
     word: str
@@ -41,7 +41,7 @@ class WordAligner:
         require("faster_whisper", "eval", "times of words")
         find_asr_model(self._model, [language])
 
-    def __call__(self, audio: Audio, sample_rate: int, text: str, language: str) -> list[WordTime]:
+    def __call__(self, audio: Audio, sample_rate: int, text: str, language: str) -> list[AlignedWord]:
         """The words of ``text`` in order with their times in mono float32 (S,) that says it; [] for no samples.
 
         UserError as `check` raises it, and for audio of more than 30 s.
@@ -57,19 +57,19 @@ class WordAligner:
         return self._recognisers[name]
 
 
-def words_of(pieces: Iterable[AlignedPiece], text: str, language: str, seconds: float) -> list[WordTime]:
+def words_of(pieces: Iterable[AlignedPiece], text: str, language: str, seconds: float) -> list[AlignedWord]:
     """The words of ``text``, separated by its spaces, with the times of the ``pieces`` that spell them, none beyond ``seconds``.
 
     A word that no piece spells has no time and is left out. In a language `WITHOUT_SPACES` a piece is a word.
     """
     found = [piece for piece in pieces if piece.text.strip()]
     if language in WITHOUT_SPACES:
-        return [WordTime(piece.text.strip(), min(piece.start_s, seconds), min(piece.end_s, seconds)) for piece in found]
+        return [AlignedWord(piece.text.strip(), min(piece.start_s, seconds), min(piece.end_s, seconds)) for piece in found]
     ends, at = [], 0  # of each piece, in characters that are no space
     for piece in found:
         at += len("".join(piece.text.split()))
         ends.append(at)
-    words: list[WordTime] = []
+    words: list[AlignedWord] = []
     begin, first = 0, 0
     for word in text.split():
         end = begin + len(word)
@@ -79,6 +79,6 @@ def words_of(pieces: Iterable[AlignedPiece], text: str, language: str, seconds: 
         while last + 1 < len(found) and ends[last] < end:
             last += 1
         if first < len(found):
-            words.append(WordTime(word, min(found[first].start_s, seconds), min(found[last].end_s, seconds)))
+            words.append(AlignedWord(word, min(found[first].start_s, seconds), min(found[last].end_s, seconds)))
         begin = end
     return words

@@ -15,8 +15,8 @@ from kalle.errors import UserError
 from kalle.evaluation.figures import FigureRow, draw
 from kalle.evaluation.intelligibility import RULES, judge, word_facts
 from kalle.evaluation.metrics import DECLARED, Aggregate, Metric, unit_of
-from kalle.evaluation.page import PageOptions, runs_of, tokens_of, write_page
 from kalle.evaluation.pool import MetricCard, twin_rules
+from kalle.evaluation.report_page import PageOptions, runs_of, tokens_of, write_page
 from kalle.evaluation.scoring import Estimate, Row, Scores, count_rows, summarise
 from kalle.files import folder_lock, write_atomic
 

@@ -45,7 +45,7 @@ FORMATS = {
 """By the names that OpenAI's API has for them. PCM is 16-bit little-endian mono at the rate of the model; a page of Opus takes 0.1 s."""
 
 
-class Encoder:
+class AudioEncoder:
     """Mono speech at ``rate_hz`` as a stream of bytes: ``push`` what comes, then ``finish``.
 
     A ``whole`` one gives all bytes at the end, with a header that knows the length; a streamed WAV states the largest length there is.
@@ -90,8 +90,8 @@ class Encoder:
 
 
 def encode(audio: FloatArray, name: str, rate_hz: int, speed: float = 1.0) -> bytes:
-    """A whole file of ``audio`` (S,); UserError as for `Encoder`."""
-    encoder = Encoder(name, rate_hz, speed, whole=True)
+    """A whole file of ``audio`` (S,); UserError as for `AudioEncoder`."""
+    encoder = AudioEncoder(name, rate_hz, speed, whole=True)
     return encoder.push(audio) + encoder.finish()
 
 

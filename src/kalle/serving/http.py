@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 from kalle import __version__
 from kalle.errors import UserError
 from kalle.serving.description import description_page
-from kalle.serving.encoding import FORMATS, Encoder, encode
+from kalle.serving.encoding import FORMATS, AudioEncoder, encode
 from kalle.serving.engine import ClosedError, Engine, Job, QueueFullError, ServingError
 from kalle.serving.server import OriginCheck, is_loopback, listenable_port, loopback_names, mounted_page
 from kalle.serving.service import MODELS_OWN, ServeOptions, Service, audio_of, nothing_spoken, whole_of
@@ -151,7 +151,7 @@ def _add_speech(app: FastAPI, service: Service) -> None:
             raise ApiError(400, "timestamps have no place in chunked audio: use stream_format sse, or none", "timestamps")
         await service.check_times(body)
         wanted = await service.request(body, body.input)
-        encoder = Encoder(body.response_format, service.kalle.sample_rate, body.speed) if streamed else None
+        encoder = AudioEncoder(body.response_format, service.kalle.sample_rate, body.speed) if streamed else None
         job = await service.submit(wanted, streamed)
         headers = {"X-Audio-Sample-Rate": str(service.kalle.sample_rate), "X-Seed": str(job.seed), "Cache-Control": "no-store"}
         media_type = FORMATS[body.response_format].media_type
@@ -217,7 +217,7 @@ class _Streamed(StreamingResponse):
 
 
 async def _encoded(
-    service: Service, job: Job, encoder: Encoder, first: np.ndarray, pieces: AsyncIterator[np.ndarray]
+    service: Service, job: Job, encoder: AudioEncoder, first: np.ndarray, pieces: AsyncIterator[np.ndarray]
 ) -> AsyncGenerator[bytes, None]:
     """The bytes of ``first`` and all ``pieces`` after it. An error of the job breaks the connection off, which the client sees."""
     try:

@@ -140,7 +140,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ServerState:
     """The server at a moment."""
 
     seconds: float
@@ -196,7 +196,7 @@ class LoadReport:
 
     phases: tuple[Phase, Phase, Phase]
     """One at a time, many clients, at a rate."""
-    samples: tuple[Sample, ...]
+    samples: tuple[ServerState, ...]
     """The server every second."""
 
     @property
@@ -239,7 +239,7 @@ class LoadBench:
         require("av", "serve", "reading the formats")
         self._url, self._kalle, self._plan, self._told, self._compare = check_loopback(url), kalle, plan, told, compare
         self._model = ""
-        self._samples: list[Sample] = []
+        self._samples: list[ServerState] = []
         self._began = 0.0
 
     def run(self) -> LoadReport:
@@ -389,7 +389,7 @@ class LoadBench:
                 numbers = await self._numbers(client)
                 resident = numbers.get("process_resident_memory_bytes")
                 moment = time.monotonic() - self._began
-                self._samples.append(Sample(moment, resident, numbers["kalle_rows"], numbers["kalle_requests_waiting"]))
+                self._samples.append(ServerState(moment, resident, numbers["kalle_rows"], numbers["kalle_requests_waiting"]))
             await asyncio.sleep(WATCH_SECONDS)
 
 

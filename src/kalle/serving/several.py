@@ -27,7 +27,7 @@ LIST_NAME = "list.csv"
 
 
 @dataclass(frozen=True)
-class Spoken:
+class SpokenText:
     """The end of one text."""
 
     number: int
@@ -49,7 +49,7 @@ class SeveralJob(PageJob):
     def __init__(self, texts: tuple[str, ...], voice: VoiceChoice, options: GenerationOptions) -> None:
         super().__init__(PageRequest(texts[0], voice, options))
         self.texts = texts
-        self.spoken_texts: list[Spoken] = []
+        self.spoken_texts: list[SpokenText] = []
         """In their order, as far as they are done."""
         self.folder: Path | None = None
         """Of the files, removed with the job."""
@@ -83,7 +83,7 @@ def begin_several(backend: Backend, session: str, lines: str, voice: VoiceChoice
     return backend.sessions.begin(session, SeveralJob(texts, voice, options))
 
 
-def speak_several(backend: Backend, job: SeveralJob) -> Iterator[Spoken]:
+def speak_several(backend: Backend, job: SeveralJob) -> Iterator[SpokenText]:
     """Have the engine speak the texts of ``job``, some at a time; each is told when its turn has come, and none stops the others.
 
     At the end ``job.path`` is a ZIP archive of the recordings and a list of them. UserError for a voice that cannot be had.
@@ -125,21 +125,21 @@ def speak_several(backend: Backend, job: SeveralJob) -> Iterator[Spoken]:
             job.remove()
 
 
-def _result(job: SeveralJob, number: int, text: str, spoken: Job | str) -> Spoken | None:
+def _result(job: SeveralJob, number: int, text: str, spoken: Job | str) -> SpokenText | None:
     """The end of one text; None where the job was stopped before it."""
     if isinstance(spoken, str):
-        return Spoken(number, text, error=spoken)
+        return SpokenText(number, text, error=spoken)
     try:
         speech = spoken.result()
     except (UserError, ServingError) as error:
-        return None if job.stopped else Spoken(number, text, spoken.seed, error=str(error))
+        return None if job.stopped else SpokenText(number, text, spoken.seed, error=str(error))
     if job.stopped or job.folder is None:
         return None
     if not speech.frames:
-        return Spoken(number, text, spoken.seed, error="the model ended the speech before its first frame; try another seed")
+        return SpokenText(number, text, spoken.seed, error="the model ended the speech before its first frame; try another seed")
     path = job.folder / f"{number:03d}.wav"
     write_audio(path, speech.audio, speech.sample_rate)
-    return Spoken(number, text, spoken.seed, speech.seconds, speech.stop_reason, path)
+    return SpokenText(number, text, spoken.seed, speech.seconds, speech.stop_reason, path)
 
 
 def _archive(job: SeveralJob) -> Path | None:

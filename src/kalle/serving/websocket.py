@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from kalle.errors import UserError
 from kalle.seeds import sentence_seed
-from kalle.serving.encoding import Encoder
+from kalle.serving.encoding import AudioEncoder
 from kalle.serving.engine import Job, ServingError
 from kalle.serving.service import Service, audio_of
 from kalle.serving.shapes import (
@@ -136,7 +136,7 @@ class _Session:
     async def _begin(self) -> None:
         """Settle voice and seed, which hold for all sentences."""
         self._begun = True
-        Encoder(self._config.response_format, self._service.kalle.sample_rate, self._config.speed)
+        AudioEncoder(self._config.response_format, self._service.kalle.sample_rate, self._config.speed)
         wanted = await self._service.request(self._config, "")
         self._options, kalle = wanted.options, self._service.kalle
 
@@ -173,7 +173,7 @@ class _Session:
         rate_hz = self._service.kalle.sample_rate
         while (following := await self._jobs.get()) is not None:
             index, text, job = following
-            encoder = Encoder(self._config.response_format, rate_hz, self._config.speed)
+            encoder = AudioEncoder(self._config.response_format, rate_hz, self._config.speed)
             start = {"sentence_index": index, "sentence_text": " ".join(text.split()), "format": self._config.response_format}
             await self._websocket.send_json({"type": "audio.start", **start, "sample_rate": rate_hz})
             if index:  # a pause before it

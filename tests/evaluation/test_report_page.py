@@ -15,7 +15,7 @@ from kalle.audio import Audio, write_audio
 from kalle.cli.main import main
 from kalle.evaluation.comparison import compare, gate, read_run
 from kalle.evaluation.intelligibility import RULES, judge
-from kalle.evaluation.page import PageOptions, page_html, runs_of, write_page
+from kalle.evaluation.report_page import PageOptions, page_html, runs_of, write_page
 from kalle.evaluation.word_errors import corpus_style
 
 EVIL = '<script>document.title="x"</script><img src=x onerror=alert(1)> & "quoted"'
