@@ -29,7 +29,8 @@ from kalle.errors import UserError
 from kalle.evaluation import asr
 from kalle.evaluation.alignment import WordAligner
 from kalle.serving.engine import Engine, EngineLimits
-from kalle.serving.http import create_app
+from kalle.serving.http import STALLED_TWICE, create_app
+from kalle.serving.server import end_stalled
 from kalle.serving.service import ServeOptions
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import SpeechRequest, StopRule
@@ -52,6 +53,7 @@ class Served:
         listening = socket.create_server(("127.0.0.1", 0))
         if send_buffer is not None:  # those who are accepted inherit it
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        end_stalled(listening, STALLED_TWICE * made.stall_s)
         self._thread = threading.Thread(target=self.server.run, args=([listening],))
         self._thread.start()
         while not self.server.started:

@@ -31,7 +31,7 @@ from kalle.errors import UserError
 from kalle.serving.description import description_page
 from kalle.serving.encoding import FORMATS, AudioEncoder, encode
 from kalle.serving.engine import ClosedError, Engine, Job, QueueFullError, ServingError
-from kalle.serving.server import OriginCheck, is_loopback, listenable_port, loopback_names, mounted_page
+from kalle.serving.server import OriginCheck, end_stalled, is_loopback, listenable_port, loopback_names, mounted_page
 from kalle.serving.service import MODELS_OWN, ServeOptions, Service, audio_of, nothing_spoken, whole_of
 from kalle.serving.sessions import Backend
 from kalle.serving.shapes import (
@@ -59,6 +59,8 @@ from kalle.synthesis.speech import Speech
 
 LOGGER = logging.getLogger(__name__)
 PAGE = "/web"
+STALLED_TWICE = 2
+"""The answer is broken off first, and then the connection ended."""
 
 
 def create_app(engine: Engine, options: ServeOptions | None = None) -> FastAPI:
@@ -406,5 +408,8 @@ def serve_api(kalle: Kalle, options: ServeOptions) -> None:
             timeout_graceful_shutdown=int(options.grace_s) + 5,
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        _Server(config, engine, options.grace_s, f"serving {kalle.folder or 'a model'} at http://{options.host}:{port}/v1").run()
+        with config.bind_socket() as listening:
+            end_stalled(listening, STALLED_TWICE * options.stall_s)
+            told = f"serving {kalle.folder or 'a model'} at http://{options.host}:{port}/v1"
+            _Server(config, engine, options.grace_s, told).run([listening])
     LOGGER.info("the server has ended")

@@ -401,5 +401,18 @@ def listenable_port(host: str, port: int) -> int:
         raise _unservable(host, port, "the port is taken" if taken else error.strerror or str(error)) from None
 
 
+def end_stalled(listening: socket.socket, seconds: float) -> bool:
+    """Have the system end connections of ``listening`` whose client has taken nothing of what waits for it for ``seconds``.
+
+    Without it a connection that was broken off stays for as long as its client keeps it, for what it still has to be sent never goes.
+    False where the system has no such option (it is Linux's TCP_USER_TIMEOUT).
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is None:
+        return False
+    listening.setsockopt(socket.IPPROTO_TCP, option, max(1, round(1000 * seconds)))  # those who are accepted inherit it
+    return True
+
+
 def _unservable(host: str, port: int, reason: str) -> UserError:
     return UserError(f"cannot serve on {host}:{port}: {reason}; choose another --port (0 takes a free one) or --host")

@@ -241,7 +241,7 @@ class StallLimit:
 
         try:
             await self._app(scope, receive, sent)
-        except _StalledError:  # its connection ends when the client goes, or takes what the server still holds for it
+        except _StalledError:  # its connection is ended by `end_stalled`; elsewhere than on Linux when the client goes
             LOGGER.warning("an answer was broken off: its client took nothing for %g s", self._seconds)
 
 
