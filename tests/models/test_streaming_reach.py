@@ -104,12 +104,12 @@ def test_the_delayed_activation_is_the_activation(length, chunk):
     activation = anti_aliased_snake(3).double()
     activation.act.alpha.copy_(torch.tensor([0.0, 0.5, -1.0]))
     layer, x = ActivationStream(PreparedActivation(activation), REACH), torch.randn(1, 3, 1, length, dtype=torch.float64)
-    state, pieces = layer.start(1), []
+    state, pieces, nothing = layer.start(1), [], x[..., :0]
     for piece in x.split(chunk, dim=-1):
-        y, state = layer.push(piece, state)
-        pieces += y
+        y, state = layer.push(piece, state, nothing)
+        pieces.append(y)
     assert sum(piece.shape[-1] for piece in pieces) == max(0, length - REACH)
-    pieces += layer.push(x[..., :0], state, end=True)[0]
+    pieces.append(layer.push(nothing, state, nothing, end=True)[0])
     torch.testing.assert_close(torch.cat(pieces, dim=-1)[:, :, 0], activation(x[:, :, 0]), rtol=1e-12, atol=1e-12)
 
 
@@ -118,9 +118,10 @@ def test_the_delayed_activation_is_the_activation(length, chunk):
 def test_the_windowed_activation_forgets_what_it_holds(hold):
     activation = anti_aliased_snake(2).double()
     layer, x = ActivationStream(PreparedActivation(activation), 0), torch.randn(1, 2, 1, 30, dtype=torch.float64)
-    (first,), state = layer.push(torch.cat([x[..., :12], torch.randn(1, 2, 1, hold, dtype=torch.float64)], dim=-1), layer.start(1), hold)
+    nothing, provisional = x[..., :0], torch.randn(1, 2, 1, hold, dtype=torch.float64)
+    first, state = layer.push(torch.cat([x[..., :12], provisional], dim=-1), layer.start(1), nothing, hold)
     assert first.shape[-1] == 12 + hold
-    (rest,), _ = layer.push(x[..., 12:], state)
+    rest, _ = layer.push(x[..., 12:], state, nothing)
     torch.testing.assert_close(rest[:, :, 0], activation(x[:, :, 0])[..., 12:], rtol=1e-12, atol=1e-12)
 
 

@@ -6,17 +6,25 @@ than those for (B, C, n). Every function takes any layout; the results differ by
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalle.models.flowvae.bigvgan import EPSILON, BigVGANDecoder, BigVGANStage
+from kalle.models.flowvae.bigvgan import EPSILON, BigVGANDecoder, BigVGANStage, anti_aliased_snake
 from kalle.models.layers import CausalConv1d, CausalUpsample1d
+
+if TYPE_CHECKING:
+    from kalle.models.flowvae.fused_activation import FusedActivation
+
+logger = logging.getLogger(__name__)
 
 REACH = 5
 """Samples that one anti-aliased activation sees to each side: half of two 12-tap filters at twice the rate."""
@@ -106,10 +114,14 @@ def channels_last_on(device: torch.device) -> torch.memory_format:
 @torch.inference_mode()
 def _seconds(x: Tensor, weight: Tensor, layout: torch.memory_format = torch.contiguous_format) -> float:
     x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    return _least_seconds(lambda: F.conv2d(x, weight))
+
+
+def _least_seconds(run: Callable[[], object]) -> float:
     seconds = []
     for _ in range(5):
         begin = time.perf_counter()
-        F.conv2d(x, weight)
+        run()
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
 
@@ -142,11 +154,12 @@ class PreparedActivation:
     """The anti-aliased SnakeBeta of `anti_aliased_snake`, by blocks that stay in the cache.
 
     Upsampling makes from six samples the two values between the middle ones, u[2t - 1] and u[2t], the rows of an image; so both filters are
-    depthwise convolutions. α is part of the upsampling filter and taken out by the downsampling one.
+    depthwise convolutions. α is part of the upsampling filter and taken out by the downsampling one. Where nothing needs a gradient, one
+    compiled pass does all of it (`kalle.models.flowvae.fused_activation`) if that is faster here.
     """
 
-    def __init__(self, activation: Any) -> None:
-        """``activation``: what ``anti_aliased_snake`` makes."""
+    def __init__(self, activation: Any, fused: type[FusedActivation] | None = None) -> None:
+        """``activation``: what ``anti_aliased_snake`` makes; ``fused``: what `fused_activation` returns."""
         snake, upsample, lowpass = activation.act, activation.upsample, activation.downsample.lowpass
         assert (upsample.ratio, upsample.kernel_size, lowpass.stride, lowpass.kernel_size) == (2, 12, 2, 12)
         alpha, beta = (parameter.detach().exp() for parameter in (snake.alpha, snake.beta))
@@ -157,6 +170,10 @@ class PreparedActivation:
         self.up = (alpha * torch.stack([up[1::2], up[0::2]]).flip(1)).contiguous(memory_format=torch.channels_last)
         self.scale = alpha[:, 0] / (beta[:, None, None] + EPSILON)
         self.down = (lowpass.filter.view(1, 6, 2).transpose(1, 2) / alpha).contiguous(memory_format=torch.channels_last)
+        self.fused = None
+        if fused is not None and self.up.dtype == torch.float32:
+            filters = torch.stack([up[0::2], up[1::2]]).flip(1), lowpass.filter.view(6, 2).t()
+            self.fused = fused(*filters, snake.alpha.detach().exp() / math.pi, 1 / (beta + EPSILON))
 
     def nothing(self, batch: int) -> Tensor:
         """Its input or output for no samples."""
@@ -181,6 +198,14 @@ class PreparedActivation:
             for at in range(0, count, step)
         ]
 
+    def after(self, past: Tensor, parts: Sequence[Tensor], starts: bool, ends: bool, sent: int = 0) -> Tensor:
+        """The same without its first ``sent`` samples behind ``past`` (B, C, 1, p), in the dtype of ``past``: (B, C, 1, p + n)."""
+        if self.fused is not None and not torch.is_grad_enabled() and self.fused.takes(past, parts):
+            return self.fused.after(past, parts, starts, ends, sent)
+        pieces = self(parts, starts, ends)
+        pieces[0] = pieces[0][..., sent:]
+        return joined([past, *(piece.to(past.dtype) for piece in pieces)])
+
     def _block(self, x: Tensor, starts: bool, ends: bool) -> Tensor:
         angle = F.conv2d(x.to(self.up.dtype), self.up, padding=(1, 0), groups=self.channels)
         sine = angle.sin()
@@ -196,11 +221,36 @@ class PreparedActivation:
         return F.conv2d(value, self.down, groups=self.channels)
 
 
+@cache
+def fused_activation() -> type[FusedActivation] | None:
+    """The activation in one pass for this CPU, told once; None where it cannot be had, or is measured to be slower."""
+    if importlib.util.find_spec("numba") is None:
+        logger.info("the decoder's activations are computed by torch: numba is not installed (extra fast)")
+        return None
+    try:
+        from kalle.models.flowvae.fused_activation import FusedActivation
+    except (ImportError, OSError, RuntimeError) as error:  # numba refuses a numpy or a processor that it does not know
+        logger.info("the decoder's activations are computed by torch: numba cannot be used here (%s)", error)
+        return None
+    activation = anti_aliased_snake(96)
+    x = torch.zeros(1, 1, 4096, 96).permute(0, 3, 1, 2)
+    by_torch, by_numba = (_activation_seconds(PreparedActivation(activation, kind), x) for kind in (None, FusedActivation))
+    chosen = by_numba < by_torch
+    message = "the decoder's activations are computed by %s: %.2f ms by numba, %.2f by torch"
+    logger.info(message, "numba" if chosen else "torch", 1e3 * by_numba, 1e3 * by_torch)
+    return FusedActivation if chosen else None
+
+
+@torch.inference_mode()
+def _activation_seconds(activation: PreparedActivation, x: Tensor) -> float:
+    return _least_seconds(lambda: activation.after(x[..., :0], [x], True, True))
+
+
 class PreparedBlock:
     """The layers of an `AMPBlock`, in their order: activation, dilated convolution, activation, plain convolution."""
 
-    def __init__(self, block: Any, dtype: torch.dtype | None) -> None:
-        activations = [PreparedActivation(activation) for activation in block.activations]
+    def __init__(self, block: Any, dtype: torch.dtype | None, fused: type[FusedActivation] | None) -> None:
+        activations = [PreparedActivation(activation, fused) for activation in block.activations]
         convs = [[prepared_conv(conv, dtype) for conv in convs] for convs in (block.dilated, block.plain)]
         self.pairs = tuple(zip(activations[::2], convs[0], activations[1::2], convs[1], strict=True))
 
@@ -208,9 +258,9 @@ class PreparedBlock:
 class PreparedStage:
     """The layers of a `BigVGANStage`."""
 
-    def __init__(self, stage: BigVGANStage, dtype: torch.dtype | None) -> None:
+    def __init__(self, stage: BigVGANStage, dtype: torch.dtype | None, fused: type[FusedActivation] | None) -> None:
         self.up = PreparedUpsample(stage.up, dtype)
-        self.blocks = [PreparedBlock(block, dtype) for block in stage.blocks]
+        self.blocks = [PreparedBlock(block, dtype, fused) for block in stage.blocks]
 
 
 class PreparedDecoder:
@@ -222,8 +272,10 @@ class PreparedDecoder:
         assert isinstance(conv_in, nn.Conv1d)
         assert conv_in.bias is not None
         self.conv_in = PreparedConv(conv_in.weight, conv_in.bias, dtype=dtype)
-        self.stages = [PreparedStage(stage, dtype) for stage in decoder.stages if isinstance(stage, BigVGANStage)]
-        self.activation_out = PreparedActivation(decoder.activation_out)
+        # The compiled pass reads channels-last signals.
+        fused = fused_activation() if self.conv_in.format == torch.channels_last else None
+        self.stages = [PreparedStage(stage, dtype, fused) for stage in decoder.stages if isinstance(stage, BigVGANStage)]
+        self.activation_out = PreparedActivation(decoder.activation_out, fused)
         self.conv_out = prepared_conv(decoder.conv_out, None)
         self.finish = decoder.finish
 

@@ -94,10 +94,10 @@ class _BlockStream:
         states: list[Tensor] = []
         for index, (first, dilated, second, plain) in enumerate(self.pairs):
             before_first, before_dilated, before_second, before_plain, queue = state[5 * index : 5 * index + 5]
-            pieces, before_first = first.push(x, before_first, hold, end)
-            y, before_dilated = dilated.push(pieces, before_dilated, hold)
-            pieces, before_second = second.push(y, before_second, hold, end)
-            y, before_plain = plain.push(pieces, before_plain, hold)
+            y, before_first = first.push(x, before_first, before_dilated, hold, end)
+            y, before_dilated = dilated.push(y, hold)
+            y, before_second = second.push(y, before_second, before_plain, hold, end)
+            y, before_plain = plain.push(y, hold)
             x, queue = delayed_sum(queue, x, y)
             states += (before_first, before_dilated, before_second, before_plain, queue)
         return x, tuple(states)
@@ -152,8 +152,8 @@ class BigVGANStream:
         for stage, before in zip(self.stages[self.window.stages :], state.stages[self.window.stages :], strict=True):
             x, after = stage.push(x, before, end)
             delayed.append(after)
-        pieces, activation_out = self.activation_out.push(x, state.activation_out, end=end)
-        x, conv_out = self.conv_out.push(pieces, state.conv_out)
+        x, activation_out = self.activation_out.push(x, state.activation_out, state.conv_out, end=end)
+        x, conv_out = self.conv_out.push(x)
         return self.finish(x)[:, 0, 0], BigVGANState(conv_in, pending, (*windowed, *delayed), activation_out, conv_out)
 
     def _push_window(self, x: Tensor, state: BigVGANState, end: bool) -> tuple[Tensor, Tensor, list[StageState]]:

@@ -10,8 +10,6 @@ ever changed in place, so an older one can be continued again. A layer that look
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,11 +47,10 @@ class CausalConvStream:
         """The zeros before a signal."""
         return self.conv.zeros(batch, self.past)
 
-    def push(self, pieces: Sequence[Tensor], state: Tensor, hold: int = 0) -> tuple[Tensor, Tensor]:
-        """``pieces`` that make (B, C, 1, t) when they are joined -> (B, C', 1, t)."""
-        if not any(piece.shape[-1] for piece in pieces):
-            return self.conv.nothing(len(state)), state
-        whole = joined([state, *(piece.to(state.dtype) for piece in pieces)])
+    def push(self, whole: Tensor, hold: int = 0) -> tuple[Tensor, Tensor]:
+        """``whole`` (B, C, 1, past + t), new samples behind the state -> (B, C', 1, t)."""
+        if whole.shape[-1] == self.past:
+            return self.conv.nothing(len(whole)), whole
         return self.conv(whole), _last(whole, self.past, hold)
 
 
@@ -133,15 +130,17 @@ class ActivationStream:
         """Nothing before a signal."""
         return self.activation.nothing(batch)
 
-    def push(self, x: Tensor, state: Tensor, hold: int = 0, end: bool = False) -> tuple[list[Tensor], Tensor]:
-        """(B, C, 1, t) -> (B, C, 1, t) in pieces when windowed, else what is determined (all that is left at the ``end``)."""
+    def push(self, x: Tensor, state: Tensor, past: Tensor, hold: int = 0, end: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, C, 1, t) -> behind ``past`` (B, C, 1, p), which the next layer has kept and whose dtype it takes, (B, C, 1, p + t).
+
+        Not t when delayed, but what is determined (all that is left at the ``end``).
+        """
         length = state.shape[-1] + x.shape[-1]
         starts, ends = state.shape[-1] < self.kept, end or not self.delay
         sent = max(0, state.shape[-1] - self.delay) if starts else 0
-        pieces: list[Tensor] = []
+        whole = past
         if length - sent - (0 if starts else REACH) - (0 if ends else REACH) > 0:
-            pieces = self.activation([state, x], starts, ends)
-            pieces[0] = pieces[0][..., sent:]
+            whole = self.activation.after(past, [state, x], starts, ends, sent)
         # Only the end is kept, which most often lies in ``x`` alone.
         seen = x if x.shape[-1] >= self.kept + hold else joined([state, x])
-        return pieces, _last(seen, self.kept, hold)
+        return whole, _last(seen, self.kept, hold)
