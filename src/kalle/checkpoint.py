@@ -339,9 +339,11 @@ def load_module(
     resolved = resolve_device(device)
     with _Unfilled():
         module = build()
-    expected, tensors = module.state_dict(), {name: tensor for name, tensor in read_weights(folder).items() if not skip(name)}
-    require_fit(expected, tensors, folder)
-    require_finite(tensors, folder)
+    expected = module.state_dict()
+    require_sound(expected, folder, skip)
+    # Mapped once more: the check has touched every page of the first mapping, of this one those stay in memory that are used.
+    tensors = _wanted(folder, skip)
+    require_fit(expected, tensors, folder)  # it may have been replaced meanwhile
     mapped = dict(tensors)
     for name, tensor in mapped.items():
         if expected[name].is_floating_point():
@@ -352,6 +354,17 @@ def load_module(
     homeless = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not homeless, f"no values for {homeless}"
     return module.to(resolved).eval()
+
+
+def _wanted(folder: Path, skip: Callable[[str], bool]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in read_weights(folder).items() if not skip(name)}
+
+
+def require_sound(expected: Mapping[str, Tensor], folder: Path, skip: Callable[[str], bool] = lambda name: False) -> None:
+    """A UserError unless the weights in ``folder``, but for those that ``skip`` leaves out, fit those ``expected`` and are finite."""
+    tensors = _wanted(folder, skip)
+    require_fit(expected, tensors, folder)
+    require_finite(tensors, folder)
 
 
 def _let_go(tensors: dict[str, Tensor], mapped: Mapping[str, Tensor]) -> None:

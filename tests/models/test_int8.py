@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalle.checkpoint import write_tensors
+from kalle.checkpoint import read_weights, write_tensors
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.backbone import Backbone, BackboneConfig
@@ -183,6 +183,18 @@ def test_the_language_model_predicts_nearly_the_same(folder: Path) -> None:
 
 
 @engine
+def test_embeddings_stay_as_the_file_has_them(own_folder: Path) -> None:
+    """At full size they are half a gigabyte in 16 bits, of which a text reads a few rows."""
+    part = own_folder / "lm"
+    halved = {name: tensor.bfloat16() if "embed_tokens" in name else tensor for name, tensor in read_weights(part).items()}
+    write_tensors(part / "model.safetensors", halved)
+    lm = KalleLM.from_pretrained(own_folder, quantize="int8")
+    assert lm.backbone.embed_tokens.weight.dtype == torch.bfloat16
+    whole = KalleLM.from_pretrained(own_folder, quantize="int8")
+    whole.backbone.embed_tokens.weight.data = whole.backbone.embed_tokens.weight.data.float()
+    assert torch.equal(predictions(lm).mean, predictions(whole).mean)
+
+
 def test_steps_equal_the_whole_prefix(folder: Path) -> None:
     lm = KalleLM.from_pretrained(folder, quantize="int8")
     latents = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(3))

@@ -339,7 +339,7 @@ class SynthesisBench:
         """``frames`` steps of ``rows`` behind the text, with the cache that each reads."""
         config = lm.backbone.config
         one, width = self._reading(engine, lm, rows), 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        cached = rows * width * lm.backbone.embed_tokens.weight.element_size()
+        cached = rows * width * lm.backbone.dtype.itemsize
         begin = self._plan.text_length
         return [replace(one, bytes_read=one.bytes_read + cached * (begin + index)) for index in range(frames)]
 

@@ -320,6 +320,12 @@ class Backbone(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, 0.0, config.initializer_range)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights, and of what goes in and comes out."""
+        dtype: torch.dtype = self.embed_tokens.weight.dtype
+        return dtype
+
     def forward(
         self,
         inputs_embeds: Tensor,

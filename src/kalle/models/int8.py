@@ -65,12 +65,27 @@ def _resized(buffer: Tensor, room: int, used: int) -> Tensor:
     return larger
 
 
+class StoredEmbedding(nn.Embedding):
+    """Embeddings in any dtype, given in fp32: those of a 16-bit file stay in it, where they are half a gigabyte at full size."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: the memory of weights that others replace is never touched."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Ids (B, N) -> (B, N, H) fp32."""
+        return super().forward(input).float()
+
+
 class Int8Backbone(nn.Module):
     """Embeddings in, hidden states out, for rows with positions of their own; equal to a `Backbone` up to the rounding to 8 bits.
 
     One row gives the same bits alone and among others. Runs on the CPU with torch's number of threads, without gradients; only
-    ``embed_tokens`` is a torch module. Not to be used from two threads at once with the same state; different states may run side by side.
+    ``embed_tokens`` is a torch module, to be filled. Not to be used from two threads at once with the same state; different states may
+    run side by side.
     """
+
+    dtype = torch.float32
+    """Of what goes in and comes out."""
 
     def __init__(self, config: BackboneConfig, tensors: Mapping[str, Tensor], threads: int | None = None) -> None:
         """``tensors`` are those of ``quantised_backbone``, copied; ``threads`` of one run, by default torch's.
@@ -79,7 +94,7 @@ class Int8Backbone(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = StoredEmbedding(config.vocab_size, config.hidden_size)
         check_tensors(config, tensors)
         self._session = _session(config, tensors, threads or torch.get_num_threads())
         self._frequencies = config.inverse_frequencies()

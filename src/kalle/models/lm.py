@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part_folder, read_json, resolve_device, save_part
+from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part_folder, read_json, read_weights, resolve_device, save_part
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.backbone import Backbone, BackboneConfig
@@ -26,6 +26,9 @@ from kalle.models.static_cache import StaticBackbone
 
 PART = "lm"
 ATTENTION = ("sdpa", "flex")
+
+
+EMBEDDINGS = "backbone.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,9 @@ class KalleLM(nn.Module):
             pad_products(lm.backbone)
             return lm
         backbone = int8_backbone(part, device)
-        return load_module(lambda: cls(config, backbone=backbone), part, device, skip=is_quantised)
+        stored = read_weights(part).get(EMBEDDINGS)
+        kept = {} if stored is None else {EMBEDDINGS: stored.dtype}
+        return load_module(lambda: cls(config, backbone=backbone), part, device, kept, skip=is_quantised)
 
     @classmethod
     def names_of(cls, config: KalleLMConfig) -> set[str]:
@@ -313,7 +318,7 @@ class KalleLM(nn.Module):
             parts.insert(0, speaker_latent[:, None])
         if latents is not None:
             parts.append(self._embed_latents(latents))
-        dtype = self.backbone.embed_tokens.weight.dtype
+        dtype = self.backbone.dtype
         return torch.cat([part.to(dtype) for part in parts], dim=1)
 
     def _embed_latents(self, z: Tensor) -> Tensor:
@@ -321,7 +326,7 @@ class KalleLM(nn.Module):
             z = z.float()
             if self.config.normalise_latents:
                 z = (z - self.latent_mean) / self.latent_std
-            return self.audio_linear(z).to(self.backbone.embed_tokens.weight.dtype)
+            return self.audio_linear(z).to(self.backbone.dtype)
 
     def _head(self, hidden: Tensor) -> NextFrame:
         with without_autocast(hidden.device):
@@ -343,7 +348,7 @@ class KalleLM(nn.Module):
 
     def _assemble(self, batch: LMBatch, layout: RowLayout, speaker_latent: Tensor | None) -> Tensor:
         """Embeddings (R, W, H): each document's speaker, text and latents joined without gaps."""
-        dtype = self.backbone.embed_tokens.weight.dtype
+        dtype = self.backbone.dtype
         embeddings = torch.zeros(layout.rows, layout.width, self.hidden_size, dtype=dtype, device=batch.text_ids.device)
         begin = layout.start
         if speaker_latent is not None:

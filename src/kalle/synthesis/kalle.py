@@ -113,9 +113,6 @@ class Kalle:
         check_quantize(quantize, dtype)
         folder = resolve_weights(folder_or_hub_id)
         config = read_weight_folder(folder)
-        flowvae = FlowVAE.from_pretrained(folder, resolved)
-        if resolved.type == "cpu" or decoder_precision != torch.float32:
-            flowvae.prepare_inference(decoder_precision)
         chosen = resolve_quantize(quantize, folder, resolved, dtype)
         try:
             lm = KalleLM.from_pretrained(folder, resolved, precision, chosen, graph)
@@ -126,6 +123,10 @@ class Kalle:
             chosen, lm = None, KalleLM.from_pretrained(folder, resolved, precision)
         if compile and chosen is None:
             compile_layers(lm)
+        # Last, for 8-bit weights need twice their size while they are prepared.
+        flowvae = FlowVAE.from_pretrained(folder, resolved)
+        if resolved.type == "cpu" or decoder_precision != torch.float32:
+            flowvae.prepare_inference(decoder_precision)
         return cls(flowvae, lm, load_tokenizer(folder), config, folder)
 
     @property

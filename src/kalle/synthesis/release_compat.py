@@ -140,7 +140,7 @@ def in_dtype(lm: KalleLM, dtype: torch.dtype) -> KalleLM:
     """``lm`` with a backbone in ``dtype``; what has no weights, such as the rotary frequencies, keeps its own."""
     if isinstance(lm.backbone, Int8Backbone):
         raise UserError(f"the release runs this backbone in {_name(dtype)}: got 8-bit weights; load the model without quantize")
-    loaded = lm.backbone.embed_tokens.weight.dtype
+    loaded = lm.backbone.dtype
     if loaded == dtype:
         return lm
     if loaded != torch.float32:
