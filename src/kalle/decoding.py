@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -106,11 +107,21 @@ WHOLE = Span()
 HEADER = Span(duration_s=0.0)
 
 
-def _require_content(path: Path) -> None:
+def _beginning(path: Path) -> bytes:
+    """The first bytes of a file; AudioError where there are none, also for what the system has against it: that ends no corpus."""
     if not is_file(path):
         raise AudioError(f"audio file not found: got '{path}', expected a readable audio file; check the path", "missing")
-    if path.stat().st_size == 0:
+    try:
+        with path.open("rb") as file:
+            start = file.read(max(map(len, _PLAIN_BEGINNINGS)))
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # nothing that the file could help
+            raise
+        problem = f"cannot read '{path}': {error.strerror}, expected a file that you may read; change its permissions"
+        raise AudioError(problem, "unreadable") from None
+    if not start:
         raise AudioError(f"empty file: '{path}' has 0 bytes, expected audio; record or fetch the file again", "empty")
+    return start
 
 
 def empty_audio(path: Path) -> AudioError:
@@ -124,9 +135,8 @@ def open_audio(path: Path, longest_seconds: float | None, span: Span = WHOLE) ->
     channels than `MOST_CHANNELS`, or holds NaN or infinity, and with ``longest_seconds`` when the span is longer, by the header before
     anything is decoded. A span that reaches beyond the end is what there is of it.
     """
-    _require_content(path)
     with contextlib.ExitStack() as stack:
-        decoded = _decode_here(path, stack, span) or _decode_apart(path, stack, span)
+        decoded = _decode_here(path, _beginning(path), stack, span) or _decode_apart(path, stack, span)
         if decoded.channels > MOST_CHANNELS:
             raise AudioError(
                 f"too many channels in '{path}': got {decoded.channels}, expected at most {MOST_CHANNELS}; mix it down", "unreadable"
@@ -201,11 +211,10 @@ def open_plain(content: bytes) -> soundfile.SoundFile:
     return file
 
 
-def _decode_here(path: Path, stack: contextlib.ExitStack, span: Span) -> Decoded | None:
+def _decode_here(path: Path, start: bytes, stack: contextlib.ExitStack, span: Span) -> Decoded | None:
     """The file where it is PCM or FLAC; None for another format, or none."""
-    with path.open("rb") as start:
-        if not start.read(4).startswith(_PLAIN_BEGINNINGS) or path.suffix.lower() in HEADERLESS:
-            return None
+    if not start.startswith(_PLAIN_BEGINNINGS) or path.suffix.lower() in HEADERLESS:
+        return None
     try:
         file = stack.enter_context(_Sequential(path))
     # A TypeError is the answer to a suffix that means samples without a header.

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -163,14 +164,31 @@ def _check_replaceable(path: Path) -> None:
 def is_file(path: Path) -> bool:
     """Whether ``path``, which a list or a table may name, is a file; False, not an OSError, for a name that no file can have.
 
-    PermissionError where the system does not tell.
+    True where the system does not tell: whoever opens it hears why not.
     """
     try:
         return path.is_file()
     except PermissionError:
-        raise
+        return True
     except (OSError, ValueError):  # a name that is too long, or holds a zero byte
         return False
+
+
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Bytes and modification time (ns) of the file ``path``; None where there is none that the system tells of."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+
+
+def resolved(path: Path) -> Path:
+    """``path`` made absolute, its links followed; without that where no file can have the name or links lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):
+        return path.absolute()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -146,3 +146,22 @@ def test_the_name_of_a_manifest_is_no_command(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(UserError, match="expected cuts"):
             read_lhotse(source)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe:touch ran;cuts.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["é" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_costs_its_item(tmp_path: Path, name: str) -> None:
+    layouts.record(tmp_path / "good.wav")
+    good = Recording.from_file(tmp_path / "good.wav")
+    bad = Recording("bad", [AudioSource("file", [0], name)], good.sampling_rate, good.num_samples, good.duration)
+    cuts = []
+    for one in (good, bad):
+        spoken = SupervisionSegment(one.id, one.id, 0.0, one.duration, text=one.id)
+        cuts.append(MonoCut(one.id, 0.0, one.duration, 0, recording=one, supervisions=[spoken]))
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    report = prepare_corpus(read_lhotse(tmp_path / "cuts.jsonl.gz"), tmp_path / "out", OPTIONS).report
+    assert (report["kept"], report["rejected_by_reason"]) == (1, {"missing": 1})
+    datasets = pytest.importorskip("datasets")
+    rows = {"audio": [{"path": str(tmp_path / "good.wav"), "bytes": None}, {"path": name, "bytes": None}], "text": ["good", "bad"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "table")
+    report = prepare_corpus(read_hugging_face(str(tmp_path / "table")), tmp_path / "out2", OPTIONS).report
+    assert (report["kept"], report["rejected_by_reason"]) == (1, {"missing": 1})

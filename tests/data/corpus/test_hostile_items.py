@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import io
+import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ from kalle.audio import load_channels, mix_down, rms_dbfs
 from kalle.data.corpus.check import PrepareOptions, check_item
 from kalle.data.corpus.cuts import load_audio, load_cuts
 from kalle.data.corpus.items import AUDIO_SUFFIXES, Rejection, Source, SourceItem
+from kalle.data.corpus.lists import read_folder, read_jsonl_corpus
 from kalle.data.corpus.prepare import prepare_corpus
 
 OPTIONS = PrepareOptions(max_seconds=5.0)
@@ -130,3 +136,46 @@ def test_the_rest_of_a_corpus_is_kept(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "good.wav", TONE, 16000)
     report = prepare_corpus(Source("all", [*items, SourceItem("good", tmp_path / "good.wav", "good")]), tmp_path / "out", OPTIONS).report
     assert (report["kept"], report["items"]) == (1, 5)
+
+
+class Shut:
+    """Refuses what is about a path with ``part`` in it, as the system does."""
+
+    def __init__(self, part: str, real: Callable[..., object]) -> None:
+        self.part, self.real = part, real
+
+    def __call__(self, path: object, *arguments: object, **options: object) -> object:
+        if self.part in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return self.real(path, *arguments, **options)
+
+    def __get__(self, path: Path, kind: type) -> Callable[..., object]:
+        return functools.partial(self, path)
+
+
+@pytest.mark.parametrize("refused", [("open", "stat"), ("open",)], ids=["folder", "file"])
+def test_names_and_files_that_the_system_refuses_cost_their_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: tuple[str, ...]
+) -> None:
+    (tmp_path / "shut").mkdir()
+    for name in ("good.wav", "shut/a.wav"):
+        soundfile.write(tmp_path / name, TONE, 16000)
+    names = ["good.wav", "shut/a.wav", "é" * 300, "a\0b", "gone.wav"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"audio": name, "text": f"text {at}"}) for at, name in enumerate(names)))
+    for method in refused:
+        monkeypatch.setattr(Path, method, Shut("shut/a.wav", getattr(Path, method)))
+    report = prepare_corpus(read_jsonl_corpus(tmp_path / "a.jsonl"), tmp_path / "out", OPTIONS).report
+    assert (report["kept"], report["rejected_by_reason"]) == (1, {"unreadable": 1, "missing": 3})
+    assert "change its permissions" in report["rejected_items"][0]["detail"]
+
+
+def test_what_may_not_be_looked_into_is_rejected_and_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in" / "shut").mkdir(parents=True)
+    for name in ("good", "bad", "shut/a"):
+        soundfile.write(tmp_path / "in" / f"{name}.wav", TONE, 16000)
+        (tmp_path / "in" / f"{name}.txt").write_text(f"the text of {name}")
+    monkeypatch.setattr(os, "scandir", Shut("in/shut", os.scandir))
+    monkeypatch.setattr(Path, "read_text", Shut("bad.txt", Path.read_text))
+    source = read_folder(tmp_path / "in")
+    assert [item.id for item in source.items] == ["good"]
+    assert {Path(rejection.audio).stem: rejection.reason for rejection in source.rejected} == {"shut": "unreadable", "bad": "no text"}

@@ -29,7 +29,7 @@ from kalle.data.corpus.items import (
 )
 from kalle.data.corpus.lists import COLUMNS
 from kalle.errors import UserError
-from kalle.files import read_lines, read_text_line
+from kalle.files import read_lines, read_text_line, resolved
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +74,7 @@ def _supervision_item(
     whole = start < _WHOLE_S and abs(supervision.duration - recording.duration) < _WHOLE_S
     yield SourceItem(
         item_id,
-        Path(recording.sources[0].source).resolve(),
+        resolved(Path(recording.sources[0].source)),
         supervision.text or "",
         supervision.speaker or UNKNOWN_SPEAKER,
         language_of_name(supervision.language) or language,
@@ -424,7 +424,7 @@ def _rows(
         who = values["speaker"]
         yield SourceItem(
             item_id,
-            file if embedded else Path(name or "").resolve(),
+            file if embedded else resolved(Path(name or "")),
             str(values["text"] or ""),
             speaker if who in (None, "") else str(who),
             language_of_name(str(values["language"] or "")) or language,

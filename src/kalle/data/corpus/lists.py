@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,21 +96,24 @@ def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = ""
     """Every audio file below ``folder`` with the text of x.txt, or x.lab, beside it.
 
     ``speaker`` "folders" names the speaker of an item after the folder it lies in. An audio file without a text
-    is rejected as "no text", a text without audio as "missing". Raises UserError when there is no audio at all.
+    is rejected as "no text", a text without audio as "missing", a folder that may not be looked into as "unreadable". Raises UserError
+    when there is no audio at all.
     """
     if not folder.is_dir():
         raise UserError(f"folder not found: got '{folder}', expected a folder of audio and text files; check the path")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    shut: list[OSError] = []
+    walked = os.walk(folder, onerror=shut.append)
+    paths = sorted(path for root, _, names in walked for name in names if is_file(path := Path(root, name)))
     audio = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
     if not audio:
         raise UserError(f"no audio in '{folder}': expected x.wav, x.flac, x.mp3 … beside x.txt; check the path")
     items: list[SourceItem] = []
-    rejected: list[Rejection] = []
+    rejected = [Rejection(str(error.filename), str(error.filename), "unreadable", f"a folder: {error.strerror}") for error in shut]
     for path in audio:
         name = path.relative_to(folder).with_suffix("").as_posix()
         try:
             text = next((read_text_line(path.with_suffix(suffix)) for suffix in TEXT_SUFFIXES if path.with_suffix(suffix).is_file()), None)
-        except UserError as error:
+        except (UserError, OSError) as error:
             rejected.append(Rejection(name, str(path), "no text", str(error)))
             continue
         if text is None:

@@ -24,7 +24,7 @@ from kalle.audio import PCM16_SCALE, Audio, clipped_share, to_pcm16
 from kalle.data.corpus.cuts import corpus_cuts, load_audio
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
-from kalle.files import is_file
+from kalle.files import file_stamp
 from kalle.text.languages import LANGUAGE_OF_SCRIPT, script_of
 
 FRAME_S = 0.01
@@ -308,9 +308,8 @@ def audio_stamp(cut: Cut) -> str:
     """Size and modification time of the files behind a cut: what tells that a kept measurement is out of date."""
     stamps = []
     for source in getattr(cut, "recording", None).sources if getattr(cut, "has_recording", False) else []:  # type: ignore[union-attr]
-        path = Path(str(source.source))
-        stat = path.stat() if source.type == "file" and is_file(path) else None
-        stamps.append(f"{stat.st_size}-{stat.st_mtime_ns}" if stat else "-")
+        stamp = file_stamp(Path(str(source.source))) if source.type == "file" else None
+        stamps.append(f"{stamp[0]}-{stamp[1]}" if stamp else "-")
     return ",".join(stamps)
 
 

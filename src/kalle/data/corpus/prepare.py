@@ -23,7 +23,7 @@ from kalle.data.corpus.cuts import COMPLETED_NAME, REPORT_JSON, REPORT_MD, cuts_
 from kalle.data.corpus.items import REASONS, SPLITS, Rejection, Source, SourceItem, word_count
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
-from kalle.files import output_folder, parse_json, write_atomic
+from kalle.files import file_stamp, is_file, output_folder, parse_json, write_atomic
 
 # Upper edges in seconds; the last bin is open.
 DURATION_EDGES_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0)
@@ -239,8 +239,7 @@ def source_fingerprint(source: Source, options: PrepareOptions) -> str:
     """A digest of the options and of every item's text, names, and audio path, size and modification time."""
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, source.name, asdict(options)], sort_keys=True).encode())
     for item in source.items:
-        stat = item.audio.stat() if item.audio.is_file() else None
-        state = [stat.st_size, stat.st_mtime_ns] if stat else None
+        state = file_stamp(item.audio)
         part = [item.start_s, item.duration_s, item.channel, item.inside and asdict(item.inside), item.custom]
         who = [item.text, item.speaker, item.language, item.split]
         digest.update(json.dumps([item.id, str(item.audio), *who, state, *part], sort_keys=True).encode())
@@ -275,7 +274,7 @@ def _listen(
         with suppress(TypeError, KeyError):  # a damaged line: that item is checked again
             if "reason" in entry:
                 results[entry["id"]] = Rejection(**entry)
-            elif (out / entry["audio"]).is_file():
+            elif is_file(out / entry["audio"]):
                 results[entry["id"]] = Kept(**entry)
     resumed = len(results)
     waiting = [item for item in source.items if item.id not in results]

@@ -59,7 +59,7 @@ def _vctk_items(root: Path, audio: dict[str, Path], ending: str, rejected: list[
         speaker = path.parent.name
         try:
             text = read_text_line(texts[name])
-        except UserError as error:
+        except (UserError, OSError) as error:
             rejected.append(Rejection(name + ending, str(path), "no text", str(error)))
             continue
         yield SourceItem(name + ending, path.resolve(), text, speaker, "en", custom=speakers.get(speaker))
@@ -302,7 +302,7 @@ def _emilia_folder(folder: Path, language: str, rejected: list[Rejection]) -> It
             continue
         try:
             yield _emilia_item(path.stem, str(path.parent), audio, path.read_bytes(), language, None)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             rejected.append(Rejection(path.stem, str(audio), "no text", f"'{path}' is no JSON object: {error}"))
     for stem, audio in paths.items():
         rejected.append(Rejection(stem.name, str(audio), "no text", f"no {stem.name}.json beside it"))
