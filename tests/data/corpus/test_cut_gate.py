@@ -109,6 +109,18 @@ def test_a_cut_made_elsewhere_is_checked_too(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def resample(from_hz: int, to_hz: int) -> dict[str, Any]:
+    return {"name": "Resample", "kwargs": {"source_sampling_rate": from_hz, "target_sampling_rate": to_hz}}
+
+
+def test_a_rate_that_takes_gigabytes_to_change_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    row["recording"]["sampling_rate"] = 15999
+    row |= {"duration": 0.5}
+    [cut] = read_cuts(write(tmp_path, row))
+    with pytest.raises(UserError, match="from 15999 to 16000 Hz"):
+        load_audio(cut, 16000)
+
+
 DAMAGED: dict[str, Change] = {
     "endless": lambda row, _: row.update(duration=float("inf")),
     "not a number": lambda row, _: row.update(start=float("nan")),
@@ -120,6 +132,13 @@ DAMAGED: dict[str, Change] = {
     "no sources": lambda row, _: row["recording"].pop("sources"),
     "a list": lambda row, _: row.update(recording=[]),
     "another type": lambda row, _: row.update(type="Thing"),
+    "a filter of gigabytes": lambda row, _: row["recording"].update(transforms=[resample(15999, 16000)]),
+    "a rate of nothing": lambda row, _: row["recording"].update(transforms=[resample(16000, 0)]),
+    "a speed of its own": lambda row, _: row["recording"].update(transforms=[{"name": "Speed", "kwargs": {"factor": 1.0001}}]),
+    "endless silence": lambda row, _: row.update(
+        type="PaddingCut", sampling_rate=16000, num_samples=10**12, feat_value=0.0, recording=None, supervisions=[]
+    ),
+    "a day of samples": lambda row, _: row.update(duration=3600.0) or row["recording"].update(sampling_rate=700_000),
     "a zero byte": lambda row, _: row["recording"]["sources"][0].update(source="a\0.wav"),
 }
 

@@ -18,7 +18,7 @@ import soundfile
 
 from kalle.audio import load_channels, mix_down, rms_dbfs
 from kalle.data.corpus.check import PrepareOptions, check_item
-from kalle.data.corpus.cuts import load_audio, load_cuts
+from kalle.data.corpus.cuts import load_audio, load_cuts, splits_of
 from kalle.data.corpus.items import AUDIO_SUFFIXES, Rejection, Source, SourceItem
 from kalle.data.corpus.lists import read_folder, read_jsonl_corpus
 from kalle.data.corpus.prepare import prepare_corpus
@@ -126,6 +126,19 @@ def test_opus_that_begins_late_is_read_from_its_beginning(tmp_path: Path, late: 
     assert report["converted_to_flac"] == int(late > 0)
     [cut] = load_cuts(tmp_path / "out", "train")
     np.testing.assert_allclose(load_audio(cut, 16000), expected[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_a_rate_that_lhotse_needs_gigabytes_for_is_converted(tmp_path: Path, headers_only: bool) -> None:
+    for rate_hz in (15999, 44100):
+        soundfile.write(tmp_path / f"{rate_hz}.wav", 0.3 * np.sin(2 * np.pi * 440 * np.arange(rate_hz) / rate_hz), rate_hz)
+    items = [SourceItem(path.stem, path, f"text {path.stem}") for path in sorted(tmp_path.glob("*.wav"))]
+    options = dataclasses.replace(OPTIONS, headers_only=headers_only)
+    report = prepare_corpus(Source("rates", items), tmp_path / "out", options).report
+    assert (report["kept"], report["converted_to_flac"]) == (2, 1)
+    odd, usual = (load_audio(cut, 16000) for split in splits_of(tmp_path / "out") for cut in load_cuts(tmp_path / "out", split))
+    assert odd.size == usual.size == 16000
+    np.testing.assert_allclose(odd[1000:-1000], usual[1000:-1000], atol=0.01)
 
 
 def test_the_rest_of_a_corpus_is_kept(tmp_path: Path) -> None:

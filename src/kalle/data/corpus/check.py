@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kalle.audio import Audio, AudioError, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
+from kalle.data.corpus.cuts import is_resampled_cheaply
 from kalle.data.corpus.items import TAG, Rejection, SourceItem, SplitPolicy, normalised
 from kalle.decoding import HEADER, Decoded, Span, open_audio
 from kalle.errors import UserError
@@ -38,7 +39,7 @@ class ItemAudio:
     file_samples: int
 
 
-def read_header(item: SourceItem) -> ItemAudio | None:
+def read_header(item: SourceItem, wanted_hz: int) -> ItemAudio | None:
     """The item's measures from the file's header alone; None where that is not enough: audio that is to be converted, or unreadable.
 
     Raises AudioError for a segment outside its recording.
@@ -47,6 +48,8 @@ def read_header(item: SourceItem) -> ItemAudio | None:
         return None
     header = _header(item.audio)
     if header is None or header.channels != 1 or not header.frames or not header.format:
+        return None
+    if not is_resampled_cheaply(header.rate_hz, wanted_hz):
         return None
     if item.is_segment and header.format not in SEEKABLE:
         return None
@@ -199,7 +202,7 @@ def check_item(item: SourceItem, options: PrepareOptions, out: Path) -> Kept | R
     if TAG.fullmatch(text):
         return _rejection(item, "not speech", f"the text is the tag '{text}'")
     try:
-        sound = (read_header(item) if options.headers_only else None) or load_sound(item, options.max_seconds)
+        sound = (read_header(item, options.sample_rate_hz) if options.headers_only else None) or load_sound(item, options.max_seconds)
         seconds = sound.samples / sound.rate_hz
     except AudioError as error:
         return _rejection(item, error.reason, str(error))
@@ -249,7 +252,8 @@ def _sound_problem(sound: ItemAudio, options: PrepareOptions) -> tuple[str, str]
 
 def _stored(item: SourceItem, sound: ItemAudio, wanted_hz: int, out: Path) -> tuple[str, int, int, int]:
     """Path, rate, length and first sample of what the cut will read: the original where lhotse reads it as mono, else a FLAC."""
-    if sound.channels is None or (sound.channel_count == 1 and item.inside is None and _soundfile_agrees(item, sound)):
+    plain = sound.channel_count == 1 and item.inside is None and is_resampled_cheaply(sound.rate_hz, wanted_hz)
+    if sound.channels is None or (plain and _soundfile_agrees(item, sound)):
         return str(item.audio), sound.rate_hz, sound.file_samples, sound.start_samples
     relative = f"audio/{item.id}.flac"
     converted = resample(mix_down(sound.channels), sound.rate_hz, wanted_hz)

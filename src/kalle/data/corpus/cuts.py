@@ -6,21 +6,22 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import stat
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from lhotse import MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
 from lhotse.audio.backend import LibsndfileBackend, get_current_audio_backend, set_current_audio_backend
-from lhotse.cut import Cut, MixedCut
+from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.serialization import deserialize_item
 
 from kalle.data.corpus.items import SPLITS
-from kalle.decoding import Span, open_audio, open_plain
+from kalle.decoding import AudioError, Span, open_audio, open_plain
 from kalle.errors import UserError
 from kalle.files import atomic_file, output_folder, parse_json, write_atomic
 
@@ -29,6 +30,10 @@ REPORT_JSON, REPORT_MD = "report.json", "report.md"
 LONGEST_CUT_SECONDS = 3600.0
 """Longest cut that is read; at 16 kHz it takes 230 MB."""
 HIGHEST_RATE_HZ = 768_000
+MOST_VALUES = 2**28
+"""Of the audio of one cut, all channels together: 1 GiB, or an hour and a half at 48 kHz."""
+_MOST_FILTER_VALUES = 2**20
+"""Of a filter between two rates, all of which lhotse keeps; from 44.1 kHz to 16 kHz it has 0.1 million, from 15,999 Hz 256 million."""
 _TRANSFORMS = ("Resample", "Speed", "Tempo", "Volume")
 """Changes of a recording that read no other one."""
 
@@ -36,6 +41,13 @@ _TRANSFORMS = ("Resample", "Speed", "Tempo", "Volume")
 def cuts_path(folder: Path, split: str) -> Path:
     """Where a corpus folder keeps the cuts of a split."""
     return folder / f"cuts_{split}.jsonl.gz"
+
+
+def is_resampled_cheaply(from_hz: int, to_hz: int) -> bool:
+    """Whether lhotse's filter from one rate to another is small; where the rates have no great common divisor it takes gigabytes."""
+    divisor = math.gcd(from_hz, to_hz)
+    before, after = from_hz // divisor, to_hz // divisor
+    return from_hz == to_hz or after * (before + 2 * math.ceil(6 * before / (0.99 * min(before, after)))) <= _MOST_FILTER_VALUES
 
 
 def make_cut(
@@ -152,8 +164,33 @@ def _check_recordings(value: Any) -> None:
         name = change.get("name") if isinstance(change, dict) else None
         if name not in _TRANSFORMS:
             raise ValueError(f"got a recording with the transform '{name}', expected one of {', '.join(_TRANSFORMS)}")
+    for from_hz, to_hz in _rate_pairs(value):
+        _check_pair(from_hz, to_hz)
     for one in value.values():
         _check_recordings(one)
+
+
+def _rate_pairs(recording: dict[str, Any]) -> list[tuple[int, int]]:
+    """The rates between which the transforms of a recording, as JSON, resample; whatever is no number is left to lhotse."""
+    changes = recording.get("transforms")
+    named = [(one["name"], one.get("kwargs")) for one in changes if isinstance(one, dict)] if isinstance(changes, list) else []
+    given = [(name, kwargs) for name, kwargs in named if isinstance(kwargs, dict)]
+    pairs = [(kwargs.get("source_sampling_rate"), kwargs.get("target_sampling_rate")) for name, kwargs in given if name == "Resample"]
+    rates = {recording.get("sampling_rate"), *(rate for pair in pairs for rate in pair)}
+    factors = [kwargs.get("factor") for name, kwargs in given if name == "Speed"]
+    pairs += [(rate * factor, rate) for rate in rates for factor in factors if _is_number(rate) and _is_number(factor)]
+    return [(round(from_hz), round(to_hz)) for from_hz, to_hz in pairs if _is_number(from_hz) and _is_number(to_hz)]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and abs(value) <= _GREATEST
+
+
+def _check_pair(from_hz: int, to_hz: int) -> None:
+    if not (0 < from_hz <= HIGHEST_RATE_HZ and 0 < to_hz <= HIGHEST_RATE_HZ):
+        raise ValueError(f"got a recording that is resampled from {from_hz:g} to {to_hz:g} Hz, expected up to {HIGHEST_RATE_HZ} Hz")
+    if not is_resampled_cheaply(from_hz, to_hz):
+        raise ValueError(f"from {from_hz} to {to_hz} Hz lhotse resamples with a filter of gigabytes; expected audio at {to_hz} Hz")
 
 
 _GREATEST = 1e300
@@ -170,6 +207,10 @@ def _checked(cut: Any) -> Cut:
         raise ValueError(f"cut '{cut.id}' has impossible times")
     if not 0 < cut.duration <= LONGEST_CUT_SECONDS or getattr(cut, "start", 0.0) < 0 or not 0 < cut.sampling_rate <= HIGHEST_RATE_HZ:
         raise ValueError(f"cut '{cut.id}' is {cut.duration:g} s at {cut.sampling_rate:g} Hz, expected up to {LONGEST_CUT_SECONDS:g} s")
+    parts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+    padding = [one.num_samples for one in parts if isinstance(one, PaddingCut)]
+    if max([cut.duration * cut.sampling_rate, *(number if _is_number(number) else math.inf for number in padding)]) > MOST_VALUES:
+        raise ValueError(f"cut '{cut.id}' has more than {MOST_VALUES} samples")
     texts = [cut.id, *(text for one in cut.supervisions for text in (one.text, one.speaker, one.language) if text is not None)]
     if not cut.id or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"cut '{cut.id}' has a text, speaker or language that is no string")
@@ -197,6 +238,7 @@ def load_audio(cut: Cut, sample_rate_hz: int) -> np.ndarray:
     try:
         for recording in _recordings(cut):
             _check_plain(recording)
+        _check_pair(int(cut.sampling_rate), sample_rate_hz)
         audio = (cut if cut.sampling_rate == sample_rate_hz else cut.resample(sample_rate_hz)).load_audio()
     except Exception as error:  # lhotse raises what its backend and its own checks raise
         first: BaseException = error
@@ -225,9 +267,18 @@ class CheckedBackend(LibsndfileBackend):
             return super().read_audio(path_or_fd, offset, duration)
         # Of a whole recording lhotse asks for no duration; a file may hold more than its manifest says.
         with open_audio(Path(path_or_fd), LONGEST_CUT_SECONDS, Span(offset, duration)) as decoded:
-            blocks = list(decoded.blocks)
+            blocks = list(_bounded(path_or_fd, decoded.blocks))
             joined = np.concatenate(blocks or [np.zeros((0, decoded.channels), np.float32)]) if len(blocks) != 1 else blocks[0]
             return joined.T, decoded.rate_hz
+
+
+def _bounded(path: Any, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    values = 0
+    for block in blocks:
+        values += block.size
+        if values > MOST_VALUES:
+            raise AudioError(f"too long: '{path}' has more than {MOST_VALUES} samples, all channels together; cut it", "too long")
+        yield block
 
 
 def _recordings(cut: Cut) -> list[Recording]:
