@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -266,6 +267,18 @@ def test_clipped_share_counts_runs_not_peaks() -> None:
 def test_rms_dbfs() -> None:
     assert rms_dbfs(tone()) == pytest.approx(20 * np.log10(0.5 / np.sqrt(2)), abs=0.01)
     assert rms_dbfs(np.zeros(10, np.float32)) == float("-inf")
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3"])
+def test_a_name_of_other_bytes_than_utf_8_is_a_name(tmp_path: Path, suffix: str) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/\xff" + suffix.encode()))
+    write_audio(path, 0.1 * np.sin(np.arange(4000) / 9), 16000)
+    assert read_audio(path, 16000).size >= 4000
+    with audio_writer(path, 16000) as append:
+        append(np.zeros(8000, np.float32))
+    assert read_audio(path, 16000).size >= 8000
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])

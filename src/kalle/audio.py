@@ -14,7 +14,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from kalle.decoding import WHOLE, AudioError, Decoded, Span, empty_audio, open_audio
+from kalle.decoding import WHOLE, AudioError, Decoded, Span, empty_audio, open_audio, sndfile_name
 from kalle.errors import UserError
 from kalle.files import atomic_file
 
@@ -181,7 +181,7 @@ def audio_writer(path: Path, sample_rate_hz: int) -> Iterator[Callable[[NDArray[
     with atomic_file(path) as temporary:
         temporary.touch()
         try:
-            with soundfile.SoundFile(temporary, "w", sample_rate_hz, channels=1, format=kind[0], subtype=kind[1]) as file:
+            with soundfile.SoundFile(sndfile_name(temporary), "w", sample_rate_hz, channels=1, format=kind[0], subtype=kind[1]) as file:
 
                 def append(audio: NDArray[np.floating]) -> None:
                     nonlocal written
@@ -191,7 +191,7 @@ def audio_writer(path: Path, sample_rate_hz: int) -> Iterator[Callable[[NDArray[
                     file.write(to_pcm16(audio))
 
                 yield append
-            complete = soundfile.info(temporary).frames == written
+            complete = soundfile.info(sndfile_name(temporary)).frames == written
         except (soundfile.LibsndfileError, AssertionError):
             complete = False
         if not complete:
@@ -213,8 +213,8 @@ def write_encoded(
 
 def _write_checked(path: Path, samples: NDArray[Any], rate_hz: int, file_format: str, subtype: str, level: float | None) -> None:
     try:
-        soundfile.write(path, samples, rate_hz, format=file_format, subtype=subtype, compression_level=level)
-        written = soundfile.info(path).frames
+        soundfile.write(sndfile_name(path), samples, rate_hz, format=file_format, subtype=subtype, compression_level=level)
+        written = soundfile.info(sndfile_name(path)).frames
     except (soundfile.LibsndfileError, AssertionError):
         # soundfile asserts that all frames were taken, so a full disk shows as an AssertionError.
         written = -1

@@ -187,6 +187,15 @@ def _too_long(path: Path, longest_seconds: float, seconds: float = math.inf) -> 
     )
 
 
+def sndfile_name(path: Path) -> Path | bytes:
+    """``path`` for soundfile, which by itself opens no name that is other bytes than UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return path
+
+
 class _Sequential(soundfile.SoundFile):
     """A file read from its beginning to its end.
 
@@ -216,7 +225,7 @@ def _decode_here(path: Path, start: bytes, stack: contextlib.ExitStack, span: Sp
     if not start.startswith(_PLAIN_BEGINNINGS) or path.suffix.lower() in HEADERLESS:
         return None
     try:
-        file = stack.enter_context(_Sequential(path))
+        file = stack.enter_context(_Sequential(sndfile_name(path)))
     # A TypeError is the answer to a suffix that means samples without a header.
     except (soundfile.LibsndfileError, OSError, TypeError):
         return None
@@ -514,7 +523,7 @@ def _decode_any(path: Path, stack: contextlib.ExitStack, span: Span) -> Decoded:
     problem = "it needs PyAV (`pip install av`)"
     if path.suffix.lower() not in HEADERLESS:
         try:
-            return _from_sndfile(stack.enter_context(_Sequential(path)), span)
+            return _from_sndfile(stack.enter_context(_Sequential(sndfile_name(path))), span)
         except (soundfile.LibsndfileError, OSError, TypeError) as error:
             problem = str(error)
     decoded = _from_av(path, stack, span)

@@ -118,7 +118,7 @@ def output_folder(path: Path) -> Iterator[None]:
 def temporary_name(path: Path) -> Path:
     """An unpredictable name beside ``path``, for a file or folder that is to be renamed to ``path``."""
     ending = f".{secrets.token_hex(8)}{PARTIAL}"
-    name = path.name.encode()[: _LONGEST_NAME_BYTES - len(ending)].decode(errors="ignore")
+    name = path.name.encode(errors="surrogateescape")[: _LONGEST_NAME_BYTES - len(ending)].decode(errors="ignore")
     return path.with_name(name + ending)
 
 

@@ -210,3 +210,9 @@ def test_streams_that_the_caller_closed() -> None:
 def test_a_name_is_no_order_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "folder", "\x1b[31mred\x9b", "--out", "out"]) == 2
     assert "'\\x1b[31mred\\x9b'" in one_line(capsys)
+
+
+def test_what_the_terminal_cannot_show_is_escaped() -> None:
+    code = "from kalle.cli.main import open_streams; open_streams(); print('caf\\udce9 \\u2502')"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert done.stdout.split() == [rb"caf\udce9", rb"\u2502"]

@@ -6,6 +6,7 @@ import ast
 import atexit
 import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -322,10 +323,16 @@ def share_the_cores(environment: MutableMapping[str, str]) -> None:
 
 
 def open_streams() -> None:
-    """Give the process the standard streams that its caller closed, as ``>&-`` does: Python leaves None in their place."""
+    """Give the process the standard streams that its caller closed, as ``>&-`` does: Python leaves None in their place.
+
+    What the encoding of the output lacks, such as a byte of a file's name that is not UTF-8 or a line of a table in ASCII, is escaped.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115 (it stays open to the end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def leave(code: int, command: str | None) -> None:

@@ -121,7 +121,7 @@ class ResumeJournal:
         with disk_errors(self.path):
             if self._file is None:
                 write_jsonl(self.path, [{"fingerprint": self.fingerprint}, *self.entries])
-                self._file = self.path.open("a", encoding="utf-8")
+                self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")  # as write_atomic
             self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             self._file.flush()
             if self.durable:

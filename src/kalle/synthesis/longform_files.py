@@ -31,6 +31,7 @@ from kalle.checkpoint import (
     write_json,
     write_tensors,
 )
+from kalle.decoding import sndfile_name
 from kalle.errors import UserError
 from kalle.models.int8 import Int8Backbone
 from kalle.models.lm import PART
@@ -86,7 +87,7 @@ class PartStore:
 
     def _read(self, wav: Path, frames: Path, note: Path, sentence: Sentence) -> Part | None:
         stored, arrays = read_json(note), read_tensors(frames)
-        samples, rate_hz = soundfile.read(wav, dtype="int16") if stored["samples"] else (np.zeros(0, dtype=np.int16), None)
+        samples, rate_hz = soundfile.read(sndfile_name(wav), dtype="int16") if stored["samples"] else (np.zeros(0, dtype=np.int16), None)
         if (stored["text"], stored["samples"]) != (sentence.text, len(samples)) or rate_hz not in (None, stored["speech"]["sample_rate"]):
             return None
         spoken: dict[str, Any] = stored["speech"] | {"warnings": tuple(stored["speech"]["warnings"])}

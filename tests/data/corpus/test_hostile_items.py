@@ -192,3 +192,14 @@ def test_what_may_not_be_looked_into_is_rejected_and_not_left_out(tmp_path: Path
     source = read_folder(tmp_path / "in")
     assert [item.id for item in source.items] == ["good"]
     assert {Path(rejection.audio).stem: rejection.reason for rejection in source.rejected} == {"shut": "unreadable", "bad": "no text"}
+
+
+@pytest.mark.parametrize("key", ["audio", "text", "id", "speaker", "language", "style", "extra"])
+def test_half_of_a_surrogate_pair_costs_its_item_at_most(tmp_path: Path, key: str) -> None:
+    soundfile.write(tmp_path / "a.wav", TONE, 16000)
+    rows = [{"audio": "a.wav", "text": "some words", "id": name} for name in ("good", "odd")]
+    rows[1][key] = "a\ud800b"
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    report = prepare_corpus(read_jsonl_corpus(tmp_path / "a.jsonl"), tmp_path / "out", OPTIONS).report
+    assert (report["kept"], report["items"]) == (1 + (key in ("style", "extra")), 2)
+    assert {cut.id for split in splits_of(tmp_path / "out") for cut in load_cuts(tmp_path / "out", split)} >= {"good"}

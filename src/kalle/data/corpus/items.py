@@ -156,7 +156,7 @@ def collected(
     """
     kept: dict[tuple[str, str], SourceItem] = {}
     for item in items:
-        strange = next((value for value in (item.place, item.id, item.text, item.speaker) if not _is_unicode(value)), None)
+        strange = next((value for value in (item.place, item.id, item.text, item.speaker, item.language) if not _is_unicode(value)), None)
         if strange is not None:
             reason = "unreadable" if strange == item.place else "bad entry"
             rejected.append(Rejection(item.id, item.place, reason, f"got '{strange}', which is not UTF-8; rename or convert it"))
