@@ -109,7 +109,7 @@ def test_a_cut_made_elsewhere_is_checked_too(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def resample(from_hz: int, to_hz: int) -> dict[str, Any]:
+def resample(from_hz: float, to_hz: float) -> dict[str, Any]:
     return {"name": "Resample", "kwargs": {"source_sampling_rate": from_hz, "target_sampling_rate": to_hz}}
 
 
@@ -133,6 +133,7 @@ DAMAGED: dict[str, Change] = {
     "a list": lambda row, _: row.update(recording=[]),
     "another type": lambda row, _: row.update(type="Thing"),
     "a filter of gigabytes": lambda row, _: row["recording"].update(transforms=[resample(15999, 16000)]),
+    "an endless rate": lambda row, _: row["recording"].update(transforms=[resample(16000, float("inf"))]),
     "a rate of nothing": lambda row, _: row["recording"].update(transforms=[resample(16000, 0)]),
     "a speed of its own": lambda row, _: row["recording"].update(transforms=[{"name": "Speed", "kwargs": {"factor": 1.0001}}]),
     "endless silence": lambda row, _: row.update(

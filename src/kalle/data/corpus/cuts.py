@@ -123,6 +123,10 @@ def load_cuts(corpus: str | Path, split: str) -> list[Cut]:
     return read_cuts(path)
 
 
+_OF_VALUES = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+"""Raised by lhotse for values that it did not expect."""
+
+
 def read_cuts(path: Path) -> list[Cut]:
     """The cuts in a .jsonl.gz file, their audio paths counted from its folder. Every cut is read here.
 
@@ -140,7 +144,7 @@ def read_cuts(path: Path) -> list[Cut]:
                     _check_recordings(row)
                     # A path that is absolute already stays as it is: pathlib drops what stands before it.
                     cuts.append(_checked(deserialize_item(row)).with_recording_path_prefix(path.parent))
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+    except (OSError, EOFError, zlib.error, RecursionError, *_OF_VALUES) as error:
         reason = " ".join(f"{error}".split())[:200] or type(error).__name__
         got = f"cannot read '{path}' line {number}: {reason}"
         raise UserError(f"{got}; expected lhotse cuts of audio files; prepare the corpus again") from None
