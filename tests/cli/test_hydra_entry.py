@@ -49,3 +49,13 @@ def test_hydra_s_plain_errors_are_mistakes_and_the_job_s_are_bugs() -> None:
     with pytest.raises(ValueError, match="a bug") as caught:
         hydra_entry.run_hydra(bug, "train_lm", words)
     assert not isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("word", ["trainer=null", "=1", "+=", "@=x", "/=x", "out=${no}", "out=${out}", "trainer=${out}"])
+def test_a_value_that_hydra_asserts_or_resolves_too_late_is_one_line(word: str) -> None:
+    from kalle.cli.train import training_config
+
+    with pytest.raises(UserError) as caught:
+        training_config(compose("train_lm", ["data.latents=l", "tokenizer=bytes", *(["out=o"] if "out" not in word[:4] else []), word]))
+    assert "\n" not in str(caught.value)
+    assert "assert" not in str(caught.value)

@@ -87,6 +87,7 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
 
     if config_name.startswith("train_"):
         register_defaults()
+    _check_words(overrides)
     job = _Job(function)
     many = any(word in ("-m", "--multirun") for word in overrides)
     if many:
@@ -101,7 +102,7 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
             raise job.error
     except (HydraException, OmegaConfBaseException) as error:
         raise readable(error, config_name, overrides) from None
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         if many or isinstance(error, UserError) or error is job.error:
             raise
         raise readable(error, config_name, overrides) from None  # Hydra's own, for logger=null and its kind
@@ -110,6 +111,14 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
     finally:
         sys.argv = before
     return 0
+
+
+def _check_words(overrides: list[str]) -> None:
+    """A UserError for a word that gives a value to no key, which Hydra asserts is none."""
+    for word in overrides:
+        key = word.partition("=")[0].lstrip("+~").partition("@")[0]
+        if not key.strip() or key.startswith("/"):
+            raise UserError(f"bad override: got '{word}', expected KEY=VALUE; `--help` shows the keys")
 
 
 def keys_with_comments(config_name: str) -> str:
@@ -199,10 +208,11 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
     if config_name.startswith("train_"):
         register_defaults()
+    _check_words(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
         try:
             return hydra_compose(config_name, overrides)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:  # the last two for trainer=null and its kind
             raise readable(error, config_name, overrides) from None
 
 

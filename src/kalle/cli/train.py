@@ -98,15 +98,16 @@ def training_config(config: DictConfig) -> FlowVAETrainingConfig | LMTrainingCon
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     from kalle.cli.hydra_entry import readable
 
-    missing = sorted(OmegaConf.missing_keys(config), key=lambda name: (name.count("."), name))
-    if missing:
-        raise UserError(f"no value for {', '.join(missing)}: expected a folder; add {missing[0]}=DIR to the command")
     try:
+        missing = sorted(OmegaConf.missing_keys(config), key=lambda name: (name.count("."), name))
+        if missing:
+            raise UserError(f"no value for {', '.join(missing)}: expected a folder; add {missing[0]}=DIR to the command")
         built: FlowVAETrainingConfig | LMTrainingConfig = instantiate(config, _convert_="all")
-    except InstantiationException as error:
+    except (InstantiationException, OmegaConfBaseException) as error:
         stage = "lm" if "lm" in config else "flowvae"
         raise readable(error, f"train_{stage}", []) from None
     return built
