@@ -104,3 +104,10 @@ def test_a_corpus_is_encoded_from_python(toy_weights: Path, toy_corpus: Path, tm
     assert info == read_info(tmp_path / "latents")
     assert set(info["splits"]) == {"train", "valid"}
     assert counts[-1] == (15, 15)
+
+
+def test_latents_never_go_into_the_corpus_itself(toy_weights: Path, toy_corpus: Path) -> None:
+    before = sorted(toy_corpus.iterdir())
+    with pytest.raises(UserError, match="the corpus itself"):
+        encode(EncodingConfig(flowvae=toy_weights, corpus=toy_corpus, out=toy_corpus / ".." / toy_corpus.name))
+    assert sorted(toy_corpus.iterdir()) == before

@@ -488,6 +488,8 @@ def encode(config: EncodingConfig, report: CountProgress | None = None) -> dict[
     yet; a UserError for a folder that is no corpus or has no Flow-VAE.
     """
     share = share_of_process(config.rank, config.world_size)
+    if Path(config.out).resolve() == Path(config.corpus).resolve():
+        raise UserError(f"out: got the corpus itself, '{config.out}', expected a folder for the latents alone; choose another")
     flowvae = FlowVAE.from_pretrained(config.flowvae, device=rank_device(config.device))
     splits = {split: load_cuts(config.corpus, split) for split in config.splits}
     encoder = CorpusEncoder(flowvae, config.options, SpeakerMel() if config.options.speaker_mels else None)
