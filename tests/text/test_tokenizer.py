@@ -85,6 +85,20 @@ def test_a_vocabulary_without_the_tokens_of_kalle_is_refused(tmp_path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_a_vocabulary_that_cannot_hold_a_text_is_one_line(tmp_path) -> None:
+    BYTES.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["unk_token"] = "none"
+    del content["model"]["vocab"]["a"]
+    path.write_text(json.dumps(content))
+    damaged = Tokenizer.load(tmp_path)
+    assert damaged.encode("b")[1:] == BYTES.encode("b")[1:]
+    with pytest.raises(UserError, match="cannot read the text") as caught:
+        damaged.encode("a")
+    assert "\n" not in str(caught.value)
+
+
 SPECIALS = [264, 261]
 
 

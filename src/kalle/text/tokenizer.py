@@ -101,12 +101,7 @@ class Tokenizer:
         except UserError:
             raise
         except BaseException as error:
-            # The Rust side raises bare Exception, and its panics are not even that.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise UserError(
-                f"not a tokenizer: '{path}' ({(str(error).splitlines() or [type(error).__name__])[0]}); fetch or write it again"
-            ) from None
+            raise UserError(f"not a tokenizer: '{path}' ({_problem(error)}); fetch or write it again") from None
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -148,11 +143,22 @@ class Tokenizer:
                 f"the text is not valid Unicode: got half of a surrogate pair at character {error.start}, "
                 "expected text that UTF-8 can hold; read the file with its own encoding"
             ) from None
-        return [self.special(BOS), *self._backend.encode(text, add_special_tokens=False).ids]
+        try:
+            return [self.special(BOS), *self._backend.encode(text, add_special_tokens=False).ids]
+        except BaseException as error:
+            problem = _problem(error)
+        raise UserError(f"the tokenizer cannot read the text ({problem}); use the tokenizer folder of the weights as it was released")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens left out."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+
+def _problem(error: BaseException) -> str:
+    """In one line, what the Rust side says: it raises bare Exception, and its panics are not even that; an interrupt is raised again."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def special_token(name: str) -> AddedToken:
