@@ -219,6 +219,35 @@ def test_a_table_in_doubt_is_refused_and_shown(tmp_path: Path, content: str) -> 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text,speaker\nHello there.,anna\nAnother one.,bert\n",
+        "sentence\tspk\nHello there.\tanna\n",
+        "text,notes\nHello there.,none\n",
+        "text,clipping\nHello there.,0.wav\n",
+        "speaker|language\nanna|en\n",
+    ],
+)
+def test_a_header_without_a_column_of_recordings_is_refused_and_shown(tmp_path: Path, content: str) -> None:
+    touch(tmp_path / "0.wav")
+    (tmp_path / "list.csv").write_text(content)
+    with pytest.raises(
+        UserError, match=r"no audio column in .*: got the columns \w+, \w+ \(line 1: 1='.*; line 2: 1='.*name one of them audio"
+    ) as caught:
+        read_csv_corpus(tmp_path / "list.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_the_name_of_a_column_is_no_header(tmp_path: Path) -> None:
+    for name in "01":
+        touch(tmp_path / f"{name}.wav")
+    (tmp_path / "list.csv").write_text("0|sentence\n1|words\n")
+    assert [item.text for item in read_csv_corpus(tmp_path / "list.csv").items] == ["sentence", "words"]
+    (tmp_path / "list.csv").write_text("gone|sentence\n1|words\n")
+    assert [item.text for item in read_csv_corpus(tmp_path / "list.csv").items] == ["sentence", "words"]
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("0.wav|anna|en|Text in the fourth.\n1.wav|bert|en|Another | text.\n")
     source = read_csv_corpus(tmp_path / "list.csv", columns=["audio", "speaker", "-", "text"])

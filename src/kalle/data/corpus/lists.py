@@ -263,16 +263,19 @@ def read_csv_corpus(
     rows = _rows(content, delimiter)
     if not rows:
         raise UserError(f"no lines in '{path}': every cell is empty, expected audio|text; fill it")
+    all_rows = rows
     if columns:
         names: Sequence[str] = _given(columns)
     else:
-        header = _header(rows[0][1])
+        header = _header(rows[0][1]) or _header_without_audio(path, rows)
         names = header or _columns(path, rows)
         rows = rows[1:] if header else rows
     for kind in ("audio", "text"):
         if kind not in names:
-            got = _shown(delimiter.join(rows[0][1] if columns else names or rows[0][1]), 200)
-            raise UserError(f"no {kind} column in '{path}': got the columns {got}; name one of them {kind}, or set columns")
+            got = _shown(", ".join(names), 200)
+            raise UserError(
+                f"no {kind} column in '{path}': got the columns {got} ({_first(all_rows)}); name one of them {kind}, or set columns"
+            )
     items: list[SourceItem] = []
     rejected: list[Rejection] = []
     for number, cells in rows:
@@ -314,9 +317,8 @@ def _delimiter(path: Path, content: str) -> str:
 
 
 def _header(cells: Sequence[str]) -> list[str] | None:
-    """The kind of each column, its own name where that is none of `COLUMNS`; None when the row is no header."""
-    names = ["_".join(cell.strip().lower().replace("-", " ").split()) for cell in cells]
-    kinds = [next((kind for kind, known in COLUMNS.items() if name in known), name) for name in names]
+    """The kind of each column, its own name where that is none of `COLUMNS`; None when the row is no header with audio."""
+    names, kinds = _kinds(cells)
     # Of two columns for one thing the better name counts.
     for kind in COLUMNS.keys() & {kind for kind in kinds if kinds.count(kind) > 1}:
         best = min((at for at, other in enumerate(kinds) if other == kind), key=lambda at: COLUMNS[kind].index(names[at]))
@@ -324,6 +326,26 @@ def _header(cells: Sequence[str]) -> list[str] | None:
     if "id" in kinds and "audio" not in kinds and "text" in kinds:
         kinds[kinds.index("id")] = "audio"
     return kinds if "audio" in kinds else None
+
+
+def _kinds(cells: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The cells as names, and the kind of each, the name itself where it is none of `COLUMNS`."""
+    names = ["_".join(cell.strip().lower().replace("-", " ").split()) for cell in cells]
+    return names, [next((kind for kind, known in COLUMNS.items() if name in known), name) for name in names]
+
+
+def _header_without_audio(path: Path, rows: Sequence[tuple[int, list[str]]]) -> list[str] | None:
+    """The kinds of a first row that names columns but none with recordings; None where it may be a row like the others.
+
+    One known name may be the text of a recording: then none of the first rows begins with a file.
+    """
+    cells = rows[0][1]
+    kinds = _kinds(cells)[1]
+    known = set(kinds) & COLUMNS.keys()
+    if not known or any(is_file(_located(path, cell.strip())) for cell in cells if cell.strip()):
+        return None
+    begins = any(is_file(_located(path, row[0].strip())) for _, row in rows[:_LOOKED_AT] if row and row[0].strip())
+    return None if len(known) == 1 and begins else kinds
 
 
 def _given(columns: Sequence[str]) -> list[str]:
@@ -344,13 +366,18 @@ def _columns(path: Path, rows: Sequence[tuple[int, list[str]]]) -> list[str]:
     looked_at = [cells for _, cells in rows[:_LOOKED_AT] if len(cells) == width]
     if width == 3 and uneven <= _MOST_UNEVEN and sum(map(_alike, looked_at)) > len(looked_at) / 2:
         return ["audio", "text", "text_normalized (not used)"]
-    shown = "; ".join(
+    counts = " or ".join(str(count) for count in sorted(widths))
+    raise UserError(
+        f"columns in doubt in '{path}': got {counts} of them without a header ({_first(rows)}), "
+        "expected audio and text; set columns, such as audio,speaker,text, or write a header line"
+    )
+
+
+def _first(rows: Sequence[tuple[int, list[str]]]) -> str:
+    """The first rows as they are understood, for a message."""
+    return "; ".join(
         f"line {number}: " + ", ".join(f"{at}='{_shown(cell, 40)}'" for at, cell in enumerate(cells, 1))
         for number, cells in rows[:_SHOWN_ROWS]
-    )
-    raise UserError(
-        f"columns in doubt in '{path}': got {' or '.join(str(count) for count in sorted(widths))} of them without a header ({shown}), "
-        "expected audio and text; set columns, such as audio,speaker,text, or write a header line"
     )
 
 
