@@ -146,9 +146,12 @@ def test_arguments_default_to_the_process_s(command, monkeypatch) -> None:
 
 
 def test_usage_errors_of_typer_are_one_line(capsys) -> None:
-    for words in (["say", "--no-such-option"], ["say", "--seed", "x"], ["convert", "nonsense"], ["prepare", "nonsense"]):
+    unfinished = ["data", "retranscribe", "x"]
+    for words in (["say", "--no-such-option"], ["say", "--seed", "x"], ["convert", "nonsense"], ["prepare", "nonsense"], unfinished):
         assert main(words) == 2, words
-        assert one_line(capsys).endswith("see --help")
+        line = one_line(capsys)
+        assert line.endswith("; see --help")
+        assert ".;" not in line
 
 
 @pytest.mark.parametrize("name", ["voices", "convert", "bench", "prepare"])

@@ -213,7 +213,7 @@ def _fail_usage(error: Exception) -> int:
         sys.stderr.write(f"{error.format_message()}\n")  # type: ignore[attr-defined]
         return USAGE_ERROR
     if callable(getattr(error, "format_message", None)):
-        return _fail(f"{error.format_message()}; see --help", getattr(error, "exit_code", USAGE_ERROR))  # type: ignore[attr-defined]
+        return _fail(f"{error.format_message().rstrip('.')}; see --help", getattr(error, "exit_code", USAGE_ERROR))  # type: ignore[attr-defined]
     raise error
 
 
