@@ -421,9 +421,11 @@ def check_fields(config: Any, key: str) -> None:
     for name in (field.name for field in dataclasses.fields(config)):
         hint, value = hints[name], getattr(config, name)
         choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        path = f"{key}.{name}" if key else name
         if not any(_fits(value, choice) for choice in choices):
-            path, expected = f"{key}.{name}" if key else name, " or ".join(map(_spoken, choices))
-            raise UserError(f"{path}: got {value!r}, expected {expected}; correct it")
+            raise UserError(f"{path}: got {value!r}, expected {' or '.join(map(_spoken, choices))}; correct it")
+        if value == "" and Path in choices:  # which would mean the current folder
+            raise UserError(f"{path}: got an empty text, expected a path; give one, as {path}=DIR")
 
 
 def check_sizes(config: Any, key: str, most: int = 2**16, **other: int) -> None:
@@ -459,7 +461,7 @@ def _spoken(hint: Any) -> str:
         return f"a list, each {_spoken(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path", type(None): "null"}
     return names.get(hint, "an object {...}")
 
 

@@ -44,7 +44,7 @@ def test_hydra_s_plain_errors_are_mistakes_and_the_job_s_are_bugs() -> None:
         raise ValueError("a bug")
 
     words = ["out=o", "data.latents=l"]
-    with pytest.raises(UserError, match="Config group override must be a string or a list"):
+    with pytest.raises(UserError, match=r"^lm: got 'null', expected one of base, full, "):
         hydra_entry.run_hydra(bug, "train_lm", [*words, "lm=null"])
     with pytest.raises(ValueError, match="a bug") as caught:
         hydra_entry.run_hydra(bug, "train_lm", words)
@@ -59,3 +59,60 @@ def test_a_value_that_hydra_asserts_or_resolves_too_late_is_one_line(word: str) 
         training_config(compose("train_lm", ["data.latents=l", "tokenizer=bytes", *(["out=o"] if "out" not in word[:4] else []), word]))
     assert "\n" not in str(caught.value)
     assert "assert" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "word", "message"),
+    [
+        ("train_lm", "lm=nope", "lm: got 'nope', expected one of base, full, full_speaker, nano, nano_speaker, small; correct it"),
+        ("train_lm", "lm=", "lm: got '', expected one of base, full,"),
+        ("train_lm", "lm=[base,nope]", "lm: got 'nope', expected one of base, full,"),
+        ("train_lm", "experiment=a/b", "experiment: got 'a/b', expected one of lora,"),
+        ("train_lm", "hydra/launcher=nope", "hydra/launcher: got 'nope', expected one of basic"),
+        ("evaluate", "testset=nope", "testset: got 'nope', expected one of asterisk, list"),
+        ("evaluate", "metrics=[]", "metrics: got [], expected an object {...}; set one key in it, as metrics.KEY=VALUE"),
+        ("train_lm", "optimizer=[]", "optimizer: got [], expected an object {...}; set one key in it, as optimizer.KEY=VALUE"),
+        ("evaluate", "synthesis.seeds={a:1}", "synthesis.seeds: got {a:1}, expected a list [...]; correct it"),
+    ],
+)
+def test_a_wrong_choice_or_type_names_the_right_ones_and_no_folder(config: str, word: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(config, [word])
+    assert str(caught.value).startswith(message)
+    assert "search path" not in str(caught.value)
+    assert str(configs_dir()) not in str(caught.value)
+
+
+EVALUATE = ["kind=wavs", "wavs=w", "testset.path=t", "out=o"]
+ENCODE = ["flowvae.folder=f", "corpus=c", "out=o"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "message"),
+    [
+        ("evaluate", [*EVALUATE, "metrics=3"], "metrics: got 3, expected an object"),
+        ("evaluate", [*EVALUATE, "metrics.wer=3"], "metrics.wer: got 3, expected an object"),
+        ("evaluate", [*EVALUATE, "reconstruction=3"], "reconstruction: got 3, expected an object"),
+        ("evaluate", [*EVALUATE, "synthesis=3"], "synthesis: got 3, expected an object"),
+        ("evaluate", [*EVALUATE, "+reconstruction.foo=3"], "got 'reconstruction.foo', expected one of: reconstruction.sample, "),
+        ("evaluate", [*EVALUATE, "+foo=3"], "got 'foo', expected one of: "),
+        ("evaluate", [*EVALUATE, "out="], "out: got '', expected a path"),
+        ("evaluate", [*EVALUATE, "out=[]"], "out: got [], expected a path"),
+        ("encode", [*ENCODE, "join=3"], "join: got 3, expected an object"),
+        ("encode", [*ENCODE, "+x=3"], "got 'x', expected one of: "),
+        ("encode", [*ENCODE, "+join.x=3"], "got 'join.x', expected one of: join."),
+        ("encode", [*ENCODE, "~flowvae.folder"], "no value for flowvae: expected one in the command"),
+        ("encode", [*ENCODE, "out="], "out: got an empty text, expected a path; give one, as out=DIR"),
+        ("train_lm", ["data.latents=l", "tokenizer=bytes", "out="], "out: got an empty text, expected a path; give one, as out=DIR"),
+    ],
+)
+def test_values_that_fit_no_dataclass_are_one_line(config: str, words: list[str], message: str) -> None:
+    from kalle.cli.encode import encoding_config
+    from kalle.cli.evaluate import filled_config
+    from kalle.cli.train import training_config
+
+    build = {"evaluate": filled_config, "encode": encoding_config, "train_lm": training_config}[config]
+    with pytest.raises(UserError) as caught:
+        build(compose(config, words))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

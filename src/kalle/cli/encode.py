@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +56,16 @@ def encoding_config(config: DictConfig) -> EncodingConfig:
     """The dataclass that ``config`` describes; a UserError for a missing value or one of the wrong type."""
     from omegaconf import OmegaConf
 
+    from kalle.cli.hydra_entry import part
     from kalle.data.latents.encode import EncodeConfig, EncodingConfig, JoinConfig
 
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"kalle encode: no value for {', '.join(missing)}, expected flowvae=DIR corpus=DIR out=DIR; add {missing[0]}=DIR")
     values: Any = OmegaConf.to_container(config, resolve=True)
-    own = {name: values.pop(name) for name in ("corpus", "out", "splits", "device", "rank", "world_size")}
-    flowvae, join = values.pop("flowvae")["folder"], JoinConfig(**values.pop("join"))
-    return EncodingConfig(flowvae=flowvae, options=EncodeConfig(join=join, **values), **own)
+    names = {field.name for field in dataclasses.fields(EncodingConfig)} - {"flowvae", "options"}
+    own = {name: values.pop(name) for name in names & values.keys()}
+    flowvae, join = values.pop("flowvae", {}), part(JoinConfig, values.pop("join", {}), "join")
+    if isinstance(flowvae, dict) and "folder" in flowvae:
+        own["flowvae"] = flowvae["folder"]
+    return part(EncodingConfig, own | {"options": part(EncodeConfig, values | {"join": join})})

@@ -59,6 +59,7 @@ def filled_config(config: DictConfig) -> EvaluateConfig:
     """The dataclass that ``config`` describes. UserError for a value that is missing or not allowed."""
     from omegaconf import OmegaConf
 
+    from kalle.cli.hydra_entry import part
     from kalle.errors import UserError
     from kalle.evaluation import EvaluateConfig, ReconstructionConfig, TestListConfig
 
@@ -66,20 +67,31 @@ def filled_config(config: DictConfig) -> EvaluateConfig:
     if missing:
         raise UserError(f"kalle evaluate: no value for {', '.join(missing)}, expected kind=, testset= and out=; add {missing[0]}=VALUE")
     values: Any = OmegaConf.to_container(config, resolve=True)
-    nodes = values.pop("metrics")
-    testset, reconstruction = TestListConfig(**values.pop("testset")), ReconstructionConfig(**values.pop("reconstruction"))
-    synthesis = _speaking(values.pop("synthesis"))
-    metrics = partial(build_metrics, nodes)
-    return EvaluateConfig(testset=testset, reconstruction=reconstruction, synthesis=synthesis, metrics=metrics, **values)
+    nodes = values.pop("metrics", {})
+    if not isinstance(nodes, dict):
+        raise UserError(f"metrics: got {nodes}, expected an object {{...}}; take one out with ~metrics.NAME")
+    for name, node in nodes.items():
+        if not isinstance(node, dict | None):
+            raise UserError(f"metrics.{name}: got {node}, expected an object {{...}} or null; take it out with ~metrics.{name}")
+    parts: dict[str, Any] = {
+        "testset": part(TestListConfig, values.pop("testset", {}), "testset"),
+        "reconstruction": part(ReconstructionConfig, values.pop("reconstruction", {}), "reconstruction"),
+        "synthesis": _speaking(values.pop("synthesis", {})),
+        "metrics": partial(build_metrics, nodes),
+    }
+    return part(EvaluateConfig, values | parts)
 
 
 def _speaking(values: dict[str, Any]) -> SpeakingConfig:
     """The part ``synthesis``: what it does not know itself is a generation option."""
+    from kalle.cli.hydra_entry import part
     from kalle.evaluation import SpeakingConfig
     from kalle.synthesis.options import GenerationOptions
 
-    own = {field.name for field in dataclasses.fields(SpeakingConfig)} & values.keys()
-    options = GenerationOptions().changed(**{name: value for name, value in values.items() if name not in own})
+    if not isinstance(values, dict):
+        return part(SpeakingConfig, values, "synthesis")  # refuses it
+    own = ({field.name for field in dataclasses.fields(SpeakingConfig)} - {"options"}) & values.keys()
+    options = GenerationOptions().changed(**{str(name): value for name, value in values.items() if name not in own})
     return SpeakingConfig(options=options, **{name: values[name] for name in own})
 
 

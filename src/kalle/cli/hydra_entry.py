@@ -9,14 +9,16 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+Part = TypeVar("Part")
 
 
 def configs_dir() -> Path:
@@ -199,6 +201,36 @@ def _errors_propagate() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+def part(cls: type[Part], values: Any, key: str = "") -> Part:
+    """``cls``, a dataclass, with ``values`` for its fields; ``key`` is what the configuration calls it, empty for the whole.
+
+    UserError for values that are no object, for one that it has no field for, and for a field without a value.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    if not isinstance(values, dict):
+        raise _no_object(key, values)
+    names = {str(name): f"{key}.{name}" if key else str(name) for name in [*fields, *values]}
+    unknown = [names[str(name)] for name in values if name not in fields]
+    if unknown:
+        raise UserError(
+            f"unknown configuration key: got '{unknown[0]}', expected one of: {', '.join(names[name] for name in fields)}; correct it"
+        )
+    none = dataclasses.MISSING
+    needed = [names[name] for name, field in fields.items() if field.default is none and field.default_factory is none]
+    missing = [name for name in needed if name.removeprefix(f"{key}.") not in values]
+    if missing:
+        raise UserError(f"no value for {', '.join(missing)}: expected one in the command; add {missing[0]}=…")
+    return cls(**values)
+
+
+def _no_object(key: str, got: Any) -> UserError:
+    return UserError(f"{key}: got {got}, expected an object {{...}}; set one key in it, as {key}.KEY=VALUE")
+
+
+def _no_list(key: str, got: Any) -> UserError:
+    return UserError(f"{key}: got {got}, expected a list [...]; correct it")
+
+
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """Compose a configuration without running anything."""
     from hydra import compose as hydra_compose
@@ -228,6 +260,17 @@ def readable(error: Exception, config_name: str, overrides: list[str]) -> Except
         return UserError(
             f"unknown configuration key: got '{key[1]}', expected one of: {_valid(config_name, key[1], overrides)}; correct it"
         )
+    if "Config group override must be" in text:
+        for key, _, value in (word.lstrip("+").partition("=") for word in overrides):
+            if (names := _choices(key)) and value not in names:
+                return _unknown_choice(f"{key}/{value}", "")
+    choice = re.search(r"Could not (?:find|load) '([^']+)'", text)
+    if choice is not None:
+        return _unknown_choice(choice[1], text)
+    merged = re.search(r"Cannot merge \w+ with \w+\s+full_key: (\S+)\s+object_type=(\w+)", text)
+    if merged is not None:
+        given = next((word.partition("=")[2] for word in overrides if word.lstrip("+").startswith(f"{merged[1]}=")), "another type")
+        return _no_list(merged[1], given) if merged[2] == "list" else _no_object(merged[1], given)
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing is not None:
         return UserError(f"no value for {missing[1]}: expected one in the command; add {missing[1]}=…")
@@ -245,6 +288,27 @@ def readable(error: Exception, config_name: str, overrides: list[str]) -> Except
         part = path or re.search(r"target '([^']+)'", str(error))
         return UserError(f"configuration {config_name}: {part[1] if part else 'a part'} refuses its values: {last}; correct them")
     return UserError(f"configuration {config_name}: {' '.join(str(error).split())}; see `--cfg job` for the whole configuration")
+
+
+def _unknown_choice(path: str, text: str) -> UserError:
+    """``path`` is GROUP/NAME, for which Hydra found no file; ``text`` is its message, which may list the names that there are."""
+    listed = re.search(r"Available options in '([^']+)':\n((?:\t.*\n?)+)", text)
+    group = listed[1] if listed else path.partition("/")[0]
+    names = listed[2].split() if listed else _choices(group)
+    name = path.removeprefix(group).removeprefix("/")
+    if not names:
+        return UserError(f"no configuration: got '{path}', expected a file of that name in the configuration folder; correct the command")
+    return UserError(f"{group}: got '{name}', expected one of {', '.join(names)}; correct it")
+
+
+def _choices(group: str) -> list[str]:
+    """The names of ``group``, in the configuration folder and among the defaults of the dataclasses."""
+    from hydra.core.config_store import ConfigStore
+
+    with suppress(OSError):
+        stored = ConfigStore.instance().list(group)
+        return sorted({name.removesuffix(".yaml") for name in stored} | {file.stem for file in (configs_dir() / group).glob("*.yaml")})
+    return sorted(file.stem for file in (configs_dir() / group).glob("*.yaml"))
 
 
 def _unknown(key: str, config_name: str, overrides: list[str]) -> UserError:

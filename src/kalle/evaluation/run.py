@@ -84,6 +84,9 @@ class EvaluateConfig(Settings):
     the guard ``if __name__ == "__main__"``, for they are started anew."""
 
     def __post_init__(self) -> None:
+        for name, given in (("out", self.out), ("model", self.model), ("wavs", self.wavs)):
+            if given == "" or not isinstance(given, str | Path | None) or (given is None and name == "out"):
+                raise UserError(f"{name}: got {given!r}, expected a path; give one, as {name}=DIR")
         for name, choices in (("kind", get_args(Kind)), ("resume", get_args(Resume)), ("resampling", get_args(Resampling))):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name}: got '{getattr(self, name)}', expected one of {', '.join(choices)}; correct it")
