@@ -128,6 +128,23 @@ def test_resume_from_something_else(content: object, lm_overrides: list[str], tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_with_the_name_of_a_checkpoint_is_never_read(lm_overrides: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+    """Neither one of ours in ``resume=auto`` nor Lightning's own, which it would read by itself under SLURM."""
+    opened: list[object] = []
+    monkeypatch.setattr("pickle.load", lambda *arguments, **more: opened.append(arguments))
+    for path, message in (
+        (step_path(tmp_path / "a" / "checkpoints", 10), "(a folder, and only a file is safe to read)"),
+        (tmp_path / "b" / "hpc_ckpt_1.ckpt", "move it away, or choose out=NEW"),
+    ):
+        path.mkdir(parents=True)
+        (path / ".metadata").write_bytes(b"cbuiltins\nexit\n(tR.")
+        out = path.parents[1] if path.parent.name == "checkpoints" else path.parent
+        error = refused("lm", lm_overrides, out, capsys)
+        assert message in error
+        assert path.name in error
+    assert not opened
+
+
 def test_help_says_what_can_be_trained(capsys) -> None:
     for word in ("--help", "-h"):
         assert main(["train", word]) == 0

@@ -166,6 +166,20 @@ def resume_path(resume: str, folder: Path) -> Path | None:
     return path
 
 
+def check_no_foreign_checkpoint(out: Path) -> None:
+    """A UserError when ``out`` holds what Lightning, under SLURM, takes for a checkpoint of its own and reads before anything of ours.
+
+    Lightning looks for hpc_ckpt_ in the names there when a run begins from its first step, and nothing verifies such a file; a folder
+    may have a pickle for metadata.
+    """
+    found = sorted(out.glob("*hpc_ckpt_*"))
+    if found:
+        raise UserError(
+            f"not a checkpoint of ours: got '{found[0]}', which Lightning would read under SLURM; expected none in the folder of a run; "
+            "move it away, or choose out=NEW"
+        )
+
+
 def _newest_whole(folder: Path) -> Path | None:
     last = folder / LAST
     # A last.ckpt that is no link comes from a version that kept only this one, so everything with a step in its name is newer.

@@ -30,7 +30,15 @@ from kalle.errors import UserError
 from kalle.extras import cpu_name
 from kalle.files import folder_lock, output_folder, write_atomic
 from kalle.training.callbacks import EMA, LogTail, RunProgress, StepSeeds, build_loggers
-from kalle.training.checkpointing import LastCheckpoint, Preempted, check_checkpoint, resume_path, saved_log_step, step_of
+from kalle.training.checkpointing import (
+    LastCheckpoint,
+    Preempted,
+    check_checkpoint,
+    check_no_foreign_checkpoint,
+    resume_path,
+    saved_log_step,
+    step_of,
+)
 from kalle.training.config import TrainingConfig, plain_values, precision_of
 from kalle.training.distributed import FSDP, process_count, sharded_strategy, started_ranks
 from kalle.training.optimisation import parameter_counts
@@ -114,6 +122,7 @@ def _fit(
     strategy: str | Strategy,
 ) -> TrainingResult:
     out, device, precision = Path(config.out), resolve_device(config.device), precision_of(config)
+    check_no_foreign_checkpoint(out)
     values, checkpoint = plain_values(config), resume_path(config.resume, out / CHECKPOINTS_FOLDER)
     if checkpoint is not None:
         check_checkpoint(checkpoint, module)
