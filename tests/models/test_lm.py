@@ -254,3 +254,10 @@ def test_wrong_configurations_say_what_is_valid(tmp_path, change, words):
 def test_a_configuration_without_backbone_is_refused():
     with pytest.raises(UserError, match="'backbone' is missing"):
         KalleLMConfig.from_dict({"latent_dim": 4})
+
+
+@pytest.mark.parametrize("dimensions", [-1, 0, 10**9])
+def test_a_latent_of_an_impossible_size_is_refused_from_the_configuration(dimensions: int, toy_lm_config: KalleLMConfig) -> None:
+    values = toy_lm_config.to_dict() | {"latent_dim": dimensions}
+    with pytest.raises(UserError, match=r"lm.latent_dim: got -?\d+, expected whole numbers from 1 to"):
+        KalleLMConfig.from_dict(values)

@@ -11,7 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kalle.checkpoint import CONFIG_NAME, dataclass_from_dict, load_module, part_folder, read_json, read_weights, resolve_device, save_part
+from kalle.checkpoint import (
+    CONFIG_NAME,
+    check_sizes,
+    dataclass_from_dict,
+    load_module,
+    part_folder,
+    read_json,
+    read_weights,
+    resolve_device,
+    save_part,
+)
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.backbone import Backbone, BackboneConfig
@@ -47,6 +57,7 @@ class KalleLMConfig:
     """One more output at every position, the logit that the frame after it is the end (MELLE, arXiv 2407.08551)."""
 
     def __post_init__(self) -> None:
+        check_sizes(self, "lm")
         BackboneConfig.of(self.backbone)
 
     def to_dict(self) -> dict[str, Any]:
