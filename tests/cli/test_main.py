@@ -154,6 +154,14 @@ def test_usage_errors_of_typer_are_one_line(capsys) -> None:
         assert ".;" not in line
 
 
+@pytest.mark.parametrize(
+    "words", [["prepare", "csv", "x.csv", "--out", ""], ["prepare", "csv", "x.csv", "--out="], ["say", "hi", "-o", ""]]
+)
+def test_an_empty_place_to_write_to_is_not_the_current_folder(words: list[str], capsys) -> None:
+    assert main(words) == 2
+    assert "got an empty text, expected a path" in one_line(capsys)
+
+
 @pytest.mark.parametrize("name", ["voices", "convert", "bench", "prepare"])
 def test_a_group_without_a_command_prints_its_help(name: str, capsys) -> None:
     assert main([name]) == 2

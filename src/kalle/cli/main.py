@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import importlib
 import io
+import itertools
 import logging
 import os
 import sys
@@ -101,6 +102,9 @@ def dispatch(arguments: Sequence[str]) -> int:
     name, rest = arguments[0], list(arguments[1:])
     if name in HYDRA_COMMANDS:
         return int(importlib.import_module(f"kalle.cli.{name}").run(rest))
+    for option in ("--out", "--output", "-o"):
+        if (option, "") in itertools.pairwise(rest) or f"{option}=" in rest:  # which would mean the current folder
+            raise UserError(f"{option}: got an empty text, expected a path; give one, as {option} PATH")
     return _run_typer(name, rest)
 
 
