@@ -115,7 +115,7 @@ def _beginning(path: Path) -> bytes:
         with path.open("rb") as file:
             start = file.read(max(map(len, _PLAIN_BEGINNINGS)))
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # nothing that the file could help
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG):  # a disk that fails ends the run
             raise
         problem = f"cannot read '{path}': {error.strerror}, expected a file that you may read; change its permissions"
         raise AudioError(problem, "unreadable") from None

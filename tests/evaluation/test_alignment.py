@@ -75,6 +75,8 @@ def test_what_cannot_be_aligned_is_said(aligner: WordAligner, monkeypatch: pytes
         aligner(np.zeros(31 * 16000, np.float32), 16000, TEXT, "en")
     with pytest.raises(UserError, match="English only"):
         aligner.check("zh")
+    with pytest.raises(UserError, match=r"'ga'.*does not know"):
+        WordAligner().check("ga")
     monkeypatch.setattr(asr, "_installed_folders", lambda packaged: None)
     with pytest.raises(UserError, match="pip install"):
         WordAligner().check("en")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +153,9 @@ def test_torch_takes_over_and_says_so(broken, monkeypatch, caplog):
         assert inference.fused_activation.__wrapped__() is None
     (record,) = caplog.records
     assert "by torch" in record.message
+
+
+def test_a_numba_that_does_not_compile_is_left_to_torch(tmp_path: Path) -> None:
+    """Its errors have no common base; compiling switched off raises one of them."""
+    code = "from kalle.models.flowvae.inference import fused_activation; assert fused_activation() is None"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"NUMBA_DISABLE_JIT": "1", "NUMBA_CACHE_DIR": str(tmp_path)})

@@ -305,6 +305,19 @@ def test_several_texts_are_spoken_and_saved(page: Any, tmp_path: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_stop_ends_several_texts_and_leaves_the_page_usable(page: Any) -> None:
+    page.get_by_role("tab", name="Several texts").click()
+    page.fill("#lines textarea", "\n".join(["Hello there, said the first of them, and the second too."] * 40))
+    page.click("#speak-all")
+    page.wait_for_function("document.querySelector('#several-message').innerText.includes('of 40 spoken')")
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#several-message').innerText.includes('Stopped')")
+    page.wait_for_function("!document.querySelector('#message').innerText.includes('Stopping')")
+    assert page.is_enabled("#speak-all")
+    assert page.is_enabled("#speak")
+    assert page.locator("#several li").count() >= 1
+
+
 def test_what_was_spoken_stays_on_the_page(page: Any) -> None:
     assert not page.is_visible("#history summary")
     cap_seconds(page, 0.5)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from page_calls import Gate
+from page_calls import HI, Gate
 
 from kalle.audio import read_audio
 from kalle.serving import several
@@ -155,3 +155,42 @@ def test_a_recording_is_found_by_its_token_alone(handlers: Handlers) -> None:
     assert asyncio.run(route(Asked(job.token, 2))).path == job.spoken_texts[1].path
     for token, number in (("guess", 1), (job.token, 4), (job.token, 0)):
         assert asyncio.run(route(Asked(token, number))).status_code == 404
+
+
+def test_stopped_before_it_began_the_page_is_free_again(handlers: Handlers) -> None:
+    handlers.begin_several("a", LINES, OWN, BRIEF)
+    stopped = handlers.stop("a")
+    assert (stopped.busy, stopped.token) == (False, "")
+    (view,) = handlers.run_several("a")
+    assert (view.busy, view.table, view.archive) == (False, "", None)
+    assert "Stopped" in view.message
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_another_request_or_a_closed_page_ends_it(
+    handlers: Handlers, kalle_toy: Kalle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, leave: bool
+) -> None:
+    monkeypatch.setattr(several, "AT_ONCE", 1)
+    gate = Gate(kalle_toy, monkeypatch)
+    gate.hold(30 + 10)  # in the second text
+    handlers.begin_several("a", LINES, OWN, BRIEF)
+    job = handlers.backend.sessions.of("a")
+
+    def end() -> None:
+        gate.held.wait(600)
+        handlers.leave("a") if leave else handlers.begin("a", HI)
+        gate.go_on.set()
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    *_, last = handlers.run_several("a")
+    ending.join()
+    assert last.replaced
+    assert (last.table, last.archive) == ("", None)
+    assert not job.folder.exists()
+    assert not caplog.records, "it was taken for a mistake of ours"
+
+
+def test_what_is_done_is_let_go(handlers: Handlers) -> None:
+    _, _, job = spoken(handlers)
+    assert job.at_work == [], "every result stays in memory"

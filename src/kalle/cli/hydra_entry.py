@@ -119,7 +119,7 @@ def _check_words(overrides: list[str]) -> None:
     """A UserError for a word that gives a value to no key, which Hydra asserts is none."""
     for word in overrides:
         key = word.partition("=")[0].lstrip("+~").partition("@")[0]
-        if not key.strip() or key.startswith("/"):
+        if not key.strip():
             raise UserError(f"bad override: got '{word}', expected KEY=VALUE; `--help` shows the keys")
 
 
@@ -261,9 +261,9 @@ def readable(error: Exception, config_name: str, overrides: list[str]) -> Except
             f"unknown configuration key: got '{key[1]}', expected one of: {_valid(config_name, key[1], overrides)}; correct it"
         )
     if "Config group override must be" in text:
-        for key, _, value in (word.lstrip("+").partition("=") for word in overrides):
-            if (names := _choices(key)) and value not in names:
-                return _unknown_choice(f"{key}/{value}", "")
+        for group, _, value in (word.lstrip("+").partition("=") for word in overrides):
+            if (names := _choices(group)) and value not in names:
+                return _unknown_choice(f"{group}/{value}", "")
     choice = re.search(r"Could not (?:find|load) '([^']+)'", text)
     if choice is not None:
         return _unknown_choice(choice[1], text)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kalle.audio import Audio, resample
+from kalle.errors import UserError
 from kalle.evaluation.asr import AlignedPiece, FasterWhisper, find_asr_model
 from kalle.evaluation.metrics import RATE_HZ
 from kalle.extras import require
@@ -39,6 +40,10 @@ class WordAligner:
     def check(self, language: str) -> None:
         """UserError where no recogniser of ``language`` is installed, naming what to install."""
         require("faster_whisper", "eval", "times of words")
+        from faster_whisper.tokenizer import _LANGUAGE_CODES
+
+        if language not in _LANGUAGE_CODES:
+            raise UserError(f"no times of words in '{language}': Whisper does not know this language; leave them out")
         find_asr_model(self._model, [language])
 
     def __call__(self, audio: Audio, sample_rate: int, text: str, language: str) -> list[AlignedWord]:

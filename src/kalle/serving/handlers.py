@@ -187,6 +187,8 @@ class SeveralView:
     table: str = ""
     """HTML; the recordings of what was spoken."""
     archive: Path | None = None
+    replaced: bool = False
+    """Whether the page has another job now, whose buttons stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,10 @@ class Handlers:
     def run_several(self, session: str) -> Iterator[SeveralView]:
         """Do the session's job of several texts; one view for each that is done, nothing when there is nothing to do."""
         job = self.backend.sessions.of(session)
-        if not isinstance(job, SeveralJob) or job.begun or job.finished:
+        if not isinstance(job, SeveralJob) or job.begun:
+            return
+        if job.finished:
+            yield SeveralView(notice_html(STOPPED))
             return
         message = ""
         try:
@@ -241,6 +246,9 @@ class Handlers:
             message = error_html(UNEXPECTED)
         if not message and job.stopped:
             message = notice_html(f"Stopped: {len(job.spoken_texts)} of {len(job.texts)} spoken.")
+        if self.backend.sessions.of(session) is not job:  # its files are gone with it
+            yield SeveralView(notice_html("Stopped for another text."), replaced=True)
+            return
         table = several_html(job, lambda error: without_folders(error, self.backend.folders))
         yield SeveralView(message, False, table, job.path)
 
@@ -272,7 +280,8 @@ class Handlers:
         job = self.backend.sessions.of(session)
         if job is None or not self.backend.sessions.stop(session):
             return None
-        return View(notice_html(STOPPED), token=job.token) if job.finished else View(notice_html("Stopping…"), busy=True, token=job.token)
+        token = "" if isinstance(job, SeveralJob) else job.token
+        return View(notice_html(STOPPED), token=token) if job.finished else View(notice_html("Stopping…"), busy=True, token=token)
 
     def leave(self, session: str) -> None:
         """The page was closed."""

@@ -167,7 +167,7 @@ def _add_speech(app: FastAPI, service: Service) -> None:
             audio = await to_thread.run_sync(lambda: encode(spoken.audio, body.response_format, spoken.sample_rate, body.speed))
             headers["X-Stop-Reason"] = spoken.stop_reason
             if body.timestamps:
-                return _timed(body, spoken, audio, headers, *await service.times(body, spoken))
+                return _timed(body, spoken, audio, headers, *await service.times(body, spoken, request))
             return Response(audio, media_type=media_type, headers=headers)
         pieces = audio_of(job)
         try:
@@ -181,7 +181,7 @@ def _add_speech(app: FastAPI, service: Service) -> None:
         if not events:
             return _Streamed([content], media_type, headers)
         tokens = len(service.kalle.tokenizer.encode(body.input))
-        return _Streamed([_events(service, body, job, content, tokens), content], "text/event-stream", headers)
+        return _Streamed([_events(service, body, job, content, tokens, request), content], "text/event-stream", headers)
 
 
 def _timed(
@@ -235,13 +235,15 @@ async def _encoded(
         service.metrics.ended(job)
 
 
-async def _events(service: Service, body: SpeechBody, job: Job, content: AsyncIterator[bytes], tokens: int) -> AsyncGenerator[str, None]:
+async def _events(
+    service: Service, body: SpeechBody, job: Job, content: AsyncIterator[bytes], tokens: int, request: Request
+) -> AsyncGenerator[str, None]:
     """Server-sent events of OpenAI's shape; the last one has what else is known of the speech."""
     try:
         async for part in content:
             yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(part).decode()})
         spoken = job.speech
-        times, warnings = await service.times(body, spoken) if body.timestamps else (None, [])
+        times, warnings = await service.times(body, spoken, request) if body.timestamps else (None, [])
     except (ServingError, UserError) as error:
         yield _event(error_event(error), "error")
         return

@@ -321,7 +321,7 @@ def _wire_speech(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> 
 
 def _wire_several(handlers: Handlers, voice: VoiceParts, speech: SpeechParts) -> None:
     parts = speech.several
-    view = [parts.message, parts.table, parts.download, speech.speak, parts.speak, speech.stop]
+    view = [parts.message, parts.table, parts.download, parts.speak, speech.speak, speech.stop, speech.message]
 
     def begun(request: gr.Request, lines: str, seed: str, temperature: float, max_seconds: str, *fields: Any) -> Any:
         try:
@@ -348,8 +348,7 @@ def _shown_several(view: SeveralView) -> list[Any]:
         view.table,
         gr.DownloadButton(value=path, visible=path is not None),
         gr.Button(interactive=not view.busy),
-        gr.Button(interactive=not view.busy),
-        gr.Button(interactive=view.busy),
+        *([gr.skip()] * 3 if view.replaced else [gr.Button(interactive=not view.busy), gr.Button(interactive=view.busy), ""]),
     ]
 
 

@@ -133,10 +133,11 @@ class Service:
         except UserError as error:
             raise ApiError(400, f"no times of words: {error}; or use timestamps sentence", "timestamps", "aligner_missing") from None
 
-    async def times(self, body: SpeechBody, speech: Speech) -> tuple[list[SentenceTime], list[str]]:
+    async def times(self, body: SpeechBody, speech: Speech, request: Request) -> tuple[list[SentenceTime], list[str]]:
         """Where the sentences of ``speech`` are in the audio, in seconds after the change of speed, and their words where asked for.
 
-        The words are those that the model got, numbers in words. Also warnings: a sentence whose words cannot be placed has none.
+        The words are those that the model got, numbers in words. Also warnings: a sentence whose words cannot be placed has none. For a
+        client of ``request`` that has gone nothing more is placed.
         """
         found: list[SentenceTime] = []
         warnings: list[str] = []
@@ -144,12 +145,12 @@ class Service:
             (part.sentence.spoken, part.start_s, part.end_s, part.speech) for part in speech.parts
         ] or [(speech.text, 0.0, speech.seconds, speech)]:  # fmt: skip
             time = SentenceTime(text=text, start=_after(start_s, body.speed), end=_after(end_s, body.speed))
-            if body.timestamps == "word":
+            if body.timestamps == "word" and not await request.is_disconnected():
                 # A sentence at a time, so that those of other requests come between.
                 work = partial(self._align, spoken.audio, spoken.sample_rate, _plain(spoken.text), self._language(body, body.input))
                 try:
                     heard = await self.in_thread(work, self._align_work)
-                except UserError as error:
+                except (UserError, RuntimeError, ValueError) as error:  # CTranslate2 has its own limits of a text
                     warnings.append(f"sentence {len(found) + 1} has no times of words: {error}")
                 else:
                     time.words = [

@@ -108,18 +108,23 @@ def speak_several(backend: Backend, job: SeveralJob) -> Iterator[SpokenText]:
                     spoken = str(error)
                 else:
                     job.at_work.append(submitted)
+                    if job.stopped:  # in between, when it was not in the list yet
+                        submitted.cancel()
                 left.popleft()
                 working.append((number, text, spoken))
             if not working:
                 continue
             result = _result(job, *working.popleft())
+            job.at_work = [each for each in job.at_work if not each.finished]  # a result is large, and is in its file
             if result is not None:
                 job.spoken_texts.append(result)
                 yield result
-        job.path = _archive(job)
+        if not job.abandoned:
+            job.path = _archive(job)
     finally:
-        for spoken in job.at_work:
-            spoken.cancel()
+        for working_job in job.at_work:
+            working_job.cancel()
+        job.at_work = []
         job.finish()
         if job.abandoned:
             job.remove()

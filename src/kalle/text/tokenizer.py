@@ -143,8 +143,9 @@ class Tokenizer:
                 f"the text is not valid Unicode: got half of a surrogate pair at character {error.start}, "
                 "expected text that UTF-8 can hold; read the file with its own encoding"
             ) from None
+        begin = self.special(BOS)
         try:
-            return [self.special(BOS), *self._backend.encode(text, add_special_tokens=False).ids]
+            return [begin, *self._backend.encode(text, add_special_tokens=False).ids]
         except BaseException as error:
             problem = _problem(error)
         raise UserError(f"the tokenizer cannot read the text ({problem}); use the tokenizer folder of the weights as it was released")

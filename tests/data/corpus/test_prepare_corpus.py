@@ -345,3 +345,14 @@ def test_split_by_text_when_the_source_names_none(tmp_path: Path) -> None:
     where = {cut.id: split for split in ("train", "valid", "test") for cut in load_cuts(tmp_path / "out", split)}
     assert len(set(where.values())) > 1
     assert all(where[f"item{i}"] == where[f"item{i + 1}"] for i in range(0, 12, 2))
+
+
+def test_a_file_that_may_be_read_at_last_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size and times are as before, only its permissions are not."""
+    soundfile.write(tmp_path / "a.wav", speech(), 16000)
+    source = Source("one", [SourceItem("a", tmp_path / "a.wav", "text", split="train")])
+    with monkeypatch.context() as forbidden:
+        forbidden.setattr(os, "access", lambda *_: False)
+        prepare_corpus(source, tmp_path / "out", OPTIONS)
+    assert not prepare_corpus(source, tmp_path / "out", OPTIONS).unchanged
+    assert prepare_corpus(source, tmp_path / "out", OPTIONS).unchanged

@@ -30,7 +30,7 @@ REPORT_JSON, REPORT_MD = "report.json", "report.md"
 LONGEST_CUT_SECONDS = 3600.0
 """Longest cut that is read; at 16 kHz it takes 230 MB."""
 HIGHEST_RATE_HZ = 768_000
-MOST_VALUES = 2**28
+MOST_VALUES = 2**29
 """Of the audio of one cut, all channels together: 1 GiB, or an hour and a half at 48 kHz."""
 _MOST_FILTER_VALUES = 2**20
 """Of a filter between two rates, all of which lhotse keeps; from 44.1 kHz to 16 kHz it has 0.1 million, from 15,999 Hz 256 million."""

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import os
 import signal
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
@@ -239,13 +240,21 @@ def source_fingerprint(source: Source, options: PrepareOptions) -> str:
     """A digest of the options and of every item's text, names, and audio path, size and modification time."""
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, source.name, asdict(options)], sort_keys=True).encode())
     for item in source.items:
-        state = file_stamp(item.audio)
+        # A file that may be read now is not the one that was rejected before, though its times are the same.
+        state = (file_stamp(item.audio), _is_readable(item.audio))
         part = [item.start_s, item.duration_s, item.channel, item.inside and asdict(item.inside), item.custom]
         who = [item.text, item.speaker, item.language, item.split]
         digest.update(json.dumps([item.id, str(item.audio), *who, state, *part], sort_keys=True).encode())
     for rejection in source.rejected:
         digest.update(json.dumps(asdict(rejection)).encode())
     return digest.hexdigest()
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return os.access(path, os.R_OK)
+    except ValueError:  # a zero byte in the name
+        return False
 
 
 def _finished_report(out: Path, fingerprint: str) -> dict[str, Any] | None:

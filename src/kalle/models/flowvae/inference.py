@@ -227,14 +227,15 @@ def fused_activation() -> type[FusedActivation] | None:
     if importlib.util.find_spec("numba") is None:
         logger.info("the decoder's activations are computed by torch: numba is not installed (extra fast)")
         return None
-    try:
-        from kalle.models.flowvae.fused_activation import FusedActivation
-    except (ImportError, OSError, RuntimeError) as error:  # numba refuses a numpy or a processor that it does not know
-        logger.info("the decoder's activations are computed by torch: numba cannot be used here (%s)", error)
-        return None
     activation = anti_aliased_snake(96)
     x = torch.zeros(1, 1, 4096, 96).permute(0, 3, 1, 2)
-    by_torch, by_numba = (_activation_seconds(PreparedActivation(activation, kind), x) for kind in (None, FusedActivation))
+    try:
+        from kalle.models.flowvae.fused_activation import FusedActivation
+
+        by_torch, by_numba = (_activation_seconds(PreparedActivation(activation, kind), x) for kind in (None, FusedActivation))
+    except Exception as error:  # numba's have no base of their own: an unknown numpy or processor, compiling switched off, a damaged cache
+        logger.info("the decoder's activations are computed by torch: numba cannot be used here (%s)", " ".join(str(error).split())[:200])
+        return None
     chosen = by_numba < by_torch
     message = "the decoder's activations are computed by %s: %.2f ms by numba, %.2f by torch"
     logger.info(message, "numba" if chosen else "torch", 1e3 * by_numba, 1e3 * by_torch)

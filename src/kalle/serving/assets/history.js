@@ -16,6 +16,7 @@ async (audio) => {
   sound.addEventListener('play', () => document.dispatchEvent(new Event('kalle-silence')));
   Object.assign(save, { href: address, download: `kalle-${fact('Seed')}.wav`, textContent: 'Download' });
   Object.assign(again, { type: 'button', textContent: 'Use this text' });
+  again.setAttribute('aria-label', `Use this text: ${text.slice(0, 60)}`);
   again.addEventListener('click', () => {
     const field = document.querySelector('#text textarea');
     field.value = text;
