@@ -126,3 +126,9 @@ def test_no_two_modules_have_one_name_but_a_command_and_its_work() -> None:
             places.setdefault(path.stem, []).append(str(path.parent.relative_to("src/kalle")))
     doubled = {name: found for name, found in places.items() if len([place for place in found if place != "cli"]) > 1}
     assert set(doubled) <= {"lm", "config"}
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their name alone, and takes the second for the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
