@@ -340,7 +340,7 @@ def load_module(
     with _Unfilled():
         module = build()
     expected = module.state_dict()
-    require_sound(expected, folder, skip)
+    _check_sound(expected, folder, skip)
     # Mapped once more: the check has touched every page of the first mapping, of this one those stay in memory that are used.
     tensors = _wanted(folder, skip)
     require_fit(expected, tensors, folder)  # it may have been replaced meanwhile
@@ -360,7 +360,7 @@ def _wanted(folder: Path, skip: Callable[[str], bool]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in read_weights(folder).items() if not skip(name)}
 
 
-def require_sound(expected: Mapping[str, Tensor], folder: Path, skip: Callable[[str], bool] = lambda name: False) -> None:
+def _check_sound(expected: Mapping[str, Tensor], folder: Path, skip: Callable[[str], bool]) -> None:
     """A UserError unless the weights in ``folder``, but for those that ``skip`` leaves out, fit those ``expected`` and are finite."""
     tensors = _wanted(folder, skip)
     require_fit(expected, tensors, folder)

@@ -9,7 +9,7 @@ from kalle.audio import read_audio
 from kalle.errors import UserError
 from kalle.evaluation import asr
 from kalle.evaluation.alignment import WordAligner, words_of
-from kalle.evaluation.asr import AlignedPiece
+from kalle.evaluation.asr import AlignedPiece, FasterWhisper
 
 PROMPT = Path(__file__).parents[2] / "recipes" / "quickstart" / "corpus" / "audio" / "agent-pass.opus"
 TEXT = "Please enter your password followed by the pound key."
@@ -33,7 +33,7 @@ def pieces(*texts: str) -> list[AlignedPiece]:
 )
 def test_words_are_those_of_the_text(split: list[str], text: str, language: str, words: list[tuple[str, float, float]]) -> None:
     found = words_of(pieces(*split), text, language, 2.5 if language == "zh" else 60)
-    assert [(each.word, each.start_s, each.end_s) for each in found] == words
+    assert [(each.text, each.start_s, each.end_s) for each in found] == words
 
 
 def test_no_time_is_beyond_the_audio() -> None:
@@ -53,7 +53,7 @@ def aligner() -> WordAligner:
 def test_words_of_a_recording_move_with_it(aligner: WordAligner) -> None:
     audio = read_audio(PROMPT)
     words = aligner(audio, 16000, TEXT, "en")
-    assert [each.word for each in words] == TEXT.split()
+    assert [each.text for each in words] == TEXT.split()
     starts = np.array([each.start_s for each in words])
     assert (np.diff(starts) > 0.05).all()
     assert all(0 <= each.start_s < each.end_s <= len(audio) / 16000 for each in words)
@@ -75,8 +75,18 @@ def test_what_cannot_be_aligned_is_said(aligner: WordAligner, monkeypatch: pytes
         aligner(np.zeros(31 * 16000, np.float32), 16000, TEXT, "en")
     with pytest.raises(UserError, match="English only"):
         aligner.check("zh")
-    with pytest.raises(UserError, match=r"'ga'.*does not know"):
-        WordAligner().check("ga")
     monkeypatch.setattr(asr, "_installed_folders", lambda packaged: None)
     with pytest.raises(UserError, match="pip install"):
         WordAligner().check("en")
+
+
+def test_a_language_that_whisper_lacks_is_said_before_anything_is_spoken() -> None:
+    many = WordAligner("base")
+    try:
+        many.check("fr")
+    except UserError:
+        pytest.skip("the recogniser base is not installed")
+    with pytest.raises(UserError, match=r"does not know the language: got 'ga', expected one of af, "):
+        many.check("ga")
+    with pytest.raises(UserError, match="does not know the language"):
+        FasterWhisper("base", languages=["fr"])(np.zeros(16000, np.float32), "ga")

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from kalle.audio import Audio, resample
-from kalle.errors import UserError
 from kalle.evaluation.asr import AlignedPiece, FasterWhisper, find_asr_model
 from kalle.evaluation.metrics import RATE_HZ
 from kalle.extras import require
 
 WITHOUT_SPACES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km"})
 """Languages whose words Whisper's tokenizer splits where the text has no space."""
-
-
-@dataclass(frozen=True)
-class AlignedWord:
-    """A word as the text has it, its punctuation included, and where it is heard, in seconds."""
-
-    word: str
-    start_s: float
-    end_s: float
 
 
 class WordAligner:
@@ -38,16 +27,13 @@ class WordAligner:
         self._recognisers: dict[str, FasterWhisper] = {}
 
     def check(self, language: str) -> None:
-        """UserError where no recogniser of ``language`` is installed, naming what to install."""
+        """UserError where no recogniser of ``language`` is installed, naming what to install, or none knows it."""
         require("faster_whisper", "eval", "times of words")
-        from faster_whisper.tokenizer import _LANGUAGE_CODES
+        with self._lock:
+            self._recogniser(language).check_language(language)
 
-        if language not in _LANGUAGE_CODES:
-            raise UserError(f"no times of words in '{language}': Whisper does not know this language; leave them out")
-        find_asr_model(self._model, [language])
-
-    def __call__(self, audio: Audio, sample_rate: int, text: str, language: str) -> list[AlignedWord]:
-        """The words of ``text`` in order with their times in mono float32 (S,) that says it; [] for no samples.
+    def __call__(self, audio: Audio, sample_rate: int, text: str, language: str) -> list[AlignedPiece]:
+        """The words of ``text``, punctuation included, in order with their times in mono float32 (S,) that says it; [] for no samples.
 
         UserError as `check` raises it, and for audio of more than 30 s.
         """
@@ -62,19 +48,19 @@ class WordAligner:
         return self._recognisers[name]
 
 
-def words_of(pieces: Iterable[AlignedPiece], text: str, language: str, seconds: float) -> list[AlignedWord]:
+def words_of(pieces: Iterable[AlignedPiece], text: str, language: str, seconds: float) -> list[AlignedPiece]:
     """The words of ``text``, separated by its spaces, with the times of the ``pieces`` that spell them, none beyond ``seconds``.
 
     A word that no piece spells has no time and is left out. In a language `WITHOUT_SPACES` a piece is a word.
     """
     found = [piece for piece in pieces if piece.text.strip()]
     if language in WITHOUT_SPACES:
-        return [AlignedWord(piece.text.strip(), min(piece.start_s, seconds), min(piece.end_s, seconds)) for piece in found]
+        return [AlignedPiece(piece.text.strip(), min(piece.start_s, seconds), min(piece.end_s, seconds)) for piece in found]
     ends, at = [], 0  # of each piece, in characters that are no space
     for piece in found:
         at += len("".join(piece.text.split()))
         ends.append(at)
-    words: list[AlignedWord] = []
+    words: list[AlignedPiece] = []
     begin, first = 0, 0
     for word in text.split():
         end = begin + len(word)
@@ -84,6 +70,6 @@ def words_of(pieces: Iterable[AlignedPiece], text: str, language: str, seconds: 
         while last + 1 < len(found) and ends[last] < end:
             last += 1
         if first < len(found):
-            words.append(AlignedWord(word, min(found[first].start_s, seconds), min(found[last].end_s, seconds)))
+            words.append(AlignedPiece(word, min(found[first].start_s, seconds), min(found[last].end_s, seconds)))
         begin = end
     return words

@@ -100,7 +100,7 @@ def transcripts(transcriber: Transcriber, items: Sequence[ScoreItem]) -> list[st
 
 @dataclass(frozen=True)
 class AlignedPiece:
-    """A piece of a text and where it is heard, in seconds."""
+    """A piece of a text, such as a word, and where it is heard, in seconds."""
 
     text: str
     start_s: float
@@ -155,7 +155,7 @@ class FasterWhisper:
 
         What faster-whisper's ``transcribe`` gives for one window under these options, from the same parts of it.
         """
-        self._check_language(language)
+        self.check_language(language)
         by_frames: dict[int, list[int]] = {}
         for index, audio in enumerate(audios):
             if len(audio):
@@ -196,7 +196,7 @@ class FasterWhisper:
         A piece is a word with the mark or space before it, as Whisper's tokenizer splits them; in languages without spaces some characters.
         UserError for a language that the model does not speak, and for audio beyond its window of 30 s.
         """
-        self._check_language(language)
+        self.check_language(language)
         if len(audio) > WINDOW_SAMPLES:
             raise UserError(f"cannot align speech of {len(audio) / RATE_HZ:.0f} s: expected at most 30; split the text into sentences")
         if not len(audio) or not text.strip():
@@ -210,9 +210,14 @@ class FasterWhisper:
         (pieces,) = self._model.find_alignment(tokenizer, [tokens], encoded, heard)
         return [AlignedPiece(str(piece["word"]), float(piece["start"]), float(piece["end"])) for piece in pieces]
 
-    def _check_language(self, language: str) -> None:
-        if language != "en" and not self._model.model.is_multilingual:
+    def check_language(self, language: str) -> None:
+        """UserError for a language that the model does not speak."""
+        if language in self._model.supported_languages:
+            return
+        if not self._model.model.is_multilingual:
             raise UserError(f"speech recogniser '{self.model_name}' is English only: got '{language}'; use model=base or a folder")
+        known = ", ".join(sorted(self._model.supported_languages))
+        raise UserError(f"speech recogniser '{self.model_name}' does not know the language: got '{language}', expected one of {known}")
 
     def _encode(self, audios: Sequence[Audio], frames: int) -> Any:
         """The encoder's output (N, frames / 2, width), as CTranslate2 holds it."""

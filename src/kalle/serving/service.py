@@ -154,7 +154,7 @@ class Service:
                     warnings.append(f"sentence {len(found) + 1} has no times of words: {error}")
                 else:
                     time.words = [
-                        WordTime(word=at.word, start=_after(start_s + at.start_s, body.speed), end=_after(start_s + at.end_s, body.speed))
+                        WordTime(word=at.text, start=_after(start_s + at.start_s, body.speed), end=_after(start_s + at.end_s, body.speed))
                         for at in heard
                     ]
             found.append(time)

@@ -121,6 +121,16 @@ def test_a_rate_that_takes_gigabytes_to_change_is_refused(tmp_path: Path, row: d
         load_audio(cut, 16000)
 
 
+def test_a_speed_counts_at_the_rate_that_it_meets(tmp_path: Path, row: dict[str, Any]) -> None:
+    """Of 22,050 Hz it would take a large filter; the recording is at 16,000 by then."""
+    speed = {"name": "Speed", "kwargs": {"factor": 1.05}}
+    row["recording"].update(transforms=[resample(22050, 16000), speed])
+    assert len(read_cuts(write(tmp_path, row))) == 1
+    row["recording"].update(transforms=[speed, resample(22050, 16000)])
+    with pytest.raises(UserError, match="a filter of gigabytes"):
+        read_cuts(write(tmp_path, row))
+
+
 DAMAGED: dict[str, Change] = {
     "endless": lambda row, _: row.update(duration=float("inf")),
     "not a number": lambda row, _: row.update(start=float("nan")),
