@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from kalle.errors import UserError
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.flowvae.model import FrameWindow
 from kalle.models.lm_batch import WaveBatch
 from kalle.training.distributed import frozen
 from kalle.training.flowvae import ClipSchedule, FlowVAEObjective, FlowVAETraining
@@ -196,8 +198,8 @@ def test_the_noise_reaches_the_model_and_changes_with_the_epoch(make, batches, f
     module = make(judged=False, seed=9)
     original = module.flowvae.forward
 
-    def watched(wav: Tensor, noise: Tensor | None = None) -> Any:
-        output = original(wav, noise)
+    def watched(wav: Tensor, noise: Tensor | None = None, window: Any = None) -> Any:
+        output = original(wav, noise, window=window)
         seen.append(((output.z - output.posterior.mean) / output.posterior.std).detach())
         torch.testing.assert_close(seen[-1], noise, atol=1e-4, rtol=1e-4)
         return output
@@ -308,6 +310,69 @@ def test_another_mel_loss_is_used(make, batches, fit) -> None:
     module.mel_loss = Constant()
     fit(module, batches, 1, callbacks=[recorder])
     assert recorder.metrics[0]["train/mel"] == 7.0
+
+
+def test_windows_are_cut_from_the_recording_where_they_were_decoded(make, batches, fit) -> None:
+    """The encoder has the whole crop; decoder and mel loss have some of its frames, the discriminators some of those."""
+    module, seen, compared, heard = make(decoded_frames=8, judged_frames=5), [], [], []
+    hop, batch = module.flowvae.config.hop_length, batches[0]
+    module.flowvae.decoder.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].detach().transpose(1, 2)))
+    module.flowvae.encoder.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0]))
+    module.mel_loss.register_forward_hook(lambda part, inputs, output: compared.append(inputs))
+    module.discriminators.register_forward_hook(lambda part, inputs, output: heard.append(inputs[0].detach()))
+    with torch.no_grad():
+        posterior = module.flowvae.encode(batch.wav)
+        z = posterior.sample(module.noise(batch))
+    seen.clear()
+    fit(module, [batch], 1)
+    crop, decoded = seen
+    assert crop.shape[-1] == batch.wav.shape[1]
+    assert decoded.shape == (2, 8, module.flowvae.config.latent_dim)
+    ((real, fake),) = compared
+    assert real.shape == fake.shape == (2, 8 * hop)
+    both, truth, scored = heard
+    for row in range(2):
+        (start,) = [at for at in range(20 - 8 + 1) if torch.equal(z[row, at : at + 8], decoded[row])]
+        assert torch.equal(real[row], batch.wav[row, start * hop : (start + 8) * hop])
+        (inner,) = [at for at in range(8 - 5 + 1) if torch.equal(real[row, at * hop : (at + 5) * hop], truth[row])]
+        assert torch.equal(fake[row, inner * hop : (inner + 5) * hop], scored[row])
+    assert torch.equal(both, torch.cat([truth, scored])), "both steps hear the same"
+
+
+def test_windows_reach_every_place_and_depend_on_epoch_and_crop_alone(make, batches) -> None:
+    module = make()
+    wav = torch.zeros(200, 3200)
+    batch = WaveBatch(wav, tuple(f"cut {row}" for row in range(200)))
+    window = module._window("decoded", batch, 20, 8)
+    assert set(window.starts.tolist()) == set(range(13))
+    other = module._window("decoded", WaveBatch(wav[:1], ("cut 7",), (7,)), 20, 8)
+    assert other.starts.tolist() == window.starts[7:8].tolist(), "whatever the row and the company"
+    assert module._window("judged", batch, 20, 8).starts.tolist() != window.starts.tolist()
+    assert module._window("decoded", batch, 20, None) is None is module._window("decoded", batch, 20, 20)
+
+
+def test_frames_outside_of_the_window_get_no_gradient(make, batches) -> None:
+    module = make(judged=False)
+    z = torch.randn(2, 20, module.flowvae.config.latent_dim, requires_grad=True)
+    window = FrameWindow(torch.tensor([0, 12]), 8)
+    module.flowvae.decoder(window.of(z).transpose(1, 2)).square().sum().backward()
+    reached = z.grad.abs().sum(dim=2) > 0
+    assert reached.tolist() == [[at < 8 for at in range(20)], [at >= 12 for at in range(20)]]
+
+
+@pytest.mark.parametrize(("objective", "named"), [({"decoded_frames": 0}, "decoded"), ({"judged_frames": -1}, "judged")])
+def test_windows_without_frames_are_refused(objective: dict[str, int], named: str) -> None:
+    with pytest.raises(UserError, match=f"{named}_frames.*at least 1"):
+        FlowVAEObjective(**objective)
+
+
+def test_windows_that_are_too_long_are_refused() -> None:
+    with pytest.raises(UserError, match=r"judged_frames: got 9, more than objective\.decoded_frames=8"):
+        FlowVAEObjective(decoded_frames=8, judged_frames=9)
+    for name in ("decoded_frames", "judged_frames"):
+        FlowVAEObjective(**{name: 8}).check_crops(8)
+        with pytest.raises(UserError, match=rf"{name}: got 8, more than the 7 frames of a crop.*segment_samples"):
+            FlowVAEObjective(**{name: 8}).check_crops(7)
 
 
 def test_validation_measures_whole_utterances(make, batches, fit) -> None:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from kalle.checkpoint import check_fields
+from kalle.errors import UserError
 from kalle.losses.latent import LatentHealth, flow_kl
 from kalle.losses.waveform import LogMel, MelConfig, MelL1, OverParts, discriminator_loss, feature_matching_loss, generator_loss, mel_l1
 from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE
-from kalle.models.flowvae.model import FlowVAEOutput
+from kalle.models.flowvae.model import FlowVAEOutput, FrameWindow
 from kalle.models.lm_batch import WaveBatch
-from kalle.seeds import standard_noise
+from kalle.seeds import derived_seed, standard_noise
 from kalle.training.distributed import frozen, sum_over_ranks
 from kalle.training.optimisation import OptimizerFactory, SchedulerFactory
 
@@ -47,9 +48,32 @@ class FlowVAEObjective:
     """Over feature maps, each of which is averaged."""
     discriminator_start_step: int = 0
     """First step at which the discriminators take part."""
+    decoded_frames: int | None = None
+    """Latent frames of each crop, from a random place, that are decoded and compared with the recording; null: all. The encoder, which sees
+    seconds to both sides, has the whole crop (as in VITS, arXiv 2106.06103, section 2.2.3)."""
+    judged_frames: int | None = None
+    """Of what is decoded, the frames, from a random place, that the discriminators hear; null: all."""
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
+        decoded, judged = self.decoded_frames, self.judged_frames
+        for name, frames in (("decoded_frames", decoded), ("judged_frames", judged)):
+            if frames is not None and frames < 1:
+                raise UserError(f"objective.{name}: got {frames}, expected at least 1 frame, or null for all; correct it")
+        if decoded is not None and judged is not None and judged > decoded:
+            raise UserError(
+                f"objective.judged_frames: got {judged}, more than objective.decoded_frames={decoded}, "
+                "expected at most as many; correct one"
+            )
+
+    def check_crops(self, frames: int) -> None:
+        """UserError unless crops of ``frames`` latent frames are long enough for both windows."""
+        for name, wanted in (("decoded_frames", self.decoded_frames), ("judged_frames", self.judged_frames)):
+            if wanted is not None and wanted > frames:
+                raise UserError(
+                    f"objective.{name}: got {wanted}, more than the {frames} frames of a crop, expected at most as many; correct it, or "
+                    "take longer crops (data.segment_samples)"
+                )
 
 
 @dataclass(frozen=True)
@@ -125,29 +149,45 @@ class FlowVAETraining(lightning.LightningModule):
 
     def noise(self, batch: WaveBatch) -> Tensor:
         """Standard normal (B, T, D) on the CPU: a function of seed, epoch, cut and crop, whatever the rank and the batch."""
-        frames, rows = batch.wav.shape[1] // self.flowvae.config.hop_length, range(len(batch.wav))
-        shape, crops = (frames, self.flowvae.config.latent_dim), batch.crops or rows
-        keys = zip(batch.cut_ids, crops, strict=True)
-        return torch.stack([standard_noise(shape, "posterior", self.seed, self.current_epoch, cut, crop) for cut, crop in keys])
+        shape = (self._frames(batch), self.flowvae.config.latent_dim)
+        return torch.stack([standard_noise(shape, "posterior", *key) for key in self._keys(batch)])
+
+    def _frames(self, batch: WaveBatch) -> int:
+        return batch.wav.shape[1] // self.flowvae.config.hop_length
+
+    def _keys(self, batch: WaveBatch) -> list[tuple[int | str, ...]]:
+        """The random numbers of each row depend on these alone."""
+        crops = batch.crops or range(len(batch.wav))
+        return [(self.seed, self.current_epoch, cut, crop) for cut, crop in zip(batch.cut_ids, crops, strict=True)]
+
+    def _window(self, purpose: str, batch: WaveBatch, of: int, frames: int | None) -> FrameWindow | None:
+        """A random place of ``frames`` of the ``of`` frames of each row, the same whatever the rank and the batch; None for all of them."""
+        if frames is None or frames == of:
+            return None
+        starts = [derived_seed(purpose, *key) % (of - frames + 1) for key in self._keys(batch)]
+        return FrameWindow(torch.tensor(starts, device=self.device), frames)
 
     def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
         """One update of each side. ``wav`` is a whole number of frames long."""
-        output: FlowVAEOutput = self.flowvae(batch.wav, noise=self.noise(batch).to(self.device))
-        real = batch.wav[:, : output.wav.shape[1]]
+        unit = self.flowvae.config.hop_length
+        decoded = self._window("decoded", batch, self._frames(batch), self.objective.decoded_frames)
+        output: FlowVAEOutput = self.flowvae(batch.wav, noise=self.noise(batch).to(self.device), window=decoded)
+        real = batch.wav[:, : output.wav.shape[1]] if decoded is None else decoded.of(batch.wav, unit)
+        judged = self._window("judged", batch, output.wav.shape[1] // unit, self.objective.judged_frames)
         losses: dict[str, Tensor] = {}
         if self.adversarial:
-            losses["discriminator"] = self._discriminator_step(real, output.wav.detach())
-        losses |= self._generator_step(real, output)
+            losses["discriminator"] = self._discriminator_step(*_cut(judged, unit, real, output.wav.detach()))
+        losses |= self._generator_step(real, output, judged)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=False)
         self.log("train/loss", losses["total"].detach(), prog_bar=True)
         # The discriminators' schedule counts their own updates, so a delayed start begins with its warm-up.
         for scheduler in self._schedulers() if "discriminator" in losses else self._schedulers()[:1]:
             scheduler.step()
 
-    def _generator_step(self, real: Tensor, output: FlowVAEOutput) -> dict[str, Tensor]:
+    def _generator_step(self, real: Tensor, output: FlowVAEOutput, judged: FrameWindow | None) -> dict[str, Tensor]:
         # Gradients pass through the discriminators to the audio; their own would be computed, sent to every rank, and thrown away.
         with nullcontext() if self.discriminators is None else frozen(self.discriminators):
-            losses = self._generator_losses(real, output)
+            losses = self._generator_losses(real, output, judged)
             optimizer = self._optimizers()[0]
             optimizer.zero_grad()
             self.manual_backward(losses["total"])
@@ -156,7 +196,7 @@ class FlowVAETraining(lightning.LightningModule):
         optimizer.step()
         return losses
 
-    def _generator_losses(self, real: Tensor, output: FlowVAEOutput) -> dict[str, Tensor]:
+    def _generator_losses(self, real: Tensor, output: FlowVAEOutput, judged: FrameWindow | None) -> dict[str, Tensor]:
         objective, fake = self.objective, output.wav.float()
         losses = {
             "mel": self.mel_loss(real, fake),
@@ -165,6 +205,7 @@ class FlowVAETraining(lightning.LightningModule):
         total = objective.mel_weight * losses["mel"] + objective.kl_weight * losses["kl"]
         if self.adversarial:
             assert self.discriminators is not None
+            real, fake = _cut(judged, self.flowvae.config.hop_length, real, fake)
             with torch.no_grad():
                 truth = self.discriminators(real)
             scored = self.discriminators(fake)
@@ -228,3 +269,8 @@ class FlowVAETraining(lightning.LightningModule):
         distance, utterances = sum_over_ranks(self._distances, self.device).tolist()
         metrics = {"mel_l1": distance / utterances, **self._health.summary()}
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, sync_dist=True)
+
+
+def _cut(window: FrameWindow | None, unit: int, *waveforms: Tensor) -> tuple[Tensor, ...]:
+    """The window of each of ``waveforms`` (B, S), of ``unit`` samples a frame; all of them without one."""
+    return waveforms if window is None else tuple(window.of(wav, unit) for wav in waveforms)

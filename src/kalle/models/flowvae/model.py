@@ -186,6 +186,21 @@ class CouplingFlow(nn.Module):
 
 
 @dataclass(frozen=True)
+class FrameWindow:
+    """As many neighbouring frames of each row, from another place in each."""
+
+    starts: Tensor
+    """First frame of each row, (B,) of integers, on the device of what is cut."""
+    frames: int
+    """Length in frames."""
+
+    def of(self, x: Tensor, unit: int = 1) -> Tensor:
+        """Cut ``x`` (B, N, ...), of ``unit`` entries a frame, to (B, frames * unit, ...)."""
+        places = self.starts[:, None] * unit + torch.arange(self.frames * unit, device=x.device)
+        return x[torch.arange(len(x), device=x.device)[:, None], places]
+
+
+@dataclass(frozen=True)
 class FlowVAEOutput:
     """A training pass over B waveforms of S samples."""
 
@@ -196,7 +211,7 @@ class FlowVAEOutput:
     z_prior: Tensor
     """The same sample through the flow, (B, T, D)."""
     wav: Tensor
-    """Reconstruction (B, T * hop_length), not clipped, so that every sample keeps its gradient."""
+    """Reconstruction (B, T * hop_length), of ``window`` alone where one was given; not clipped, so that every sample keeps its gradient."""
 
 
 class FlowVAE(nn.Module):
@@ -247,11 +262,17 @@ class FlowVAE(nn.Module):
             raise UserError(f"the inverse-STFT decoder computes in the dtype of its weights: got {dtype}; leave the decoder's dtype out")
         return self
 
-    def forward(self, wav: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None) -> FlowVAEOutput:
-        """Encode ``wav`` (B, S), sample once (``noise`` (B, T, D) or ``generator``), and send the sample to decoder and flow."""
+    def forward(
+        self, wav: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None, window: FrameWindow | None = None
+    ) -> FlowVAEOutput:
+        """Encode ``wav`` (B, S), sample once (``noise`` (B, T, D) or ``generator``), and send the sample to decoder and flow.
+
+        With ``window`` the decoder gets those frames of each row alone; encoder and flow have all.
+        """
         posterior = self.encode(wav)
         z = posterior.sample(noise, generator=generator)
-        return FlowVAEOutput(posterior, z, self.to_prior(z), self.decoder(z.transpose(1, 2)))
+        decoded = z if window is None else window.of(z)
+        return FlowVAEOutput(posterior, z, self.to_prior(z), self.decoder(decoded.transpose(1, 2)))
 
     def encode(self, wav: Tensor) -> DiagGaussian:
         """Posterior of ``wav`` (B, S) as (B, T, D); T follows from the convolutions, nothing is padded.
