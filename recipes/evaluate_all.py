@@ -192,7 +192,10 @@ def page(results: dict[str, dict[str, Any]], comparisons: dict[str, Comparison],
             "",
         ]
         lines += [f"- {'pass' if check.passed else 'FAIL'}: {check.rule} ({check.found})" for check in checks]
-    return "\n".join([*lines, "", "## Not run", "", NOT_RUN, ""])
+    lines += ["", "## Not run", ""]
+    for recipe in (recipe for recipe in RECIPES if recipe.name not in results):
+        lines += [f"- [{recipe.folder}](../../recipes/{recipe.folder}/README.md), {recipe.title}: left out this time (`--recipes`)."]
+    return "\n".join([*lines, NOT_RUN, ""])
 
 
 def work(given: argparse.Namespace) -> None:

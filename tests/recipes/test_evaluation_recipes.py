@@ -243,5 +243,7 @@ def test_recipes_on_one_page(at_hand: Any, toy_weights: Path, tmp_path: Path) ->
         assert title in said
     assert said.count("now is |") == 1, "one recipe is compared"
     assert "- pass: every item is there" in said, "weights may replace themselves"
+    for title in ("Continuation of three seconds", "The Flow-VAE alone"):
+        assert f"{title}: left out this time" in said
     subprocess.run(command, check=True, env=os.environ | {"ITEMS": "2"}, cwd=tmp_path)
     assert page.read_text() == said, "nothing is scored again"
