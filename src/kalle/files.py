@@ -99,7 +99,8 @@ def _concerns(filename: object, path: Path) -> bool:
 def output_folder(path: Path) -> Iterator[None]:
     """Make the folder ``path`` and check that it takes files, before any work goes into them.
 
-    A DiskError when it does not, and as in ``disk_errors`` later on. On failure the folders made here go again unless they hold something.
+    A DiskError when it does not, and as in ``disk_errors`` later on. After a failure the folders made here are removed, unless they hold
+    something.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

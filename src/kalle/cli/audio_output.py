@@ -147,7 +147,7 @@ class Player:
 
     @property
     def name(self) -> str:
-        """The program."""
+        """Name of the program that plays."""
         return self.file[0]
 
 

@@ -185,7 +185,7 @@ def _warnings_off(quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def _place(output: Path | None, play: bool, long: bool) -> Iterator[Path]:
-    """The file to write: ``output``, or a free one, or one that goes again where speech is only to be played."""
+    """The file to write: ``output``, or a free one, or a temporary one where speech is only to be played."""
     if output is not None or not play:
         yield free_output(long) if output is None else output
         return

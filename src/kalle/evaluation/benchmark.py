@@ -186,7 +186,7 @@ class SynthesisBench:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Measure everything."""
+        """Measure every engine and keep the rows."""
         flowvae = self._decoders[-1].load()
         for engine in self._engines:
             lm = engine.load()

@@ -245,7 +245,7 @@ class STOI:
                 raise MetricError(f"STOI: {' '.join(str(error).split())}") from None
 
     def describe(self) -> Mapping[str, object]:
-        """Variant."""
+        """Name the variant of the measure, for the report."""
         return {"extended": False}
 
 
@@ -274,7 +274,7 @@ class PESQ:
             raise MetricError(f"PESQ: {type(error).__name__} {' '.join(str(error).split())}") from None
 
     def describe(self) -> Mapping[str, object]:
-        """Mode."""
+        """Name the mode, for the report."""
         return {"mode": self.mode}
 
 
@@ -331,7 +331,7 @@ class MCD:
         return {"mcd": float(10 / np.log(10) * np.sqrt(2 * np.square(cepstra).sum(axis=0)).mean())}
 
     def describe(self) -> Mapping[str, object]:
-        """The cepstra."""
+        """Name the cepstra that are compared, for the report."""
         return {"cepstra": f"1 to {self.coefficients} of {self.mel.config.n_mels} log-mel bands"}
 
 
@@ -343,10 +343,10 @@ class DurationRatio:
     aggregates = (declared("duration_ratio"),)
 
     def __call__(self, item: ScoreItem) -> dict[str, Value]:
-        """``duration_ratio``."""
+        """Compute ``duration_ratio``."""
         assert item.recording is not None, f"'{item.id}' has no recording"
         return {"duration_ratio": len(item.audio) / len(item.recording)}
 
     def describe(self) -> Mapping[str, object]:
-        """The formula."""
+        """State the formula, for the report."""
         return {"formula": "seconds of audio / seconds of recording"}

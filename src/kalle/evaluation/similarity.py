@@ -167,7 +167,7 @@ class Similarity:
         return {"sim": float(np.dot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))}
 
     def describe(self) -> Mapping[str, object]:
-        """The embedder."""
+        """Name the embedder, for the report."""
         return self.embedder.describe()
 
 

@@ -317,7 +317,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> ModelCard:
-        """One model."""
+        """Describe the one model that is served."""
         service.check_model(name)
         return ModelCard(id=name, created=service.began)
 

@@ -99,7 +99,7 @@ class LoadPlan:
 
 @dataclass(frozen=True)
 class Case:
-    """One request."""
+    """One request of the load, and what is expected of its answer."""
 
     text: str
     voice: str

@@ -187,7 +187,7 @@ class Backend:
     def __init__(self, kalle: Kalle, voices: Path, max_text: int = DEFAULT_MAX_TEXT, engine: Engine | None = None) -> None:
         """``voices`` is where kept voices go; ``max_text`` in characters. Without an ``engine`` it has one of its own."""
         if max_text < 1:
-            raise UserError(f"bad limit of the text: got {max_text} characters, expected at least 1; raise --max-text")
+            raise UserError(f"max_text: got {max_text} characters, expected at least 1; raise it")
         self._temporary = tempfile.TemporaryDirectory(prefix="kalle-web-")
         self.temporary = Path(self._temporary.name)
         """Removed with the backend."""

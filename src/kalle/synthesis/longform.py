@@ -99,7 +99,7 @@ class Store(Protocol):
         """The part of that index; None when it isn't there."""
 
     def write(self, part: Part) -> None:
-        """Keep ``part``."""
+        """Store ``part`` where a later run finds it."""
 
 
 @dataclass

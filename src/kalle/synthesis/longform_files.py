@@ -125,7 +125,7 @@ class PartStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs off the folder; a UserError when one is at it. A folder without parts goes again at the end."""
+        """Keep other runs off the folder; a UserError when one is at it. A folder without parts is removed at the end."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with (self.folder / LOCK_NAME).open("a") as file:

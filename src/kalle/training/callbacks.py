@@ -153,7 +153,7 @@ class LogTail(Logger):
         return ""
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Remember nothing."""
+        """Ignore the hyperparameters; out/config.yaml has them."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Remember the row, and forget those of an older step."""
@@ -269,7 +269,7 @@ class RunProgress(Callback):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
-        """Advance."""
+        """Advance the bar, or print a line where it is time for one."""
         if not trainer.is_global_zero:
             return
         if self._bar is not None:

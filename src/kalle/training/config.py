@@ -254,7 +254,7 @@ class TokenizerConfig:
         check_fields(self, "tokenizer")
 
     def load(self) -> Tokenizer:
-        """The tokenizer."""
+        """Load the tokenizer, or make that of bytes."""
         return Tokenizer.bytes() if self.folder is None else Tokenizer.load(self.folder)
 
 

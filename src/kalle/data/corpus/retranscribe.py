@@ -220,7 +220,7 @@ def agreement_report(verdicts: Sequence[TranscriptDecision]) -> dict[str, Any]:
 
 
 def agreement_markdown(report: dict[str, Any]) -> str:
-    """report.md."""
+    """The text of report.md."""
     lines = [
         f"# Transcribed a second time: {report['source']['corpus']}",
         "",

@@ -63,7 +63,7 @@ class Texts(Sequence[str]):
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> Texts:
-        """The ``strings``."""
+        """Make a column of ``strings``."""
         encoded = [string.encode() for string in strings]
         lengths = np.array([len(code) for code in encoded], dtype=np.int64)
         return cls(Ragged(np.frombuffer(b"".join(encoded), np.uint8), starts_of(lengths)))
@@ -127,7 +127,7 @@ class Member:
         return self.folder.read_range(self.name, self.offset, self.size)
 
     def load(self) -> np.ndarray:
-        """The array."""
+        """Read the array."""
         return array_of(self.read(), self.folder.where(self.name))
 
 
@@ -142,7 +142,7 @@ class StoredItem:
     frames: int
     """Latent frames, or samples of a waveform."""
     members: Mapping[str, Member]
-    """By field."""
+    """Members by the name of their field."""
 
     @property
     def latents(self) -> Member:
