@@ -136,3 +136,37 @@ def test_impossible_configurations_are_user_errors():
         DiscriminatorConfig(width=0.01)
     with pytest.raises(UserError, match="at least one"):
         DiscriminatorConfig(periods=(), resolutions=())
+
+
+@torch.no_grad()
+def test_signals_keep_their_variance_from_the_start():
+    """torch's default shrinks them from layer to layer until the scores hardly depend on the sound."""
+    wav = 0.1 * torch.randn(8, 7680, generator=torch.Generator().manual_seed(0))
+    resolutions = ((1024, 256, 1024), (512, 128, 512), (256, 64, 256))
+
+    def spread(**more: bool) -> tuple[list[float], list[float]]:
+        torch.manual_seed(0)
+        output = Discriminators(DiscriminatorConfig(width=0.25, resolutions=resolutions, **more))(wav)
+        return [float(maps[-2].std()) for maps in output.features], [float(scores.std()) for scores in output.scores]
+
+    default, _ = spread()
+    for log_magnitude in (False, True):
+        deep, scores = spread(variance_preserving=True, log_magnitude=log_magnitude)
+        assert all(0.1 < value < 10 for value in deep), deep
+        assert all(0.02 < value < 2 for value in scores), scores
+        assert all(value > 5 * before for value, before in zip(deep[:5], default[:5], strict=True)), (deep, default)
+
+
+@torch.no_grad()
+def test_logarithms_of_magnitudes_have_the_scale_of_a_standard_normal():
+    wav = 0.1 * torch.randn(4, 7680, generator=torch.Generator().manual_seed(0))
+    config = DiscriminatorConfig(resolutions=((512, 128, 512),), log_magnitude=True)
+    (discriminator,) = MultiResolutionDiscriminator(config).discriminators
+    loud, quiet = discriminator.spectrogram(wav), discriminator.spectrogram(0.01 * wav)
+    assert abs(float(loud.mean())) < 2
+    assert 0.2 < float(loud.std()) < 2
+    (linear,) = MultiResolutionDiscriminator(DiscriminatorConfig(resolutions=((512, 128, 512),))).discriminators
+    inner = linear.spectrogram(0.01 * wav) > 1e-3
+    ratio = (loud - quiet)[inner]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, ratio[0]), rtol=0, atol=1e-4)
+    assert discriminator.spectrogram(torch.zeros(1, 7680)).isfinite().all()

@@ -40,15 +40,17 @@ def bigvgan(seed: int = 0, gain: float = 1.7) -> FlowVAE:
     return flowvae
 
 
-def istft(seed: int = 0, blocks: int = 8) -> FlowVAE:
+def istft(seed: int = 0, blocks: int = 8, noise: bool = False) -> FlowVAE:
     torch.manual_seed(seed)
-    config = FlowVAEConfig(latent_dim=DIM, encoder=ENCODER, flow=None, decoder=ISTFTConfig(channels=16, blocks=blocks))
+    config = FlowVAEConfig(latent_dim=DIM, encoder=ENCODER, flow=None, decoder=ISTFTConfig(channels=16, blocks=blocks, noise=noise))
     flowvae = FlowVAE(config).eval().requires_grad_(False)
     # Blocks that matter, so that what they see does.
     for block in flowvae.decoder.blocks:
         block.scale.fill_(1.0)
     project = flowvae.decoder.head.project
     project.weight.mul_(4)
+    if noise:
+        flowvae.decoder.head.noise.weight.normal_(std=0.3)
     project.bias[:321] += torch.log(0.2 / flowvae.decode(latents(20, seed)).std())
     return flowvae
 
@@ -79,7 +81,7 @@ def assert_equal(streamed: Tensor, offline: Tensor, tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, FlowVAE]:
-    return {"bigvgan": bigvgan(), "istft": istft()}
+    return {"bigvgan": bigvgan(), "istft": istft(), "noise": istft(noise=True)}
 
 
 @pytest.mark.parametrize(("kind", "latency", "exact"), [("bigvgan", 5, 12), ("istft", 5, 5)])
@@ -100,7 +102,7 @@ def test_a_latency_that_cannot_be_done_is_refused(models, kind, shortest, too_sh
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
 @pytest.mark.parametrize(("chunk", "frames"), [(1, 14), (2, 18), (5, 30), (17, 40), (40, 40)])
 def test_equals_decode_at_exact_latency(models, kind, chunk, frames):
     z = latents(frames)
@@ -138,7 +140,7 @@ def test_a_shorter_latency_is_worse_and_a_longer_one_no_better_than_rounding(mod
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
 @settings(max_examples=10, deadline=None)
 @given(
     frames=st.integers(1, 14),
@@ -171,7 +173,7 @@ def test_nothing_in_nothing_out(models):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
 def test_in_fp64_the_exact_stream_is_exact(models, kind):
     flowvae, z = copy.deepcopy(models[kind]).double(), latents(20).double()
     tolerance = 1e-12 if kind == "bigvgan" else ROUNDING  # the inverse-STFT head works in fp32
@@ -179,7 +181,7 @@ def test_in_fp64_the_exact_stream_is_exact(models, kind):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
 def test_a_state_is_a_value(models, kind):
     flowvae, z = models[kind], latents(30)
     decoder = StreamingDecoder(flowvae)
@@ -200,7 +202,7 @@ def test_a_state_is_a_value(models, kind):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
 def test_a_long_stream_neither_drifts_nor_grows(models, kind):
     flowvae, z = models[kind], latents(150)
     decoder, offline = StreamingDecoder(flowvae), flowvae.decode(z)
@@ -218,7 +220,7 @@ def test_a_long_stream_neither_drifts_nor_grows(models, kind):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
 def test_a_big_chunk_leaves_no_more_than_a_small_one(models, kind):
     decoder = StreamingDecoder(models[kind])
     _, small = decoder.push(latents(1), decoder.push(latents(29), decoder.start())[1])
@@ -227,7 +229,7 @@ def test_a_big_chunk_leaves_no_more_than_a_small_one(models, kind):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
 def test_batches_equal_their_rows(models, kind):
     decoder, z = StreamingDecoder(models[kind]), latents(15, batch=3)
     together = stream(decoder, z, [4])
@@ -253,7 +255,7 @@ def test_latents_that_do_not_fit_are_refused(models, shape):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
 def test_the_module_is_left_as_it_was(models, kind):
     flowvae = copy.deepcopy(models[kind]).train().requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in flowvae.state_dict().items()}

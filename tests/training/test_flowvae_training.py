@@ -198,8 +198,8 @@ def test_the_noise_reaches_the_model_and_changes_with_the_epoch(make, batches, f
     module = make(judged=False, seed=9)
     original = module.flowvae.forward
 
-    def watched(wav: Tensor, noise: Tensor | None = None, window: Any = None) -> Any:
-        output = original(wav, noise, window=window)
+    def watched(wav: Tensor, noise: Tensor | None = None, window: Any = None, first: Any = None) -> Any:
+        output = original(wav, noise, window=window, first=first)
         seen.append(((output.z - output.posterior.mean) / output.posterior.std).detach())
         torch.testing.assert_close(seen[-1], noise, atol=1e-4, rtol=1e-4)
         return output
@@ -349,6 +349,15 @@ def test_windows_reach_every_place_and_depend_on_epoch_and_crop_alone(make, batc
     assert other.starts.tolist() == window.starts[7:8].tolist(), "whatever the row and the company"
     assert module._window("judged", batch, 20, 8).starts.tolist() != window.starts.tolist()
     assert module._window("decoded", batch, 20, None) is None is module._window("decoded", batch, 20, 20)
+
+
+def test_the_noise_of_a_decoder_begins_elsewhere_in_each_crop_and_epoch(make, batches, fit, toy_flowvae_config) -> None:
+    module, starts = make(judged=False), []
+    assert module._noise_starts(batches[0]) is None, "no noise, no place in it"
+    module.flowvae = module.flowvae.with_noise()
+    module.flowvae.decoder.register_forward_hook(lambda part, inputs, output: starts.append(inputs[1].tolist()))
+    fit(module, batches[:1], 2)
+    assert len({start for both in starts for start in both}) == 4, starts
 
 
 def test_frames_outside_of_the_window_get_no_gradient(make, batches) -> None:

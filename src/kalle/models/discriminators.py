@@ -14,8 +14,14 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from kalle.errors import UserError
+from kalle.models.layers import SPEECH_RMS, variance_preserving
 
 LEAKY_SLOPE = 0.1
+_LEAST_MAGNITUDE = 1e-3
+_MEAN_LOG_MAGNITUDE, _STD_LOG_MAGNITUDE = -2.0, 2.0
+"""Roughly those of speech at -20 dBFS in windows of 256 to 1024 samples, in nepers."""
+_INITIAL_SCORE = 0.3
+"""Standard deviation of the first scores: well below the distance of 1 between real and generated."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,11 @@ class DiscriminatorConfig:
     """Channels of every convolution on a spectrogram."""
     width: float = 1.0
     """Multiplier of all channel counts, for small models."""
+    log_magnitude: bool = False
+    """Spectrograms as logarithms, in which noise between the harmonics counts as they do. BigVGAN's are linear."""
+    variance_preserving: bool = False
+    """Start with signals of unit variance at every depth. torch's default, which BigVGAN has, shrinks them from layer to layer, and
+    narrow discriminators then stay undecided for thousands of steps."""
 
     def __post_init__(self) -> None:
         # A YAML file gives lists; tuples keep the configuration hashable and comparable.
@@ -115,6 +126,7 @@ class ResolutionDiscriminator(nn.Module):
     def __init__(self, resolution: tuple[int, int, int], config: DiscriminatorConfig) -> None:
         super().__init__()
         self.n_fft, self.hop, self.win = resolution
+        self.log_magnitude = config.log_magnitude
         self.register_buffer("window", torch.ones(self.win), persistent=False)
         width = config.scaled(config.resolution_channels)
         self.convs = nn.ModuleList(
@@ -127,10 +139,13 @@ class ResolutionDiscriminator(nn.Module):
         self.conv_post = weight_norm(nn.Conv2d(width, 1, (3, 3), padding=(1, 1)))
 
     def spectrogram(self, wav: Tensor) -> Tensor:
-        """``wav`` (B, S) to magnitudes (B, F, frames), in fp32 whatever the dtype: half precision has too small a range."""
+        """``wav`` (B, S) to magnitudes (B, F, frames), or their logarithms, in fp32: half precision has too small a range."""
         padding = (self.n_fft - self.hop) // 2
         padded = F.pad(wav.float().unsqueeze(1), (padding, padding), mode="reflect").squeeze(1)
-        return torch.stft(padded, self.n_fft, self.hop, self.win, self.window.float(), center=False, return_complex=True).abs()
+        magnitude = torch.stft(padded, self.n_fft, self.hop, self.win, self.window.float(), center=False, return_complex=True).abs()
+        if not self.log_magnitude:
+            return magnitude
+        return (magnitude.clamp(min=_LEAST_MAGNITUDE).log() - _MEAN_LOG_MAGNITUDE) / _STD_LOG_MAGNITUDE
 
     def forward(self, wav: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``wav`` (B, S), S > (n_fft - hop) / 2, to scores (B, N) and feature maps."""
@@ -181,6 +196,19 @@ class Discriminators(nn.Module):
         self.config = config
         self.mpd = MultiPeriodDiscriminator(config)
         self.mrd = MultiResolutionDiscriminator(config)
+        if config.variance_preserving and not next(self.parameters()).is_meta:
+            self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        gain = nn.init.calculate_gain("leaky_relu", LEAKY_SLOPE)
+        # A spectrogram has about unit variance as it is: as a logarithm by its scale, as a magnitude by the window's length.
+        for sub, first in ((self.mpd, gain / SPEECH_RMS), (self.mrd, gain)):
+            for discriminator in sub.discriminators:
+                assert isinstance(discriminator, PeriodDiscriminator | ResolutionDiscriminator)
+                for index, conv in enumerate(discriminator.convs):
+                    variance_preserving(conv, first if index == 0 else gain)
+                variance_preserving(discriminator.conv_post, _INITIAL_SCORE)
 
     def forward(self, wav: Tensor) -> DiscriminatorOutput:
         """``wav`` (B, S) in [-1, 1] to the scores and feature maps of all periods, then all resolutions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -55,3 +56,15 @@ def in_full_precision(layer: nn.Module, x: Tensor) -> Tensor:
     dtypes = [parameter.dtype for parameter in layer.parameters()]
     with without_autocast(x.device):
         return layer(x.to(dtypes[0]) if dtypes else x)
+
+
+SPEECH_RMS = 0.1
+"""Typical level of speech, -20 dBFS: a first convolution starts by bringing it to unit variance."""
+
+
+def variance_preserving(conv: nn.Module, gain: float) -> None:
+    """Normal weights of standard deviation ``gain`` / sqrt(fan-in), zero bias; sets a weight-normed weight through its parts."""
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+    assert conv.bias is not None
+    conv.weight = torch.randn_like(conv.weight) * gain / math.sqrt(conv.weight[0].numel())
+    nn.init.zeros_(conv.bias)

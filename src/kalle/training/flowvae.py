@@ -17,6 +17,7 @@ from kalle.losses.latent import LatentHealth, flow_kl
 from kalle.losses.waveform import LogMel, MelConfig, MelL1, OverParts, discriminator_loss, feature_matching_loss, generator_loss, mel_l1
 from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE
+from kalle.models.flowvae.istft import NOISE_FRAMES
 from kalle.models.flowvae.model import FlowVAEOutput, FrameWindow
 from kalle.models.lm_batch import WaveBatch
 from kalle.seeds import derived_seed, standard_noise
@@ -167,11 +168,18 @@ class FlowVAETraining(lightning.LightningModule):
         starts = [derived_seed(purpose, *key) % (of - frames + 1) for key in self._keys(batch)]
         return FrameWindow(torch.tensor(starts, device=self.device), frames)
 
+    def _noise_starts(self, batch: WaveBatch) -> Tensor | None:
+        """A random place in the decoder's own noise for each row, or the discriminators would come to know it; None without noise."""
+        if not self.flowvae.has_noise:
+            return None
+        return torch.tensor([derived_seed("decoder noise", *key) % NOISE_FRAMES for key in self._keys(batch)], device=self.device)
+
     def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
         """One update of each side. ``wav`` is a whole number of frames long."""
         unit = self.flowvae.config.hop_length
         decoded = self._window("decoded", batch, self._frames(batch), self.objective.decoded_frames)
-        output: FlowVAEOutput = self.flowvae(batch.wav, noise=self.noise(batch).to(self.device), window=decoded)
+        noise, first = self.noise(batch).to(self.device), self._noise_starts(batch)
+        output: FlowVAEOutput = self.flowvae(batch.wav, noise=noise, window=decoded, first=first)
         real = batch.wav[:, : output.wav.shape[1]] if decoded is None else decoded.of(batch.wav, unit)
         judged = self._window("judged", batch, output.wav.shape[1] // unit, self.objective.judged_frames)
         losses: dict[str, Tensor] = {}

@@ -93,6 +93,8 @@ class ISTFTConfig:
     """STFT frames per latent frame."""
     n_fft: int = 640
     hop_length_stft: int = 160
+    noise: bool = False
+    """Add white noise of a predicted magnitude in every bin, which a decoder that is to sound like speech needs for what is noise in it."""
     kind: str = "istft"
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kalle.models.flowvae.config import ISTFTConfig
 from kalle.models.layers import in_full_precision
+from kalle.seeds import standard_noise
 
 _MAX_LOG_MAGNITUDE = 5.0
 """exp(5) is far above what a full-scale signal needs; the limit keeps an early step from overflowing."""
@@ -19,6 +20,10 @@ MIN_ENVELOPE = 1e-8
 """Lower limit of the envelope that divides the overlapped samples."""
 _INITIAL_LOG_MAGNITUDE = -3.0
 """Start near silence: at exp(0) the first outputs are noise tens of decibels too loud."""
+NOISE_FRAMES = 512
+"""STFT frames after which the noise of a head begins again: five seconds at 100 Hz."""
+_INITIAL_LOG_NOISE = -4.0
+"""The noise of a head starts below what is heard of speech."""
 
 
 class ConvNeXtBlock(nn.Module):
@@ -46,17 +51,34 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ISTFTHead(nn.Module):
-    """Hidden frames (B, C, N) to a waveform (B, N * hop) through log-magnitude and phase."""
+    """Hidden frames (B, C, N) to a waveform (B, N * hop) through log-magnitude and phase.
+
+    With ``noise`` there is a second magnitude for every bin, that of white noise, which is the same in every run and a function of the
+    place in the signal. A network that is given nothing random can only repeat itself where speech is noise: frame by frame the same
+    phases, which is heard as a buzz.
+    """
 
     window: Tensor
+    white: Tensor
 
-    def __init__(self, channels: int, n_fft: int, hop_length: int) -> None:
+    def __init__(self, channels: int, n_fft: int, hop_length: int, noise: bool = False) -> None:
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length
+        self.noise = nn.Linear(channels, n_fft // 2 + 1) if noise else None
         self.project = nn.Linear(channels, n_fft + 2)
         with torch.no_grad():
             self.project.bias[: n_fft // 2 + 1].fill_(_INITIAL_LOG_MAGNITUDE)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        if self.noise is not None:
+            self.silence_noise()
+            self.register_buffer("white", white_frames(n_fft, hop_length), persistent=False)
+
+    @torch.no_grad()
+    def silence_noise(self) -> None:
+        """Start again with noise that is hardly heard, the same in all bins."""
+        assert self.noise is not None
+        nn.init.zeros_(self.noise.weight)
+        nn.init.constant_(self.noise.bias, _INITIAL_LOG_NOISE)
 
     @property
     def trim(self) -> int:
@@ -66,17 +88,21 @@ class ISTFTHead(nn.Module):
         """
         return (self.n_fft - self.hop_length) // 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        frames = self.frames(x)
+    def forward(self, x: Tensor, first: int | Tensor = 0) -> Tensor:
+        frames = self.frames(x, first)
         kept = slice(self.trim, self.trim + frames.shape[1] * self.hop_length)
         return self.overlap_add(frames)[:, kept] / self.envelope(frames.shape[1])[:, kept].clamp(min=MIN_ENVELOPE)
 
-    def frames(self, x: Tensor) -> Tensor:
-        """Windowed frames (B, N, n_fft) of the hidden frames (B, C, N)."""
+    def frames(self, x: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Windowed frames (B, N, n_fft) of the hidden frames (B, C, N), of which ``first``, or (B,) of them, is the place in the noise."""
         parameters = in_full_precision(self.project, x.transpose(1, 2))
         log_magnitude, phase = parameters.float().chunk(2, dim=-1)
         magnitude = log_magnitude.clamp(max=_MAX_LOG_MAGNITUDE).exp()
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
+        if self.noise is not None:
+            level = in_full_precision(self.noise, x.transpose(1, 2)).float().clamp(max=_MAX_LOG_MAGNITUDE).exp()
+            places = torch.as_tensor(first, device=x.device)[..., None] + torch.arange(x.shape[-1], device=x.device)
+            spectrum = spectrum + level * torch.view_as_complex(self.white[places % NOISE_FRAMES].float())
         return torch.fft.irfft(spectrum, n=self.n_fft, dim=-1) * self.window
 
     def overlap_add(self, frames: Tensor) -> Tensor:
@@ -87,6 +113,17 @@ class ISTFTHead(nn.Module):
     def envelope(self, count: int) -> Tensor:
         """The sum of squared windows under ``count`` overlapped frames, (1, (count - 1) * hop + n_fft)."""
         return self.overlap_add(self.window.square().expand(1, count, -1))
+
+
+def white_frames(n_fft: int, hop_length: int) -> Tensor:
+    """Spectra of frames of white noise, whose bins have a mean square of 1: (NOISE_FRAMES, n_fft // 2 + 1, 2), real and imaginary parts.
+
+    The signal that they are frames of is a loop, so that the last go on with the first.
+    """
+    loop = standard_noise((NOISE_FRAMES * hop_length,), "noise of the inverse-STFT decoder")
+    window = torch.hann_window(n_fft)
+    frames = loop.repeat(1 + -(-n_fft // len(loop))).unfold(0, n_fft, hop_length)[:NOISE_FRAMES]
+    return torch.view_as_real(torch.fft.rfft(frames * window / window.square().sum().sqrt()))
 
 
 class ISTFTDecoder(nn.Module):
@@ -101,13 +138,14 @@ class ISTFTDecoder(nn.Module):
             ConvNeXtBlock(config.channels, config.expansion, config.kernel_size, 1 / config.blocks) for _ in range(config.blocks)
         )
         self.norm = nn.LayerNorm(config.channels, eps=1e-6)
-        self.head = ISTFTHead(config.channels, config.n_fft, config.hop_length_stft)
+        self.head = ISTFTHead(config.channels, config.n_fft, config.hop_length_stft, config.noise)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, first: int | Tensor = 0) -> Tensor:
+        """``first``, or (B,) of them, is the STFT frame of the noise that the signal begins with, where the decoder has noise."""
         x = self.widen(self.conv_in(z))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.normalise(x))
+        return self.head(self.normalise(x), first)
 
     def widen(self, x: Tensor) -> Tensor:
         """Latent frames after the first convolution to the STFT's rate: (B, C, T) -> (B, C, T * upsample)."""

@@ -7,7 +7,7 @@ prior N(0, I). The decoders have modules of their own.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,16 +18,14 @@ from kalle.checkpoint import CONFIG_NAME, load_module, part_folder, read_json, s
 from kalle.errors import UserError
 from kalle.gaussian import DiagGaussian
 from kalle.models.flowvae.bigvgan import BigVGANDecoder
-from kalle.models.flowvae.config import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAEConfig
+from kalle.models.flowvae.config import BigVGANConfig, EncoderConfig, FlowConfig, FlowVAEConfig, ISTFTConfig
 from kalle.models.flowvae.istft import ISTFTDecoder
 from kalle.models.flowvae.streaming import DecoderForInference
-from kalle.models.layers import CausalConv1d, in_full_precision, same_conv
+from kalle.models.layers import SPEECH_RMS, CausalConv1d, in_full_precision, same_conv, variance_preserving
 
 PART = "flowvae"
 _STAGE_SLOPE = 0.2
 _RESIDUAL_SLOPE = 0.01
-_SPEECH_RMS = 0.1
-"""Typical level of speech, -20 dBFS: the first convolution starts by bringing it to unit variance."""
 _INITIAL_LOG_STD = -1.0
 """The posterior starts narrower than the spread of its means, so that the decoder receives the signal from the first step."""
 
@@ -89,15 +87,15 @@ class Encoder(nn.Module):
         torch's default shrinks them by about the square root of 3 in each of the eight unnormalised convolutions on the
         main path; the posterior then hardly depends on the input and the first minutes of training are lost.
         """
-        _variance_preserving(self.conv_in, 1 / _SPEECH_RMS)
+        variance_preserving(self.conv_in, 1 / SPEECH_RMS)
         for stage in self.stages:
             assert isinstance(stage, EncoderStage)
-            _variance_preserving(stage.down, nn.init.calculate_gain("leaky_relu", _STAGE_SLOPE))
+            variance_preserving(stage.down, nn.init.calculate_gain("leaky_relu", _STAGE_SLOPE))
             for layer in stage.residual:
                 assert isinstance(layer, ResidualLayer)
-                _variance_preserving(layer.dilated, nn.init.calculate_gain("leaky_relu", _RESIDUAL_SLOPE))
-                _variance_preserving(layer.plain, 1 / math.sqrt(2 * len(stage.residual)))
-        _variance_preserving(self.conv_out, 1.0)
+                variance_preserving(layer.dilated, nn.init.calculate_gain("leaky_relu", _RESIDUAL_SLOPE))
+                variance_preserving(layer.plain, 1 / math.sqrt(2 * len(stage.residual)))
+        variance_preserving(self.conv_out, 1.0)
         assert isinstance(self.conv_out, nn.Conv1d)
         weight, bias = self.conv_out.weight.clone(), self.conv_out.bias
         assert bias is not None
@@ -105,15 +103,6 @@ class Encoder(nn.Module):
         weight[log_std_rows] *= 0.01
         self.conv_out.weight = weight
         bias[log_std_rows] = _INITIAL_LOG_STD
-
-
-def _variance_preserving(conv: nn.Module, gain: float) -> None:
-    """Normal weights of standard deviation ``gain`` / sqrt(fan-in), zero bias; sets a weight-normed weight through its parts."""
-    assert isinstance(conv, nn.Conv1d)
-    assert conv.bias is not None
-    _, channels_in, kernel_size = conv.weight.shape
-    conv.weight = torch.randn_like(conv.weight) * gain / math.sqrt(channels_in * kernel_size)
-    nn.init.zeros_(conv.bias)
 
 
 class WaveNet(nn.Module):
@@ -228,6 +217,19 @@ class FlowVAE(nn.Module):
         else:
             self.decoder = ISTFTDecoder(config.decoder, config.latent_dim)
 
+    @property
+    def has_noise(self) -> bool:
+        """Whether the decoder adds noise."""
+        return isinstance(self.config.decoder, ISTFTConfig) and self.config.decoder.noise
+
+    def with_noise(self) -> FlowVAE:
+        """The same weights in a Flow-VAE whose inverse-STFT decoder adds noise, still hardly any; UserError for another decoder."""
+        if not isinstance(self.config.decoder, ISTFTConfig):
+            raise UserError("noise: got the paper's decoder, expected an inverse-STFT decoder (decoder.kind istft); take such weights")
+        wider = FlowVAE(replace(self.config, decoder=replace(self.config.decoder, noise=True)))
+        wider.load_state_dict(self.state_dict(), strict=self.has_noise)
+        return wider.train(self.training)
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> FlowVAE:
         """Load ``folder`` (NAME or NAME/flowvae), in evaluation mode; a UserError lists every tensor that does not fit.
@@ -263,16 +265,23 @@ class FlowVAE(nn.Module):
         return self
 
     def forward(
-        self, wav: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None, window: FrameWindow | None = None
+        self,
+        wav: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        window: FrameWindow | None = None,
+        first: Tensor | None = None,
     ) -> FlowVAEOutput:
         """Encode ``wav`` (B, S), sample once (``noise`` (B, T, D) or ``generator``), and send the sample to decoder and flow.
 
-        With ``window`` the decoder gets those frames of each row alone; encoder and flow have all.
+        With ``window`` the decoder gets those frames of each row alone; encoder and flow have all. ``first`` (B,) is the frame of its own
+        noise that a decoder with noise begins with.
         """
         posterior = self.encode(wav)
         z = posterior.sample(noise, generator=generator)
         decoded = z if window is None else window.of(z)
-        return FlowVAEOutput(posterior, z, self.to_prior(z), self.decoder(decoded.transpose(1, 2)))
+        place = () if first is None else (first,)
+        return FlowVAEOutput(posterior, z, self.to_prior(z), self.decoder(decoded.transpose(1, 2), *place))
 
     def encode(self, wav: Tensor) -> DiagGaussian:
         """Posterior of ``wav`` (B, S) as (B, T, D); T follows from the convolutions, nothing is padded.

@@ -221,11 +221,12 @@ def _steps(decoder: PreparedDecoder) -> list[int]:
 
 @dataclass(frozen=True)
 class HeadState:
-    """The buffer that later frames are added to, its windows, and how many samples of the beginning are still to be cut."""
+    """The buffer that later frames are added to, its windows, how many samples of the beginning are to be cut, the frames so far."""
 
     samples: Tensor
     envelope: Tensor
     to_cut: int
+    frames: int
 
 
 @dataclass(frozen=True)
@@ -245,19 +246,20 @@ class _HeadStream:
     def start(self, batch: int) -> HeadState:
         # The head works in fp32 whatever its weights are; its window says where.
         samples = torch.zeros(batch, self.overlap, device=self.head.window.device)
-        return HeadState(samples, self.head.window.new_zeros(1, self.overlap), self.head.trim)
+        return HeadState(samples, self.head.window.new_zeros(1, self.overlap), self.head.trim, 0)
 
     def push(self, x: Tensor, state: HeadState, end: bool) -> tuple[Tensor, HeadState]:
         samples, envelope, count = state.samples, state.envelope, x.shape[-1]
         if count:
-            samples = _add_front(self.head.overlap_add(self.head.frames(x)), samples)
+            samples = _add_front(self.head.overlap_add(self.head.frames(x, state.frames)), samples)
             envelope = _add_front(self.head.envelope(count), envelope)
         ready = count * self.head.hop_length
         # Of what the last frame reaches beyond its hop, as much is kept as was cut from the first.
         until = ready + self.head.trim * end
         wav = samples[:, :until] / envelope[:, :until].clamp(min=MIN_ENVELOPE)
         cut = min(state.to_cut, wav.shape[-1])
-        return wav[:, cut:], HeadState(samples[:, ready:].clone(), envelope[:, ready:].clone(), state.to_cut - cut)
+        after = HeadState(samples[:, ready:].clone(), envelope[:, ready:].clone(), state.to_cut - cut, state.frames + count)
+        return wav[:, cut:], after
 
 
 def _add_front(x: Tensor, front: Tensor) -> Tensor:
