@@ -13,6 +13,7 @@ from kalle.checkpoint import CONFIG_NAME, part_folder, read_json, write_json
 from kalle.cli.main import dispatch
 from kalle.cli.stages import Stages
 from kalle.errors import UserError
+from kalle.models.flowvae import FlowVAE
 
 logger = logging.getLogger("nano")
 
@@ -31,8 +32,8 @@ LONGEST_SECONDS = "8"
 """What these weights keep up in one request: some twenty words (the table by length in README.md), where joins are of 14 s at most."""
 CONFIDENCE_TEXTS = "48"
 """Texts that are spoken, well and badly, to measure below which confidence speech is doubtful."""
-FROZEN = "freeze=[encoder.*,flow.*]"
-"""While the decoder trains on; the encoder stays the one that the latents come from."""
+DECODER = "nano_flowvae_decoder"
+"""The experiment of the decoder's training against discriminators; the encoder stays the one that the latents come from."""
 
 
 class Training:
@@ -77,9 +78,11 @@ class Training:
         """Every training, and what lies between."""
         if self.flowvae_steps:
             start = [] if self.start is None else [f"init={self.start}"]
-            self._train_flowvae("flowvae", self.flowvae_steps, *start)
+            self._train_flowvae("flowvae", "nano_flowvae", self.flowvae_steps, *start)
         if self.decoder_steps:
-            self._train_flowvae("flowvae2", self.decoder_steps, f"init={self.flowvae}", FROZEN)
+            noisy = self.out / "flowvae-noise"
+            self.stages.run("noise", lambda: FlowVAE.from_pretrained(self.flowvae).with_noise().save_pretrained(noisy))
+            self._train_flowvae("flowvae2", DECODER, self.decoder_steps, f"init={noisy}")
         for corpus, latents in zip(self.read, self.latents, strict=True):
             run = [f"flowvae={self.flowvae}", f"corpus={corpus}", f"out={latents}", f"device={self.given.device}"]
             self.stages.command(f"encode {corpus.name}", "encode", *run, "speaker_mels=true", *JOINS, *EQUAL_LENGTHS)
@@ -98,8 +101,8 @@ class Training:
         whole = [f"out={self.out / 'lm'}", f"trainer.max_steps={self.lm_steps - short}", *start, *self.common]
         self.stages.command("train lm", *run, *whole)
 
-    def _train_flowvae(self, name: str, steps: int, *more: str) -> None:
-        run = ["experiment=nano_flowvae", f"data.corpus={_listed(self.corpora)}", f"out={self.out / name}", f"trainer.max_steps={steps}"]
+    def _train_flowvae(self, name: str, experiment: str, steps: int, *more: str) -> None:
+        run = [f"experiment={experiment}", f"data.corpus={_listed(self.corpora)}", f"out={self.out / name}", f"trainer.max_steps={steps}"]
         self.stages.command(f"train {name}", "train", "flowvae", *run, *more, *self.common)
 
     def finish(self, shipped: Path) -> None:
