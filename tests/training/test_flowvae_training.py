@@ -198,8 +198,8 @@ def test_the_noise_reaches_the_model_and_changes_with_the_epoch(make, batches, f
     module = make(judged=False, seed=9)
     original = module.flowvae.forward
 
-    def watched(wav: Tensor, noise: Tensor | None = None, window: Any = None, first: Any = None) -> Any:
-        output = original(wav, noise, window=window, first=first)
+    def watched(wav: Tensor, noise: Tensor | None = None, window: Any = None, first: Any = None, second: Any = None) -> Any:
+        output = original(wav, noise, window=window, first=first, second=second)
         seen.append(((output.z - output.posterior.mean) / output.posterior.std).detach())
         torch.testing.assert_close(seen[-1], noise, atol=1e-4, rtol=1e-4)
         return output
@@ -360,6 +360,26 @@ def test_the_noise_of_a_decoder_begins_elsewhere_in_each_crop_and_epoch(make, ba
     assert len({start for both in starts for start in both}) == 4, starts
 
 
+def test_the_energy_distance_compares_two_reconstructions(make, batches, fit) -> None:
+    """They differ by the decoder's noise alone; the distance enters the total with its weight."""
+    module, recorder, compared = make(judged=False, energy_weight=2.0, decoded_frames=8), Recorder(), []
+    module.flowvae = module.flowvae.with_noise()
+    module.energy.windows = (128, 256)
+    module.energy.register_forward_hook(lambda part, inputs, output: compared.append(inputs))
+    fit(module, batches[:1], 1, callbacks=[recorder])
+    ((real, fake, other),) = compared
+    assert real.shape == fake.shape == other.shape == (2, 8 * module.flowvae.config.hop_length)
+    assert not torch.equal(fake, other)
+    torch.testing.assert_close(fake, other, atol=0.05, rtol=0)
+    m = {name.removeprefix("train/"): value for name, value in recorder.metrics[0].items()}
+    assert m["total"] == pytest.approx(45 * m["mel"] + 32 * m["kl"] + 2 * m["energy"], rel=1e-5)
+
+
+def test_the_energy_distance_needs_noise(toy_flowvae_config: FlowVAEConfig) -> None:
+    with pytest.raises(UserError, match=r"without noise.*with_noise"):
+        FlowVAEObjective(energy_weight=1.0).check_fits(toy_flowvae_config, 8)
+
+
 def test_frames_outside_of_the_window_get_no_gradient(make, batches) -> None:
     module = make(judged=False)
     z = torch.randn(2, 20, module.flowvae.config.latent_dim, requires_grad=True)
@@ -375,13 +395,13 @@ def test_windows_without_frames_are_refused(objective: dict[str, int], named: st
         FlowVAEObjective(**objective)
 
 
-def test_windows_that_are_too_long_are_refused() -> None:
+def test_windows_that_are_too_long_are_refused(toy_flowvae_config: FlowVAEConfig) -> None:
     with pytest.raises(UserError, match=r"judged_frames: got 9, more than objective\.decoded_frames=8"):
         FlowVAEObjective(decoded_frames=8, judged_frames=9)
     for name in ("decoded_frames", "judged_frames"):
-        FlowVAEObjective(**{name: 8}).check_crops(8)
+        FlowVAEObjective(**{name: 8}).check_fits(toy_flowvae_config, 8)
         with pytest.raises(UserError, match=rf"{name}: got 8, more than the 7 frames of a crop.*segment_samples"):
-            FlowVAEObjective(**{name: 8}).check_crops(7)
+            FlowVAEObjective(**{name: 8}).check_fits(toy_flowvae_config, 7)
 
 
 def test_validation_measures_whole_utterances(make, batches, fit) -> None:

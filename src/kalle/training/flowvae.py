@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from kalle.checkpoint import check_fields
 from kalle.errors import UserError
 from kalle.losses.latent import LatentHealth, flow_kl
-from kalle.losses.waveform import LogMel, MelConfig, MelL1, OverParts, discriminator_loss, feature_matching_loss, generator_loss, mel_l1
+from kalle.losses.waveform import (
+    LogMel,
+    MelConfig,
+    MelL1,
+    OverParts,
+    SpectralEnergyDistance,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+    mel_l1,
+)
 from kalle.models.discriminators import Discriminators
-from kalle.models.flowvae import FlowVAE
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 from kalle.models.flowvae.istft import NOISE_FRAMES
 from kalle.models.flowvae.model import FlowVAEOutput, FrameWindow
 from kalle.models.lm_batch import WaveBatch
@@ -54,6 +64,8 @@ class FlowVAEObjective:
     seconds to both sides, has the whole crop (as in VITS, arXiv 2106.06103, section 2.2.3)."""
     judged_frames: int | None = None
     """Of what is decoded, the frames, from a random place, that the discriminators hear; null: all."""
+    energy_weight: float = 0.0
+    """Of the spectral energy distance (arXiv 2008.01160), for decoders with noise: each crop is decoded twice, with noise of its own."""
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
@@ -67,8 +79,13 @@ class FlowVAEObjective:
                 "expected at most as many; correct one"
             )
 
-    def check_crops(self, frames: int) -> None:
-        """UserError unless crops of ``frames`` latent frames are long enough for both windows."""
+    def check_fits(self, flowvae: FlowVAEConfig, frames: int) -> None:
+        """UserError unless crops of ``frames`` latent frames are long enough for both windows, and the decoder has the noise it needs."""
+        if self.energy_weight and not flowvae.has_noise:
+            raise UserError(
+                f"objective.energy_weight: got {self.energy_weight} for a decoder without noise, which decodes a crop the same way twice; "
+                "set flowvae.decoder.noise=true (FlowVAE.with_noise gives it to trained weights), or the weight to 0"
+            )
         for name, wanted in (("decoded_frames", self.decoded_frames), ("judged_frames", self.judged_frames)):
             if wanted is not None and wanted > frames:
                 raise UserError(
@@ -124,6 +141,7 @@ class FlowVAETraining(lightning.LightningModule):
         mel = MelConfig(sample_rate=flowvae.config.sample_rate)
         self.mel_loss = mel_loss if mel_loss is not None else MelL1(mel)
         self.log_mel = LogMel(mel)
+        self.energy = SpectralEnergyDistance(flowvae.config.sample_rate)
         self.gradient_norms: dict[int, Tensor] = {}
         """The norm before clipping, by the optimizer's index, for the guard that checks an update before it is made."""
         self._start_validation()
@@ -168,18 +186,19 @@ class FlowVAETraining(lightning.LightningModule):
         starts = [derived_seed(purpose, *key) % (of - frames + 1) for key in self._keys(batch)]
         return FrameWindow(torch.tensor(starts, device=self.device), frames)
 
-    def _noise_starts(self, batch: WaveBatch) -> Tensor | None:
+    def _noise_starts(self, batch: WaveBatch, purpose: str = "decoder noise") -> Tensor | None:
         """A random place in the decoder's own noise for each row, or the discriminators would come to know it; None without noise."""
         if not self.flowvae.has_noise:
             return None
-        return torch.tensor([derived_seed("decoder noise", *key) % NOISE_FRAMES for key in self._keys(batch)], device=self.device)
+        return torch.tensor([derived_seed(purpose, *key) % NOISE_FRAMES for key in self._keys(batch)], device=self.device)
 
     def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
         """One update of each side. ``wav`` is a whole number of frames long."""
         unit = self.flowvae.config.hop_length
         decoded = self._window("decoded", batch, self._frames(batch), self.objective.decoded_frames)
         noise, first = self.noise(batch).to(self.device), self._noise_starts(batch)
-        output: FlowVAEOutput = self.flowvae(batch.wav, noise=noise, window=decoded, first=first)
+        second = self._noise_starts(batch, "decoder noise again") if self.objective.energy_weight else None
+        output: FlowVAEOutput = self.flowvae(batch.wav, noise=noise, window=decoded, first=first, second=second)
         real = batch.wav[:, : output.wav.shape[1]] if decoded is None else decoded.of(batch.wav, unit)
         judged = self._window("judged", batch, output.wav.shape[1] // unit, self.objective.judged_frames)
         losses: dict[str, Tensor] = {}
@@ -211,6 +230,9 @@ class FlowVAETraining(lightning.LightningModule):
             "kl": flow_kl(output.z_prior, output.posterior.log_std, objective.kl_reduction),
         }
         total = objective.mel_weight * losses["mel"] + objective.kl_weight * losses["kl"]
+        if output.second is not None:
+            losses["energy"] = self.energy(real, fake, output.second.float())
+            total = total + objective.energy_weight * losses["energy"]
         if self.adversarial:
             assert self.discriminators is not None
             real, fake = _cut(judged, self.flowvae.config.hop_length, real, fake)

@@ -124,7 +124,7 @@ def _build_flowvae(config: FlowVAETrainingConfig, storageless: FakeTensorMode | 
     described = _flowvae_config(config)
     config = replace(config, flowvae=described)
     data = config.data.module(described, config.seed)
-    config.objective.check_crops(data.segment_samples // described.hop_length)
+    config.objective.check_fits(described, data.segment_samples // described.hop_length)
     for split in INPUT_SPLITS:
         data.reader(split)
     with storageless or nullcontext():

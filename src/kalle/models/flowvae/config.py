@@ -137,6 +137,11 @@ class FlowVAEConfig:
         return math.prod(self.encoder.strides)
 
     @property
+    def has_noise(self) -> bool:
+        """Whether the decoder adds noise."""
+        return isinstance(self.decoder, ISTFTConfig) and self.decoder.noise
+
+    @property
     def frame_rate_hz(self) -> float:
         """Latent frames per second."""
         return self.sample_rate / self.hop_length

@@ -201,6 +201,8 @@ class FlowVAEOutput:
     """The same sample through the flow, (B, T, D)."""
     wav: Tensor
     """Reconstruction (B, T * hop_length), of ``window`` alone where one was given; not clipped, so that every sample keeps its gradient."""
+    second: Tensor | None = None
+    """Another of the same sample, with the decoder's noise from another place, where one was asked for."""
 
 
 class FlowVAE(nn.Module):
@@ -220,7 +222,7 @@ class FlowVAE(nn.Module):
     @property
     def has_noise(self) -> bool:
         """Whether the decoder adds noise."""
-        return isinstance(self.config.decoder, ISTFTConfig) and self.config.decoder.noise
+        return self.config.has_noise
 
     def with_noise(self) -> FlowVAE:
         """The same weights in a Flow-VAE whose inverse-STFT decoder adds noise, still hardly any; UserError for another decoder."""
@@ -271,17 +273,21 @@ class FlowVAE(nn.Module):
         generator: torch.Generator | None = None,
         window: FrameWindow | None = None,
         first: Tensor | None = None,
+        second: Tensor | None = None,
     ) -> FlowVAEOutput:
         """Encode ``wav`` (B, S), sample once (``noise`` (B, T, D) or ``generator``), and send the sample to decoder and flow.
 
         With ``window`` the decoder gets those frames of each row alone; encoder and flow have all. ``first`` (B,) is the frame of its own
-        noise that a decoder with noise begins with.
+        noise that a decoder with noise begins with; with ``second`` (B,) it decodes once more from there.
         """
         posterior = self.encode(wav)
         z = posterior.sample(noise, generator=generator)
         decoded = z if window is None else window.of(z)
-        place = () if first is None else (first,)
-        return FlowVAEOutput(posterior, z, self.to_prior(z), self.decoder(decoded.transpose(1, 2), *place))
+        if first is None:
+            return FlowVAEOutput(posterior, z, self.to_prior(z), self.decoder(decoded.transpose(1, 2)))
+        places = first if second is None else torch.cat([first, second])
+        reconstructions = self.decoder(decoded.transpose(1, 2).repeat(len(places) // len(z), 1, 1), places).split(len(z))
+        return FlowVAEOutput(posterior, z, self.to_prior(z), *reconstructions)
 
     def encode(self, wav: Tensor) -> DiagGaussian:
         """Posterior of ``wav`` (B, S) as (B, T, D); T follows from the convolutions, nothing is padded.
