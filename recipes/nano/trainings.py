@@ -33,7 +33,7 @@ LONGEST_SECONDS = "8"
 CONFIDENCE_TEXTS = "48"
 """Texts that are spoken, well and badly, to measure below which confidence speech is doubtful."""
 DECODER = "nano_flowvae_decoder"
-"""The experiment of the decoder's training against discriminators; the encoder stays the one that the latents come from."""
+"""The experiment of the decoder's training with noise and harmonics; the encoder stays the one that the latents come from."""
 
 
 class Training:
@@ -80,9 +80,9 @@ class Training:
             start = [] if self.start is None else [f"init={self.start}"]
             self._train_flowvae("flowvae", "nano_flowvae", self.flowvae_steps, *start)
         if self.decoder_steps:
-            noisy = self.out / "flowvae-noise"
-            self.stages.run("noise", lambda: FlowVAE.from_pretrained(self.flowvae).with_noise().save_pretrained(noisy))
-            self._train_flowvae("flowvae2", DECODER, self.decoder_steps, f"init={noisy}")
+            fuller = self.out / "flowvae-sources"
+            self.stages.run("sources", lambda: FlowVAE.from_pretrained(self.flowvae).with_sources().save_pretrained(fuller))
+            self._train_flowvae("flowvae2", DECODER, self.decoder_steps, f"init={fuller}")
         for corpus, latents in zip(self.read, self.latents, strict=True):
             run = [f"flowvae={self.flowvae}", f"corpus={corpus}", f"out={latents}", f"device={self.given.device}"]
             self.stages.command(f"encode {corpus.name}", "encode", *run, "speaker_mels=true", *JOINS, *EQUAL_LENGTHS)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kalle.errors import UserError
+from kalle.losses.pitch import track_pitch
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig, ISTFTConfig
-from kalle.models.flowvae.istft import NOISE_FRAMES, ISTFTDecoder, ISTFTHead, white_frames
+from kalle.models.flowvae.istft import NOISE_FRAMES, ISTFTDecoder, ISTFTHead, harmonic_lines, white_frames
 
 
 def _head(n_fft: int = 64, hop_length: int = 16) -> ISTFTHead:
@@ -112,27 +113,88 @@ def test_the_noise_learns():
 
 
 @torch.no_grad()
-def test_noise_is_added_to_trained_weights_hardly_heard(toy_flowvae_config: FlowVAEConfig, tmp_path):
+def test_trained_weights_get_sources(toy_flowvae_config: FlowVAEConfig, tmp_path):
     torch.manual_seed(1)
     plain = FlowVAE(toy_flowvae_config).eval()
-    noisy = plain.with_noise()
-    assert (plain.has_noise, noisy.has_noise) == (False, True)
-    assert not noisy.training
-    noisy.save_pretrained(tmp_path)
+    fuller = plain.with_sources()
+    assert (plain.has_noise, plain.config.has_harmonics) == (False, False)
+    assert (fuller.has_noise, fuller.config.has_harmonics) == (True, True)
+    assert not fuller.training
+    fuller.save_pretrained(tmp_path)
     loaded = FlowVAE.from_pretrained(tmp_path)
     z = torch.randn(1, 30, toy_flowvae_config.latent_dim, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(noisy.decode(z), loaded.decode(z))
-    difference = loaded.decode(z) - plain.decode(z)
-    assert 0 < difference.std() < 0.01
-    assert torch.equal(noisy.with_noise().decode(z), noisy.decode(z)), "it is kept where it is"
+    assert torch.equal(fuller.decode(z), loaded.decode(z))
+    assert not torch.allclose(loaded.decode(z), plain.decode(z), atol=1e-3)
+    assert torch.equal(fuller.with_sources().decode(z), fuller.decode(z)), "they are kept where they are"
+    project = "decoder.head.project.bias"
     for name, tensor in plain.state_dict().items():
-        assert torch.equal(noisy.state_dict()[name], tensor), name
+        assert torch.equal(fuller.state_dict()[name], tensor) == (name != project), name
 
 
-def test_the_papers_decoder_gets_no_noise(toy_flowvae_config: FlowVAEConfig):
+def test_the_papers_decoder_gets_no_sources(toy_flowvae_config: FlowVAEConfig):
     from kalle.models.flowvae import BigVGANConfig
 
     decoder = BigVGANConfig(initial_channels=16, strides=(10, 16), block_kernel_sizes=(3,), block_dilations=(1,))
     flowvae = FlowVAE(dataclasses.replace(toy_flowvae_config, decoder=decoder))
     with pytest.raises(UserError, match=r"decoder\.kind istft"):
-        flowvae.with_noise()
+        flowvae.with_sources()
+
+
+def test_lines_are_the_transform_of_windowed_cosines():
+    n_fft, pitch, phase = 640, 7.3, 1.1
+    time = torch.arange(n_fft, dtype=torch.float64) - n_fft / 2
+    numbers = torch.arange(1, int(n_fft / 2 / pitch) + 1, dtype=torch.float64)[:, None]
+    signal = torch.cos(numbers * (2 * math.pi * pitch / n_fft * time + phase)).sum(dim=0)
+    expected = torch.fft.rfft(signal * torch.hann_window(n_fft, dtype=torch.float64)) / (n_fft / 4)
+    lines = harmonic_lines(torch.tensor([[pitch]]), torch.tensor([[phase]]), n_fft)[0, 0]
+    inside = slice(8, int(numbers[-1] * pitch) - 2)
+    torch.testing.assert_close(lines[inside].to(torch.complex128), expected[inside], rtol=0, atol=0.04)
+
+
+def voice(pitch: torch.Tensor) -> torch.Tensor:
+    """What a head with harmonics alone makes of ``pitch`` (1, frames)."""
+    head = ISTFTHead(channels=8, n_fft=640, hop_length=160, harmonics=True)
+    with torch.no_grad():
+        head.project.weight.zero_()
+        head.project.bias[:321] = -20.0
+        head.harmonics.bias[:321] = 0.0
+        return head(torch.zeros(1, 8, pitch.shape[1]), pitch=pitch)
+
+
+@pytest.mark.parametrize("pitch", [4.0, 7.3, 12.0])
+def test_a_steady_pitch_gives_a_steady_tone(pitch: float):
+    """Its phases go on from frame to frame: the tone is as loud as its frames, without a trace of their rate."""
+    wav = voice(torch.full((1, 120), pitch))[0, 640:-640]
+    spectrum = torch.fft.rfft(wav * torch.hann_window(len(wav))).abs()
+    hertz = torch.arange(len(spectrum)) * 16000 / len(wav)
+    distance = (hertz / (25 * pitch) - (hertz / (25 * pitch)).round()).abs() * 25 * pitch
+    lines, between = spectrum[(distance < 2) & (hertz > 40) & (hertz < 7500)], spectrum[(distance > 20) & (hertz > 40) & (hertz < 7500)]
+    assert between.max() < 0.02 * lines.max()
+
+
+def test_a_glide_is_followed():
+    pitch = torch.linspace(5.0, 9.0, 150)[None]
+    found = track_pitch(voice(pitch)) / 25
+    inner = slice(5, -5)
+    torch.testing.assert_close(found[0, inner], pitch[0, inner], rtol=0.02, atol=0)
+
+
+@torch.no_grad()
+def test_a_pitch_that_is_given_replaces_the_predicted_one_where_it_is_known():
+    head = ISTFTHead(channels=8, n_fft=64, hop_length=16, harmonics=True)
+    head.harmonics.bias.fill_(0.0)
+    x = torch.zeros(1, 8, 20)
+    predicted = head.log_pitch(x).exp()
+    unknown = torch.full((1, 20), math.nan)
+    assert torch.equal(head(x), head(x, pitch=unknown))
+    torch.testing.assert_close(head(x), head(x, pitch=predicted))
+    assert not torch.allclose(head(x), head(x, pitch=predicted * 1.3), atol=1e-3)
+
+
+def test_harmonics_learn():
+    decoder = ISTFTDecoder(ISTFTConfig(channels=8, blocks=1, harmonics=True), latent_dim=4)
+    decoder(torch.randn(1, 4, 3)).square().sum().backward()
+    assert decoder.head.harmonics.weight.grad.abs().sum() > 0
+    assert decoder.head.pitch.weight.grad is None, "the pitch learns from the recordings' own"
+    decoder.head.log_pitch(decoder.hidden(torch.randn(1, 4, 3))).sum().backward()
+    assert decoder.head.pitch.weight.grad.abs().sum() > 0

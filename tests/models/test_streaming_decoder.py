@@ -21,6 +21,12 @@ ENCODER = EncoderConfig(channels=(2,) * 7, residual_layers=1)
 HOP, DIM = 1280, 6
 ROUNDING = 5e-6
 """Of waveforms up to 1 that go through a hundred convolutions in fp32."""
+SUMMED_ROUNDING = 1e-3
+"""The same where a pitch is summed up to a phase, and its rounding with it."""
+
+
+def rounding(kind: str) -> float:
+    return SUMMED_ROUNDING if kind == "sources" else ROUNDING
 
 
 @cache
@@ -40,17 +46,20 @@ def bigvgan(seed: int = 0, gain: float = 1.7) -> FlowVAE:
     return flowvae
 
 
-def istft(seed: int = 0, blocks: int = 8, noise: bool = False) -> FlowVAE:
+def istft(seed: int = 0, blocks: int = 8, sources: bool = False) -> FlowVAE:
     torch.manual_seed(seed)
-    config = FlowVAEConfig(latent_dim=DIM, encoder=ENCODER, flow=None, decoder=ISTFTConfig(channels=16, blocks=blocks, noise=noise))
+    config = FlowVAEConfig(
+        latent_dim=DIM, encoder=ENCODER, flow=None, decoder=ISTFTConfig(channels=16, blocks=blocks, noise=sources, harmonics=sources)
+    )
     flowvae = FlowVAE(config).eval().requires_grad_(False)
     # Blocks that matter, so that what they see does.
     for block in flowvae.decoder.blocks:
         block.scale.fill_(1.0)
     project = flowvae.decoder.head.project
     project.weight.mul_(4)
-    if noise:
-        flowvae.decoder.head.noise.weight.normal_(std=0.3)
+    if sources:
+        for layer in (flowvae.decoder.head.noise, flowvae.decoder.head.harmonics, flowvae.decoder.head.pitch):
+            layer.weight.normal_(std=0.3)
     project.bias[:321] += torch.log(0.2 / flowvae.decode(latents(20, seed)).std())
     return flowvae
 
@@ -81,7 +90,7 @@ def assert_equal(streamed: Tensor, offline: Tensor, tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, FlowVAE]:
-    return {"bigvgan": bigvgan(), "istft": istft(), "noise": istft(noise=True)}
+    return {"bigvgan": bigvgan(), "istft": istft(), "sources": istft(sources=True)}
 
 
 @pytest.mark.parametrize(("kind", "latency", "exact"), [("bigvgan", 5, 12), ("istft", 5, 5)])
@@ -102,13 +111,13 @@ def test_a_latency_that_cannot_be_done_is_refused(models, kind, shortest, too_sh
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "sources"])
 @pytest.mark.parametrize(("chunk", "frames"), [(1, 14), (2, 18), (5, 30), (17, 40), (40, 40)])
 def test_equals_decode_at_exact_latency(models, kind, chunk, frames):
     z = latents(frames)
     offline = models[kind].decode(z)
     assert offline.std() > 0.1
-    assert_equal(stream(StreamingDecoder(models[kind], 12), z, [chunk]), offline, ROUNDING)
+    assert_equal(stream(StreamingDecoder(models[kind], 12), z, [chunk]), offline, rounding(kind))
 
 
 @torch.inference_mode()
@@ -140,7 +149,7 @@ def test_a_shorter_latency_is_worse_and_a_longer_one_no_better_than_rounding(mod
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "sources"])
 @settings(max_examples=10, deadline=None)
 @given(
     frames=st.integers(1, 14),
@@ -150,7 +159,7 @@ def test_a_shorter_latency_is_worse_and_a_longer_one_no_better_than_rounding(mod
 def test_any_split_of_any_length(models, kind, frames, chunks, latency):
     z = latents(frames, seed=frames)
     decoder = StreamingDecoder(models[kind], latency)
-    tolerance = 1e-4 if latency is None else ROUNDING
+    tolerance = max(1e-4 if latency is None else 0.0, rounding(kind))
     assert_equal(stream(decoder, z, chunks), models[kind].decode(z), tolerance)
 
 
@@ -160,7 +169,7 @@ def test_signals_shorter_than_the_look_ahead(models, kind, latency):
     decoder = StreamingDecoder(models[kind], latency)
     for frames in (1, 2, 3, 4, 5, 8, 12):
         z = latents(frames)
-        assert_equal(stream(decoder, z, [2]), models[kind].decode(z), 1e-4)
+        assert_equal(stream(decoder, z, [2]), models[kind].decode(z), max(1e-4, rounding(kind)))
 
 
 @torch.inference_mode()
@@ -173,15 +182,15 @@ def test_nothing_in_nothing_out(models):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "sources"])
 def test_in_fp64_the_exact_stream_is_exact(models, kind):
     flowvae, z = copy.deepcopy(models[kind]).double(), latents(20).double()
-    tolerance = 1e-12 if kind == "bigvgan" else ROUNDING  # the inverse-STFT head works in fp32
+    tolerance = 1e-12 if kind == "bigvgan" else rounding(kind)  # the inverse-STFT head works in fp32
     assert_equal(stream(StreamingDecoder(flowvae, 12), z, [3]).double(), flowvae.decode(z).double(), tolerance)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "sources"])
 def test_a_state_is_a_value(models, kind):
     flowvae, z = models[kind], latents(30)
     decoder = StreamingDecoder(flowvae)
@@ -197,12 +206,12 @@ def test_a_state_is_a_value(models, kind):
     assert torch.equal(early, decoder.finish(fork))
     assert not torch.equal(first, other)
     sent = (11 - decoder.latency_frames) * HOP
-    assert_equal(torch.cat([first, decoder.finish(end)], dim=1), flowvae.decode(z)[:, sent:], 1e-4)
-    assert_equal(early, flowvae.decode(z[:, :11])[:, sent:], 1e-4)
+    assert_equal(torch.cat([first, decoder.finish(end)], dim=1), flowvae.decode(z)[:, sent:], max(1e-4, rounding(kind)))
+    assert_equal(early, flowvae.decode(z[:, :11])[:, sent:], max(1e-4, rounding(kind)))
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "sources"])
 def test_a_long_stream_neither_drifts_nor_grows(models, kind):
     flowvae, z = models[kind], latents(150)
     decoder, offline = StreamingDecoder(flowvae), flowvae.decode(z)
@@ -215,12 +224,12 @@ def test_a_long_stream_neither_drifts_nor_grows(models, kind):
     assert len(set(sizes[10:])) == 1
     assert sizes[-1] == sum(tensor.numel() * tensor.element_size() for tensor in tensors(state))
     error = (wav - offline).abs()
-    assert error[:, -50 * HOP :].max() < 1e-4
-    assert error.max() < 1e-4
+    assert error[:, -50 * HOP :].max() < max(1e-4, rounding(kind))
+    assert error.max() < max(1e-4, rounding(kind))
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "sources"])
 def test_a_big_chunk_leaves_no_more_than_a_small_one(models, kind):
     decoder = StreamingDecoder(models[kind])
     _, small = decoder.push(latents(1), decoder.push(latents(29), decoder.start())[1])
@@ -229,12 +238,12 @@ def test_a_big_chunk_leaves_no_more_than_a_small_one(models, kind):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "sources"])
 def test_batches_equal_their_rows(models, kind):
     decoder, z = StreamingDecoder(models[kind]), latents(15, batch=3)
     together = stream(decoder, z, [4])
-    assert_equal(together, models[kind].decode(z), 1e-4)
-    assert_equal(together[1:2], stream(decoder, z[1:2], [4]), ROUNDING)
+    assert_equal(together, models[kind].decode(z), max(1e-4, rounding(kind)))
+    assert_equal(together[1:2], stream(decoder, z[1:2], [4]), rounding(kind))
 
 
 @torch.inference_mode()
@@ -255,7 +264,7 @@ def test_latents_that_do_not_fit_are_refused(models, shape):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["bigvgan", "istft", "noise"])
+@pytest.mark.parametrize("kind", ["bigvgan", "istft", "sources"])
 def test_the_module_is_left_as_it_was(models, kind):
     flowvae = copy.deepcopy(models[kind]).train().requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in flowvae.state_dict().items()}

@@ -268,15 +268,15 @@ def test_trainings_follow_each_other(recipe: Any, tmp_path: Path) -> None:
     )
     asked = trained(recipe, given)
     first, second, short, lm = (asked[f"train {name}"] for name in ("flowvae", "flowvae2", "lm short", "lm"))
-    assert list(asked)[:3] == ["train flowvae", "noise", "train flowvae2"]
+    assert list(asked)[:3] == ["train flowvae", "sources", "train flowvae2"]
     assert list(asked)[-4:] == ["train lm", "assemble", "calibrate", "export"]
     config = compose("train_flowvae", first[2:])
     assert (config.trainer.max_steps, config.seed, config.trainer.log_every_n_steps) == (7, 3, 1)
     assert len(config.data.corpus) == 9
-    assert f"init={tmp_path}/flowvae-noise" in second
+    assert f"init={tmp_path}/flowvae-sources" in second
     decoder = compose("train_flowvae", second[2:])
     assert (decoder.trainer.max_steps, list(decoder.freeze)) == (8, ["encoder.*", "flow.*"])
-    assert decoder.discriminators is not None
+    assert decoder.objective.energy_weight > 0
     assert f"flowvae={tmp_path}/flowvae2/weights" in lm
     assert f"init={tmp_path}/lm-short/weights" in lm
     assert not any(word.startswith("init=") for word in first + short)

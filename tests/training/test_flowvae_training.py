@@ -198,8 +198,8 @@ def test_the_noise_reaches_the_model_and_changes_with_the_epoch(make, batches, f
     module = make(judged=False, seed=9)
     original = module.flowvae.forward
 
-    def watched(wav: Tensor, noise: Tensor | None = None, window: Any = None, first: Any = None, second: Any = None) -> Any:
-        output = original(wav, noise, window=window, first=first, second=second)
+    def watched(wav: Tensor, noise: Tensor | None = None, **more: Any) -> Any:
+        output = original(wav, noise, **more)
         seen.append(((output.z - output.posterior.mean) / output.posterior.std).detach())
         torch.testing.assert_close(seen[-1], noise, atol=1e-4, rtol=1e-4)
         return output
@@ -354,8 +354,8 @@ def test_windows_reach_every_place_and_depend_on_epoch_and_crop_alone(make, batc
 def test_the_noise_of_a_decoder_begins_elsewhere_in_each_crop_and_epoch(make, batches, fit, toy_flowvae_config) -> None:
     module, starts = make(judged=False), []
     assert module._noise_starts(batches[0]) is None, "no noise, no place in it"
-    module.flowvae = module.flowvae.with_noise()
-    module.flowvae.decoder.register_forward_hook(lambda part, inputs, output: starts.append(inputs[1].tolist()))
+    module.flowvae = module.flowvae.with_sources()
+    module.flowvae.decoder.head.register_forward_hook(lambda part, inputs, output: starts.append(inputs[1].tolist()))
     fit(module, batches[:1], 2)
     assert len({start for both in starts for start in both}) == 4, starts
 
@@ -363,7 +363,7 @@ def test_the_noise_of_a_decoder_begins_elsewhere_in_each_crop_and_epoch(make, ba
 def test_the_energy_distance_compares_two_reconstructions(make, batches, fit) -> None:
     """They differ by the decoder's noise alone; the distance enters the total with its weight."""
     module, recorder, compared = make(judged=False, energy_weight=2.0, decoded_frames=8), Recorder(), []
-    module.flowvae = module.flowvae.with_noise()
+    module.flowvae = module.flowvae.with_sources()
     module.energy.windows = (128, 256)
     module.energy.register_forward_hook(lambda part, inputs, output: compared.append(inputs))
     fit(module, batches[:1], 1, callbacks=[recorder])
@@ -375,8 +375,27 @@ def test_the_energy_distance_compares_two_reconstructions(make, batches, fit) ->
     assert m["total"] == pytest.approx(45 * m["mel"] + 32 * m["kl"] + 2 * m["energy"], rel=1e-5)
 
 
+def test_the_pitch_of_the_recording_is_learnt_and_used(make, fit) -> None:
+    hertz = torch.tensor([[220.0], [270.0]])
+    time = torch.arange(3200) / 16000
+    wav = sum(0.05 * torch.cos(2 * torch.pi * number * hertz * time) for number in range(1, 9))
+    module, recorder, given = make(judged=False, pitch_weight=2.0), Recorder(), []
+    module.flowvae = module.flowvae.with_sources()
+    module.flowvae.decoder.head.register_forward_hook(lambda part, inputs, output: given.append(inputs[2]))
+    before = module.flowvae.decoder.head.pitch.bias.detach().clone()
+    fit(module, [WaveBatch(wav, ("a", "b"))], 1, callbacks=[recorder])
+    config = module.flowvae.config.decoder
+    (pitch,) = given
+    assert pitch.shape == (2, 3200 // config.hop_length_stft)
+    inner = pitch[:, 5:-5] * 16000 / config.n_fft
+    torch.testing.assert_close(inner, hertz.expand_as(inner), rtol=0.02, atol=0)
+    assert not torch.equal(module.flowvae.decoder.head.pitch.bias, before)
+    m = {name.removeprefix("train/"): value for name, value in recorder.metrics[0].items()}
+    assert m["total"] == pytest.approx(45 * m["mel"] + 32 * m["kl"] + 2 * m["pitch"], rel=1e-5)
+
+
 def test_the_energy_distance_needs_noise(toy_flowvae_config: FlowVAEConfig) -> None:
-    with pytest.raises(UserError, match=r"without noise.*with_noise"):
+    with pytest.raises(UserError, match=r"without noise.*with_sources"):
         FlowVAEObjective(energy_weight=1.0).check_fits(toy_flowvae_config, 8)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kalle.checkpoint import check_fields
 from kalle.errors import UserError
 from kalle.losses.latent import LatentHealth, flow_kl
+from kalle.losses.pitch import track_pitch
 from kalle.losses.waveform import (
     LogMel,
     MelConfig,
@@ -26,7 +27,7 @@ from kalle.losses.waveform import (
     mel_l1,
 )
 from kalle.models.discriminators import Discriminators
-from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig, ISTFTConfig
 from kalle.models.flowvae.istft import NOISE_FRAMES
 from kalle.models.flowvae.model import FlowVAEOutput, FrameWindow
 from kalle.models.lm_batch import WaveBatch
@@ -67,6 +68,9 @@ class FlowVAEObjective:
     energy_weight: float = 0.0
     """Of the spectral energy distance (arXiv 2008.01160), for decoders with noise: each crop is decoded twice, with noise of its own."""
 
+    pitch_weight: float = 1.0
+    """Of the pitch that a decoder with harmonics predicts: mean difference from the recording's, in nepers, where it has one."""
+
     def __post_init__(self) -> None:
         check_fields(self, "objective")
         decoded, judged = self.decoded_frames, self.judged_frames
@@ -84,7 +88,7 @@ class FlowVAEObjective:
         if self.energy_weight and not flowvae.has_noise:
             raise UserError(
                 f"objective.energy_weight: got {self.energy_weight} for a decoder without noise, which decodes a crop the same way twice; "
-                "set flowvae.decoder.noise=true (FlowVAE.with_noise gives it to trained weights), or the weight to 0"
+                "set flowvae.decoder.noise=true (FlowVAE.with_sources gives it to trained weights), or the weight to 0"
             )
         for name, wanted in (("decoded_frames", self.decoded_frames), ("judged_frames", self.judged_frames)):
             if wanted is not None and wanted > frames:
@@ -198,23 +202,32 @@ class FlowVAETraining(lightning.LightningModule):
         decoded = self._window("decoded", batch, self._frames(batch), self.objective.decoded_frames)
         noise, first = self.noise(batch).to(self.device), self._noise_starts(batch)
         second = self._noise_starts(batch, "decoder noise again") if self.objective.energy_weight else None
-        output: FlowVAEOutput = self.flowvae(batch.wav, noise=noise, window=decoded, first=first, second=second)
-        real = batch.wav[:, : output.wav.shape[1]] if decoded is None else decoded.of(batch.wav, unit)
+        real = batch.wav[:, : self._frames(batch) * unit] if decoded is None else decoded.of(batch.wav, unit)
+        pitch = self._pitch(real)
+        output: FlowVAEOutput = self.flowvae(batch.wav, noise=noise, window=decoded, first=first, second=second, pitch=pitch)
         judged = self._window("judged", batch, output.wav.shape[1] // unit, self.objective.judged_frames)
         losses: dict[str, Tensor] = {}
         if self.adversarial:
             losses["discriminator"] = self._discriminator_step(*_cut(judged, unit, real, output.wav.detach()))
-        losses |= self._generator_step(real, output, judged)
+        losses |= self._generator_step(real, output, judged, pitch)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, prog_bar=False)
         self.log("train/loss", losses["total"].detach(), prog_bar=True)
         # The discriminators' schedule counts their own updates, so a delayed start begins with its warm-up.
         for scheduler in self._schedulers() if "discriminator" in losses else self._schedulers()[:1]:
             scheduler.step()
 
-    def _generator_step(self, real: Tensor, output: FlowVAEOutput, judged: FrameWindow | None) -> dict[str, Tensor]:
+    def _pitch(self, real: Tensor) -> Tensor | None:
+        """Pitch of the recordings (B, STFT frames), in bins, for a decoder with harmonics."""
+        config = self.flowvae.config
+        if not isinstance(config.decoder, ISTFTConfig) or not config.decoder.harmonics:
+            return None
+        hertz = track_pitch(real, config.decoder.hop_length_stft, config.sample_rate)
+        return hertz * (config.decoder.n_fft / config.sample_rate)
+
+    def _generator_step(self, real: Tensor, output: FlowVAEOutput, judged: FrameWindow | None, pitch: Tensor | None) -> dict[str, Tensor]:
         # Gradients pass through the discriminators to the audio; their own would be computed, sent to every rank, and thrown away.
         with nullcontext() if self.discriminators is None else frozen(self.discriminators):
-            losses = self._generator_losses(real, output, judged)
+            losses = self._generator_losses(real, output, judged, pitch)
             optimizer = self._optimizers()[0]
             optimizer.zero_grad()
             self.manual_backward(losses["total"])
@@ -223,7 +236,7 @@ class FlowVAETraining(lightning.LightningModule):
         optimizer.step()
         return losses
 
-    def _generator_losses(self, real: Tensor, output: FlowVAEOutput, judged: FrameWindow | None) -> dict[str, Tensor]:
+    def _generator_losses(self, real: Tensor, output: FlowVAEOutput, judged: FrameWindow | None, pitch: Tensor | None) -> dict[str, Tensor]:
         objective, fake = self.objective, output.wav.float()
         losses = {
             "mel": self.mel_loss(real, fake),
@@ -233,6 +246,11 @@ class FlowVAETraining(lightning.LightningModule):
         if output.second is not None:
             losses["energy"] = self.energy(real, fake, output.second.float())
             total = total + objective.energy_weight * losses["energy"]
+        if pitch is not None and output.log_pitch is not None:
+            voiced = ~pitch.isnan()
+            missed = (output.log_pitch - pitch.where(voiced, 1.0).log()).abs() * voiced
+            losses["pitch"] = missed.sum() / voiced.sum().clamp(min=1)
+            total = total + objective.pitch_weight * losses["pitch"]
         if self.adversarial:
             assert self.discriminators is not None
             real, fake = _cut(judged, self.flowvae.config.hop_length, real, fake)

@@ -95,6 +95,8 @@ class ISTFTConfig:
     hop_length_stft: int = 160
     noise: bool = False
     """Add white noise of a predicted magnitude in every bin, which a decoder that is to sound like speech needs for what is noise in it."""
+    harmonics: bool = False
+    """Add the harmonics of a predicted pitch, whose phases go on from frame to frame, with a predicted magnitude and phase in every bin."""
     kind: str = "istft"
 
     def __post_init__(self) -> None:
@@ -140,6 +142,11 @@ class FlowVAEConfig:
     def has_noise(self) -> bool:
         """Whether the decoder adds noise."""
         return isinstance(self.decoder, ISTFTConfig) and self.decoder.noise
+
+    @property
+    def has_harmonics(self) -> bool:
+        """Whether the decoder adds harmonics of a pitch."""
+        return isinstance(self.decoder, ISTFTConfig) and self.decoder.harmonics
 
     @property
     def frame_rate_hz(self) -> float:

@@ -6,6 +6,9 @@ Fourier transform do the upsampling.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,18 +53,38 @@ class ConvNeXtBlock(nn.Module):
         return (self.scale * inner).transpose(1, 2)
 
 
+_INITIAL_LOG_HARMONICS = -3.0
+"""The harmonics of a head start below what is heard of speech, too."""
+_MEAN_LOG_PITCH, _LOG_PITCH_RANGE = math.log(8.0), math.log(4.0)
+"""Of the predicted pitch, in nepers of bins: 200 Hz with 640 samples at 16 kHz, and two octaves to both sides."""
+_LOBE = 2.0
+"""Half the width of a Hann window's main lobe, in bins."""
+_BESIDE = 1e-3
+
+
+@dataclass(frozen=True)
+class HarmonicsState:
+    """Where the harmonics of B signals are."""
+
+    phase: Tensor
+    """Of the fundamental at the centre of the last frame, in radians, (B,), fp64; a frame before the first is at 0."""
+    pitch: Tensor
+    """Of the last frame, in bins, (B,), fp64; 0 before the first frame, which then begins at the phase."""
+
+
 class ISTFTHead(nn.Module):
     """Hidden frames (B, C, N) to a waveform (B, N * hop) through log-magnitude and phase.
 
     With ``noise`` there is a second magnitude for every bin, that of white noise, which is the same in every run and a function of the
     place in the signal. A network that is given nothing random can only repeat itself where speech is noise: frame by frame the same
-    phases, which is heard as a buzz.
+    phases, which is heard as a buzz. With ``harmonics`` there are those of a predicted pitch, whose phases are summed up over the frames,
+    which a convolution can't do, and a third magnitude and phase for every bin that filters them.
     """
 
     window: Tensor
     white: Tensor
 
-    def __init__(self, channels: int, n_fft: int, hop_length: int, noise: bool = False) -> None:
+    def __init__(self, channels: int, n_fft: int, hop_length: int, noise: bool = False, harmonics: bool = False) -> None:
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length
         self.noise = nn.Linear(channels, n_fft // 2 + 1) if noise else None
@@ -69,16 +92,29 @@ class ISTFTHead(nn.Module):
         with torch.no_grad():
             self.project.bias[: n_fft // 2 + 1].fill_(_INITIAL_LOG_MAGNITUDE)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        self.harmonics = nn.Linear(channels, n_fft + 2) if harmonics else None
+        self.pitch = nn.Linear(channels, 1) if harmonics else None
+        self.silence()
         if self.noise is not None:
-            self.silence_noise()
             self.register_buffer("white", white_frames(n_fft, hop_length), persistent=False)
 
     @torch.no_grad()
-    def silence_noise(self) -> None:
-        """Start again with noise that is hardly heard, the same in all bins."""
-        assert self.noise is not None
-        nn.init.zeros_(self.noise.weight)
-        nn.init.constant_(self.noise.bias, _INITIAL_LOG_NOISE)
+    def silence(self) -> None:
+        """Start with noise and harmonics that are hardly heard, the same in all bins."""
+        for layer, level in ((self.noise, _INITIAL_LOG_NOISE), (self.harmonics, _INITIAL_LOG_HARMONICS)):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+                layer.bias[: self.n_fft // 2 + 1].fill_(level)
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Give the magnitudes of a trained spectrum to the harmonics, which would hardly be used if they had to grow beside it."""
+        assert self.harmonics is not None
+        bins = self.n_fft // 2 + 1
+        self.harmonics.weight[:bins] = self.project.weight[:bins]
+        self.harmonics.bias[:bins] = self.project.bias[:bins] + 1.0
+        self.project.bias[:bins] -= 2.0
 
     @property
     def trim(self) -> int:
@@ -88,13 +124,31 @@ class ISTFTHead(nn.Module):
         """
         return (self.n_fft - self.hop_length) // 2
 
-    def forward(self, x: Tensor, first: int | Tensor = 0) -> Tensor:
-        frames = self.frames(x, first)
+    def forward(self, x: Tensor, first: int | Tensor = 0, pitch: Tensor | None = None) -> Tensor:
+        frames, _ = self.frames(x, first, pitch=pitch)
         kept = slice(self.trim, self.trim + frames.shape[1] * self.hop_length)
         return self.overlap_add(frames)[:, kept] / self.envelope(frames.shape[1])[:, kept].clamp(min=MIN_ENVELOPE)
 
-    def frames(self, x: Tensor, first: int | Tensor = 0) -> Tensor:
-        """Windowed frames (B, N, n_fft) of the hidden frames (B, C, N), of which ``first``, or (B,) of them, is the place in the noise."""
+    def start(self, batch: int) -> HarmonicsState:
+        """The harmonics before the first frame of ``batch`` signals."""
+        nothing = torch.zeros(batch, dtype=torch.float64, device=self.window.device)
+        return HarmonicsState(nothing, nothing)
+
+    def log_pitch(self, x: Tensor) -> Tensor:
+        """Predicted logarithm of the pitch in bins, (B, N), of the hidden frames (B, C, N)."""
+        assert self.pitch is not None
+        value = in_full_precision(self.pitch, x.transpose(1, 2)).float()[..., 0]
+        return _MEAN_LOG_PITCH + value.clamp(-_LOG_PITCH_RANGE, _LOG_PITCH_RANGE)
+
+    def frames(
+        self, x: Tensor, first: int | Tensor = 0, state: HarmonicsState | None = None, pitch: Tensor | None = None
+    ) -> tuple[Tensor, HarmonicsState]:
+        """Windowed frames (B, N, n_fft) of the hidden frames (B, C, N), and the state after them.
+
+        ``first``, or (B,) of them, is the place of the first frame in the noise; ``state`` is that of the harmonics before it. ``pitch``
+        (B, N) in bins takes the place of the predicted one where it is not NaN.
+        """
+        state = self.start(len(x)) if state is None else state
         parameters = in_full_precision(self.project, x.transpose(1, 2))
         log_magnitude, phase = parameters.float().chunk(2, dim=-1)
         magnitude = log_magnitude.clamp(max=_MAX_LOG_MAGNITUDE).exp()
@@ -103,7 +157,23 @@ class ISTFTHead(nn.Module):
             level = in_full_precision(self.noise, x.transpose(1, 2)).float().clamp(max=_MAX_LOG_MAGNITUDE).exp()
             places = torch.as_tensor(first, device=x.device)[..., None] + torch.arange(x.shape[-1], device=x.device)
             spectrum = spectrum + level * torch.view_as_complex(self.white[places % NOISE_FRAMES].float())
-        return torch.fft.irfft(spectrum, n=self.n_fft, dim=-1) * self.window
+        if self.harmonics is not None:
+            with torch.no_grad():
+                predicted = self.log_pitch(x).exp()
+                chosen = (predicted if pitch is None else torch.where(pitch.isnan(), predicted, pitch)).double()
+                phases = self._phases(chosen, state)
+                lines = harmonic_lines(chosen.float(), phases.float(), self.n_fft)
+                if x.shape[-1]:
+                    state = HarmonicsState(phases[:, -1].clone(), chosen[:, -1].clone())
+            log_filter, turn = in_full_precision(self.harmonics, x.transpose(1, 2)).float().chunk(2, dim=-1)
+            spectrum = spectrum + torch.polar(log_filter.clamp(max=_MAX_LOG_MAGNITUDE).exp(), turn) * lines
+        return torch.fft.irfft(spectrum, n=self.n_fft, dim=-1) * self.window, state
+
+    def _phases(self, pitch: Tensor, state: HarmonicsState) -> Tensor:
+        """Phases of the fundamental at the centres of frames of ``pitch`` (B, N), in radians below 2 pi, fp64; between two, their mean."""
+        before = torch.cat([state.pitch[:, None], pitch[:, :-1]], dim=1)
+        steps = torch.where(before > 0, (before + pitch) / 2, 0.0) * (2 * math.pi * self.hop_length / self.n_fft)
+        return (state.phase[:, None] + steps.cumsum(dim=1)).remainder(2 * math.pi)
 
     def overlap_add(self, frames: Tensor) -> Tensor:
         """All that the frames (B, N, n_fft) cover, (B, (N - 1) * hop + n_fft)."""
@@ -113,6 +183,30 @@ class ISTFTHead(nn.Module):
     def envelope(self, count: int) -> Tensor:
         """The sum of squared windows under ``count`` overlapped frames, (1, (count - 1) * hop + n_fft)."""
         return self.overlap_add(self.window.square().expand(1, count, -1))
+
+
+def harmonic_lines(pitch: Tensor, phase: Tensor, n_fft: int) -> Tensor:
+    """Spectra of Hann-windowed sums of cosines at all multiples of ``pitch`` (B, N), in bins, below the highest: (B, N, n_fft // 2 + 1).
+
+    ``phase`` (B, N) is the fundamental's at the centre of the window, in radians. The transform of the window is real about its centre,
+    sinc(d) / (1 - d^2) at d bins beside a line, taken within its main lobe; 1 at the line.
+    """
+    bins = torch.arange(n_fft // 2 + 1, device=pitch.device)
+    pitch, phase = pitch[..., None], phase[..., None]
+    nearest = (bins / pitch).round()
+    one = torch.ones_like(phase)
+    turn = torch.polar(one, phase)
+    line = torch.polar(one.expand_as(nearest), nearest * phase)
+    lines = torch.zeros(1, dtype=torch.complex64, device=pitch.device)
+    for number, rotated in ((nearest - 1, line * turn.conj()), (nearest, line), (nearest + 1, line * turn)):
+        offset = bins - number * pitch
+        # Beside the two places where the quotient is 0 / 0; there it is as smooth as elsewhere.
+        offset = offset + _BESIDE * ((offset == 0) | (offset.abs() == 1))
+        lobe = torch.sinc(offset) / (1 - offset.square())
+        audible = (number >= 1) & (number * pitch < n_fft // 2) & (offset.abs() < _LOBE)
+        lines = lines + lobe * audible * rotated
+    # The centre is half a window after its beginning, to which a transform refers.
+    return lines * (1 - 2 * (bins % 2))
 
 
 def white_frames(n_fft: int, hop_length: int) -> Tensor:
@@ -138,14 +232,21 @@ class ISTFTDecoder(nn.Module):
             ConvNeXtBlock(config.channels, config.expansion, config.kernel_size, 1 / config.blocks) for _ in range(config.blocks)
         )
         self.norm = nn.LayerNorm(config.channels, eps=1e-6)
-        self.head = ISTFTHead(config.channels, config.n_fft, config.hop_length_stft, config.noise)
+        self.head = ISTFTHead(config.channels, config.n_fft, config.hop_length_stft, config.noise, config.harmonics)
 
-    def forward(self, z: Tensor, first: int | Tensor = 0) -> Tensor:
-        """``first``, or (B,) of them, is the STFT frame of the noise that the signal begins with, where the decoder has noise."""
+    def forward(self, z: Tensor, first: int | Tensor = 0, pitch: Tensor | None = None) -> Tensor:
+        """``first``, or (B,) of them, is the STFT frame of the noise that the signal begins with, where the decoder has noise.
+
+        ``pitch`` (B, STFT frames), in bins, takes the place of the predicted one where it is not NaN.
+        """
+        return self.head(self.hidden(z), first, pitch)
+
+    def hidden(self, z: Tensor) -> Tensor:
+        """The frames (B, C, N) that the head gets."""
         x = self.widen(self.conv_in(z))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.normalise(x), first)
+        return self.normalise(x)
 
     def widen(self, x: Tensor) -> Tensor:
         """Latent frames after the first convolution to the STFT's rate: (B, C, T) -> (B, C, T * upsample)."""

@@ -203,6 +203,8 @@ class FlowVAEOutput:
     """Reconstruction (B, T * hop_length), of ``window`` alone where one was given; not clipped, so that every sample keeps its gradient."""
     second: Tensor | None = None
     """Another of the same sample, with the decoder's noise from another place, where one was asked for."""
+    log_pitch: Tensor | None = None
+    """Predicted logarithm of the pitch in bins, (B, STFT frames), of a decoder with harmonics."""
 
 
 class FlowVAE(nn.Module):
@@ -224,12 +226,19 @@ class FlowVAE(nn.Module):
         """Whether the decoder adds noise."""
         return self.config.has_noise
 
-    def with_noise(self) -> FlowVAE:
-        """The same weights in a Flow-VAE whose inverse-STFT decoder adds noise, still hardly any; UserError for another decoder."""
+    def with_sources(self) -> FlowVAE:
+        """The same weights in a Flow-VAE whose inverse-STFT decoder has noise and harmonics, as a start for training them.
+
+        What it has already is kept. Harmonics get the magnitudes of the spectrum, which gives way to them; noise is hardly heard yet.
+        UserError for another decoder.
+        """
         if not isinstance(self.config.decoder, ISTFTConfig):
-            raise UserError("noise: got the paper's decoder, expected an inverse-STFT decoder (decoder.kind istft); take such weights")
-        wider = FlowVAE(replace(self.config, decoder=replace(self.config.decoder, noise=True)))
-        wider.load_state_dict(self.state_dict(), strict=self.has_noise)
+            raise UserError("sources: got the paper's decoder, expected an inverse-STFT decoder (decoder.kind istft); take such weights")
+        wider = FlowVAE(replace(self.config, decoder=replace(self.config.decoder, noise=True, harmonics=True)))
+        wider.load_state_dict(self.state_dict(), strict=wider.config == self.config)
+        if not self.config.has_harmonics:
+            assert isinstance(wider.decoder, ISTFTDecoder), type(wider.decoder)
+            wider.decoder.head.hand_over()
         return wider.train(self.training)
 
     @classmethod
@@ -274,11 +283,13 @@ class FlowVAE(nn.Module):
         window: FrameWindow | None = None,
         first: Tensor | None = None,
         second: Tensor | None = None,
+        pitch: Tensor | None = None,
     ) -> FlowVAEOutput:
         """Encode ``wav`` (B, S), sample once (``noise`` (B, T, D) or ``generator``), and send the sample to decoder and flow.
 
         With ``window`` the decoder gets those frames of each row alone; encoder and flow have all. ``first`` (B,) is the frame of its own
-        noise that a decoder with noise begins with; with ``second`` (B,) it decodes once more from there.
+        noise that a decoder with noise begins with; with ``second`` (B,) it decodes once more from there. ``pitch`` (B, STFT frames), in
+        bins, takes the place of the predicted one where it is not NaN.
         """
         posterior = self.encode(wav)
         z = posterior.sample(noise, generator=generator)
@@ -286,8 +297,12 @@ class FlowVAE(nn.Module):
         if first is None:
             return FlowVAEOutput(posterior, z, self.to_prior(z), self.decoder(decoded.transpose(1, 2)))
         places = first if second is None else torch.cat([first, second])
-        reconstructions = self.decoder(decoded.transpose(1, 2).repeat(len(places) // len(z), 1, 1), places).split(len(z))
-        return FlowVAEOutput(posterior, z, self.to_prior(z), *reconstructions)
+        assert isinstance(self.decoder, ISTFTDecoder), type(self.decoder)
+        hidden, times = self.decoder.hidden(decoded.transpose(1, 2)), len(places) // len(z)
+        given = None if pitch is None else pitch.repeat(times, 1)
+        one, *other = self.decoder.head(hidden.repeat(times, 1, 1), places, given).split(len(z))
+        log_pitch = self.decoder.head.log_pitch(hidden) if self.config.has_harmonics else None
+        return FlowVAEOutput(posterior, z, self.to_prior(z), one, other[0] if other else None, log_pitch)
 
     def encode(self, wav: Tensor) -> DiagGaussian:
         """Posterior of ``wav`` (B, S) as (B, T, D); T follows from the convolutions, nothing is padded.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kalle.errors import UserError
 from kalle.models.flowvae.bigvgan import BigVGANDecoder
 from kalle.models.flowvae.inference import REACH, PreparedBlock, PreparedDecoder, PreparedStage
-from kalle.models.flowvae.istft import MIN_ENVELOPE, ConvNeXtBlock, ISTFTDecoder, ISTFTHead
+from kalle.models.flowvae.istft import MIN_ENVELOPE, ConvNeXtBlock, HarmonicsState, ISTFTDecoder, ISTFTHead
 from kalle.models.flowvae.streaming_layers import (
     ActivationStream,
     CausalConvStream,
@@ -221,12 +221,14 @@ def _steps(decoder: PreparedDecoder) -> list[int]:
 
 @dataclass(frozen=True)
 class HeadState:
-    """The buffer that later frames are added to, its windows, how many samples of the beginning are to be cut, the frames so far."""
+    """The buffer that later frames are added to, its windows, how many samples of the beginning are to be cut, the frames so far,
+    and where the harmonics are."""
 
     samples: Tensor
     envelope: Tensor
     to_cut: int
     frames: int
+    harmonics: HarmonicsState
 
 
 @dataclass(frozen=True)
@@ -246,19 +248,20 @@ class _HeadStream:
     def start(self, batch: int) -> HeadState:
         # The head works in fp32 whatever its weights are; its window says where.
         samples = torch.zeros(batch, self.overlap, device=self.head.window.device)
-        return HeadState(samples, self.head.window.new_zeros(1, self.overlap), self.head.trim, 0)
+        return HeadState(samples, self.head.window.new_zeros(1, self.overlap), self.head.trim, 0, self.head.start(batch))
 
     def push(self, x: Tensor, state: HeadState, end: bool) -> tuple[Tensor, HeadState]:
-        samples, envelope, count = state.samples, state.envelope, x.shape[-1]
+        samples, envelope, count, harmonics = state.samples, state.envelope, x.shape[-1], state.harmonics
         if count:
-            samples = _add_front(self.head.overlap_add(self.head.frames(x, state.frames)), samples)
+            frames, harmonics = self.head.frames(x, state.frames, harmonics)
+            samples = _add_front(self.head.overlap_add(frames), samples)
             envelope = _add_front(self.head.envelope(count), envelope)
         ready = count * self.head.hop_length
         # Of what the last frame reaches beyond its hop, as much is kept as was cut from the first.
         until = ready + self.head.trim * end
         wav = samples[:, :until] / envelope[:, :until].clamp(min=MIN_ENVELOPE)
         cut = min(state.to_cut, wav.shape[-1])
-        after = HeadState(samples[:, ready:].clone(), envelope[:, ready:].clone(), state.to_cut - cut, state.frames + count)
+        after = HeadState(samples[:, ready:].clone(), envelope[:, ready:].clone(), state.to_cut - cut, state.frames + count, harmonics)
         return wav[:, cut:], after
 
 
