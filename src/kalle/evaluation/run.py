@@ -15,7 +15,14 @@ from kalle.data.shared_work import OthersUnfinished, RankJournals, rank_device, 
 from kalle.errors import UserError
 from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelDistance, Metric
 from kalle.evaluation.pool import MetricCard, ScoringPool, worker_count
-from kalle.evaluation.protocols import SpeakingConfig, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs, wav_folder
+from kalle.evaluation.protocols import (
+    SpeakingConfig,
+    evaluate_reconstruction,
+    evaluate_synthesis,
+    evaluate_wavs,
+    known_recordings,
+    wav_folder,
+)
 from kalle.evaluation.report import Result, Settings, versions
 from kalle.evaluation.similarity import Similarity
 from kalle.evaluation.test_list import TestItem, TestList, TestListConfig, read_test_list
@@ -31,7 +38,7 @@ Resampling = Literal["soxr", "fft"]
 MetricsFor = Callable[[Sequence[str]], Sequence[Metric]]
 """Builds the metrics for a list in these two-letter languages."""
 SETTINGS = tuple(setting.name for setting in dataclasses.fields(Settings))
-SUMMARY_KEYS = frozenset({"out", "device", "metrics", "rank", "world_size", "resume", "workers", "testset", *SETTINGS})
+SUMMARY_KEYS = frozenset({"out", "device", "metrics", "rank", "world_size", "resume", "workers", "check", "testset", *SETTINGS})
 """Settings that decide no row of an item, and those whose effect is told by the items and the metrics themselves."""
 
 
@@ -82,6 +89,8 @@ class EvaluateConfig(Settings):
     workers: int | None = 0
     """Processes that score beside this one; 0: none, None: one a core where the list is long enough. A script that asks for some needs
     the guard ``if __name__ == "__main__"``, for they are started anew."""
+    check: bool = False
+    """Stop once the list is read and the metrics and the weights are loaded, and say so: nothing is scored or written."""
 
     def __post_init__(self) -> None:
         for name, given in (("out", self.out), ("model", self.model), ("wavs", self.wavs)):
@@ -103,13 +112,16 @@ class EvaluateConfig(Settings):
 def evaluate(config: EvaluateConfig) -> Result | None:
     """Score this rank's share of what ``config`` describes, and write the report once all items are scored.
 
-    Returns the result; None when items of other ranks are not scored yet. What is missing (list, wavs, metrics, weights) is a UserError
-    before anything is computed.
+    Returns the result; None when items of other ranks are not scored yet, and with ``config.check``. What is missing (list, wavs, metrics,
+    weights) is a UserError before anything is computed.
     """
     test_list = read_test_list(config.testset)
     if config.kind == "wavs":
         wav_folder(config.wavs or "")
     languages = sorted({item.language for item in test_list.items})
+    if config.check:
+        logger.info("%s", _everything_is_there(config, languages, test_list))
+        return None
     settings = Settings(
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)} | {"context": _context(config, test_list)}
     )
@@ -123,6 +135,18 @@ def evaluate(config: EvaluateConfig) -> Result | None:
     except OthersUnfinished as unfinished:
         logger.info("%s", unfinished)
         return None
+
+
+def _everything_is_there(config: EvaluateConfig, languages: Sequence[str], test_list: TestList) -> str:
+    """Load what ``config`` needs, in this process, and say so in a line. UserError for the first that is missing."""
+    with _pool(dataclasses.replace(config, workers=0), languages, 0) as pool:
+        known_recordings(config.recordings, pool.cards)
+        names = ", ".join(metric.name for metric in pool.cards) or "none"
+    if config.model is not None and config.kind == "reconstruction":
+        FlowVAE.from_pretrained(config.model, rank_device(config.device))
+    elif config.model is not None and config.kind == "synthesis":
+        Kalle.from_pretrained(config.model, str(rank_device(config.device)), config.dtype, config.quantize)
+    return f"all is there: {len(test_list.items)} items of '{test_list.source}', {config.kind} of '{config.source}', metrics {names}"
 
 
 def _pool(config: EvaluateConfig, languages: Sequence[str], items: int) -> ScoringPool:
