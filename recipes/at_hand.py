@@ -19,6 +19,8 @@ from kalle.evaluation.test_list import TestItem, read_test_list
 from kalle.files import write_atomic
 
 CORPUS = Path(__file__).resolve().parent / "quickstart" / "corpus" / "transcripts.jsonl"
+CHAPTER = Path("61") / "70968"
+"""The folder of LibriSpeech's form that the recordings lie in."""
 RATE_HZ = 16000
 CHINESE = ("今天天气很好，我们去公园吧。", "他说：“这是一本书。”", "绿绿绿绿的叶子，红红红红的花。", "八百标兵奔北坡，炮兵并排北边跑。")
 """Texts for the Chinese lists: the recordings are English, so only the form is that of the real ones."""
@@ -52,7 +54,7 @@ def seed_tts(out: Path, items: int) -> None:
 
 def librispeech(out: Path, items: int) -> None:
     """OUT/61/70968/*.flac and transcripts in capitals without marks; OUT/pairs.lst, where each recording is the prompt of the next one."""
-    folder, lines, pairs = out / "61" / "70968", [], []
+    folder, lines, pairs = out / CHAPTER, [], []
     chosen = sentences(items, 4.0)
     for index, item in enumerate(chosen):
         _write(folder / f"61-70968-{index:04d}.flac", item)

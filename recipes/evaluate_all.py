@@ -5,7 +5,8 @@
 
 The embedded recordings stand for the public sets (`at_hand.py`), and small models for those of the protocols, so no number is comparable
 with a published one. With --against, other weights speak the same lists and `kalle compare` compares the two, item by item. What was scored
-is kept: run it again after an interruption. A page of a listening test comes with it, for people.
+is kept: run it again after an interruption. OUT/listening holds a blinded page on which people rate the same speech, where two systems or
+recordings of its sentences are there.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from at_hand import librispeech, seed_tts
+from at_hand import CHAPTER, librispeech, seed_tts
 
 from kalle.cli.stages import Stages, recipe_main
 from kalle.errors import UserError
 from kalle.evaluation.comparison import Comparison, GateRules, compare, gate, notes
+from kalle.evaluation.listening import ListeningConfig, make
 from kalle.evaluation.run import folder_digest
 from kalle.files import write_atomic
 
+LISTENED = ("cross_sentence", "seed_tts_en")
+"""The first of these that was run is what people listen to; the list of the other has no recordings of its sentences."""
 HERE = Path(__file__).resolve().parent
 SPOKEN = ("wer_utt_mean", "wer_corpus", "sim", "distillmos", "no_end_rate", "early_stop_rate", "repetition_rate")
 COPIED = ("stoi", "pesq_wb", "pesq_nb", "sim", "distillmos", "mcd", "mel_l1")
@@ -140,6 +144,13 @@ def compared(recipe: Recipe, comparison: Comparison) -> Iterator[str]:
     yield "; ".join(notes(comparison)) + "."
 
 
+def listened(out: Path, data: Path, results: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Path]:
+    """The folders that a listening test compares, by name: what each weights said in one recipe, and recordings of the same sentences."""
+    chosen = next((name for name in LISTENED if name in results["new"]), None)
+    systems = {name: out / name / chosen for name, found in results.items() if chosen is not None and chosen in found}
+    return systems | ({"recording": data / "test-clean" / CHAPTER} if chosen == "cross_sentence" else {})
+
+
 def hardware() -> str:
     """The processor and how many of its cores there are."""
     cpus = Path("/proc/cpuinfo")
@@ -201,24 +212,28 @@ def page(results: dict[str, dict[str, Any]], comparisons: dict[str, Comparison],
 def work(given: argparse.Namespace) -> None:
     """Score, compare, and write the page."""
     out: Path = given.out
-    systems = {"new": given.model.resolve()} | ({"old": given.against.resolve()} if given.against else {})
-    digests = {name: folder_digest(folder)[:12] for name, folder in systems.items()}
+    weights = {"new": given.model.resolve()} | ({"old": given.against.resolve()} if given.against else {})
+    digests = {name: folder_digest(folder)[:12] for name, folder in weights.items()}
     stages = Stages(out, {"weights": digests, "items": given.items, "seeds": given.seeds})
     data = (out / "data").resolve()
     stages.run("data", lambda: (seed_tts(data / "seedtts_testset", given.items), librispeech(data / "test-clean", given.items)))
-    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in systems}
+    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in weights}
     wanted = {"new": given.recipes, "old": [name for name in given.recipes if name in given.against_recipes]}
     for recipe in RECIPES:
-        for name, model in ((name, model) for name, model in systems.items() if recipe.name in wanted[name]):
+        for name, model in ((name, model) for name, model in weights.items() if recipe.name in wanted[name]):
             folder, first = ((out / system / recipe.name).resolve() for system in (name, "new"))
             known = first if name != "new" and "recording" in results["new"][recipe.name]["summary"] else None  # a list may have none
             stages.run(f"{recipe.name}, {name}", partial(score, recipe, data, model, folder, given.seeds, known))
             results[name][recipe.name] = json.loads((folder / "results.json").read_text()) | {"out": folder}
+    systems = listened(out, data, results)
+    test = out / "listening" / "-".join(systems)
+    if len(systems) > 1:
+        stages.run(f"listening test, {', '.join(systems)}", lambda: make(ListeningConfig(systems, test)))
     comparisons: dict[str, Comparison] = {}
     for name in results.get("old", {}):
         (comparisons[name],) = compare(out / "old" / name, out / "new" / name)
     facts = {"weights": digests["new"], "commit": commit(), "on": hardware()}
-    facts |= {"against weights": digests["old"]} if "old" in systems else {}
+    facts |= {"against weights": digests["old"]} if "old" in weights else {}
     shown = f"python recipes/evaluate_all.py {given.model} {given.out}"
     shown += " --against OLD" if given.against else ""
     names = [recipe.name for recipe in RECIPES]
@@ -228,7 +243,8 @@ def work(given: argparse.Namespace) -> None:
     write_atomic(out / "page.md", text)
     if given.page is not None:
         write_atomic(given.page, text)
-    print(f"wrote {given.page or out / 'page.md'}; to listen to: {out}/new/*/report.html")
+    rated = f"; to rate: {test / 'page' / 'index.html'} (recipes/listening)" if len(systems) > 1 else ""
+    print(f"wrote {given.page or out / 'page.md'}; to listen to: {out}/new/*/report.html{rated}")
 
 
 if __name__ == "__main__":

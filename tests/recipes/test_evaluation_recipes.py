@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,7 +262,33 @@ def test_recipes_on_one_page(at_hand: Any, toy_weights: Path, tmp_path: Path) ->
         assert title in said
     assert said.count("now is |") == 1, "one recipe is compared"
     assert "- pass: every item is there" in said, "weights may replace themselves"
+    test = tmp_path / "out" / "listening" / "new-old"
+    assert (test / "page" / "index.html").is_file()
+    assert len(json.loads((test / "key.json").read_text())["stimuli"]) == len(list((test / "page" / "audio").iterdir())) > 0
     for title in ("Continuation of three seconds", "The Flow-VAE alone"):
         assert f"{title}: left out this time" in said
     subprocess.run(command, check=True, env=os.environ | {"ITEMS": "2"}, cwd=tmp_path)
     assert page.read_text() == said, "nothing is scored again"
+
+
+@pytest.mark.slow
+def test_two_systems_and_the_recordings_on_the_pages_of_a_listening_test(at_hand: Any, toy_weights: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"ITEMS": "2", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    out = tmp_path / "out"
+    words = ["~metrics.wer", "~metrics.sim", "workers=0", "device=cpu"]
+    spoken = out / "weights" / "wavs" / "synthesis"
+
+    def script(*systems: str) -> None:
+        command = ["bash", str(ROOT / "recipes" / "listening" / "run.sh"), str(out), *systems, *words]
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+
+    script(f"weights={toy_weights}", f"same={toy_weights}")
+    for kind in ("mos", "smos"):
+        key = json.loads((out / kind / "key.json").read_text())
+        assert (key["kind"], key["systems"], len(key["items"])) == (kind, ["weights", "same", "recording"], 2)
+        assert (out / kind / "page" / "index.html").is_file()
+    assert len(list((out / "smos" / "page" / "audio").iterdir())) == 6 + 2, "each item has one reference"
+    assert len(list(spoken.glob("*.wav"))) == 2
+    shutil.rmtree(out / "mos")
+    script(f"weights={toy_weights}", f"wavs={spoken}")
+    assert json.loads((out / "mos" / "key.json").read_text())["systems"] == ["weights", "wavs", "recording"]
