@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +152,11 @@ def test_reconstruction_scores_the_mean_and_a_sample(librispeech: Path, recipe: 
 
 def test_pairs_of_sentences(librispeech: Path, recipe: Any, tmp_path: Path) -> None:
     lists = recipe("librispeech_cloning", "lists")
-    (tmp_path / "pairs.lst").write_text("61-70968-0001\t4.5\tThe prompt's words.\t61-70968-0000\t5.0\tWhat is to be said.\n")
+    (tmp_path / "pairs.lst").write_text("61-70968-0001\t4.5\tThe prompt's words.\t61-70968-0000\t5.0\t\"What is to be said.\n")
     lists.make(lists.arguments_of(["cross", str(librispeech), str(tmp_path / "list.jsonl"), "--pairs", str(tmp_path / "pairs.lst")]))
     (item,) = read_test_list(tmp_path / "list.jsonl", min_words=0).items
-    assert (item.id, item.text, item.prompt_text) == ("61-70968-0000", "What is to be said.", "The prompt's words.")
+    assert (item.id, item.prompt_text) == ("61-70968-0000", "The prompt's words.")
+    assert item.text == '"What is to be said.', "a mark of quotation is text"
     assert item.prompt_path is not None
     assert item.prompt_path.name == "61-70968-0001.flac"
     (tmp_path / "pairs.lst").write_text("61-70968-0001\t4.5\ttext\t99-1-0000\t5.0\ttext\n")
@@ -162,11 +164,35 @@ def test_pairs_of_sentences(librispeech: Path, recipe: Any, tmp_path: Path) -> N
         lists.make(lists.arguments_of(["cross", str(librispeech), str(tmp_path / "x.jsonl"), "--pairs", str(tmp_path / "pairs.lst")]))
 
 
+def test_utterances_without_a_cut_are_counted_by_reason(recipe: Any, tmp_path: Path) -> None:
+    lists = recipe("librispeech_cloning", "lists")
+    folder = tmp_path / "test-clean" / "1" / "2"
+    folder.mkdir(parents=True)
+    for name, seconds in (("1-2-0000", 3.5), ("1-2-0001", 11.0), ("1-2-0002", 5.0)):
+        soundfile.write(folder / f"{name}.flac", np.zeros(int(seconds * 16000)), 16000)
+    (folder / "1-2.trans.txt").write_text("1-2-0000 TOO SHORT\n1-2-0001 TOO LONG\n1-2-0002 SILENCE HAS NO WORDS\n")
+    left_out: Counter[str] = Counter()
+    try:
+        cutter = lists.Cutter()
+    except lists.UserError as missing:
+        pytest.skip(str(missing))
+    assert not list(lists.continuations(tmp_path / "test-clean", tmp_path / "list.jsonl", cutter, left_out))
+    assert left_out == {
+        "shorter than 4 s or longer than 10 s": 2,
+        "the recogniser heard another number of words than the transcript has": 1,
+    }
+
+
 @pytest.mark.slow
 def test_continuations_are_cut_between_words(librispeech: Path, recipe: Any, tmp_path: Path) -> None:
     pytest.importorskip("faster_whisper")
     lists = recipe("librispeech_cloning", "lists")
-    rows = list(lists.continuations(librispeech, tmp_path / "list.jsonl"))
+    lists.make(lists.arguments_of(["continuation", str(librispeech), str(tmp_path / "list.jsonl")]))
+    rows = read_jsonl(tmp_path / "list.jsonl")
+    facts = json.loads((tmp_path / "list.left_out.json").read_text())
+    assert facts["items"] == len(rows)
+    assert facts["items"] + sum(facts["left_out"].values()) == 4, "every utterance is kept or counted"
+    assert {"model", "weights_sha256"} <= set(facts["cut_by"])
     whole = {row["id"]: row for row in lists.utterances(librispeech)}
     assert rows
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import unicodedata
@@ -224,7 +225,10 @@ def _cut_audio(cut: Any, sample_rate_hz: int) -> Audio:
 
 def _read_seed_tts(source: Path) -> Iterator[TestItem]:
     for number, line in _lines(source):
-        fields = [value.strip() for value in line.split("|")]
+        try:
+            fields = [value.strip() for value in next(csv.reader([line], delimiter="|", quoting=csv.QUOTE_NONE))]
+        except csv.Error as error:  # a carriage return inside the line, a field of 131,072 characters
+            raise _bad_line(source, number, f"is no line of a table ({error})") from None
         if len(fields) not in (2, 3, 4, 5):
             raise _bad_line(source, number, f"got {len(fields)} fields, expected 2 to 5 separated by '|'")
         names = {2: ("id", "text"), 3: ("id", "text", "prompt_audio")}.get(
