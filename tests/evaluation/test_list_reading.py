@@ -221,3 +221,12 @@ def test_a_recording_of_hours_is_refused_by_its_header(tmp_path: Path) -> None:
     [item] = read_test_list(tmp_path / "list.jsonl").items
     with pytest.raises(UserError, match="too long"):
         item.audio()
+
+
+def test_marks_of_quotation_in_a_seed_tts_list_are_text(tmp_path: Path) -> None:
+    (tmp_path / "meta.lst").write_text('a|"He said|a.wav|so" and left\nb|\\ "|b.wav|"whole"\n')
+    items = read_test_list(tmp_path / "meta.lst", min_words=0).items
+    assert [(item.prompt_text, item.text) for item in items] == [('"He said', 'so" and left'), ('\\ "', '"whole"')]
+    (tmp_path / "meta.lst").write_text("a|" + "x" * 200_000 + "\n")
+    with pytest.raises(UserError, match="line 1 of"):
+        read_test_list(tmp_path / "meta.lst", min_words=0)

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from kalle.audio import load_channels, load_mono, read_audio
 from kalle.data.corpus.cuts import cuts_path, load_audio, make_cut, read_cuts
-from kalle.data.corpus.items import Source
+from kalle.data.corpus.items import PrepareOptions, Source
 from kalle.data.corpus.lists import read_csv_corpus, read_folder, read_jsonl_corpus
-from kalle.data.corpus.prepare import PrepareOptions, prepare_corpus
+from kalle.data.corpus.prepare import prepare_corpus
 from kalle.data.corpus.published import read_kaldi
 from kalle.data.latents.shards import iter_posteriors, read_items
 from kalle.data.shared_work import RankJournals, ResumeJournal, Share

@@ -276,7 +276,7 @@ def _configuration(part: str, size: str) -> Any:
 
 def _prepared(folder: Path) -> Path:
     """The embedded corpus: real texts and lengths."""
-    from kalle.data.corpus.check import PrepareOptions
+    from kalle.data.corpus.items import PrepareOptions
     from kalle.data.corpus.lists import embedded_folder, read_embedded
     from kalle.data.corpus.prepare import prepare_corpus
 

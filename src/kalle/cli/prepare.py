@@ -11,7 +11,7 @@ import typer
 
 from kalle.cli.main import interruptible
 from kalle.cli.speaking import renamed
-from kalle.data.corpus.items import READERS, Option, Reader
+from kalle.data.corpus.items import READERS, Option, PrepareOptions, Reader, SplitPolicy
 
 if TYPE_CHECKING:
     from kalle.data.corpus.items import Source
@@ -44,7 +44,7 @@ _NAMED = {
 def embedded(
     out: Out,
     corpus: Annotated[Path | None, typer.Option(help="folder with transcripts.jsonl, if not the checkout's own")] = None,
-    min_seconds: MinSeconds = 0.3,
+    min_seconds: MinSeconds = PrepareOptions.min_seconds,
     max_seconds: MaxSeconds = PROMPT_MAX_SECONDS,
 ) -> None:
     """The English prompts inside the repository, with their fixed split."""
@@ -61,11 +61,11 @@ def _command(reader: Reader) -> Callable[..., None]:
     def command(
         source: Any,
         out: Out,
-        valid_share: ValidShare = 0.02,
-        test_share: TestShare = 0.02,
+        valid_share: ValidShare = SplitPolicy.valid_share,
+        test_share: TestShare = SplitPolicy.test_share,
         seed: Seed = 0,
-        min_seconds: MinSeconds = 0.3,
-        max_seconds: MaxSeconds = 30.0,
+        min_seconds: MinSeconds = PrepareOptions.min_seconds,
+        max_seconds: MaxSeconds = PrepareOptions.max_seconds,
         jobs: Jobs = 1,
         headers_only: HeadersOnly = False,
         **own: Any,
@@ -112,8 +112,6 @@ def run_prepare(
     headers_only: bool = False,
 ) -> None:
     """Check ``source`` into the corpus folder ``out`` and print its report. A part that a corpus holds out itself gets no share."""
-    from kalle.data.corpus.check import PrepareOptions
-    from kalle.data.corpus.items import SplitPolicy
     from kalle.data.corpus.prepare import prepare_corpus
     from kalle.progress import progress_bar
 

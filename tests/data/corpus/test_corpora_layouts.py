@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.items import Source, SplitPolicy
+from kalle.data.corpus.items import PrepareOptions, Source, SplitPolicy
 from kalle.data.corpus.library_readers import read_aishell3, read_librispeech, read_libritts, read_ljspeech
 from kalle.data.corpus.prepare import prepare_corpus
 from kalle.data.corpus.published import read_common_voice, read_emilia, read_esd, read_kaldi, read_vctk

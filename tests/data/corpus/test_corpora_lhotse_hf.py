@@ -11,9 +11,8 @@ import soundfile
 from lhotse import CutSet, MonoCut, Recording, RecordingSet, SupervisionSegment, SupervisionSet
 from lhotse.audio import AudioSource
 
-from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.items import SplitPolicy, language_of_name, split_of_part
+from kalle.data.corpus.items import PrepareOptions, SplitPolicy, language_of_name, split_of_part
 from kalle.data.corpus.library_readers import read_hugging_face, read_lhotse
 from kalle.data.corpus.prepare import prepare_corpus
 from kalle.errors import UserError

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.items import SplitPolicy, normalised, word_count
+from kalle.data.corpus.items import PrepareOptions, SplitPolicy, normalised, word_count
 from kalle.data.corpus.lists import embedded_folder, read_embedded
 from kalle.data.corpus.prepare import prepare_corpus
 

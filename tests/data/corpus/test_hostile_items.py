@@ -17,9 +17,9 @@ import pytest
 import soundfile
 
 from kalle.audio import load_channels, mix_down, rms_dbfs
-from kalle.data.corpus.check import PrepareOptions, check_item
+from kalle.data.corpus.check import check_item
 from kalle.data.corpus.cuts import load_audio, load_cuts, splits_of
-from kalle.data.corpus.items import AUDIO_SUFFIXES, Rejection, Source, SourceItem
+from kalle.data.corpus.items import AUDIO_SUFFIXES, PrepareOptions, Rejection, Source, SourceItem
 from kalle.data.corpus.lists import read_folder, read_jsonl_corpus
 from kalle.data.corpus.prepare import prepare_corpus
 

@@ -13,9 +13,8 @@ import soundfile
 
 from kalle.data import shared_work
 from kalle.data.corpus import prepare
-from kalle.data.corpus.check import PrepareOptions
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.items import REASONS, Rejection, Source, SourceItem, SplitPolicy
+from kalle.data.corpus.items import REASONS, PrepareOptions, Rejection, Source, SourceItem, SplitPolicy
 from kalle.data.corpus.prepare import Prepared, prepare_corpus
 from kalle.errors import UserError
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.data.corpus.check import Kept, PrepareOptions, check_item
+from kalle.data.corpus.check import Kept, check_item
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.items import Source, SourceItem, SplitPolicy
+from kalle.data.corpus.items import PrepareOptions, Source, SourceItem, SplitPolicy
 from kalle.data.corpus.prepare import CHUNK_ITEMS, NAMES_SHOWN, WorkerLost, check_parallel, prepare_corpus, tables
 from kalle.data.corpus.published import read_emilia
 

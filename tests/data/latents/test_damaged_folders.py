@@ -14,7 +14,7 @@ from lhotse.cut import MonoCut
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from kalle.data.corpus.check import PrepareOptions
+from kalle.data.corpus.items import PrepareOptions
 from kalle.data.corpus.lists import read_folder
 from kalle.data.corpus.prepare import prepare_corpus
 from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ import numpy as np
 
 from kalle.audio import Audio, AudioError, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
 from kalle.data.corpus.cuts import is_resampled_cheaply
-from kalle.data.corpus.items import TAG, Rejection, SourceItem, SplitPolicy, normalised
+from kalle.data.corpus.items import TAG, PrepareOptions, Rejection, SourceItem, normalised
 from kalle.decoding import HEADER, Decoded, Span, open_audio
-from kalle.errors import UserError
 
 ROUNDING_S = 0.1
 """How far a segment may reach beyond its recording, for lists that give times rounded; what is beyond does not exist."""
@@ -141,29 +140,6 @@ def _load_inside(item: SourceItem, longest_seconds: float) -> tuple[Audio, int]:
             return load_channels(path, longest_seconds)
         except AudioError as error:
             raise AudioError(str(error).replace(str(path), item.place), error.reason) from None
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """The limits for an item; lengths in seconds, levels of full scale.
-
-    ``headers_only`` reads headers only: silence, clipping and damage inside a file are not noticed. Items that must be converted are
-    decoded, and checked in full, all the same.
-    """
-
-    sample_rate_hz: int = 16000
-    min_seconds: float = 0.3
-    max_seconds: float = 30.0
-    silent_below_dbfs: float = -60.0
-    max_clipped_share: float = 0.001
-    headers_only: bool = False
-    split: SplitPolicy = field(default_factory=SplitPolicy)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_seconds < self.max_seconds:
-            raise UserError(
-                f"length limits: got {self.min_seconds} to {self.max_seconds} s, expected 0 <= min_seconds < max_seconds; change them"
-            )
 
 
 @dataclass(frozen=True)

@@ -330,6 +330,29 @@ class SplitPolicy:
 
 
 @dataclass(frozen=True)
+class PrepareOptions:
+    """The limits for an item; lengths in seconds, levels of full scale.
+
+    ``headers_only`` reads headers only: silence, clipping and damage inside a file are not noticed. Items that must be converted are
+    decoded, and checked in full, all the same.
+    """
+
+    sample_rate_hz: int = 16000
+    min_seconds: float = 0.3
+    max_seconds: float = 30.0
+    silent_below_dbfs: float = -60.0
+    max_clipped_share: float = 0.001
+    headers_only: bool = False
+    split: SplitPolicy = field(default_factory=SplitPolicy)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_seconds < self.max_seconds:
+            raise UserError(
+                f"length limits: got {self.min_seconds} to {self.max_seconds} s, expected 0 <= min_seconds < max_seconds; change them"
+            )
+
+
+@dataclass(frozen=True)
 class Option:
     """An option of a reader: its parameter, the command's flag."""
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from lhotse import MonoCut
 
-from kalle.data.corpus.check import Kept, PrepareOptions, check_item
+from kalle.data.corpus.check import Kept, check_item
 from kalle.data.corpus.cuts import COMPLETED_NAME, REPORT_JSON, REPORT_MD, cuts_path, make_cut, write_cuts
-from kalle.data.corpus.items import REASONS, SPLITS, Rejection, Source, SourceItem, word_count
+from kalle.data.corpus.items import REASONS, SPLITS, PrepareOptions, Rejection, Source, SourceItem, word_count
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
 from kalle.files import file_stamp, is_file, output_folder, parse_json, write_atomic

@@ -166,10 +166,15 @@ def _esd_speaker(folder: Path, rejected: list[Rejection]) -> Iterator[SourceItem
 def _esd_table(path: Path) -> dict[str, tuple[str, str]]:
     """Id -> text and label."""
     rows = {}
-    for line in _decoded(path).splitlines():
-        cells = [cell.strip() for cell in line.split("\t")]
-        if cells[0]:
-            rows[cells[0]] = (cells[1] if len(cells) > 1 else "", cells[2] if len(cells) > 2 else "")
+    table = csv.reader(_decoded(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    try:
+        for cells in ([cell.strip() for cell in row] for row in table):
+            if cells and cells[0]:
+                rows[cells[0]] = (cells[1] if len(cells) > 1 else "", cells[2] if len(cells) > 2 else "")
+    except csv.Error as error:
+        raise UserError(
+            f"line {table.line_num} of '{path}': got {error}, expected id, text and emotion separated by tabs; correct it"
+        ) from None
     return rows
 
 
