@@ -1,6 +1,6 @@
 """Assemble and build the docs site: `make docs`.
 
-    python scripts/docs_site.py                # build/docs (Markdown) and build/site (HTML); fails at a broken link
+    python scripts/docs_site.py                # build/docs (Markdown) and build/site (HTML); fails at a broken link or an unlisted page
     python scripts/docs_site.py --assemble     # build/docs only
 
 The sources are docs/, the pages of other folders that PAGES names, the notebooks, and three things that are generated: the commands from
@@ -21,6 +21,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, SOURCE = ROOT / "docs", ROOT / "build" / "docs"
@@ -275,6 +277,21 @@ def assemble() -> None:
         write(Path("reference/python") / name, text)
 
 
+def listed(node: Any) -> Iterator[str]:
+    """The pages of a part of the navigation."""
+    if isinstance(node, str):
+        yield node
+    else:
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from listed(part)
+
+
+def unlisted() -> list[str]:
+    """The pages in build/docs that the navigation of mkdocs.yml leaves out: nobody would find them."""
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    return sorted({path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*.md")} - set(listed(navigation)))
+
+
 def main() -> None:
     """Assemble, and build with strict links."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,6 +301,8 @@ def main() -> None:
         assemble()
     except BrokenLinkError as error:
         sys.exit(f"error: {error}")
+    if unlisted():
+        sys.exit(f"error: pages without a place: got {', '.join(unlisted())}, expected each in nav of mkdocs.yml; add them")
     if not given.assemble:
         tool = Path(sys.executable).with_name("zensical")
         sys.exit(subprocess.run([tool, "build", "--clean", "--strict"], cwd=ROOT, check=False).returncode)
