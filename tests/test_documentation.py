@@ -178,13 +178,17 @@ def test_scripts_and_their_flags_exist(script: str) -> None:
 
 
 @pytest.mark.parametrize("code", [code for _, code in blocks("python")], ids=lambda code: code.strip().splitlines()[0][:40])
-def test_python_runs(code: str, toy_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the toy weights in the place of every folder of weights that is named."""
+def test_python_runs(code: str, toy_weights: Path, toy_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the toy weights in the place of every folder of weights that is named, and the toy corpus in that of every corpus."""
     monkeypatch.chdir(tmp_path)
     trained = SimpleNamespace(weights=tmp_path, metrics={})
     monkeypatch.setattr("kalle.training.train_lm", lambda config: trained)  # the configuration is what is shown
-    for folder in re.findall(r'from_pretrained\(\s*"([^"]+)"', code):
-        shutil.copytree(toy_weights, tmp_path / folder, dirs_exist_ok=True)
+    for source, named in (
+        (toy_weights, r'(?:from_pretrained\(\s*|model=|flowvae=)"([^"]+)"'),
+        (toy_corpus, r'(?:corpus=|TestListConfig\()"([^"]+)"'),
+    ):
+        for folder in re.findall(named, code):
+            shutil.copytree(source, tmp_path / folder, dirs_exist_ok=True)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     for name in re.findall(r'\.save\("([^"]+)"\)', code):
         assert (tmp_path / name).is_file()

@@ -17,9 +17,9 @@ from kalle.adaptation.adapt import DEFAULT_STEPS, AdaptOptions, adapt
 from kalle.audio import write_audio
 from kalle.cli.stages import recipe_main
 from kalle.errors import UserError
-from kalle.evaluation.protocols import item_seed
 from kalle.evaluation.test_list import TestListConfig, read_test_list
 from kalle.progress import counting_bar
+from kalle.seeds import item_seed
 
 
 def speak(given: argparse.Namespace) -> None:

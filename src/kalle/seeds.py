@@ -1,8 +1,8 @@
 """The one place where a seed is derived from others, and noise from a seed.
 
-Three formulas stand here, because what each seed once gave must stay: the batches and noise of a training that is resumed
-(`derived_seed`), a voice or a retry that is found again by its number (`purpose_seed`), the sentences of a long text (`sentence_seed`). Use
-`derived_seed` for anything new.
+Five formulas stand here, because what each seed once gave must stay: the batches and noise of a training that is resumed
+(`derived_seed`) and what its global generators draw (`step_seed`), a voice or a retry that is found again by its number (`purpose_seed`),
+the sentences of a long text (`sentence_seed`), the items of a test list (`item_seed`). Use `derived_seed` for anything new.
 """
 
 from __future__ import annotations
@@ -39,6 +39,20 @@ def sentence_seed(seed: int, index: int, again: int = 0) -> int:
     if index == again == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}/{again}".encode()).digest()[:7], "big")
+
+
+def item_seed(seed: int, index: int) -> int:
+    """A 31-bit seed that belongs to ``seed`` and an item's 0-based index, so that an item of a test list does not depend on the others."""
+    import numpy as np
+
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0] >> 1)
+
+
+def step_seed(*counters: int) -> int:
+    """A 63-bit seed for the global generators at a step of a training, from ``counters`` such as (seed, step, batch, rank)."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def standard_noise(shape: Sequence[int], *parts: int | str) -> Tensor:

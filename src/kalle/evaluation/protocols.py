@@ -28,6 +28,7 @@ from kalle.evaluation.test_list import LONGEST_RECORDING_S, TestItem, read_score
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import latent_health
 from kalle.models.flowvae import FlowVAE
+from kalle.seeds import item_seed
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
@@ -234,11 +235,6 @@ class _ReconstructionRun:
             return self.posteriors[index]
         posterior, drawn = self._encode(item.audio(self.flowvae.config.sample_rate), index)
         return DiagGaussian(posterior.mean.float(), posterior.log_std.float()), drawn
-
-
-def item_seed(seed: int, index: int) -> int:
-    """A 31-bit seed that belongs to ``seed`` and an item's 0-based index, so that an item does not depend on the others."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0] >> 1)
 
 
 SYNTHESIS_RULES = (

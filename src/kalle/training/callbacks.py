@@ -29,6 +29,7 @@ from kalle.files import write_atomic
 from kalle.losses.waveform import LogMel, MelConfig
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm_batch import LMBatch, WaveBatch
+from kalle.seeds import step_seed
 from kalle.synthesis.generate import generate
 from kalle.synthesis.options import StopRule, default_stop
 from kalle.text.tokenizer import Tokenizer, prompt_ids
@@ -198,8 +199,7 @@ class StepSeeds(Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the batch's own stream."""
-        counters = [self.seed, trainer.global_step, batch_idx, trainer.global_rank, 1]
-        state = int(np.random.SeedSequence(counters).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        state = step_seed(self.seed, trainer.global_step, batch_idx, trainer.global_rank, 1)
         random.seed(state)
         np.random.seed(state % 2**32)  # noqa: NPY002 - libraries draw from it
         torch.manual_seed(state)
