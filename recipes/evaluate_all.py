@@ -121,7 +121,8 @@ def table(recipe: Recipe, result: dict[str, Any]) -> Iterator[str]:
     yield "|---" * (3 + len(names)) + "|"
     for system, estimates in result["summary"].items():
         counts = result["counts"][system]
-        yield f"| {system} | {counts['items']} | {counts['errors']} | " + " | ".join(cell(estimates.get(name)) for name in names) + " |"
+        spoken = f"{counts['items']}" + (f" x {counts['seeds']} seeds" if counts["seeds"] > 1 else "")
+        yield f"| {system} | {spoken} | {counts['errors']} | " + " | ".join(cell(estimates.get(name)) for name in names) + " |"
 
 
 def cell(estimate: dict[str, Any] | None) -> str:

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from kalle.evaluation.intelligibility import last_word_heard, repeated_words
-from kalle.evaluation.scoring import estimate
+from kalle.evaluation.metrics import Aggregate
+from kalle.evaluation.scoring import aggregate
 from kalle.evaluation.test_list import TestItem
 from kalle.evaluation.word_errors import corpus_style
 
@@ -48,12 +49,12 @@ def judged(row: Mapping[str, Any], pace: float) -> dict[str, Any]:
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rates with 95% intervals, over all of ``rows`` and for each of `BINS` that has some."""
+    """Rates with 95% intervals, over all items of ``rows``, their seeds averaged, and for each of `BINS` that has some."""
     groups = {"all": list(rows)} | {f"{low}-{high}": [row for row in rows if low <= row["words"] <= high] for low, high in BINS}
     return {
-        name: {"items": len(own), **{rate: asdict(estimate([row[rate] for row in own])) for rate in RATES}}
+        name: {"items": rates[RATES[0]].count, **{rate: asdict(found) for rate, found in rates.items()}}
         for name, own in groups.items()
-        if own
+        if (rates := {rate: found for rate in RATES if (found := aggregate(own, Aggregate(rate, rate))) is not None})
     }
 
 

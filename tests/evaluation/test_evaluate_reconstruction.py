@@ -92,7 +92,7 @@ def test_a_missing_recording_is_counted_and_the_rest_scored(flowvae: FlowVAE, it
     gone = dataclasses.replace(items[1], audio_path=tmp_path / "gone.wav")
     result = evaluate_reconstruction(flowvae, [items[0], gone, items[2]], [MelDistance()], tmp_path / "out", settings=QUICK)
     assert result.errors == 1
-    assert result.counts["reconstruction"] == {"items": 3, "errors": 1, "metric_errors": {}}
+    assert result.counts["reconstruction"] == {"items": 3, "seeds": 1, "errors": 1, "metric_errors": {}}
     assert result.summary["reconstruction"]["mel_l1"].count == 2
     assert "gone.wav" in next(row["error"] for row in result.rows if "error" in row)
     assert "(n=2)" in (tmp_path / "out" / "report.md").read_text()

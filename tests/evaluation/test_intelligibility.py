@@ -87,7 +87,8 @@ def test_the_last_word_may_be_spelled_otherwise() -> None:
 
 
 def test_the_curve_counts_errors_over_words() -> None:
-    rows = [judged("boat", text="boat"), judged("coat", text="boat"), judged(TEXT), judged("the boat went down the")]
+    pairs = [("boat", "boat"), ("coat", "boat"), (TEXT, TEXT), ("the boat went down the", TEXT)]
+    rows = [judged(heard, text=text, id=str(index)) for index, (heard, text) in enumerate(pairs)]
     points = {(p.first, p.last): (p.wer.value, p.wer.count) for p in length_curve(rows)}
     assert points == {(1, 1): (0.5, 2), (6, 6): (pytest.approx(1 / 12), 2)}
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -48,7 +50,7 @@ def test_authors_normaliser_turns_punctuation_into_spaces_and_splits_cjk() -> No
 def test_both_means_and_they_differ() -> None:
     metric = WER(Says("one two three four five six seven eight", "wrong wrong"), normalisers=["seed_tts"])
     texts = ("one two three four five six seven eight", "nine ten")
-    rows = [{"system": "s", **metric(item(text))} for text in texts]
+    rows = [{"system": "s", "id": text, **metric(item(text))} for text in texts]
     summary = summarise(rows, metric.aggregates, resamples=200, seed=0)["s"]
     assert summary["wer_utt_mean"].value == 0.5
     assert summary["wer_corpus"].value == pytest.approx(2 / 10)
@@ -75,7 +77,7 @@ def test_text_of_punctuation_cannot_be_scored() -> None:
 def test_a_text_that_one_normaliser_empties_keeps_the_columns_of_the_other() -> None:
     scores = Scores([WER(Says("uh um", "one"))])
     scores.add("s", item("Uh, um, hmm, mm, mhm."))
-    scores.add("s", item("one"))
+    scores.add("s", replace(item("one"), id="other"))
     first, second = scores.rows
     assert (first["wer"], first["metric_errors"]) == (0.6, {"wer": "the text is empty after normalisation: whisper"})
     assert "wer_whisper" not in first

@@ -212,13 +212,14 @@ def test_verdicts(change: dict[str, Any], true: set[str], recipe: Any) -> None:
 
 def test_rates_by_length(recipe: Any) -> None:
     scoring = recipe("nano", "score_lengths")
-    rows = [{"words": words, **dict.fromkeys(scoring.RATES, float(words > 30))} for words in (1, 1, 10, 40)]
+    rows = [{"id": n, "words": words, **dict.fromkeys(scoring.RATES, float(words > 30))} for n, words in enumerate((1, 1, 10, 40))]
     rates = scoring.summarised(rows)
     assert set(rates) == {"all", "1-1", "6-15", "31-60"}
     assert rates["all"]["no_end"]["value"] == 0.25
     assert rates["31-60"]["no_end"]["value"] == 1.0
     assert rates["1-1"]["items"] == 2
     assert scoring.lengths_table(rates)[2].startswith("| all | 4 | 25.0% |")
+    assert scoring.summarised(rows * 3) == rates, "seeds are no items"
 
 
 def test_pace_is_of_timed_recordings(recipe: Any) -> None:

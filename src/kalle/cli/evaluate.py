@@ -51,7 +51,7 @@ def evaluate_composed(config: DictConfig) -> Result | None:
     out = Path(filled.out)
     logger.info("%s\n\nmore in %s", terminal_report(result), out / "report.md")
     if result.errors:
-        logger.warning("%d items could not be scored; see error in %s", result.errors, out / "items.jsonl")
+        logger.warning("%d rows could not be scored; see error in %s", result.errors, out / "items.jsonl")
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,11 @@ class Run:
 
     def by_item(self) -> dict[str, list[Mapping[str, Any]]]:
         """The rows of each item, one for each seed, in the order of the list."""
-        found: dict[str, list[Mapping[str, Any]]] = {}
-        for row in self.rows:
-            found.setdefault(row["id"], []).append(row)
-        return found
+        return rows_by_item(self.rows)
 
     def values(self, columns: Sequence[str]) -> dict[str, tuple[float, ...]]:
-        """For every item the mean over its seeds of each of ``columns``; items without a row of finite numbers in all are left out."""
-        found = {}
-        for item, rows in self.by_item().items():
-            complete = [[row[column] for column in columns] for row in rows if all(_is_finite(row.get(column)) for column in columns)]
-            if complete:
-                found[item] = tuple(np.mean(np.asarray(complete, dtype=np.float64), axis=0).tolist())
-        return found
+        """``item_means`` of the rows."""
+        return item_means(self.rows, columns)
 
     def failed(self) -> list[str]:
         """Items of which not one seed could be made or read."""
@@ -64,6 +56,27 @@ class Run:
     def failed_seeds(self) -> list[str]:
         """Items of which some seeds, and not all, could not be made or read."""
         return [item for item, rows in self.by_item().items() if 0 < sum("error" in row for row in rows) < len(rows)]
+
+
+def rows_by_item(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of one system by the id of their item, in order of first appearance."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["id"], []).append(row)
+    return found
+
+
+def item_means(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """For every item the mean over its seeds of each of ``columns``; items without a row of finite numbers in all are left out.
+
+    Summaries and comparisons resample these, for the seeds of an item are no independent items.
+    """
+    found = {}
+    for item, own in rows_by_item(rows).items():
+        complete = [[row[column] for column in columns] for row in own if all(_is_finite(row.get(column)) for column in columns)]
+        if complete:
+            found[item] = tuple(np.mean(np.asarray(complete, dtype=np.float64), axis=0).tolist())
+    return found
 
 
 def _is_finite(value: object) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kalle.evaluation.metrics import Aggregate
-from kalle.evaluation.scoring import Estimate, Row, estimate
+from kalle.evaluation.scoring import Estimate, Row, aggregate
 
 Tokens = Callable[[str, str], list[str]]
 """(text, two-letter language) to tokens: one of ``word_errors.NORMALISERS``."""
@@ -38,6 +38,7 @@ RULES = (
     Aggregate("deletion_rate", "deleted", "spoken_words", lower_is_better=True),
     Aggregate("substitution_rate", "substituted", "spoken_words", lower_is_better=True),
 )
+CURVE = Aggregate("wer", "errors", "spoken_words", lower_is_better=True)
 JUDGED = ("spoken_words", "inserted", "deleted", "substituted", "last_word_missing", "early_stop", "repetition")
 """The columns of ``judge``."""
 
@@ -135,15 +136,18 @@ class LengthPoint:
 
 
 def length_curve(rows: Iterable[Mapping[str, Any]]) -> list[LengthPoint]:
-    """The word error rate, from the columns of ``judge``, for each of `BINS` that has a row; the last bin ends with the longest text."""
-    judged = [row for row in rows if "spoken_words" in row]
+    """The word error rate of one system, from the columns of ``judge``, for each of `BINS` that has an item, whose seeds are averaged.
+
+    The last bin ends with the longest text.
+    """
+    judged = [dict(row) for row in rows if "spoken_words" in row]
     points = []
     for first, last in BINS:
         own = [row for row in judged if first <= row["spoken_words"] <= last]
         if own:
-            words = [row["spoken_words"] for row in own]
-            errors = [row["inserted"] + row["deleted"] + row["substituted"] for row in own]
-            points.append(LengthPoint(first, min(last, max(words)), estimate(errors, words)))
+            wer = aggregate([row | {"errors": row["inserted"] + row["deleted"] + row["substituted"]} for row in own], CURVE)
+            assert wer is not None, "every row has words"
+            points.append(LengthPoint(first, min(last, max(row["spoken_words"] for row in own)), wer))
     return points
 
 

@@ -84,7 +84,7 @@ class Result:
 
     @property
     def errors(self) -> int:
-        """Items that could not be made or read, over all systems."""
+        """Rows that could not be made or read, over all systems: an item counts once for each seed."""
         return sum(count["errors"] for count in self.counts.values())
 
 
@@ -200,7 +200,8 @@ def report(result: Result) -> str:
         lines.append(f"| {system} | {count['items']} | {count['errors']} | " + " | ".join(cells) + " |")
     lines += ["", "Means with 95% bootstrap intervals; n is given where a mean covers fewer items than the row.", ""]
     for system, count in result.counts.items():
-        details = {key: value for key, value in count.items() if key not in ("items", "errors") and value}
+        lines += [f"- {system}: {count['seeds']} seeds an item, averaged before items are resampled"] if count["seeds"] > 1 else []
+        details = {key: value for key, value in count.items() if key not in ("items", "seeds", "errors") and value}
         lines += [f"- {system}: {key.replace('_', ' ')}: {_pairs(value)}" for key, value in details.items()]
     lines += [line for system, facts in result.words.items() for line in _word_lines(system, facts)]
     lines += [f"- {name}: {_pairs(described)}" for name, described in result.metrics.items()]
@@ -256,8 +257,9 @@ def verdict(result: Result) -> str:
     else:
         name, value = next(iter(result.summary[system].items()), ("", None))
         said = f"{system}: nothing was measured" if value is None else f"{system}: {name} is {value.value:.3f} over {value.count} items"
-    failed, items = result.counts[system]["errors"], result.counts[system]["items"]
-    return f"{said}; " + (f"{failed} of {items} items could not be scored." if failed else f"all {items} items were scored.")
+    failed, items, seeds = (result.counts[system][name] for name in ("errors", "items", "seeds"))
+    counted = f"{items} items" if seeds == 1 else f"{items * seeds} syntheses ({items} items, {seeds} seeds)"
+    return f"{said}; " + (f"{failed} of {counted} could not be scored." if failed else f"all {counted} were scored.")
 
 
 def _cell(value: Estimate | None, items: int) -> str:

@@ -251,6 +251,7 @@ def tokens_of(described: Iterable[Mapping[str, Any]]) -> Tokens:
 
 def _counts(run: Run) -> dict[str, Any]:
     failed = [row for row in run.rows if "error" in row]
+    seeds = max(map(len, run.by_item().values()))
     config = run.data.get("config", {})
     skipped = config.get("left_out") or {}
     errors: dict[str, int] = {}
@@ -258,7 +259,7 @@ def _counts(run: Run) -> dict[str, Any]:
         for metric in row.get("metric_errors", {}):
             errors[metric] = errors.get(metric, 0) + 1
     return {
-        "name": run.name,
+        "name": run.name if seeds == 1 else f"{run.name} ({seeds} seeds an item)",
         "evaluated": len(run.rows) - len(failed),
         "failed": len(failed),
         "skipped": sum(skipped.values()),

@@ -15,6 +15,7 @@ import numpy as np
 
 from kalle.data.shared_work import RankJournals
 from kalle.errors import UserError
+from kalle.evaluation.comparison import item_means, rows_by_item
 from kalle.evaluation.metrics import KEPT_SILENCE_S, RATE_HZ, Aggregate, Metric, ScoreItem, bandwidth_hz
 from kalle.evaluation.pool import BATCH_ITEMS, TRIMMED, MetricCard, Row, ScoringPool, columns_of
 from kalle.evaluation.test_list import TestItem
@@ -27,7 +28,7 @@ BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``count`` items with its 95% percentile-bootstrap interval; None below two items."""
+    """A mean over ``count`` items (their seeds averaged before) with its 95% percentile-bootstrap interval; None below two items."""
 
     value: float
     interval: tuple[float, float] | None
@@ -58,12 +59,17 @@ def estimate(numerators: Sequence[float], denominators: Sequence[float] | None =
 
 
 def aggregate(rows: Sequence[Row], rule: Aggregate, resamples: int = 1000, seed: int = 0) -> Estimate | None:
-    """The aggregate over the rows that have its columns; None when none has, or the denominators sum to zero."""
+    """The aggregate over the items of one system that have its columns; None when none has, or the denominators sum to zero.
+
+    Rows of the same item (its seeds) are averaged first, as `comparison` does: they are no more items, and would narrow the interval.
+    """
     columns = [rule.numerator] if rule.denominator is None else [rule.numerator, rule.denominator]
-    complete = [row for row in rows if all(isinstance(row.get(column), int | float) for column in columns)]
-    top = [float(row[rule.numerator]) for row in complete]  # type: ignore[arg-type]
-    bottom = None if rule.denominator is None else [float(row[rule.denominator]) for row in complete]  # type: ignore[arg-type]
-    if not top or (bottom is not None and sum(bottom) <= 0):
+    means = list(item_means(rows, columns).values())
+    if not means:
+        return None
+    top = [values[0] for values in means]
+    bottom = None if rule.denominator is None else [values[1] for values in means]
+    if bottom is not None and sum(bottom) <= 0:
         return None
     return estimate(top, bottom, resamples, seed)
 
@@ -228,13 +234,18 @@ def summarise(rows: Sequence[Row], rules: Iterable[Aggregate], resamples: int, s
 
 
 def count_rows(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """For every system: items, errors (not made or read), errors by metric, and stop reasons where there are any."""
+    """For every system: items, seeds (most rows of an item), errors by metric, stop reasons where there are any, and errors.
+
+    Errors are rows that were not made or read: an item that failed with each of three seeds is three.
+    """
     counts: dict[str, dict[str, Any]] = {}
     for system in dict.fromkeys(row["system"] for row in rows):
         own = [row for row in rows if row["system"] == system]
         stops = Counter(row["stop_reason"] for row in own if "stop_reason" in row)
         by_metric = Counter(name for row in own for name in row.get("metric_errors", {}))
-        counts[system] = {"items": len(own), "errors": sum("error" in row for row in own), "metric_errors": dict(by_metric)}
+        by_item = rows_by_item(own)
+        counts[system] = {"items": len(by_item), "seeds": max(map(len, by_item.values())), "errors": sum("error" in row for row in own)}
+        counts[system]["metric_errors"] = dict(by_metric)
         if stops:
             counts[system]["stop_reasons"] = dict(stops)
     return counts
