@@ -11,13 +11,15 @@ import pytest
 from kalle.audio import Audio, read_audio
 from kalle.errors import UserError
 from kalle.evaluation import Settings, SpeakingConfig, evaluate_synthesis, evaluate_wavs
+from kalle.evaluation.comparison import read_run
 from kalle.evaluation.metrics import DurationRatio, MelDistance
-from kalle.evaluation.protocols import other_recordings
-from kalle.evaluation.report import terminal_report
+from kalle.evaluation.protocols import item_seed, other_recordings
+from kalle.evaluation.report import Result, terminal_report, verdict
 from kalle.evaluation.similarity import Similarity
 from kalle.evaluation.test_list import TestItem
 from kalle.evaluation.word_errors import WER
 from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
 from kalle.synthesis.voice import Voice
 
@@ -115,6 +117,42 @@ def test_list_prompts_and_a_missing_one_is_counted(kalle: Kalle, items: list[Tes
     result = evaluate_synthesis(kalle, [prompted, gone], [DurationRatio()], tmp_path / "out", config=SpeakingConfig("list"), settings=QUICK)
     assert result.counts["synthesis"]["errors"] == 1
     assert result.summary["synthesis"]["duration_ratio"].count == 1
+
+
+def failed_seeds(result: Result) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for row in result.rows:
+        if row["system"] == "synthesis" and "error" in row:
+            found.setdefault(row["id"], []).append(row["seed"])
+    return found
+
+
+def test_a_seed_that_fails_costs_itself_alone(kalle: Kalle, items: list[TestItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, plain = item_seed(2, 0), Kalle.synthesize
+
+    def refusing(self: Kalle, text: str, voice: Voice | None = None, *, options: GenerationOptions) -> Speech:
+        if options.seed == bad:
+            raise UserError("no room: got one word too many, expected fewer; shorten the text")
+        return plain(self, text, voice, options=options)
+
+    monkeypatch.setattr(Kalle, "synthesize", refusing)
+    config = SpeakingConfig(seeds=(1, 2, 3))
+    result = evaluate_synthesis(kalle, items[:2], [DurationRatio()], tmp_path, config=config, settings=QUICK)
+    assert failed_seeds(result) == {items[0].id: [2]}
+    assert [row["seed"] for row in result.rows if row["system"] == "synthesis"] == [1, 2, 3, 1, 2, 3]
+    assert (result.counts["synthesis"]["items"], result.counts["synthesis"]["seeds"], result.errors) == (2, 3, 1)
+    assert read_run(tmp_path).failed_seeds() == [items[0].id]
+    assert "1 of 6 syntheses (2 items, 3 seeds) could not be scored" in verdict(result)
+
+
+def test_a_voice_that_fails_costs_every_seed(kalle: Kalle, items: list[TestItem], tmp_path: Path) -> None:
+    prompted = dataclasses.replace(items[0], prompt_path=items[1].audio_path, prompt_text=items[1].text)
+    gone = dataclasses.replace(items[1], prompt_path=tmp_path / "gone.wav", prompt_text="something")
+    config = SpeakingConfig("list", seeds=(4, 5))
+    result = evaluate_synthesis(kalle, [prompted, gone], [DurationRatio()], tmp_path / "out", config=config, settings=QUICK)
+    assert failed_seeds(result) == {items[1].id: [4, 5]}
+    assert result.counts["synthesis"]["errors"] == 2
+    assert read_run(tmp_path / "out").failed() == [items[1].id]
 
 
 def test_bad_choices(kalle: Kalle, items: list[TestItem], tmp_path: Path) -> None:

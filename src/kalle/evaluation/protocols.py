@@ -287,7 +287,8 @@ def evaluate_synthesis(
 
     Systems: "recording" (the ceiling, where the list has recordings) and "synthesis". ``voice`` speaks all items when ``config.prompts`` is
     "none". Beside the metrics: stop reasons, no-end rate (ran into the length cap), early-stop rate, RTF. Writes wavs/synthesis/ID.wav
-    and what ``finish`` writes. A prompt that is missing is an error row; UserError when all items fail. ``journal`` as in ``score_items``.
+    and what ``finish`` writes. A text that cannot be spoken with one seed is an error row of that seed, and a prompt that is missing one of
+    each seed; UserError when all items fail. ``journal`` as in ``score_items``.
     """
     pool = as_pool(metrics)
     config, settings = config or SpeakingConfig(), settings or Settings()
@@ -318,10 +319,12 @@ class _SynthesisRun:
 
     def item(self, index: int, item: TestItem, other: TestItem | None) -> None:
         references = read_references(self.scores, item, other, self.settings.score_recordings)
-        with counted(self.scores, SYNTHESIS_SYSTEM, item):
+        rows: list[Row] = [{"seed": seed} for seed in self.config.seeds]
+        with counted(self.scores, SYNTHESIS_SYSTEM, item, rows):
             voice = self._voice(item, other)
-            for seed in self.config.seeds:
-                self._speak(item, references, voice, seed, index)
+            for row in rows:
+                with counted(self.scores, SYNTHESIS_SYSTEM, item, [row]):
+                    self._speak(item, references, voice, row["seed"], index)
 
     def _voice(self, item: TestItem, other: TestItem | None) -> Voice | None:
         if self.config.prompts == "none":

@@ -137,9 +137,9 @@ class Scores:
         self._rows.append(row)
         self._taken.rows.append(row)
 
-    def fail(self, system: str, item: TestItem, error: Exception | str) -> None:
-        """Keep a row for an item that could not be made or read."""
-        row = {"system": system, "id": item.id, "text": item.text, "language": item.language, "error": str(error)}
+    def fail(self, system: str, item: TestItem, error: Exception | str, extra: Row | None = None) -> None:
+        """Keep a row for an item that could not be made or read; ``extra`` columns say under which seed."""
+        row = {"system": system, "id": item.id, "text": item.text, "language": item.language, "error": str(error)} | (extra or {})
         self._rows.append(row)
         self._taken.rows.append(row)
 
@@ -162,17 +162,19 @@ def recording_digest(item: ScoreItem) -> str:
 
 
 @contextmanager
-def counted(scores: Scores, system: str, item: TestItem) -> Iterator[None]:
+def counted(scores: Scores, system: str, item: TestItem, lost: Sequence[Row] = ({},)) -> Iterator[None]:
     """Turn a UserError about one item (a missing wav, say) into its error row, so that the other items are still scored.
 
-    A DiskError is not about the item, and passes.
+    ``lost`` holds the columns of every row that the error costs: one for each seed where it costs all of them. A DiskError is not about
+    the item, and passes.
     """
     try:
         yield
     except DiskError:
         raise
     except UserError as error:
-        scores.fail(system, item, error)
+        for columns in lost:
+            scores.fail(system, item, error, columns)
 
 
 def score_items(
