@@ -29,7 +29,7 @@ from kalle.cli.stages import Stages, recipe_main
 from kalle.errors import UserError
 from kalle.evaluation.comparison import Comparison, GateRules, compare, gate, notes
 from kalle.evaluation.listening import ListeningConfig, make
-from kalle.evaluation.run import folder_digest
+from kalle.evaluation.run import weights_digest
 from kalle.files import write_atomic
 
 LISTENED = ("cross_sentence", "seed_tts_en")
@@ -214,7 +214,7 @@ def work(given: argparse.Namespace) -> None:
     """Score, compare, and write the page."""
     out: Path = given.out
     weights = {"new": given.model.resolve()} | ({"old": given.against.resolve()} if given.against else {})
-    digests = {name: folder_digest(folder)[:12] for name, folder in weights.items()}
+    digests = {name: weights_digest(folder)[:12] for name, folder in weights.items()}
     stages = Stages(out, {"weights": digests, "items": given.items, "seeds": given.seeds})
     data = (out / "data").resolve()
     stages.run("data", lambda: (seed_tts(data / "seedtts_testset", given.items), librispeech(data / "test-clean", given.items)))

@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 
+from kalle.checkpoint import write_weights
 from kalle.data.shared_work import OthersUnfinished, RankJournals, Share
 from kalle.errors import UserError
-from kalle.evaluation import Settings, evaluate_reconstruction, evaluate_synthesis, evaluate_wavs
+from kalle.evaluation import (
+    EvaluateConfig,
+    Settings,
+    TestListConfig,
+    evaluate,
+    evaluate_reconstruction,
+    evaluate_synthesis,
+    evaluate_wavs,
+)
 from kalle.evaluation.metrics import DurationRatio, MelDistance
-from kalle.evaluation.run import folder_digest
+from kalle.evaluation.run import audio_digest, weights_digest
 from kalle.evaluation.test_list import TestItem
 from kalle.files import fingerprint, folder_lock
 from kalle.models.flowvae import FlowVAE
@@ -147,7 +156,74 @@ def test_two_processes_of_one_rank_are_refused(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_settings_and_files(tmp_path: Path) -> None:
     assert fingerprint({"a": 1, "b": Path("x")}) == fingerprint({"b": Path("x"), "a": 1}) != fingerprint({"a": 2, "b": Path("x")})
-    (tmp_path / "weights").write_bytes(b"1")
-    before = folder_digest(tmp_path)
-    (tmp_path / "weights").write_bytes(b"2")
-    assert folder_digest(tmp_path) != before
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.WAV").write_bytes(b"1")
+    before = audio_digest(tmp_path)
+    (tmp_path / "README.md").write_bytes(b"of these recordings")
+    assert audio_digest(tmp_path) == before
+    (tmp_path / "sub" / "a.WAV").write_bytes(b"2")
+    assert audio_digest(tmp_path) != before
+
+
+@pytest.fixture
+def weights(kalle: Kalle, tmp_path: Path) -> Path:
+    """A weight folder with a default voice, another one, and what lies beside them."""
+    folder = tmp_path / "weights"
+    kalle.flowvae.save_pretrained(folder / "flowvae")
+    kalle.lm.save_pretrained(folder / "lm")
+    kalle.tokenizer.save(folder / "tokenizer")
+    (folder / "voices").mkdir()
+    for name in ("voices/mine.safetensors", "voices/other.safetensors", "voices/NOTES.md", "README.md", "LICENSE", "lm/int8.safetensors"):
+        (folder / name).write_text(name)
+    (folder / "config.json").write_text(json.dumps({"format_version": 1, "voice": "mine"}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["voices/other.safetensors", "voices/NOTES.md", "README.md", "LICENSE", "lm/int8.safetensors", "new.txt"])
+def test_files_that_speech_does_not_depend_on_leave_the_digest(weights: Path, name: str) -> None:
+    before = weights_digest(weights)
+    (weights / name).write_text("other")
+    assert weights_digest(weights) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "flowvae/config.json", "flowvae/model.safetensors", "lm/config.json", "lm/model.safetensors",
+        "tokenizer/tokenizer.json", "tokenizer/phonemes.json", "voices/mine.safetensors",
+    ],
+)  # fmt: skip
+def test_files_that_speech_depends_on_change_the_digest(weights: Path, name: str) -> None:
+    before = weights_digest(weights)
+    content = (weights / name).read_bytes() if (weights / name).is_file() else b"{}"
+    (weights / name).write_bytes(content + b" ")
+    assert weights_digest(weights) != before
+
+
+def test_a_folder_without_weights_has_no_digest(tmp_path: Path) -> None:
+    (tmp_path / "flowvae.pt").write_bytes(b"not converted yet")
+    with pytest.raises(UserError, match="not a weight folder"):
+        weights_digest(tmp_path)
+
+
+def test_a_flowvae_alone_and_shards_have_a_digest(weights: Path, kalle: Kalle) -> None:
+    whole, alone = weights_digest(weights), weights_digest(weights / "flowvae")
+    assert whole != alone
+    (weights / "lm" / "model.safetensors").unlink()
+    write_weights(weights / "lm", kalle.lm.state_dict(), max_bytes=60_000)
+    sharded = weights_digest(weights)
+    assert sharded != whole
+    (weights / "lm" / "model-00099-of-00099.safetensors").write_bytes(b"of no index")
+    assert weights_digest(weights) == sharded
+
+
+def test_a_read_me_beside_the_weights_costs_no_score(weights: Path, test_list: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    given = EvaluateConfig(
+        kind="reconstruction", model=weights, testset=TestListConfig(test_list), out=weights.parent / "out", metrics=[MelDistance()],
+        figure_items=0, resamples=10,
+    )  # fmt: skip
+    evaluate(given)
+    (weights / "README.md").write_text("corrected")
+    evaluate(given)
+    assert "3 of 3 items were scored before" in caplog.text

@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kalle.checkpoint import CONFIG_NAME, PART_NAMES, part_folder, read_json, weight_files, weight_folder
 from kalle.data.shared_work import OthersUnfinished, RankJournals, rank_device, share_of_process
 from kalle.errors import UserError
 from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelDistance, Metric
 from kalle.evaluation.pool import MetricCard, ScoringPool, worker_count
 from kalle.evaluation.protocols import (
+    WAV_SUFFIXES,
     SpeakingConfig,
     evaluate_reconstruction,
     evaluate_synthesis,
@@ -30,6 +32,10 @@ from kalle.evaluation.word_errors import WER
 from kalle.files import fingerprint, output_folder
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
+from kalle.synthesis.voice import SUFFIX as VOICE_SUFFIX
+from kalle.synthesis.voice import VOICES_FOLDER
+from kalle.synthesis.weights import TOKENIZER_FOLDER, resolve_weights
+from kalle.text.tokenizer import PHONEMES_NAME, TOKENIZER_NAME
 
 logger = logging.getLogger(__name__)
 Kind = Literal["reconstruction", "synthesis", "wavs"]
@@ -126,10 +132,10 @@ def evaluate(config: EvaluateConfig) -> Result | None:
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)} | {"context": _context(config, test_list)}
     )
     share = share_of_process(config.rank, config.world_size)
-    out = Path(config.out)
+    out, digest = Path(config.out), _source_digest(config)
     try:
         with output_folder(out), _pool(config, languages, len(test_list.items) // share.world_size) as pool:
-            mark = fingerprint(_facts(config, test_list, pool.cards))
+            mark = fingerprint(_facts(config, test_list, pool.cards, digest))
             with RankJournals(out, mark, share, len(test_list.items), resume=config.resume == "auto") as journal:
                 return _score(config, test_list.items, pool, settings, journal)
     except OthersUnfinished as unfinished:
@@ -184,21 +190,58 @@ def _context(config: EvaluateConfig, test_list: TestList) -> dict[str, Any]:
     return {**config.context, "model": model, "testset": str(test_list.source), **testset, "left_out": test_list.left_out}
 
 
-def _facts(config: EvaluateConfig, test_list: TestList, metrics: Sequence[MetricCard]) -> dict[str, Any]:
-    """All that decides the row of an item."""
+def _source_digest(config: EvaluateConfig) -> str | None:
+    """The digest of the wavs or weights that are scored, fetched or converted where their name asks for it; None for no folder."""
+    if config.kind == "wavs":
+        assert config.wavs is not None
+        return audio_digest(config.wavs)
+    assert config.model is not None
+    folder = resolve_weights(config.model) if config.kind == "synthesis" else weight_folder(config.model)
+    return weights_digest(folder) if folder.is_dir() else None
+
+
+def _facts(config: EvaluateConfig, test_list: TestList, metrics: Sequence[MetricCard], digest: str | None) -> dict[str, Any]:
+    """All that decides the row of an item; ``digest`` as ``_source_digest``."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in SUMMARY_KEYS}
     settings |= {"reconstruction": asdict(config.reconstruction), "synthesis": asdict(config.synthesis)}
     items = [{key: value for key, value in asdict(item).items() if key != "loader"} for item in test_list.items]
-    digest = folder_digest(config.source) if config.source is not None and Path(config.source).is_dir() else None
     described = {metric.name: dict(metric.describe()) for metric in metrics}
     scored = {"score_recordings": config.score_recordings, "metrics": described}
     return {"settings": settings, **scored, "items": items, "source": digest, "versions": versions()}
 
 
-def folder_digest(folder: str | Path) -> str:
-    """SHA-256 (hex) of the names and contents of all files under ``folder``."""
-    digest, root = hashlib.sha256(), Path(folder)
-    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 (hex) of the names and contents of the files of a weight folder that its speech depends on.
+
+    They are config.json, configuration and tensors of each part, the tokenizer, and the default voice. Read-mes, licences, other voices,
+    stored 8-bit weights and whatever else lies there change nothing. UserError for a folder without any part, and for an index of shards
+    that is none.
+    """
+    root = Path(folder)
+    files = [root / CONFIG_NAME, *(root / TOKENIZER_FOLDER / name for name in (TOKENIZER_NAME, PHONEMES_NAME))]
+    lacking: list[UserError] = []
+    for part in PART_NAMES:
+        try:
+            place = part_folder(root, part)
+        except UserError as error:  # a Flow-VAE alone is enough for reconstruction
+            lacking.append(error)
+            continue
+        files += [place / CONFIG_NAME, *weight_files(place)]
+    if len(lacking) == len(PART_NAMES):
+        raise lacking[0]
+    voice = read_json(root / CONFIG_NAME).get("voice") if (root / CONFIG_NAME).is_file() else None
+    files += [root / VOICES_FOLDER / f"{voice}{VOICE_SUFFIX}"] if isinstance(voice, str) else []
+    return _digest(root, files)
+
+
+def audio_digest(folder: str | Path) -> str:
+    """SHA-256 (hex) of the names and contents of all files of audio under ``folder``."""
+    return _digest(Path(folder), [path for path in Path(folder).rglob("*") if path.suffix.lower() in WAV_SUFFIXES])
+
+
+def _digest(root: Path, files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted({path for path in files if path.is_file()}):
         with path.open("rb") as file:
-            digest.update(f"{path.relative_to(root)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{path.relative_to(root).as_posix()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
