@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kalle.errors import PATH, UserError, check_type
+from kalle.extras import cpu_name
 from kalle.files import atomic_file, is_file, points_elsewhere, unwritable, write_atomic
 
 WEIGHTS_NAME = "model.safetensors"
@@ -484,6 +485,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         if (resolved.index or 0) >= count:
             raise UserError(f"no CUDA device: got '{device}', but torch sees {count} here, counted from 0; use device=cuda:{count - 1}")
     return resolved
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU or processor that computes on ``device``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -13,11 +13,12 @@ from kalle.errors import UserError
 from kalle.evaluation import Settings, SpeakingConfig, evaluate_synthesis, evaluate_wavs
 from kalle.evaluation.comparison import read_run
 from kalle.evaluation.metrics import DurationRatio, MelDistance
-from kalle.evaluation.protocols import item_seed, other_recordings
+from kalle.evaluation.protocols import item_seed, other_recordings, rtf_note
 from kalle.evaluation.report import Result, terminal_report, verdict
 from kalle.evaluation.similarity import Similarity
 from kalle.evaluation.test_list import TestItem
 from kalle.evaluation.word_errors import WER
+from kalle.extras import cpu_name
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import GenerationOptions
 from kalle.synthesis.speech import Speech
@@ -60,7 +61,9 @@ def test_a_real_tiny_model_speaks_and_is_scored(kalle: Kalle, items: list[TestIt
     expected_rtf = sum(row["synthesis_s"] for row in synthesis) / sum(row["audio_s"] for row in synthesis)
     assert result.value("synthesis", "rtf") == pytest.approx(expected_rtf)
     assert sum(result.counts["synthesis"]["stop_reasons"].values()) == 2
-    assert any(note.startswith("rtf = ") for note in result.notes)
+    assert [note for note in result.notes if note.startswith("rtf = ")] == [rtf_note(synthesis)]
+    assert rtf_note(synthesis).endswith(f"; on {cpu_name()}")
+    assert rtf_note([{"processor": "A"}, {"processor": "B"}, {"processor": "A"}, {}]).endswith("; on A (2 rows), B (1 rows)")
     assert json.loads((tmp_path / "results.json").read_text())["config"]["prompts"] == "none"
     assert (tmp_path / "figure.png").is_file()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from kalle.evaluation import (
     evaluate_reconstruction,
     evaluate_synthesis,
     evaluate_wavs,
+    run,
 )
 from kalle.evaluation.metrics import DurationRatio, MelDistance
 from kalle.evaluation.run import audio_digest, weights_digest
 from kalle.evaluation.test_list import TestItem
+from kalle.extras import checkout_commit, cpu_name
 from kalle.files import fingerprint, folder_lock
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
@@ -215,6 +218,27 @@ def test_a_flowvae_alone_and_shards_have_a_digest(weights: Path, kalle: Kalle) -
     assert sharded != whole
     (weights / "lm" / "model-00099-of-00099.safetensors").write_bytes(b"of no index")
     assert weights_digest(weights) == sharded
+
+
+def test_a_report_names_weights_and_machine_and_another_machine_continues(
+    weights: Path, test_list: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    given = EvaluateConfig(
+        kind="reconstruction", model=weights, testset=TestListConfig(test_list), out=weights.parent / "out", metrics=[MelDistance()],
+        figure_items=0, resamples=10,
+    )  # fmt: skip
+    result = evaluate(given)
+    assert result is not None
+    assert result.config["weights_sha256"] == weights_digest(weights)[:16]
+    machine = {"cpu": cpu_name(), "cpus": os.cpu_count(), "commit": checkout_commit()}
+    assert {name: result.config[name] for name in machine} == machine
+    assert f"cpu {cpu_name()}" in (weights.parent / "out" / "report.md").read_text()
+    monkeypatch.setattr(run, "cpu_name", lambda: "another processor")
+    continued = evaluate(given)
+    assert continued is not None
+    assert continued.config["cpu"] == "another processor"
+    assert "3 of 3 items were scored before" in caplog.text
 
 
 def test_a_read_me_beside_the_weights_costs_no_score(weights: Path, test_list: Path, caplog: pytest.LogCaptureFixture) -> None:

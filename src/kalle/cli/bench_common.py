@@ -33,13 +33,13 @@ def machine(device: Any) -> dict[str, Any]:
     import torch
 
     from kalle import __version__
+    from kalle.checkpoint import device_name
     from kalle.evaluation.limits import load_average
-    from kalle.extras import cpu_name
 
     return {
         "kalle": __version__,
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "load": load_average(),
     }

@@ -302,8 +302,7 @@ def _encoded(folder: Path, latent_dim: int) -> Path:
 def _write(out: Path, rows: list[dict[str, Any]], loader: dict[str, Any], device: torch.device) -> None:
     import torch
 
+    from kalle.checkpoint import device_name
     from kalle.cli.bench_common import write
-    from kalle.extras import cpu_name
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    write(out, {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads(), "loader": loader}, rows)
+    write(out, {"torch": torch.__version__, "device": device_name(device), "threads": torch.get_num_threads(), "loader": loader}, rows)

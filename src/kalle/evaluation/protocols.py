@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kalle.audio import Audio, load_mono, resample, write_audio
+from kalle.checkpoint import device_name
 from kalle.data.shared_work import RankJournals
 from kalle.errors import UserError
 from kalle.evaluation.comparison import read_run
@@ -244,6 +245,13 @@ SYNTHESIS_RULES = (
 RTF_NOTE = "rtf = synthesis wall seconds (text to waveform, voice already made) / seconds of audio, summed over items, one at a time"
 
 
+def rtf_note(rows: Sequence[Row]) -> str:
+    """The formula of ``rtf`` and the hardware it was measured on, which ranks and continued runs need not share."""
+    timed = Counter(row["processor"] for row in rows if row.get("processor") is not None)
+    names = [name if len(timed) == 1 else f"{name} ({count} rows)" for name, count in timed.items()]
+    return RTF_NOTE + (f"; on {', '.join(names)}" if names else "")
+
+
 @dataclass(frozen=True)
 class SpeakingConfig:
     """Options of kind "synthesis"."""
@@ -306,7 +314,7 @@ def evaluate_synthesis(
         "torch_threads": torch.get_num_threads(),
     }
     shown = figure_rows(items, scores.rows, Path(out_dir), settings.figure_items)
-    return finish("synthesis", scores, described, settings, out_dir, shown, SYNTHESIS_RULES, [RTF_NOTE])
+    return finish("synthesis", scores, described, settings, out_dir, shown, SYNTHESIS_RULES, [rtf_note(scores.rows)])
 
 
 class _SynthesisRun:
@@ -316,6 +324,7 @@ class _SynthesisRun:
         self, kalle: Kalle, scores: Scores, out_dir: Path, config: SpeakingConfig, voice: Voice | None, settings: Settings
     ) -> None:
         self.kalle, self.scores, self.out_dir, self.config, self.voice, self.settings = kalle, scores, out_dir, config, voice, settings
+        self.processor = device_name(kalle.device)
 
     def item(self, index: int, item: TestItem, other: TestItem | None) -> None:
         references = read_references(self.scores, item, other, self.settings.score_recordings)
@@ -349,6 +358,7 @@ class _SynthesisRun:
             "request_seed": speech.seed,
             "frames": speech.frames,
             "synthesis_s": seconds,
+            "processor": self.processor,
             "stop_reason": speech.stop_reason,
             "no_end": float(speech.stop_reason != "end"),
             "wav": None,

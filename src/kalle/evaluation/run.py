@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from kalle.checkpoint import CONFIG_NAME, PART_NAMES, part_folder, read_json, weight_files, weight_folder
 from kalle.data.shared_work import OthersUnfinished, RankJournals, rank_device, share_of_process
@@ -29,6 +32,7 @@ from kalle.evaluation.report import Result, Settings, versions
 from kalle.evaluation.similarity import Similarity
 from kalle.evaluation.test_list import TestItem, TestList, TestListConfig, read_test_list
 from kalle.evaluation.word_errors import WER
+from kalle.extras import checkout_commit, cpu_name
 from kalle.files import fingerprint, output_folder
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
@@ -44,6 +48,8 @@ Resampling = Literal["soxr", "fft"]
 MetricsFor = Callable[[Sequence[str]], Sequence[Metric]]
 """Builds the metrics for a list in these two-letter languages."""
 SETTINGS = tuple(setting.name for setting in dataclasses.fields(Settings))
+DIGEST_DIGITS = 16
+"""Digits of the digest of the weights that a report holds, as many as of the weights of a metric."""
 SUMMARY_KEYS = frozenset({"out", "device", "metrics", "rank", "world_size", "resume", "workers", "check", "testset", *SETTINGS})
 """Settings that decide no row of an item, and those whose effect is told by the items and the metrics themselves."""
 
@@ -128,11 +134,10 @@ def evaluate(config: EvaluateConfig) -> Result | None:
     if config.check:
         logger.info("%s", _everything_is_there(config, languages, test_list))
         return None
-    settings = Settings(
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)} | {"context": _context(config, test_list)}
-    )
     share = share_of_process(config.rank, config.world_size)
     out, digest = Path(config.out), _source_digest(config)
+    context = {"context": _context(config, test_list, digest)}
+    settings = Settings(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Settings)} | context)
     try:
         with output_folder(out), _pool(config, languages, len(test_list.items) // share.world_size) as pool:
             mark = fingerprint(_facts(config, test_list, pool.cards, digest))
@@ -183,11 +188,19 @@ def _score(config: EvaluateConfig, items: Sequence[TestItem], pool: ScoringPool,
     return evaluate_synthesis(kalle, items, pool, config.out, config=speaking, voice=voice, settings=settings, journal=journal)
 
 
-def _context(config: EvaluateConfig, test_list: TestList) -> dict[str, Any]:
-    """Facts on the list and the model, for the report."""
+def _context(config: EvaluateConfig, test_list: TestList, digest: str | None) -> dict[str, Any]:
+    """Facts on the list, the model and this machine, for the report; ``digest`` as ``_source_digest``.
+
+    The machine is no part of what a continued run has to share, so a report names the one that wrote it; rows of synthesis name theirs.
+    """
     testset = {key: value for key, value in asdict(config.testset).items() if key != "path"}
-    model = None if config.model is None else str(config.model)
-    return {**config.context, "model": model, "testset": str(test_list.source), **testset, "left_out": test_list.left_out}
+    model = {"model": None if config.model is None else str(config.model)}
+    if config.kind != "wavs":
+        model["weights_sha256"] = None if digest is None else digest[:DIGEST_DIGITS]
+    listed = {"testset": str(test_list.source), **testset, "left_out": test_list.left_out}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    machine = {"cpu": cpu_name(), "cpus": os.cpu_count(), "gpus": gpus, "commit": checkout_commit()}
+    return {**config.context, **model, **listed, **machine}
 
 
 def _source_digest(config: EvaluateConfig) -> str | None:
