@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,30 @@ def kalle(flowvae: FlowVAE) -> Kalle:
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     backbone = {**size, "head_dim": 16, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 2048}
     return Kalle(flowvae, KalleLM(KalleLMConfig(backbone=backbone, latent_dim=8)).eval(), tokenizer)
+
+
+@pytest.fixture
+def funasr_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package funasr whose AutoModel holds small modules where the real one holds a model, its VAD and its punctuation."""
+    site = tmp_path / "site"
+    (site / "funasr").mkdir(parents=True)
+    (site / "funasr" / "__init__.py").write_text(
+        "import torch\n"
+        "class AutoModel:\n"
+        "    def __init__(self, model, vad_model=None, punc_model=None, **options):\n"
+        "        def made(name):\n"
+        "            torch.manual_seed(len(name))\n"
+        "            return torch.nn.Linear(2, 2)\n"
+        "        self.model, self.vad_model, self.punc_model = (\n"
+        "            None if name is None else made(name) for name in (model, vad_model, punc_model)\n"
+        "        )\n"
+    )
+    (site / "funasr-9.9.dist-info").mkdir()
+    (site / "funasr-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: funasr\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.delitem(sys.modules, "funasr", raising=False)
+    yield
+    sys.modules.pop("funasr", None)
 
 
 @pytest.fixture(scope="module")

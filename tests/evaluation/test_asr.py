@@ -108,6 +108,17 @@ def test_paraformer_is_chinese() -> None:
             asr.Paraformer()
 
 
+@pytest.mark.usefixtures("funasr_on_the_path")
+def test_paraformer_states_the_weights_of_all_its_models() -> None:
+    alone = asr.Paraformer("zh").describe()
+    helped = asr.Paraformer("zh", vad="fsmn", punctuation="ct-punc").describe()
+    torch.manual_seed(len("zh"))
+    assert alone["weights_sha256"] == helped["weights_sha256"] == asr.state_sha256(torch.nn.Linear(2, 2))
+    assert "vad_sha256" not in alone
+    assert len({str(helped[name]) for name in ("weights_sha256", "vad_sha256", "punctuation_sha256")}) == 3
+    assert asr.Paraformer("other").describe()["weights_sha256"] != alone["weights_sha256"]
+
+
 def tiny_whisper(folder: Path) -> Path:
     """A random multilingual Whisper of one layer, with a tokenizer of bytes and the special tokens of the official decoding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

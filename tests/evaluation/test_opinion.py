@@ -12,6 +12,7 @@ import torch
 
 from kalle.audio import Audio
 from kalle.errors import UserError
+from kalle.evaluation.asr import state_sha256
 from kalle.evaluation.metrics import MetricError, ScoreItem
 from kalle.evaluation.opinion import DNSMOS, EMOTIONS, UTMOS, DistillMOS, Emotion2Vec, emotion_matrix, intended_emotion
 
@@ -86,3 +87,12 @@ def test_every_column_of_the_heat_map_sums_to_one() -> None:
 def test_a_classifier_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="funasr"):
         Emotion2Vec("nowhere/at_all")
+
+
+@pytest.mark.usefixtures("funasr_on_the_path")
+def test_a_classifier_states_its_weights() -> None:
+    told = Emotion2Vec("large").describe()
+    torch.manual_seed(len("large"))
+    assert told["weights_sha256"] == state_sha256(torch.nn.Linear(2, 2))
+    assert Emotion2Vec("larger").describe()["weights_sha256"] != told["weights_sha256"]
+    assert "weights_sha256" not in Emotion2Vec(classifier=scores_of).describe(), "a function states none"

@@ -325,9 +325,15 @@ class Paraformer:
         return str(result["text"]).replace(" ", "") if language == "zh" else str(result["text"])
 
     def describe(self) -> Mapping[str, object]:
-        """Model, settings and version."""
+        """Model, the hash of its weights and of those of its helpers, settings and version."""
         settings = {"vad": self.vad, "punctuation": self.punctuation}
-        return {"model": self.model_name, **settings, "decoding": "funasr", "funasr": importlib.metadata.version("funasr")}
+        return {
+            "model": self.model_name,
+            **funasr_sha256(self._model),
+            **settings,
+            "decoding": "funasr",
+            "funasr": importlib.metadata.version("funasr"),
+        }
 
 
 RECOGNISERS: Mapping[str, Callable[..., Transcriber]] = {
@@ -384,6 +390,16 @@ def funasr_model(what: str, model: str | Path, device: str, **options: Any) -> A
         return AutoModel(model=str(model), device=device, disable_update=True, disable_pbar=True, **chosen)
     except Exception as error:  # FunASR raises whatever its download or its registry does
         raise missing_model(what, model, f"modelscope download --model {model} --local_dir DIR", error) from None
+
+
+FUNASR_PARTS = {"model": "weights_sha256", "vad_model": "vad_sha256", "punc_model": "punctuation_sha256"}
+"""Attribute of FunASR's AutoModel -> the name of its hash; a part that was not asked for is None there."""
+
+
+def funasr_sha256(model: Any) -> dict[str, object]:
+    """``state_sha256`` of each module that FunASR's AutoModel ``model`` holds: they all decide the result."""
+    parts = {fact: getattr(model, part, None) for part, fact in FUNASR_PARTS.items()}
+    return {fact: state_sha256(module) for fact, module in parts.items() if isinstance(module, torch.nn.Module)}
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kalle.errors import UserError
-from kalle.evaluation.asr import funasr_model, missing_model, state_sha256
+from kalle.evaluation.asr import funasr_model, funasr_sha256, missing_model, state_sha256
 from kalle.evaluation.metrics import RATE_HZ, MetricError, ScoreItem, Value, declared
 from kalle.extras import require
 
@@ -158,8 +158,10 @@ class Emotion2Vec:
         return columns | {"emotion": float(scores[intended])}
 
     def describe(self) -> Mapping[str, object]:
-        """Model."""
-        return {"model": self.model_name, "classes": list(EMOTIONS)}
+        """Model, the hash of its weights, and classes; of a ``classifier`` that was given the hash is its ``weights_sha256``, if any."""
+        weights = getattr(self._classifier, "weights_sha256", None)
+        stated = {} if weights is None else {"weights_sha256": weights}
+        return {"model": self.model_name, **stated, "classes": list(EMOTIONS)}
 
 
 class _Emotions:
@@ -167,6 +169,7 @@ class _Emotions:
 
     def __init__(self, model: str | Path, device: str) -> None:
         self._model = funasr_model("emotion classifier", model, device)
+        self.weights_sha256 = funasr_sha256(self._model).get("weights_sha256")
 
     def __call__(self, audio: Any) -> list[float]:
         (result,) = self._model.generate(audio, granularity="utterance", extract_embedding=False)
