@@ -70,6 +70,11 @@ def read_audio(path: str | Path, sample_rate_hz: int = 16000, longest_seconds: f
 
     It is decoded in blocks, so memory is 4 bytes a sample of the result. Raises AudioError (a UserError) as `load_channels` does.
     """
+    return read_with_rate(path, sample_rate_hz, longest_seconds)[0]
+
+
+def read_with_rate(path: str | Path, sample_rate_hz: int = 16000, longest_seconds: float | None = None) -> tuple[Audio, int]:
+    """The audio that `read_audio` returns, and the rate in Hz at which the file is stored."""
     path = Path(path)
     with open_audio(path, longest_seconds) as decoded:
         if decoded.rate_hz == sample_rate_hz:
@@ -80,7 +85,7 @@ def read_audio(path: str | Path, sample_rate_hz: int = 16000, longest_seconds: f
             mono = _mixed(decoded, stream.resample_chunk)
     if not len(mono):
         raise AudioError(f"no audio in '{path}': too short for one sample at {sample_rate_hz} Hz; record it again", "empty")
-    return mono
+    return mono, decoded.rate_hz
 
 
 def mix_down(channels: Audio) -> Audio:

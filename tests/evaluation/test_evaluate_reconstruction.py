@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kalle.audio import read_audio
+from kalle.audio import read_audio, resample, write_audio
 from kalle.errors import UserError
-from kalle.evaluation import ScoreItem, Settings, evaluate_reconstruction
+from kalle.evaluation import ScoreItem, Settings, evaluate_reconstruction, evaluate_wavs
 from kalle.evaluation.metrics import Aggregate, DurationRatio, MelDistance
 from kalle.evaluation.test_list import TestItem
 from kalle.evaluation.word_errors import WER
@@ -114,6 +114,24 @@ def test_nothing_to_score_leaves_nothing(flowvae: FlowVAE, items: list[TestItem]
     with pytest.raises(UserError, match=r"1 of 1 items failed.*no recording"):
         evaluate_reconstruction(flowvae, [TestItem("x", "text only")], [MelDistance()], out)
     assert not out.exists()
+
+
+def test_the_report_says_at_which_rate_recordings_are_stored(
+    flowvae: FlowVAE, items: list[TestItem], transcriber: object, tmp_path: Path
+) -> None:
+    """A telephone's 8 kHz holds nothing for metrics that hear 16, whatever it is resampled to."""
+    narrow = []
+    for item in items:
+        path = tmp_path / "narrow" / f"{item.file_stem}.wav"
+        write_audio(path, resample(item.audio(), 16000, 8000), 8000)
+        narrow.append(dataclasses.replace(item, audio_path=path))
+    metrics = [WER(transcriber, ["seed_tts"])]  # type: ignore[arg-type]
+    result = evaluate_reconstruction(flowvae, narrow, metrics, tmp_path / "out", settings=QUICK)
+    assert {(row["system"], row["rate_hz"]) for row in result.rows} == {("recording", 8000), ("reconstruction", 16000)}
+    folder = evaluate_wavs(tmp_path / "narrow", narrow, metrics, tmp_path / "wavs", settings=QUICK)
+    assert {(row["system"], row["rate_hz"]) for row in folder.rows} == {("recording", 8000), ("wavs", 8000)}
+    for notes in (result.notes, folder.notes):
+        assert "recording: the audio of 3 of 3 items is stored at less than the 16000 Hz of wer_utt_mean, wer_corpus" in notes
 
 
 def test_recordings_can_be_left_out(flowvae: FlowVAE, items: list[TestItem], tmp_path: Path) -> None:

@@ -186,6 +186,7 @@ def test_cuts_relative_absolute_and_part_of_a_file(tmp_path: Path) -> None:
         assert (item.duration_s, item.language, item.speaker) == (3.0, "en", "s")
     np.testing.assert_allclose(part.audio(), stored[16000:24000], atol=1e-6)
     assert part.audio(8000).shape == (4000,)
+    assert [item.recording(8000)[1] for item in (absolute, part)] == [16000, 16000], "the rate of the file"
 
 
 @pytest.mark.parametrize(

@@ -63,16 +63,19 @@ def read_references(scores: Scores, item: TestItem, voice: TestItem | None, scor
     The voice is the item's prompt, else the recording of ``voice``. A file that is missing or unreadable becomes an error row of
     the system "recording", and its reference None.
     """
-    recording = speaker = None
+    speaker = None
+    recording, stored_hz = None, RATE_HZ
     try:
         speaker = item.prompt_audio(RATE_HZ) if item.prompt_path is not None else voice.audio(RATE_HZ) if voice is not None else None
-        recording = item.audio(RATE_HZ) if item.audio_path is not None else None
+        if item.audio_path is not None:
+            recording, stored_hz = item.recording(RATE_HZ)
     except UserError as error:
         scores.fail(RECORDING_SYSTEM, item, error)
         return References(None, speaker)
     references = References(recording, speaker)
     if recording is not None and score_recording:
-        scores.add_recording(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language, speaker=speaker))
+        scored = ScoreItem(item.id, recording, item.text, item.language, speaker=speaker, rate_hz=stored_hz)
+        scores.add_recording(RECORDING_SYSTEM, scored)
     return references
 
 
@@ -108,7 +111,7 @@ def figure_rows(items: Sequence[TestItem], rows: Sequence[Row], folder: Path, li
             wavs.setdefault(row["id"], {}).setdefault(row["system"], folder / row["wav"])
     shown = [item for item in items if item.id in wavs][:limit]
     return [
-        FigureRow(item.text, {**_recording(item), **{system: read_scored(path, RATE_HZ) for system, path in wavs[item.id].items()}})
+        FigureRow(item.text, {**_recording(item), **{system: read_scored(path, RATE_HZ)[0] for system, path in wavs[item.id].items()}})
         for item in shown
     ]
 
@@ -183,11 +186,11 @@ class _ReconstructionRun:
 
     def item(self, index: int, item: TestItem) -> None:
         rate_hz = self.flowvae.config.sample_rate
-        wav = item.audio(rate_hz)
+        wav, stored_hz = item.recording(rate_hz)
         posterior, decoded = self._reconstruct(wav, index)
         recording = resample(wav, rate_hz, RATE_HZ)
         if self.settings.score_recordings:
-            self.scores.add_recording(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language))
+            self.scores.add_recording(RECORDING_SYSTEM, ScoreItem(item.id, recording, item.text, item.language, rate_hz=stored_hz))
         systems = {name: resample(audio, rate_hz, RATE_HZ) for name, audio in decoded.items()}
         for name, audio in systems.items():
             path = self.out_dir / "wavs" / name / f"{item.file_stem}.wav"

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kalle.audio import Audio, read_audio, resample
+from kalle.audio import Audio, read_with_rate, resample
 from kalle.errors import UserError
 
 LANGUAGE_NAMES: Mapping[str, str] = {
@@ -30,7 +30,7 @@ LANGUAGE_NAMES: Mapping[str, str] = {
 }
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff"
 WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+(?:['’][^\W{CJK}]+)*")
-AudioLoader = Callable[[int], Audio]
+AudioLoader = Callable[[int], tuple[Audio, int]]
 MAX_NAME_BYTES = 200
 """Room for a suffix in the 255 bytes that file systems give a name."""
 MAX_SECONDS = 1e6
@@ -40,9 +40,12 @@ _DAMAGED = (ValueError, RecursionError)
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 
 
-def read_scored(path: str | Path, sample_rate_hz: int) -> Audio:
-    """A file that is to be scored, mono float32 (S,); a UserError as `read_audio`, and when it is longer than `LONGEST_RECORDING_S`."""
-    return read_audio(path, sample_rate_hz, LONGEST_RECORDING_S)
+def read_scored(path: str | Path, sample_rate_hz: int) -> tuple[Audio, int]:
+    """A file that is to be scored, mono float32 (S,), and the rate in Hz at which it is stored.
+
+    A UserError as `read_audio`, and when it is longer than `LONGEST_RECORDING_S`.
+    """
+    return read_with_rate(path, sample_rate_hz, LONGEST_RECORDING_S)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,14 @@ class TestItem:
     split: str | None = None
     """This item's split, for a list that holds several."""
     loader: AudioLoader | None = field(default=None, repr=False, compare=False)
-    """Reads the recording at a rate in Hz, where it is a part of a file; None reads the whole of ``audio_path``."""
+    """Reads the recording at a rate in Hz, and tells the stored rate, where it is a part of a file; None reads all of ``audio_path``."""
 
     def audio(self, sample_rate_hz: int = 16000) -> Audio:
         """The recording, mono float32 (S,). UserError when it is missing, unreadable or not in the list."""
+        return self.recording(sample_rate_hz)[0]
+
+    def recording(self, sample_rate_hz: int = 16000) -> tuple[Audio, int]:
+        """``audio``, and the rate in Hz at which it is stored."""
         if self.audio_path is None:
             raise UserError(f"no recording for '{self.id}': got text only, expected a list with audio; add the recording")
         return self.loader(sample_rate_hz) if self.loader is not None else read_scored(self.audio_path, sample_rate_hz)
@@ -77,7 +84,7 @@ class TestItem:
         """The prompt's recording, mono float32 (S,). UserError when it is missing, unreadable or not in the list."""
         if self.prompt_path is None:
             raise UserError(f"no prompt for '{self.id}': expected a prompt recording in the list; use a Seed-TTS list or prompts=none")
-        return read_scored(self.prompt_path, sample_rate_hz)
+        return read_scored(self.prompt_path, sample_rate_hz)[0]
 
     @property
     def file_stem(self) -> str:
@@ -214,13 +221,13 @@ def _from_cut(cut: Any, source: Path) -> TestItem:
     )
 
 
-def _cut_audio(cut: Any, sample_rate_hz: int) -> Audio:
+def _cut_audio(cut: Any, sample_rate_hz: int) -> tuple[Audio, int]:
     from kalle.data.corpus.cuts import load_audio
 
     path = Path(cut.recording.sources[0].source)
     if cut.start == 0 and abs(cut.duration - cut.recording.duration) < 1 / cut.recording.sampling_rate:
         return read_scored(path, sample_rate_hz)
-    return resample(load_audio(cut, cut.sampling_rate), cut.sampling_rate, sample_rate_hz)
+    return resample(load_audio(cut, cut.sampling_rate), cut.sampling_rate, sample_rate_hz), cut.sampling_rate
 
 
 def _read_seed_tts(source: Path) -> Iterator[TestItem]:
