@@ -32,8 +32,9 @@ from kalle.evaluation.metrics import (
     end_silences,
     trimmed,
 )
-from kalle.evaluation.pool import BATCH_ITEMS, ScoringPool, columns_of, worker_count
+from kalle.evaluation.pool import BATCH_ITEMS, ScoringPool, columns_of, twin_rules, worker_count
 from kalle.evaluation.report import unheard
+from kalle.evaluation.word_errors import WER
 
 RATE_HZ = 16000
 
@@ -54,6 +55,19 @@ class Lengths:
     def batch(self, items: Sequence[ScoreItem]) -> list[Mapping[str, Value] | MetricError]:
         self.batches.append(len(items))
         return [MetricError("too short") if len(item.audio) < 10 else {"length": float(len(item.audio))} for item in items]
+
+    def describe(self) -> Mapping[str, object]:
+        return {}
+
+
+class Hallucinating:
+    """Hears two words more in audio of two seconds."""
+
+    calls = 0
+
+    def __call__(self, audio: Audio, language: str) -> str:
+        self.calls += 1
+        return "text" if len(audio) < 2 * RATE_HZ else "text and noise"
 
     def describe(self) -> Mapping[str, object]:
         return {}
@@ -94,6 +108,19 @@ def test_appended_silence_changes_what_is_found_and_not_what_is_trimmed(speech: 
     )
     assert [row["duration_ratio"] for row in rows] == [1.5, 2.5]
     assert rows[0]["duration_ratio_trimmed"] == pytest.approx(rows[1]["duration_ratio_trimmed"])
+
+
+def test_both_means_of_the_word_error_rate_have_trimmed_twins(speech: Callable[..., Audio]) -> None:
+    """Of the first normaliser; the recogniser hears the shorter audio once, and what has nothing to trim not again."""
+    transcriber = Hallucinating()
+    metric = WER(transcriber, ["seed_tts", "kalle_authors"])
+    padded = np.concatenate([speech(1.0), np.zeros(2 * RATE_HZ, np.float32)])
+    long, short = columns_of([metric], [item(padded), item(speech(1.0))])
+    assert (long["wer"], long["wer_trimmed"], short["wer"], short["wer_trimmed"]) == (2, 0, 0, 0)
+    assert (long["wer_errors_trimmed"], long["wer_words_trimmed"]) == (0, 1)
+    assert "wer_kalle_authors_trimmed" not in long
+    assert transcriber.calls == 3
+    assert [rule.name for rule in twin_rules(metric)] == ["wer_utt_mean_trimmed", "wer_corpus_trimmed"]
 
 
 def test_bandwidth_is_where_the_filter_begins(speech: Callable[..., Audio]) -> None:

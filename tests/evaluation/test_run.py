@@ -90,6 +90,10 @@ def test_recordings_that_are_known_are_not_scored_again(named_list: Path, tmp_pa
     assert known.summary == before.summary
     with pytest.raises(UserError, match=r"scored otherwise.*peak"):
         evaluate(config(named_list, tmp_path / "other", metrics=[other], recordings=tmp_path / "first"))
+    older = json.loads((tmp_path / "first" / "results.json").read_text())
+    (tmp_path / "older.json").write_text(json.dumps(older | {"columns": {}}))
+    with pytest.raises(UserError, match=r"numbers that it lacks \(loudness\)"):
+        evaluate(config(named_list, tmp_path / "lacking", metrics=[Loudness()], recordings=tmp_path / "older.json"))
     rows = [json.loads(line) for line in named_list.read_text().splitlines()]
     named_list.write_text("".join(json.dumps(row | {"text": f"{row['text']} more"} if row["id"] == "0" else row) + "\n" for row in rows))
     evaluate(config(named_list, tmp_path / "changed", metrics=[again := Loudness()], recordings=tmp_path / "first"))

@@ -95,7 +95,7 @@ class Declared:
 
 
 DECLARED: Mapping[str, Declared] = {
-    "wer_utt_mean": Declared("error / word", True, 8000, "word error rate, mean over utterances", trimmed_too=False),
+    "wer_utt_mean": Declared("error / word", True, 8000, "word error rate, mean over utterances", trimmed_too=True),
     "wer_corpus": Declared("error / word", True, 8000, "word errors of all utterances over all reference words", trimmed_too=True),
     "sim": Declared("cosine", False, 8000, "speaker embeddings of audio and prompt", trimmed_too=True),
     "stoi": Declared("0 to 1", False, 5000, "intelligibility against the recording", 10000, package="pystoi"),

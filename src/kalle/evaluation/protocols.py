@@ -22,7 +22,7 @@ from kalle.evaluation.comparison import read_run
 from kalle.evaluation.figures import FigureRow
 from kalle.evaluation.intelligibility import JUDGED
 from kalle.evaluation.metrics import RATE_HZ, Aggregate, Metric, ScoreItem
-from kalle.evaluation.pool import MetricCard, ScoringPool, as_pool, card
+from kalle.evaluation.pool import MetricCard, ScoringPool, as_pool, card, twin_rules
 from kalle.evaluation.report import Result, Settings, finish, versions
 from kalle.evaluation.scoring import DIGEST, Row, Scores, counted, score_items
 from kalle.evaluation.test_list import LONGEST_RECORDING_S, TestItem, read_scored
@@ -82,7 +82,7 @@ def read_references(scores: Scores, item: TestItem, voice: TestItem | None, scor
 def known_recordings(result: str | Path | None, metrics: Sequence[Metric | MetricCard]) -> dict[str, Row]:
     """The rows of the recordings in an earlier ``result``, by their digest; they hold what ``metrics`` would measure again.
 
-    UserError where that result was measured by other metrics or versions, and as ``read_run``.
+    UserError where that result was measured by other metrics or versions, or lacks a number of these, and as ``read_run``.
     """
     if result is None:
         return {}
@@ -90,6 +90,9 @@ def known_recordings(result: str | Path | None, metrics: Sequence[Metric | Metri
     told = {metric.name: dict(card(metric).describe()) for metric in metrics}
     now = {"metrics": json.loads(json.dumps(told, default=str)), "versions": versions()}
     other = [f"{name} ({run.data.get(name)}, {value})" for name, value in now.items() if run.data.get(name) != value]
+    rules = [rule.name for metric in metrics for rule in [*metric.aggregates, *twin_rules(metric)]]
+    lacking = [name for name in rules if name not in run.data["columns"]]
+    other += [f"numbers that it lacks ({', '.join(lacking)})"] if lacking else []
     if other:
         raise UserError(
             f"recordings: '{result}' was scored otherwise: it differs in {'; '.join(other)}; leave recordings out, or score it again"

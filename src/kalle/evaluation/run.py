@@ -18,7 +18,7 @@ from kalle.checkpoint import CONFIG_NAME, PART_NAMES, part_folder, read_json, we
 from kalle.data.shared_work import OthersUnfinished, RankJournals, rank_device, share_of_process
 from kalle.errors import UserError
 from kalle.evaluation.metrics import PESQ, STOI, DurationRatio, MelDistance, Metric
-from kalle.evaluation.pool import MetricCard, ScoringPool, worker_count
+from kalle.evaluation.pool import MetricCard, ScoringPool, twin_rules, worker_count
 from kalle.evaluation.protocols import (
     WAV_SUFFIXES,
     SpeakingConfig,
@@ -220,6 +220,7 @@ def _facts(config: EvaluateConfig, test_list: TestList, metrics: Sequence[Metric
     items = [{key: value for key, value in asdict(item).items() if key != "loader"} for item in test_list.items]
     described = {metric.name: dict(metric.describe()) for metric in metrics}
     scored = {"score_recordings": config.score_recordings, "metrics": described}
+    scored["numbers"] = [rule.name for metric in metrics for rule in [*metric.aggregates, *twin_rules(metric)]]
     return {"settings": settings, **scored, "items": items, "source": digest, "versions": versions()}
 
 
