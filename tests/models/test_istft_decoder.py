@@ -180,6 +180,24 @@ def test_a_glide_is_followed():
 
 
 @torch.no_grad()
+def test_phases_begin_anew_where_the_harmonics_are_quiet():
+    """After a quiet frame a signal is the one that begins there, however long it was before."""
+    head = ISTFTHead(channels=8, n_fft=64, hop_length=16, harmonics=True)
+    head.harmonics.bias[:33] = 0.0
+    head.harmonics.weight[:33, 0] = -10.0
+    x = torch.zeros(2, 8, 40)
+    x[:, 0, 20] = 1.0  # one frame at -10
+    pitch = torch.full((2, 40), 5.3)
+    pitch[1, :20] = 4.1
+    frames, state = head.frames(x, pitch=pitch)
+    torch.testing.assert_close(frames[0, 21:], frames[1, 21:])
+    assert not torch.allclose(frames[0, :20], frames[1, :20], atol=1e-3)
+    again, after = head.frames(x[:1, :, 20:], pitch=pitch[:1, 20:])
+    torch.testing.assert_close(frames[:1, 20:], again)
+    torch.testing.assert_close(state.phase[:1], after.phase)
+
+
+@torch.no_grad()
 def test_a_pitch_that_is_given_replaces_the_predicted_one_where_it_is_known():
     head = ISTFTHead(channels=8, n_fft=64, hop_length=16, harmonics=True)
     head.harmonics.bias.fill_(0.0)
