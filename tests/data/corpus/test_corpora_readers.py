@@ -351,3 +351,31 @@ def test_safe_id_keeps_letters_of_any_script() -> None:
     assert safe_id("digits/h 1.a") == "digits_h_1_a"
     assert safe_id("\u5b57/\u00e9-x") == "\u5b57_\u00e9-x"
     assert safe_id("///") == "_"
+
+
+SWALLOWING = 'a.wav|"He opened the door and said,\nb.wav|I will come tomorrow.\nc.wav|And then he left."\nd.wav|Plain text here.\n'
+
+
+@pytest.mark.parametrize(
+    ("header", "delimiter", "order"),
+    [("", "|", 1), ("audio|text\n", "|", 1), ("path\tsentence\n", "\t", 1), ("text\tpath\n", "\t", -1), ("audio;text\n", ";", 1)],
+)
+def test_a_quoted_cell_does_not_swallow_the_rows_after_it(tmp_path: Path, header: str, delimiter: str, order: int) -> None:
+    rows = [delimiter.join(row.split("|")[::order]) for row in SWALLOWING.splitlines()]
+    (tmp_path / "list.csv").write_text(header + "\n".join(rows) + "\n")
+    source = read_csv_corpus(tmp_path / "list.csv")
+    assert [item.id for item in source.items] == ["a", "b", "c", "d"]
+    assert [item.text for item in source.items][:2] == ['"He opened the door and said,', "I will come tomorrow."]
+    assert any(note.startswith("quotes") for note in source.notes)
+
+
+def test_a_cell_that_may_hold_rows_is_refused_with_them(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(SWALLOWING.replace("|", ","))
+    with pytest.raises(UserError, match=r"line 1 to 3 .*b\.wav") as caught:
+        read_csv_corpus(tmp_path / "list.csv")
+    assert "double" in str(caught.value)
+
+
+def test_a_text_of_several_lines_with_commas_is_one_text(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text('audio,text\na.wav,"One, two,\nand three, four."\nb.wav,Five\n')
+    assert [item.text for item in read_csv_corpus(tmp_path / "list.csv").items] == ["One, two,\nand three, four.", "Five"]

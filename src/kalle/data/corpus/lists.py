@@ -247,10 +247,12 @@ def read_csv_corpus(
     """A table with a header line whose columns are named as in `COLUMNS`, in any order; or ``audio|text`` rows without a header.
 
     ``delimiter`` is one of `DELIMITERS`, found by itself when empty. Quoted cells are read as RFC 4180 has them; where the quotes don't
-    fit, they are part of the text. ``columns`` names the columns of a table without a header, "-" for those that are not used. LJSpeech's
-    three columns are known, with the second as the text. An audio cell without a suffix means that name with .wav, there or in wavs/.
+    fit, they are part of the text. A quoted cell that seems to hold further rows is in doubt: the quotes are part of the texts if every
+    line is a row of its own then, which is noted, and else the table is refused. ``columns`` names the columns of a table without a
+    header, "-" for those that are not used. LJSpeech's three columns are known, with the second as the text. An audio cell without a
+    suffix means that name with .wav, there or in wavs/.
     A row of another width than the others is rejected. Raises UserError for an empty file, for a header without audio or text, and for a
-    table whose columns are in doubt.
+    table whose columns or quotes are in doubt.
     """
     if not path.is_file():
         raise UserError(f"file not found: got '{path}', expected a CSV file; check the path")
@@ -263,6 +265,11 @@ def read_csv_corpus(
     rows = _rows(content, delimiter)
     if not rows:
         raise UserError(f"no lines in '{path}': every cell is empty, expected audio|text; fill it")
+    notes: dict[str, object] = {}
+    swallowing = _swallowing_cell(path, rows, delimiter)
+    if swallowing:
+        rows = _line_by_line(path, content, delimiter, swallowing)
+        notes["quotes taken as part of the texts, from"] = swallowing
     all_rows = rows
     if columns:
         names: Sequence[str] = _given(columns)
@@ -287,7 +294,7 @@ def read_csv_corpus(
             items.append(_item(path, row, f"line-{number}", speaker, language))
         except _BadEntry as error:
             rejected.append(Rejection(f"line-{number}", row.get("audio", ""), error.reason, f"line {number}: {error}"))
-    return collected("the table", items, rejected, {"columns": ", ".join(names)}, path.stem)
+    return collected("the table", items, rejected, {"columns": ", ".join(names), **notes}, path.stem)
 
 
 def _rows(content: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -299,6 +306,38 @@ def _rows(content: str, delimiter: str) -> list[tuple[int, list[str]]]:
         except csv.Error as error:
             problem = error
     raise UserError(f"not a table: line {reader.line_num} ({problem}); expected rows of cells with '{delimiter}' between; correct it")
+
+
+def _swallowing_cell(path: Path, rows: Sequence[tuple[int, list[str]]], delimiter: str) -> str:
+    """The place of the first cell that seems to hold further rows, as "line 1 to 3"; empty when there is none.
+
+    Such a cell goes over several lines and holds the delimiter: a bar or a tab is no part of a text. A comma may be, so that one of the
+    later lines must name a recording too.
+    """
+    for number, cells in rows:
+        for cell in (cell for cell in cells if "\n" in cell and delimiter in cell):
+            later = [part.strip() for line in cell.split("\n")[1:] if delimiter in line for part in line.split(delimiter)]
+            if delimiter not in ",;" or any(_is_recording(path, part) for part in later):
+                return f"line {number - sum(other.count(chr(10)) for other in cells)} to {number}"
+    return ""
+
+
+def _is_recording(path: Path, cell: str) -> bool:
+    """Whether ``cell`` of the table ``path`` is the name of a recording, of one that is missing too."""
+    return bool(cell) and (Path(cell).suffix.lower() in AUDIO_SUFFIXES or is_file(_located(path, cell)))
+
+
+def _line_by_line(path: Path, content: str, delimiter: str, swallowing: str) -> list[tuple[int, list[str]]]:
+    """The rows of a table whose quotes mean nothing: each line is one, and all are equally wide; else a UserError that shows them."""
+    rows = [(number, line.split(delimiter)) for number, line in enumerate(content.split("\n"), start=1)]
+    rows = [(number, cells) for number, cells in rows if any(cell.strip() for cell in cells)]
+    if len({len(cells) for _, cells in rows}) == 1:
+        return rows
+    first = next(at for at, (number, _) in enumerate(rows) if number >= int(swallowing.split()[1]))
+    raise UserError(
+        f"quotes in doubt in '{path}': {swallowing} would be one cell ({_first(rows[first:])}), expected a row a line; "
+        "close the quotation mark on its line, or double those that belong to a text"
+    )
 
 
 def _delimiter(path: Path, content: str) -> str:
