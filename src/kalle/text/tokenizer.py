@@ -205,15 +205,22 @@ def without_text(ids: Tensor) -> Tensor:
     return torch.cat([ids[..., :1], ids[..., -len(BEFORE_SPEECH) :]], dim=-1)
 
 
+def unspeakable(text: str) -> str:
+    """The first character of ``text`` that no model reads, in words: half of a surrogate pair, or a control character other than space."""
+    found = _UNSPEAKABLE.search(text)
+    if found is None:
+        return ""
+    kind = "half of a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a control character"
+    return f"{kind} (U+{ord(found[0]):04X} at character {found.start() + 1})"
+
+
 def check_text(text: str, name: str) -> None:
     """A UserError when ``text`` has nothing to say, is no Unicode, or has a control character other than white space."""
     check_type(name, text, str, "a text")
-    found = _UNSPEAKABLE.search(text)
-    if found is not None:
-        what = "half of a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a control character"
-        place = f"U+{ord(found[0]):04X} at character {found.start() + 1}"
+    found = unspeakable(text)
+    if found:
         raise UserError(
-            f"the {name} is not valid Unicode text to speak: got {what} ({place}), expected words; take it out or read the file as UTF-8"
+            f"the {name} is not valid Unicode text to speak: got {found}, expected words; take it out or read the file as UTF-8"
         )
     if not _INVISIBLE.sub("", text).strip():
         raise UserError(f"the {name} is empty: got {text[:20]!r}, expected words to speak; give a {name}")

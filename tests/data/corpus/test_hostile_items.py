@@ -203,3 +203,13 @@ def test_half_of_a_surrogate_pair_costs_its_item_at_most(tmp_path: Path, key: st
     report = prepare_corpus(read_jsonl_corpus(tmp_path / "a.jsonl"), tmp_path / "out", OPTIONS).report
     assert (report["kept"], report["items"]) == (1 + (key in ("style", "extra")), 2)
     assert {cut.id for split in splits_of(tmp_path / "out") for cut in load_cuts(tmp_path / "out", split)} >= {"good"}
+
+
+@pytest.mark.parametrize("text", ["It\u0092s late.", "\0H\0i", "bell\a"])
+def test_a_control_character_in_a_text_costs_its_item(tmp_path: Path, text: str) -> None:
+    for name, said in (("good", "good words"), ("odd", text)):
+        soundfile.write(tmp_path / f"{name}.wav", TONE, 16000)
+        (tmp_path / f"{name}.txt").write_text(said)
+    report = prepare_corpus(read_folder(tmp_path), tmp_path / "out", OPTIONS).report
+    assert (report["kept"], report["rejected_by_reason"]) == (1, {"bad entry": 1})
+    assert "control character" in report["rejected_items"][0]["detail"]

@@ -231,6 +231,13 @@ def test_nothing_to_encode(make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path:
         encode_corpus(encoder, {"train": make_cuts([4000]) * 2}, tmp_path / "out2")
 
 
+def test_a_text_that_nothing_reads_is_named(make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path) -> None:
+    cuts = make_cuts([4000, 4000])
+    cuts[1].supervisions[0].text = "It\u0092s"
+    with pytest.raises(UserError, match=r"'c001' has .*U\+0092"):
+        encode_corpus(CorpusEncoder(tiny_flowvae, EncodeConfig()), {"train": cuts}, tmp_path / "out")
+
+
 def test_padding_to_the_hop_is_an_option(make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path) -> None:
     cuts = make_cuts([4801])
     encode_corpus(CorpusEncoder(tiny_flowvae, EncodeConfig()), {"train": cuts}, tmp_path / "a")

@@ -14,7 +14,7 @@ from kalle.data.corpus.cuts import load_audio
 from kalle.data.latents.encode import CorpusEncoder, EncodeConfig, encode_corpus
 from kalle.data.latents.shards import read_items
 from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule, ResumableLoader
-from kalle.data.loading.datasets import SpeakerConfig, speaker_crop
+from kalle.data.loading.datasets import LatentDataset, SpeakerConfig, speaker_crop
 from kalle.errors import UserError
 from kalle.models.flowvae import FlowVAE
 from kalle.models.lm_batch import LMBatch, WaveBatch
@@ -226,6 +226,18 @@ def test_lm_module_mistakes(latent_folder: Path, tmp_path: Path) -> None:
         lm_module(latent_folder, max_positions=0)
     with pytest.raises(UserError):
         lm_module(latent_folder, speaker=SpeakerConfig()).train_dataloader()
+
+
+def test_a_text_that_cannot_be_read_is_named(
+    make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts = make_cuts([4000, 4000])
+    cuts[1].supervisions[0].text = "It\u0092s"
+    monkeypatch.setattr("kalle.data.latents.encode.unspeakable", lambda text: "")  # as in folders of earlier versions
+    encode_corpus(CorpusEncoder(tiny_flowvae, EncodeConfig()), {"train": cuts}, tmp_path / "latents")
+    for tokenizer in (Tokenizer.bytes(), PhonemeTokenizer.create()):
+        with pytest.raises(UserError, match=r"'c001'.*kalle prepare"):
+            LatentDataset(tmp_path / "latents", "train", tokenizer)
 
 
 def test_speaker_batches(make_cuts: MakeCuts, tiny_flowvae: FlowVAE, tmp_path: Path) -> None:

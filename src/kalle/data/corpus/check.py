@@ -14,6 +14,8 @@ from kalle.audio import Audio, AudioError, clipped_share, load_channels, mix_dow
 from kalle.data.corpus.cuts import is_resampled_cheaply
 from kalle.data.corpus.items import TAG, PrepareOptions, Rejection, SourceItem, normalised
 from kalle.decoding import HEADER, Decoded, Span, open_audio
+from kalle.errors import UserError
+from kalle.text.tokenizer import unspeakable
 
 ROUNDING_S = 0.1
 """How far a segment may reach beyond its recording, for lists that give times rounded; what is beyond does not exist."""
@@ -173,6 +175,12 @@ class Kept:
 def check_item(item: SourceItem, options: PrepareOptions, out: Path) -> Kept | Rejection:
     """Decode one item and keep or reject it; more than one channel, or a file only PyAV reads, becomes FLAC in ``out``/audio."""
     text = " ".join(item.text.split())
+    strange = unspeakable(text)
+    if strange:
+        detail = (
+            f"the text has {strange}, expected words; convert its file to UTF-8 from the encoding it is in, such as Windows-1252 or UTF-16"
+        )
+        return _rejection(item, "bad entry", detail)
     if not normalised(text):
         return _rejection(item, "no text", f"got '{item.text}', expected words")
     if TAG.fullmatch(text):

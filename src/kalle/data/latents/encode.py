@@ -39,6 +39,7 @@ from kalle.models.flowvae import FlowVAE
 from kalle.models.speaker import SpeakerMel
 from kalle.progress import CountProgress
 from kalle.seeds import numpy_generator
+from kalle.text.tokenizer import unspeakable
 
 logger = logging.getLogger(__name__)
 
@@ -369,6 +370,9 @@ def planned(split: str, cuts: Sequence[Cut], encoder: CorpusEncoder) -> list[Utt
     twice = [name for name, count in Counter(utterance.id for utterance in utterances).items() if count > 1]
     if twice:
         raise UserError(f"cut ids of the split '{split}' must differ: got '{twice[0]}' twice; run `kalle prepare` again")
+    for utterance in utterances:
+        if strange := unspeakable(utterance.text):
+            raise UserError(f"the text of cut '{utterance.id}' has {strange}, expected words; run `kalle prepare` again, which rejects it")
     return utterances
 
 

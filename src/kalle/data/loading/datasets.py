@@ -6,7 +6,8 @@ import array
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -53,7 +54,7 @@ class TextForms:
         if path is not None and path.is_file():
             with np.load(path, allow_pickle=False) as stored:
                 return cls(tokenizer, texts, Ragged(stored["ids"], stored["starts"]), stored["words"], stored["longest"])
-        forms = _read(list(zip(texts, languages, strict=True)), tokenizer)
+        forms = _read(list(zip(texts, languages, strict=True)), tokenizer, table.ids)
         ids = Ragged(np.concatenate([form.ids for form in forms]), starts_of(np.array([len(form.ids) for form in forms], np.int64)))
         words, longest = np.concatenate([form.words for form in forms]), np.array([form.longest for form in forms], np.int64)
         if path is not None:
@@ -97,13 +98,15 @@ def _fingerprint(texts: Texts, languages: Sequence[str | None], tokenizer: Phone
     return digest.hexdigest()
 
 
-def _read(texts: Sequence[tuple[str, str | None]], tokenizer: PhonemeTokenizer) -> list[WordForms]:
-    """The forms of each text in its language."""
+def _read(texts: Sequence[tuple[str, str | None]], tokenizer: PhonemeTokenizer, ids: Sequence[str]) -> list[WordForms]:
+    """The forms of each text in its language; an error names the first of ``ids`` with that text."""
     known: dict[tuple[str, str | None], WordForms] = {}
     unknown: Counter[str] = Counter()
-    for text, language in dict.fromkeys(texts):
-        known[text, language] = prompt_forms(tokenizer, text, language)
-        unknown.update(tokenizer.unknown_words(text.strip(), language))
+    for index, (text, language) in enumerate(texts):
+        if (text, language) not in known:
+            with _about(ids, index):
+                known[text, language] = prompt_forms(tokenizer, text, language)
+            unknown.update(tokenizer.unknown_words(text.strip(), language))
     words = sum(form.count for form in known.values())
     most = ", ".join(word for word, _ in unknown.most_common(_MOST_NAMED))
     logger.info("%d words of %d texts as phonemes, %d left as bytes (%s)", words, len(known), unknown.total(), most)
@@ -266,12 +269,22 @@ def _tokens(table: Table, tokenizer: Tokenizer) -> Ragged:
     """The prompt of each item."""
     values, lengths = array.array("i"), array.array("q")
     for index, text in enumerate(table.texts):
-        ids = prompt_ids(tokenizer, text, language=table.language_of(index))
+        with _about(table.ids, index):
+            ids = prompt_ids(tokenizer, text, language=table.language_of(index))
         values.frombytes(ids.numpy().astype(np.int32).tobytes())
         lengths.append(len(ids))
     flat = np.frombuffer(values, np.int32)
     # A byte a token for a tokenizer of bytes, two for most others.
     return Ragged(flat.astype(np.min_scalar_type(int(flat.max(initial=0)))), starts_of(np.frombuffer(lengths, np.int64)))
+
+
+@contextmanager
+def _about(ids: Sequence[str], index: int) -> Iterator[None]:
+    """An error inside the block about the text of an utterance names it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"utterance '{ids[index]}': {error}; run `kalle prepare` and `kalle encode` again, which name such texts") from None
 
 
 def speaker_crop(mels: np.ndarray, frames: int, *seed_parts: int | str) -> np.ndarray:
