@@ -7,6 +7,7 @@ import pytest
 
 from kalle.data.corpus.items import SourceItem, safe_id, spoken_text
 from kalle.data.corpus.lists import read_csv_corpus, read_embedded, read_folder, read_jsonl_corpus
+from kalle.data.corpus.published import read_emilia
 from kalle.errors import UserError
 
 
@@ -379,3 +380,12 @@ def test_a_cell_that_may_hold_rows_is_refused_with_them(tmp_path: Path) -> None:
 def test_a_text_of_several_lines_with_commas_is_one_text(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text('audio,text\na.wav,"One, two,\nand three, four."\nb.wav,Five\n')
     assert [item.text for item in read_csv_corpus(tmp_path / "list.csv").items] == ["One, two,\nand three, four.", "Five"]
+
+
+def test_a_speaker_or_a_text_of_zero_is_one(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text('{"audio": "a.wav", "text": 0, "speaker": 0}\n{"audio": "b.wav", "text": "x", "speaker": null}\n')
+    items = read_jsonl_corpus(tmp_path / "list.jsonl", speaker="bob").items
+    assert [(item.text, item.speaker) for item in items] == [("0", "0"), ("x", "bob")]
+    touch(tmp_path / "emilia" / "a.mp3")
+    (tmp_path / "emilia" / "a.json").write_text('{"text": "x", "speaker": 0}')
+    assert [item.speaker for item in read_emilia(tmp_path / "emilia").items] == ["0"]

@@ -244,6 +244,11 @@ def language_of_name(name: str | None) -> str:
     return LANGUAGE_CODES.get(lowered, lowered.split("-")[0])
 
 
+def text_or(value: Any, default: str) -> str:
+    """``value`` of a list as text, ``default`` where there is none: 0 is a name, null and the empty text are not."""
+    return default if value is None or value == "" else str(value)
+
+
 def plain_fields(fields: dict[str, Any]) -> dict[str, Any] | None:
     """Those fields that are text or numbers of a usual size, None when there are none."""
     return {key: value for key, value in fields.items() if value != "" and is_plain(value)} or None

@@ -26,6 +26,7 @@ from kalle.data.corpus.items import (
     language_of_name,
     plain_fields,
     split_of_part,
+    text_or,
 )
 from kalle.data.corpus.lists import COLUMNS
 from kalle.errors import UserError
@@ -75,8 +76,8 @@ def _supervision_item(
     yield SourceItem(
         item_id,
         resolved(Path(recording.sources[0].source)),
-        supervision.text or "",
-        supervision.speaker or UNKNOWN_SPEAKER,
+        text_or(supervision.text, ""),
+        text_or(supervision.speaker, UNKNOWN_SPEAKER),
         language_of_name(supervision.language) or language,
         split,
         start_s=0.0 if whole else start,
@@ -421,12 +422,11 @@ def _rows(
         key = str(given) if given not in (None, "") else Path(name or f"row-{number}").stem
         item_id = f"{split}-{key}" if prefixed else key
         values = {kind: row.get(column) if column else None for kind, column in columns.items()}
-        who = values["speaker"]
         yield SourceItem(
             item_id,
             file if embedded else resolved(Path(name or "")),
-            str(values["text"] or ""),
-            speaker if who in (None, "") else str(who),
+            text_or(values["text"], ""),
+            text_or(values["speaker"], speaker),
             language_of_name(str(values["language"] or "")) or language,
             split_of_part(split),
             inside=ArrowCell(name or f"row-{number}", audio, at) if embedded else None,

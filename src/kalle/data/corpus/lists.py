@@ -25,6 +25,7 @@ from kalle.data.corpus.items import (
     normalised,
     printable,
     split_of_part,
+    text_or,
 )
 from kalle.errors import UserError
 from kalle.files import is_file, parse_json, read_jsonl, read_lines, read_text_line
@@ -199,8 +200,8 @@ def _item(path: Path, row: Mapping[str, Any], number: str, speaker: str, languag
         (audio_name(found) if own is None else str(own)) + part,
         _located(path, found),
         "" if text is None else str(text),
-        str(values["speaker"] or speaker),
-        str(values["language"] or language),
+        text_or(values["speaker"], speaker),
+        text_or(values["language"], language),
         _split_of(values["split"], path, number),
         start,
         seconds,

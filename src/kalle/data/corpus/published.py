@@ -21,6 +21,7 @@ from kalle.data.corpus.items import (
     language_of_name,
     plain_fields,
     split_of_part,
+    text_or,
 )
 from kalle.data.corpus.library_readers import from_cuts
 from kalle.errors import UserError
@@ -288,10 +289,10 @@ def read_emilia(folder: Path, language: str = "") -> Source:
 def _emilia_item(key: str, origin: str, audio: Path, content: bytes, language: str, inside: TarMember | None) -> SourceItem:
     """Raises ValueError for what is no JSON object."""
     row = parse_json(content)
-    text = next((str(row[name]) for name in _EMILIA_TEXT_KEYS if row.get(name)), "")
+    text = next((said for name in _EMILIA_TEXT_KEYS if (said := text_or(row.get(name), ""))), "")
     spoken = language_of_name(str(row.get("language") or "")) or language
     custom = plain_fields({name: row.get(name) for name in _EMILIA_KEPT})
-    speaker = str(row.get("speaker") or UNKNOWN_SPEAKER)
+    speaker = text_or(row.get("speaker"), UNKNOWN_SPEAKER)
     return SourceItem(key, audio, text, speaker, spoken, inside=inside, custom=custom, origin=origin)
 
 
