@@ -156,3 +156,8 @@ def test_a_model_names_what_it_cannot_take(value: object, kalle_tiny: Kalle) -> 
     for call in calls:
         with pytest.raises(UserError, match="expected"):
             call()
+
+
+@pytest.mark.parametrize(("given", "code"), [("en-US", "en"), ("zh_CN", "zh"), ("ENG", "en"), ("fr", "fr")])
+def test_a_locale_is_its_language(given: str, code: str) -> None:
+    assert GenerationOptions(language=given).language == code

@@ -16,6 +16,7 @@ import numpy as np
 from kalle.errors import UserError, check_type
 from kalle.synthesis.release_compat import OURS, RELEASED_MIN_INDEX, RELEASED_THRESHOLD, ReleaseCompatibility
 from kalle.synthesis.voice import GivenVoice, check_given_voice
+from kalle.text.languages import language_code
 
 NO_GUIDANCE = 1.0
 DEFAULT_STOP_PROBABILITY = 0.5
@@ -216,13 +217,14 @@ class SpeechRequest:
 
 
 def checked_language(language: str | None) -> str | None:
-    """``language`` in lower case; a UserError unless it looks like an ISO 639 code."""
+    """The ISO 639 code of ``language``, a code or a locale such as en-US; a UserError for what looks like neither."""
     if language is None:
         return None
     check_type("language", language, str, "an ISO 639 code such as en or zh")
-    code = language.lower()
-    if not (code.isascii() and code.isalpha() and 2 <= len(code) <= 3):
-        raise UserError(f"unknown language: got '{language}', expected an ISO 639 code such as en or zh; leave language out to guess it")
+    code = language_code(language)
+    if code is None or len(language.replace("_", "-").split("-")[0]) > 3:
+        remedy = f"write {code}" if code else "leave language out to guess it"
+        raise UserError(f"unknown language: got '{language}', expected an ISO 639 code such as en or zh; {remedy}")
     return code
 
 

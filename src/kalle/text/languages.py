@@ -29,6 +29,17 @@ LANGUAGE_OF_SCRIPT = {
     "THAI": "th",
 }
 """First word of a character's Unicode name -> ISO 639-1 code of the language most written in it."""
+_NAMES = {
+    **{"ar": "ara arabic", "bn": "ben bengali", "ca": "cat catalan", "cs": "ces cze czech", "da": "dan danish", "de": "deu ger german"},
+    **{"el": "ell gre greek", "en": "eng english", "es": "spa spanish castilian", "fa": "fas per persian farsi", "fi": "fin finnish"},
+    **{"fr": "fra fre french", "he": "heb hebrew", "hi": "hin hindi", "hu": "hun hungarian", "id": "ind indonesian", "it": "ita italian"},
+    **{"ja": "jpn japanese", "ko": "kor korean", "nl": "nld dut dutch", "no": "nor norwegian", "pl": "pol polish", "pt": "por portuguese"},
+    **{"ro": "ron rum romanian", "ru": "rus russian", "sv": "swe swedish", "ta": "tam tamil", "th": "tha thai", "tr": "tur turkish"},
+    **{"uk": "ukr ukrainian", "vi": "vie vietnamese", "yue": "cantonese", "zh": "zho chi cmn chinese mandarin"},
+}
+"""ISO 639 code -> the codes of ISO 639-2 and 639-3 and the English names of the same language."""
+_CODES = {name: code for code, names in _NAMES.items() for name in names.split()} | {"zh-hk": "yue", "zh-yue": "yue"}
+_LOCALE = re.compile(r"[a-z]{2,3}(-[a-z0-9]{1,8})*")
 _EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
 _SHARES_SCRIPT = {
     **dict.fromkeys(("be", "bg", "kk", "ky", "mk", "mn", "tg", "uk"), ("ru",)),
@@ -45,6 +56,18 @@ _SHARES_SCRIPT = {
 SYLLABLE_LETTERS = 3
 """How many letters of an alphabet one ideograph or syllable sign stands for."""
 _KANA_SHARE = 0.05
+
+
+@lru_cache(maxsize=1024)
+def language_code(name: str) -> str | None:
+    """ISO 639 code, of two letters where there is one, of a code, a locale such as en-US or an English name; None for anything else."""
+    lowered = re.sub(r"\s*\(.*\)$", "", name.strip().lower()).replace("_", "-")
+    if lowered in _CODES:
+        return _CODES[lowered]
+    head, *rest = re.split(r"[-\s]+", lowered, maxsplit=1)
+    if head in _CODES and (len(head) > 3 or not rest or _LOCALE.fullmatch(lowered)):
+        return _CODES[head]
+    return head if _LOCALE.fullmatch(lowered) else None
 
 
 def detect_language(text: str, default: str = "en") -> str:

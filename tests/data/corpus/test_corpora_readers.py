@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kalle.data.corpus.items import SourceItem, safe_id, spoken_text
+from kalle.data.corpus.items import READERS, SourceItem, safe_id, spoken_text
 from kalle.data.corpus.lists import read_csv_corpus, read_embedded, read_folder, read_jsonl_corpus
 from kalle.data.corpus.published import read_emilia
 from kalle.errors import UserError
@@ -389,3 +389,20 @@ def test_a_speaker_or_a_text_of_zero_is_one(tmp_path: Path) -> None:
     touch(tmp_path / "emilia" / "a.mp3")
     (tmp_path / "emilia" / "a.json").write_text('{"text": "x", "speaker": 0}')
     assert [item.speaker for item in read_emilia(tmp_path / "emilia").items] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("English", "en"), ("eng", "en"), ("en-US", "en"), ("cmn_hans_cn", "zh"), ("German (Swiss)", "de"), ("deu", "de"), ("Korean", "ko")],
+)
+def test_languages_become_codes(tmp_path: Path, name: str, code: str) -> None:
+    (tmp_path / "list.jsonl").write_text(f'{{"audio": "a.wav", "text": "x", "language": "{name}"}}\n{{"audio": "b.wav", "text": "y"}}\n')
+    assert [item.language for item in read_jsonl_corpus(tmp_path / "list.jsonl", language=name).items] == [code, code]
+
+
+def test_unknown_languages_are_noted_and_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text('{"audio": "a.wav", "text": "x", "language": "Klingon"}\n')
+    source = read_jsonl_corpus(tmp_path / "list.jsonl")
+    assert any("Klingon" in note for note in source.notes)
+    with pytest.raises(UserError, match="Klingon"):
+        READERS["jsonl"].read(tmp_path / "list.jsonl", language="Klingon")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kalle.errors import UserError
+from kalle.text.languages import language_code
 
 REASONS = (
     "missing",
@@ -39,7 +40,6 @@ TAG = re.compile(r"\s*(\[[^\]]*\]|<[^>]*>)\s*")
 AUDIO_SUFFIXES = frozenset(
     (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".webm", ".aif", ".aiff", ".au", ".g722", ".mp4")
 )
-LANGUAGE_CODES = {"english": "en", "chinese": "zh", "mandarin": "zh", "zh-hk": "yue"}
 _LONGEST_ID_BYTES = 120
 """Of a name that becomes an id: file names may have 255, and get a suffix."""
 _MARK_DIGITS = 8
@@ -152,15 +152,21 @@ def collected(
     """A Source named ``name`` (else ``corpus``) with ids that are distinct and usable as file names; a UserError when nothing is in it.
 
     A second item with the same id and origin is rejected as "duplicate id". Different ones whose file names would be the same get a
-    mark of their whole name. An item whose name or text is not Unicode is rejected: neither could be written down.
+    mark of their whole name. An item whose name or text is not Unicode is rejected: neither could be written down. Languages become ISO
+    639 codes, and those that are none are counted in the notes.
     """
     kept: dict[tuple[str, str], SourceItem] = {}
+    unknown: Counter[str] = Counter()
     for item in items:
         strange = next((value for value in (item.place, item.id, item.text, item.speaker, item.language) if not _is_unicode(value)), None)
         if strange is not None:
             reason = "unreadable" if strange == item.place else "bad entry"
             rejected.append(Rejection(item.id, item.place, reason, f"got '{strange}', which is not UTF-8; rename or convert it"))
-        elif (first := kept.setdefault((item.id, item.origin), item)) is not item:
+            continue
+        language = language_of_name(item.language)
+        unknown[language] += bool(language) and language_code(language) is None
+        known = replace(item, language=language)
+        if (first := kept.setdefault((item.id, item.origin), known)) is not known:
             rejected.append(Rejection(item.id, str(item.audio), "duplicate id", f"the id of '{first.audio}'"))
     if not kept and not rejected:
         raise UserError(f"nothing found of {corpus}: got 0 recordings, expected some; is it unpacked completely?")
@@ -168,7 +174,11 @@ def collected(
     same = Counter(_file_name(made) for made in names.values())
     ids = {key: made if same[_file_name(made)] == 1 else _marked(made, "\0".join(key)) for key, made in names.items()}
     left_out = [Rejection(safe_id(one.id), *map(printable, (one.audio, one.reason, one.detail))) for one in rejected]
-    return Source(printable(name or corpus), [replace(item, id=ids[key], origin="") for key, item in kept.items()], left_out, notes or {})
+    unknown_notes = {
+        f"items of an unknown language ({language[:40]}), expected such as en": count for language, count in unknown.items() if count
+    }
+    items = [replace(item, id=ids[key], origin="") for key, item in kept.items()]
+    return Source(printable(name or corpus), items, left_out, {**(notes or {}), **unknown_notes})
 
 
 def safe_id(name: str) -> str:
@@ -239,9 +249,8 @@ def split_of_part(part: str) -> str | None:
 
 
 def language_of_name(name: str | None) -> str:
-    """ISO 639 code of a language by its English name, or of a locale such as zh-CN; "" for None."""
-    lowered = (name or "").strip().lower().replace("_", "-")
-    return LANGUAGE_CODES.get(lowered, lowered.split("-")[0])
+    """ISO 639 code of a language by `language_code`; "" for None, and an unknown name as it is."""
+    return "" if not name or not name.strip() else language_code(name) or name.strip()
 
 
 def text_or(value: Any, default: str) -> str:
@@ -380,7 +389,13 @@ class Reader:
     """Whether some of its recordings can be checked by their headers alone."""
 
     def read(self, source: Any, **options: Any) -> Source:
-        """The items that the reader finds in ``source``. Imported when it runs, because lhotse takes seconds."""
+        """The items that the reader finds in ``source``; a UserError for a ``language`` that is none.
+
+        Imported when it runs, because lhotse takes seconds.
+        """
+        language = options.get("language")
+        if language and language_code(language) is None:
+            raise UserError(f"language: got '{language}', expected an ISO 639 code such as en or zh, or an English name; correct it")
         reader: Callable[..., Source] = getattr(importlib.import_module(f"kalle.data.corpus.{self.module}"), self.function)
         return reader(source, **options)
 
