@@ -12,9 +12,9 @@ import soundfile
 
 from kalle.data.corpus.cuts import load_cuts
 from kalle.data.corpus.items import PrepareOptions, Source, SplitPolicy
-from kalle.data.corpus.library_readers import read_aishell3, read_librispeech, read_libritts, read_ljspeech
+from kalle.data.corpus.library_readers import read_aishell3, read_librispeech, read_libritts
 from kalle.data.corpus.prepare import prepare_corpus
-from kalle.data.corpus.published import read_common_voice, read_emilia, read_esd, read_kaldi, read_vctk
+from kalle.data.corpus.published import read_common_voice, read_emilia, read_esd, read_kaldi, read_ljspeech, read_vctk
 from kalle.errors import UserError
 
 OPTIONS = PrepareOptions(split=SplitPolicy(0.0, 0.0))
@@ -100,11 +100,21 @@ def test_vctk_has_two_microphones_and_a_speaker_without_texts(tmp_path: Path) ->
 
 
 def test_a_recipe_that_gives_up_is_one_line(tmp_path: Path) -> None:
-    root = layouts.ljspeech(tmp_path)
-    layouts.write(root / "metadata.csv", "LJ001-0001|two cells only\n")
-    with pytest.raises(UserError, match=r"cannot read LJSpeech in .*ValueError.*expected metadata.csv.*kalle prepare csv") as caught:
-        read_ljspeech(root)
+    root = layouts.librispeech(tmp_path)
+    layouts.write(root / "test-clean" / "1089" / "1240" / "1089-1240.trans.txt", "1089-1240-0000\n")
+    with pytest.raises(UserError, match=r"cannot read LibriSpeech in .*Error.*expected train-clean-100.*trans.txt") as caught:
+        read_librispeech(root)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_of_other_widths_cost_no_ljspeech(tmp_path: Path) -> None:
+    root = layouts.ljspeech(tmp_path)
+    layouts.write(root / "metadata.csv", "LJ001-0001|two cells\n\nLJ001-0002|a|b|c\nLJ001-0004|4|four\nLJ001-0005\n\n")
+    source = read_ljspeech(root)
+    assert texts(source) == {"LJ001-0001": "two cells", "LJ001-0004": "four"}
+    assert reasons(source) == {"LJ001-0002": "bad entry", "LJ001-0005": "bad entry"}
+    assert "line 3" in source.rejected[0].detail
+    assert 1 in source.notes.values()
 
 
 def test_common_voice_takes_old_and_new_tables(tmp_path: Path) -> None:

@@ -425,7 +425,7 @@ READERS: Mapping[str, Reader] = {
         source="FILE",
         source_help="a CSV or TSV file",
     ),
-    "ljspeech": Reader("library_readers", "read_ljspeech", "LJSpeech 1.1. Expected: metadata.csv and wavs/."),
+    "ljspeech": Reader("published", "read_ljspeech", "LJSpeech 1.1. Expected: metadata.csv and wavs/."),
     "libritts": Reader("library_readers", "read_libritts", "LibriTTS and LibriTTS-R. Any of their parts; dev is valid, test is test."),
     "librispeech": Reader("library_readers", "read_librispeech", "LibriSpeech. Any of its parts; dev is valid, test is test."),
     "aishell3": Reader("library_readers", "read_aishell3", "AISHELL-3. Expected: spk-info.txt, train/ and test/; test is kept as test."),

@@ -1,4 +1,4 @@
-"""Corpora that a library reads: lhotse (LJSpeech, LibriTTS(-R), LibriSpeech, AISHELL-3, its manifests) and Hugging Face datasets."""
+"""Corpora that a library reads: lhotse (LibriTTS(-R), LibriSpeech, AISHELL-3, its manifests) and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -166,15 +166,6 @@ def _first_cells(separator: str | None) -> Callable[[Path], Iterable[str]]:
 
 
 _LIBRI_LAYOUT = "train-clean-100/SPEAKER/CHAPTER/{} (or another of its parts)"
-LJSPEECH = Recipe(
-    corpus="LJSpeech",
-    function="prepare_ljspeech",
-    required=("metadata.csv", "wavs"),
-    layout="metadata.csv (id|text|normalised text; for other lists see `kalle prepare csv`) and wavs/",
-    audio="wavs/*.wav",
-    transcripts="metadata.csv",
-    ids=_first_cells("|"),
-)
 LIBRISPEECH = Recipe(
     corpus="LibriSpeech",
     function="prepare_librispeech",
@@ -202,17 +193,6 @@ AISHELL3 = Recipe(
     transcripts="content.txt",
     ids=_first_cells("\t"),
 )
-
-
-def read_ljspeech(folder: Path) -> Source:
-    """LJSpeech 1.1: one speaker; the third column, in which numbers are spelled out, is the text."""
-    root = find_root(folder, LJSPEECH.required, LJSPEECH.corpus, LJSPEECH.layout)
-    rejected: list[Rejection] = []
-    items = []
-    for item in _run(LJSPEECH, root, rejected):
-        custom = dict(item.custom or {})
-        items.append(SourceItem(item.id, item.audio, str(custom.pop("normalized_text", item.text)), "linda-johnson", "en", custom=custom))
-    return collected(LJSPEECH.corpus, items, rejected)
 
 
 def read_librispeech(folder: Path) -> Source:

@@ -1,4 +1,4 @@
-"""Published corpora that lhotse's recipes read only in part: VCTK, Common Voice, ESD, Kaldi data folders, Emilia."""
+"""Published corpora that lhotse's recipes read only in part: LJSpeech, VCTK, Common Voice, ESD, Kaldi data folders, Emilia."""
 
 from __future__ import annotations
 
@@ -27,6 +27,40 @@ from kalle.data.corpus.library_readers import from_cuts
 from kalle.errors import UserError
 from kalle.files import is_file, parse_json, read_lines, read_text_line
 from kalle.text.languages import detect_language
+
+_LJSPEECH_LAYOUT = "metadata.csv (id|text|normalised text; for other lists see `kalle prepare csv`) and wavs/"
+
+
+def read_ljspeech(folder: Path) -> Source:
+    """LJSpeech 1.1: one speaker; the third column, in which numbers are spelled out, is the text.
+
+    Corpora of the same layout may have rows of two cells, id and text, which are counted in the notes. Blank lines are skipped, and a row
+    of any other width is rejected as "bad entry".
+    """
+    root = find_root(folder, ("metadata.csv", "wavs"), "LJSpeech", _LJSPEECH_LAYOUT)
+    audio = {path.stem: path for path in sorted(root.glob("wavs/*.wav")) if not path.name.startswith("._")}
+    named: set[str] = set()
+    items: list[SourceItem] = []
+    rejected: list[Rejection] = []
+    narrow = 0
+    for number, line in enumerate(read_lines(root / "metadata.csv"), start=1):
+        if not line.strip():
+            continue
+        name, *cells = (cell.strip() for cell in line.split("|"))
+        name = name.removesuffix(".wav")
+        named.add(name)
+        if len(cells) not in (1, 2):
+            detail = f"line {number}: got {1 + len(cells)} cells, expected id|text|normalised text; correct it, or see `kalle prepare csv`"
+            rejected.append(Rejection(name, "", "bad entry", detail))
+        elif name not in audio:
+            rejected.append(Rejection(name, "", "missing", f"line {number} of metadata.csv: no wavs/{name}.wav"))
+        else:
+            narrow += len(cells) == 1
+            items.append(SourceItem(name, audio[name].resolve(), cells[-1], "linda-johnson", "en", custom={"gender": "female"}))
+    for name in sorted(audio.keys() - named):
+        rejected.append(Rejection(name, str(audio[name]), "no text", "audio that metadata.csv does not name"))
+    return collected("LJSpeech", items, rejected, {"rows of id and text alone": narrow} if narrow else None)
+
 
 MICROPHONES = ("mic1", "mic2")
 _VCTK_LAYOUT = "txt/SPEAKER/*.txt, and wav48_silence_trimmed/SPEAKER/*_mic1.flac (0.92) or wav48/SPEAKER/*.wav (0.80)"
