@@ -406,3 +406,10 @@ def test_unknown_languages_are_noted_and_refused(tmp_path: Path) -> None:
     assert any("Klingon" in note for note in source.notes)
     with pytest.raises(UserError, match="Klingon"):
         READERS["jsonl"].read(tmp_path / "list.jsonl", language="Klingon")
+
+
+def test_texts_with_suffixes_in_capitals_are_found(tmp_path: Path) -> None:
+    touch(tmp_path / "a.wav", tmp_path / "B.WAV", tmp_path / "c.wav")
+    for name, text in (("a.TXT", "one"), ("B.Lab", "two"), ("c.TXT", "not this"), ("c.txt", "three")):
+        (tmp_path / name).write_text(text)
+    assert [item.text for item in read_folder(tmp_path).items] == ["two", "one", "three"]

@@ -110,10 +110,13 @@ def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = ""
         raise UserError(f"no audio in '{folder}': expected x.wav, x.flac, x.mp3 … beside x.txt; check the path")
     items: list[SourceItem] = []
     rejected = [Rejection(str(error.filename), str(error.filename), "unreadable", f"a folder: {error.strerror}") for error in shut]
+    # Names in capitals come first in the order, so that x.txt wins over x.TXT.
+    texts = {(path.with_suffix(""), path.suffix.lower()): path for path in paths if path.suffix.lower() in TEXT_SUFFIXES}
     for path in audio:
         name = path.relative_to(folder).with_suffix("").as_posix()
+        beside = next((texts[key] for suffix in TEXT_SUFFIXES if (key := (path.with_suffix(""), suffix)) in texts), None)
         try:
-            text = next((read_text_line(path.with_suffix(suffix)) for suffix in TEXT_SUFFIXES if path.with_suffix(suffix).is_file()), None)
+            text = None if beside is None else read_text_line(beside)
         except (UserError, OSError) as error:
             rejected.append(Rejection(name, str(path), "no text", str(error)))
             continue
