@@ -413,3 +413,9 @@ def test_texts_with_suffixes_in_capitals_are_found(tmp_path: Path) -> None:
     for name, text in (("a.TXT", "one"), ("B.Lab", "two"), ("c.TXT", "not this"), ("c.txt", "three")):
         (tmp_path / name).write_text(text)
     assert [item.text for item in read_folder(tmp_path).items] == ["two", "one", "three"]
+
+
+def test_a_text_beside_another_kind_of_file_names_it(tmp_path: Path) -> None:
+    touch(tmp_path / "a.wav", tmp_path / "b.dss")
+    (tmp_path / "b.txt").write_text("one")
+    assert "'b.dss'" in read_folder(tmp_path).rejected[-1].detail

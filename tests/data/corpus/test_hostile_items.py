@@ -24,7 +24,7 @@ from kalle.data.corpus.lists import read_folder, read_jsonl_corpus
 from kalle.data.corpus.prepare import prepare_corpus
 
 OPTIONS = PrepareOptions(max_seconds=5.0)
-SUFFIXES = (*sorted(AUDIO_SUFFIXES), ".raw", ".pcm", ".sph", ".w64", ".caf", ".sd2", ".xi", ".mka", ".txt", "")
+SUFFIXES = (*sorted(AUDIO_SUFFIXES), ".raw", ".pcm", ".sd2", ".xi", ".txt", "")
 TONE = (0.3 * np.sin(np.arange(16000) / 9)).astype(np.float32)
 
 
@@ -213,3 +213,45 @@ def test_a_control_character_in_a_text_costs_its_item(tmp_path: Path, text: str)
     report = prepare_corpus(read_folder(tmp_path), tmp_path / "out", OPTIONS).report
     assert (report["kept"], report["rejected_by_reason"]) == (1, {"bad entry": 1})
     assert "control character" in report["rejected_items"][0]["detail"]
+
+
+SNDFILE_FORMATS = {
+    ".caf": "CAF",
+    ".w64": "W64",
+    ".rf64": "RF64",
+    ".aifc": "AIFF",
+    ".oga": "OGG",
+    ".sph": "NIST",
+    ".voc": "VOC",
+}
+AV_FORMATS = {
+    **{".3gp": ("3gp", "aac"), ".3g2": ("3g2", "aac"), ".mka": ("matroska", "aac"), ".mkv": ("matroska", "aac"), ".mov": ("mov", "aac")},
+    **{".m4b": ("mp4", "aac"), ".amr": ("amr", "libopencore_amrnb"), ".mp2": ("mp2", "mp2"), ".ac3": ("ac3", "ac3")},
+    **{".eac3": ("eac3", "eac3"), ".wv": ("wv", "wavpack"), ".tta": ("tta", "tta")},
+}
+
+
+def write_by_av(path: Path, container: str, codec: str) -> None:
+    """A tone in a format that libsndfile does not write."""
+    av = pytest.importorskip("av")
+    if codec not in av.codecs_available:
+        pytest.skip(f"PyAV without {codec}")
+    rate_hz = {".amr": 8000, ".ac3": 48000, ".eac3": 48000}.get(path.suffix, 16000)
+    with av.open(str(path), "w", format=container) as file:
+        stream = file.add_stream(codec, rate=rate_hz, layout="mono")
+        frame = av.AudioFrame.from_ndarray((TONE * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts = rate_hz, 0
+        resampler = av.AudioResampler(stream.format, "mono", rate_hz, frame_size=stream.codec_context.frame_size or 0)
+        for part in (*resampler.resample(frame), *resampler.resample(None), None):
+            file.mux(stream.encode(part))
+
+
+@pytest.mark.parametrize("suffix", [*SNDFILE_FORMATS, *AV_FORMATS])
+def test_every_format_that_is_read_is_found_in_a_folder(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix in SNDFILE_FORMATS:
+        path.write_bytes(encoded(SNDFILE_FORMATS[suffix], "VORBIS" if suffix == ".oga" else "PCM_16"))
+    else:
+        write_by_av(path, *AV_FORMATS[suffix])
+    (tmp_path / "a.txt").write_text("a tone")
+    assert prepare_corpus(read_folder(tmp_path), tmp_path / "out", OPTIONS).report["kept"] == 1

@@ -38,8 +38,13 @@ OUTER = re.compile(rf"^(\s*({ANNOTATION.pattern}))+|(({ANNOTATION.pattern})\s*)+
 # The whole text is a tag such as [noise] or <beep>; parentheses may well be spoken.
 TAG = re.compile(r"\s*(\[[^\]]*\]|<[^>]*>)\s*")
 AUDIO_SUFFIXES = frozenset(
-    (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".webm", ".aif", ".aiff", ".au", ".g722", ".mp4")
+    (
+        *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".webm", ".aif", ".aiff", ".au", ".g722", ".mp4"),
+        *(".caf", ".w64", ".rf64", ".aifc", ".oga", ".sph", ".voc", ".wv", ".tta"),
+        *(".3gp", ".3g2", ".mka", ".mkv", ".mov", ".m4b", ".amr", ".mp2", ".ac3", ".eac3"),
+    )
 )
+"""Of the formats that `kalle.decoding` reads, the last ones by PyAV."""
 _LONGEST_ID_BYTES = 120
 """Of a name that becomes an id: file names may have 255, and get a suffix."""
 _MARK_DIGITS = 8

@@ -126,10 +126,12 @@ def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = ""
             who = path.resolve().parent.name if speaker == "folders" else speaker
             items.append(SourceItem(name, path.resolve(), text, who, language))
     stems = {path.with_suffix("") for path in audio}
+    others = {path.with_suffix(""): path.name for path in paths if path.suffix.lower() not in TEXT_SUFFIXES}
     for path in paths:
         if path.suffix.lower() in TEXT_SUFFIXES and path.with_suffix("") not in stems:
             name = path.relative_to(folder).with_suffix("").as_posix()
-            rejected.append(Rejection(name, str(path), "missing", "a text without an audio file of the same name"))
+            other = f"; '{others[stem]}' has no suffix of an audio file" if (stem := path.with_suffix("")) in others else ""
+            rejected.append(Rejection(name, str(path), "missing", f"a text without an audio file of the same name{other}"))
     return collected("the folder", items, rejected, name=folder.resolve().name)
 
 
