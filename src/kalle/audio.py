@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ LONGEST_WAV_BYTES = 2**32 - 4096
 """A WAV file counts its bytes in 32 bits."""
 SILENT_BELOW_LOUDEST_DB = 40.0
 """A channel whose level lies further below the loudest one's is silent: it is not counted when channels are averaged."""
+CANCELLED_DB = 30.0
+"""A mix whose level lies further below the loudest channel's is no mix: the channels are opposite and cancel each other."""
 WRITABLE = {
     ".wav": ("WAV", "PCM_16"),
     ".flac": ("FLAC", "PCM_16"),
@@ -56,10 +59,13 @@ def load_channels(path: str | Path, longest_seconds: float | None = None, span: 
 
 
 def load_mono(path: str | Path, longest_seconds: float | None = None) -> tuple[Audio, int]:
-    """Decode a whole file and mix its channels down as ``mix_down`` does: float32 (S,) and its sample rate. Errors as `load_channels`."""
+    """Decode a whole file and mix its channels down as ``mix_down`` does: float32 (S,) and its sample rate.
+
+    Errors as `load_channels`, and an AudioError for channels that cancel each other.
+    """
     path = Path(path)
     with open_audio(path, longest_seconds) as decoded:
-        mono = _mixed(decoded, lambda total, last: total)
+        mono = _mixed(path, decoded, lambda total, last: total)
     if not len(mono):
         raise empty_audio(path)
     return mono, decoded.rate_hz
@@ -68,7 +74,7 @@ def load_mono(path: str | Path, longest_seconds: float | None = None) -> tuple[A
 def read_audio(path: str | Path, sample_rate_hz: int = 16000, longest_seconds: float | None = None) -> Audio:
     """Read a file as mono float32 (S,) at ``sample_rate_hz``: channels are averaged (`mix_down`), another rate is resampled.
 
-    It is decoded in blocks, so memory is 4 bytes a sample of the result. Raises AudioError (a UserError) as `load_channels` does.
+    It is decoded in blocks, so memory is 4 bytes a sample of the result. Raises AudioError (a UserError) as `load_mono` does.
     """
     return read_with_rate(path, sample_rate_hz, longest_seconds)[0]
 
@@ -78,11 +84,11 @@ def read_with_rate(path: str | Path, sample_rate_hz: int = 16000, longest_second
     path = Path(path)
     with open_audio(path, longest_seconds) as decoded:
         if decoded.rate_hz == sample_rate_hz:
-            mono = _mixed(decoded, lambda total, last: total)
+            mono = _mixed(path, decoded, lambda total, last: total)
         else:
             _check_rates(decoded.rate_hz, sample_rate_hz)
             stream = soxr.ResampleStream(decoded.rate_hz, sample_rate_hz, 1, dtype="float32")
-            mono = _mixed(decoded, stream.resample_chunk)
+            mono = _mixed(path, decoded, stream.resample_chunk)
     if not len(mono):
         raise AudioError(f"no audio in '{path}': too short for one sample at {sample_rate_hz} Hz; record it again", "empty")
     return mono, decoded.rate_hz
@@ -103,16 +109,32 @@ def _active(power: NDArray[np.float64]) -> int:
     return int(np.count_nonzero(power >= power.max() * 10 ** (-SILENT_BELOW_LOUDEST_DB / 10))) if power.size else 1
 
 
-def _mixed(decoded: Decoded, further: Callable[[Audio, bool], Audio]) -> Audio:
+def cancelled(mixed: Audio, power: NDArray[np.float64]) -> str:
+    """The levels, in words, where the channels of mean ``power`` (C,) cancel each other in their mix (S,); empty where they don't."""
+    loudest = float(power.max(initial=0.0))
+    level = rms_dbfs(mixed)
+    loudest_db = 10 * math.log10(loudest) if loudest > 0 else -math.inf
+    if len(power) < 2 or loudest == 0 or level >= loudest_db - CANCELLED_DB:
+        return ""
+    return (
+        f"opposite channels: got a mix of {level:.1f} dBFS from channels of {loudest_db:.1f} dBFS, which cancel out, expected channels "
+        "of the same phase; keep one of them, or turn one over"
+    )
+
+
+def _mixed(path: Path, decoded: Decoded, further: Callable[[Audio, bool], Audio]) -> Audio:
     """The mix of all blocks, each sent through ``further`` (sum of the channels, whether it is the last)."""
-    power, parts = np.zeros(decoded.channels), []
+    power, parts, samples = np.zeros(decoded.channels), [], 0
     # Silent channels add nothing to the sum, so that how many there are may be known at the end.
     for block in decoded.blocks:
         power += np.square(block, dtype=np.float64).sum(axis=0)
+        samples += len(block)
         parts.append(further(block.sum(axis=1, dtype=np.float32), False))
     parts.append(further(np.zeros(0, np.float32), True))
     mono = np.concatenate(parts)
     mono /= np.float32(_active(power))
+    if len(mono) and (problem := cancelled(mono, power / samples)):
+        raise AudioError(f"{problem} ('{path}')", "silent")
     return mono
 
 

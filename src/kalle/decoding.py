@@ -62,7 +62,7 @@ _WAVE_SUBTYPES = {(1, 8): "PCM_U8", (1, 16): "PCM_16", (1, 24): "PCM_24", (1, 32
 
 
 class AudioError(UserError):
-    """A file that gives no usable audio; ``reason`` is one of missing, unreadable, empty, not finite, too long."""
+    """A file that gives no usable audio; ``reason`` is one of missing, unreadable, empty, not finite, too long, silent."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from kalle.audio import load_channels, mix_down, rms_dbfs
-from kalle.data.corpus.check import check_item
+from kalle.audio import AudioError, load_channels, load_mono, mix_down, read_audio, rms_dbfs
+from kalle.data.corpus.check import Kept, check_item
 from kalle.data.corpus.cuts import load_audio, load_cuts, splits_of
 from kalle.data.corpus.items import AUDIO_SUFFIXES, PrepareOptions, Rejection, Source, SourceItem
 from kalle.data.corpus.lists import read_folder, read_jsonl_corpus
@@ -255,3 +255,17 @@ def test_every_format_that_is_read_is_found_in_a_folder(tmp_path: Path, suffix: 
         write_by_av(path, *AV_FORMATS[suffix])
     (tmp_path / "a.txt").write_text("a tone")
     assert prepare_corpus(read_folder(tmp_path), tmp_path / "out", OPTIONS).report["kept"] == 1
+
+
+def test_opposite_channels_are_named_and_not_called_quiet(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.stack([TONE, -0.99 * TONE], axis=1), 16000)
+    result = check_item(SourceItem("a", path, "a text"), OPTIONS, tmp_path)
+    assert isinstance(result, Rejection)
+    assert "keep one" in result.detail
+    for read in (load_mono, read_audio):
+        with pytest.raises(AudioError, match="keep one"):
+            read(path)
+    soundfile.write(path, np.stack([TONE, np.roll(TONE, 14)], axis=1), 16000)
+    assert isinstance(check_item(SourceItem("a", path, "a text"), OPTIONS, tmp_path), Kept)
+    assert len(load_mono(path)[0]) == len(TONE)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kalle.audio import Audio, AudioError, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
+from kalle.audio import Audio, AudioError, cancelled, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
 from kalle.data.corpus.cuts import is_resampled_cheaply
 from kalle.data.corpus.items import TAG, PrepareOptions, Rejection, SourceItem, normalised
 from kalle.decoding import HEADER, Decoded, Span, open_audio
@@ -224,7 +224,11 @@ def _sound_problem(sound: ItemAudio, options: PrepareOptions) -> tuple[str, str]
         return "too long", f"got {seconds:.3f} s, expected at most {options.max_seconds} s"
     if sound.channels is None:
         return None
-    level = rms_dbfs(mix_down(sound.channels))
+    mixed = mix_down(sound.channels)
+    opposite = cancelled(mixed, np.mean(np.square(sound.channels, dtype=np.float64), axis=1))
+    if opposite:
+        return "silent", opposite
+    level = rms_dbfs(mixed)
     if level < options.silent_below_dbfs:
         return "silent", f"got {level:.1f} dBFS, expected at least {options.silent_below_dbfs} dBFS"
     # Averaging hides a clipped channel, so each is looked at by itself.
