@@ -269,3 +269,17 @@ def test_opposite_channels_are_named_and_not_called_quiet(tmp_path: Path) -> Non
     soundfile.write(path, np.stack([TONE, np.roll(TONE, 14)], axis=1), 16000)
     assert isinstance(check_item(SourceItem("a", path, "a text"), OPTIONS, tmp_path), Kept)
     assert len(load_mono(path)[0]) == len(TONE)
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+@pytest.mark.parametrize(("suffix", "kind", "subtype"), [(".wav", "WAV", "PCM_16"), (".mp3", "MP3", "MPEG_LAYER_III")])
+def test_a_file_that_was_cut_short_is_no_item(tmp_path: Path, suffix: str, kind: str, subtype: str, headers_only: bool) -> None:
+    content = encoded(kind, subtype, np.tile(TONE, 3))
+    options = dataclasses.replace(OPTIONS, headers_only=headers_only)
+    for name, part in (("whole", content), ("cut", content[: len(content) // 2])):
+        (tmp_path / f"{name}{suffix}").write_bytes(part)
+    whole, cut = (check_item(SourceItem(name, tmp_path / f"{name}{suffix}", "a text"), options, tmp_path) for name in ("whole", "cut"))
+    assert isinstance(whole, Kept)
+    assert isinstance(cut, Rejection) or (headers_only and kind == "MP3")
+    beginning = SourceItem("part", tmp_path / f"cut{suffix}", "a text", start_s=0.2, duration_s=0.5)
+    assert isinstance(check_item(beginning, OPTIONS, tmp_path), Kept)

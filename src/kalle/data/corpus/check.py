@@ -13,7 +13,7 @@ import numpy as np
 from kalle.audio import Audio, AudioError, cancelled, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
 from kalle.data.corpus.cuts import is_resampled_cheaply
 from kalle.data.corpus.items import TAG, PrepareOptions, Rejection, SourceItem, normalised
-from kalle.decoding import HEADER, Decoded, Span, open_audio
+from kalle.decoding import HEADER, Decoded, Span, cut_short, open_audio
 from kalle.errors import UserError
 from kalle.text.tokenizer import unspeakable
 
@@ -43,7 +43,7 @@ class ItemAudio:
 def read_header(item: SourceItem, wanted_hz: int) -> ItemAudio | None:
     """The item's measures from the file's header alone; None where that is not enough: audio that is to be converted, or unreadable.
 
-    Raises AudioError for a segment outside its recording.
+    Raises AudioError for a segment outside its recording, and for a file that was cut short.
     """
     if item.inside is not None:
         return None
@@ -54,6 +54,8 @@ def read_header(item: SourceItem, wanted_hz: int) -> ItemAudio | None:
         return None
     if item.is_segment and header.format not in SEEKABLE:
         return None
+    if not item.is_segment:
+        _refuse_cut_short(item.audio, header.frames / header.rate_hz)
     start, stop = _range(item, header.frames, header.rate_hz)
     return ItemAudio(None, header.rate_hz, 1, stop - start, start, header.frames)
 
@@ -83,8 +85,16 @@ def load_sound(item: SourceItem, longest_seconds: float = LONGEST_RECORDING_SECO
         channels, rate_hz = _load_long(item.audio)
     else:
         channels, rate_hz = load_channels(item.audio, longest_seconds)
+        _refuse_cut_short(item.audio, channels.shape[1] / rate_hz)
     start, stop = _range(item, channels.shape[1], rate_hz)
     return _sound(item, channels[:, start:stop], rate_hz, start, channels.shape[1])
+
+
+def _refuse_cut_short(path: Path, seconds: float) -> None:
+    """An AudioError for a file that claims more than the ``seconds`` it has: its text would be longer than its audio."""
+    problem = cut_short(path, seconds)
+    if problem:
+        raise AudioError(problem, "unreadable")
 
 
 def _sound(item: SourceItem, channels: Audio, rate_hz: int, start: int, file_samples: int) -> ItemAudio:
@@ -139,7 +149,10 @@ def _load_inside(item: SourceItem, longest_seconds: float) -> tuple[Audio, int]:
         path = Path(folder) / f"audio{Path(item.inside.name).suffix}"
         path.write_bytes(content)
         try:
-            return load_channels(path, longest_seconds)
+            channels, rate_hz = load_channels(path, longest_seconds)
+            if not item.is_segment:
+                _refuse_cut_short(path, channels.shape[1] / rate_hz)
+            return channels, rate_hz
         except AudioError as error:
             raise AudioError(str(error).replace(str(path), item.place), error.reason) from None
 
