@@ -419,3 +419,18 @@ def test_a_text_beside_another_kind_of_file_names_it(tmp_path: Path) -> None:
     touch(tmp_path / "a.wav", tmp_path / "b.dss")
     (tmp_path / "b.txt").write_text("one")
     assert "'b.dss'" in read_folder(tmp_path).rejected[-1].detail
+
+
+@pytest.mark.parametrize(("header", "there"), [("Clip name,Words", True), ("path,sentence", False)])
+def test_a_header_beside_given_columns_is_skipped(tmp_path: Path, header: str, there: bool) -> None:
+    (tmp_path / "list.csv").write_text(f"{header}\na.wav,One\nb.wav,Two\n")
+    touch(*[tmp_path / name for name in ("a.wav", "b.wav") if there])
+    source = read_csv_corpus(tmp_path / "list.csv", columns=("audio", "text"))
+    assert [item.text for item in source.items] == ["One", "Two"]
+    assert any("header" in note for note in source.notes)
+
+
+def test_a_first_row_that_is_missing_is_no_header(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("gone.wav,One\nb.wav,Two\n")
+    touch(tmp_path / "b.wav")
+    assert len(read_csv_corpus(tmp_path / "list.csv", columns=("audio", "text")).items) == 2

@@ -255,9 +255,9 @@ def read_csv_corpus(
     ``delimiter`` is one of `DELIMITERS`, found by itself when empty. Quoted cells are read as RFC 4180 has them; where the quotes don't
     fit, they are part of the text. A quoted cell that seems to hold further rows is in doubt: the quotes are part of the texts if every
     line is a row of its own then, which is noted, and else the table is refused. ``columns`` names the columns of a table without a
-    header, "-" for those that are not used. LJSpeech's three columns are known, with the second as the text. An audio cell without a
-    suffix means that name with .wav, there or in wavs/.
-    A row of another width than the others is rejected. Raises UserError for an empty file, for a header without audio or text, and for a
+    header, "-" for those that are not used; a header that is there all the same is skipped, and noted. LJSpeech's three columns are
+    known, with the second as the text. An audio cell without a suffix means that name with .wav, there or in wavs/. A row of another
+    width than the others is rejected. Raises UserError for an empty file, for a header without audio or text, and for a
     table whose columns or quotes are in doubt.
     """
     if not path.is_file():
@@ -279,6 +279,9 @@ def read_csv_corpus(
     all_rows = rows
     if columns:
         names: Sequence[str] = _given(columns)
+        if "audio" in names and _is_header_of(path, rows, names.index("audio")):
+            notes[f"first row skipped as a header ({_shown(', '.join(rows[0][1]))})"] = f"line {rows[0][0]}"
+            rows = rows[1:]
     else:
         header = _header(rows[0][1]) or _header_without_audio(path, rows)
         names = header or _columns(path, rows)
@@ -391,6 +394,14 @@ def _header_without_audio(path: Path, rows: Sequence[tuple[int, list[str]]]) -> 
         return None
     begins = any(is_file(_located(path, row[0].strip())) for _, row in rows[:_LOOKED_AT] if row and row[0].strip())
     return None if len(known) == 1 and begins else kinds
+
+
+def _is_header_of(path: Path, rows: Sequence[tuple[int, list[str]]], at: int) -> bool:
+    """Whether the first row can be no data: its cell ``at`` names no recording, but such a column, or all the other rows do name one."""
+    cells = [row[at].strip() if at < len(row) else "" for _, row in rows]
+    if len(cells) < 2 or _is_recording(path, cells[0]):
+        return False
+    return _kinds(cells[:1])[1] == ["audio"] or all(cell and is_file(_located(path, cell)) for cell in cells[1:])
 
 
 def _given(columns: Sequence[str]) -> list[str]:
