@@ -434,3 +434,14 @@ def test_a_first_row_that_is_missing_is_no_header(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("gone.wav,One\nb.wav,Two\n")
     touch(tmp_path / "b.wav")
     assert len(read_csv_corpus(tmp_path / "list.csv", columns=("audio", "text")).items) == 2
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=; "])
+def test_the_delimiter_that_excel_is_told_is_taken(tmp_path: Path, first: str) -> None:
+    (tmp_path / "list.csv").write_text(f"{first}\naudio;text\na.wav;One, two\n;lost\n")
+    source = read_csv_corpus(tmp_path / "list.csv")
+    assert [item.text for item in source.items] == ["One, two"]
+    assert [rejection.id for rejection in source.rejected] == ["line-4"]
+    (tmp_path / "list.csv").write_text(f"{first}\n")
+    with pytest.raises(UserError):
+        read_csv_corpus(tmp_path / "list.csv")

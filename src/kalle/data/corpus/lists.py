@@ -7,6 +7,7 @@ import difflib
 import io
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 KEPT_KEYS = ("ref_audio", "dataset_id", "emotion", "style", "dnsmos", "source_text")
 """Of a JSONL line, what goes into the cut's custom fields as it is."""
 DELIMITERS = ("|", "\t", ",", ";")
+_EXCEL_DELIMITER = re.compile(r'"?sep=([^"\s]|\t)"?\s*', re.IGNORECASE)
+"""The first line by which Excel is told what separates the columns."""
 _LOOKED_AT = 100
 """Rows of a table from which its columns are recognised."""
 _SHOWN_ROWS = 3
@@ -252,8 +255,9 @@ def read_csv_corpus(
 ) -> Source:
     """A table with a header line whose columns are named as in `COLUMNS`, in any order; or ``audio|text`` rows without a header.
 
-    ``delimiter`` is one of `DELIMITERS`, found by itself when empty. Quoted cells are read as RFC 4180 has them; where the quotes don't
-    fit, they are part of the text. A quoted cell that seems to hold further rows is in doubt: the quotes are part of the texts if every
+    ``delimiter`` is one of `DELIMITERS`; when empty it is that of Excel's first line ``sep=;``, or found by itself. Quoted cells are read
+    as RFC 4180 has them; where the quotes don't fit, they are part of the text. A quoted cell that seems to hold further rows is in
+    doubt: the quotes are part of the texts if every
     line is a row of its own then, which is noted, and else the table is refused. ``columns`` names the columns of a table without a
     header, "-" for those that are not used; a header that is there all the same is skipped, and noted. LJSpeech's three columns are
     known, with the second as the text. An audio cell without a suffix means that name with .wav, there or in wavs/. A row of another
@@ -262,9 +266,13 @@ def read_csv_corpus(
     """
     if not path.is_file():
         raise UserError(f"file not found: got '{path}', expected a CSV file; check the path")
-    content = "\n".join(read_lines(path))
+    lines = read_lines(path)
+    stated = _EXCEL_DELIMITER.fullmatch(lines[0])
+    # Blank, so that the others keep their numbers.
+    content = "\n".join(["", *lines[1:]] if stated else lines)
     if not content.strip():
         raise UserError(f"no lines in '{path}': expected audio|text; fill it")
+    delimiter = delimiter or (stated[1] if stated else "")
     delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter) or _delimiter(path, content)
     if len(delimiter) != 1 or delimiter in '\r\n"':
         raise UserError(f"delimiter: got '{delimiter}', expected one character, such as , or tab; correct it")
