@@ -175,6 +175,21 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def spelled_otherwise(path: Path) -> Path | None:
+    """The file that ``path`` means where it has \\ for / or other capitals than the file system; None where there is no such file."""
+    first, *others = Path(str(path).replace("\\", "/")).parts or ("",)
+    place = Path(first)
+    try:
+        for name in others:
+            here = place / name
+            if not here.exists():
+                here = next((other for other in sorted(place.iterdir()) if other.name.casefold() == name.casefold()), here)
+            place = here
+    except (OSError, ValueError):
+        return None
+    return place if place != path and is_file(place) else None
+
+
 def file_stamp(path: Path) -> tuple[int, int] | None:
     """Bytes and modification time (ns) of the file ``path``; None where there is none that the system tells of."""
     try:

@@ -15,6 +15,7 @@ from kalle.data import shared_work
 from kalle.data.corpus import prepare
 from kalle.data.corpus.cuts import load_cuts
 from kalle.data.corpus.items import REASONS, PrepareOptions, Rejection, Source, SourceItem, SplitPolicy
+from kalle.data.corpus.lists import read_csv_corpus, read_jsonl_corpus
 from kalle.data.corpus.prepare import Prepared, prepare_corpus
 from kalle.errors import UserError
 
@@ -355,3 +356,19 @@ def test_a_file_that_may_be_read_at_last_is_read(tmp_path: Path, monkeypatch: py
         prepare_corpus(source, tmp_path / "out", OPTIONS)
     assert not prepare_corpus(source, tmp_path / "out", OPTIONS).unchanged
     assert prepare_corpus(source, tmp_path / "out", OPTIONS).unchanged
+
+
+@pytest.mark.parametrize("written", ["clips\\\\A.wav", "CLIPS/a.WAV"])
+def test_all_missing_names_the_file_that_may_be_meant(tmp_path: Path, written: str) -> None:
+    (tmp_path / "clips").mkdir()
+    soundfile.write(tmp_path / "clips" / "A.wav", np.zeros(10), 16000)
+    (tmp_path / "list.jsonl").write_text(f'{{"audio": "{written}", "text": "x"}}\n')
+    with pytest.raises(UserError, match=r"there is '.*/clips/A\.wav'.*correct the paths"):
+        prepare_corpus(read_jsonl_corpus(tmp_path / "list.jsonl"), tmp_path / "out", PrepareOptions())
+
+
+def test_tables_of_common_voice_find_their_clips(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    soundfile.write(tmp_path / "clips" / "a.wav", np.zeros(10), 16000)
+    (tmp_path / "validated.tsv").write_text("client_id\tpath\tsentence\nc\ta.wav\tHello\n")
+    assert [item.audio for item in read_csv_corpus(tmp_path / "validated.tsv").items] == [tmp_path / "clips" / "a.wav"]

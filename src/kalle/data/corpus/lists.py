@@ -243,10 +243,11 @@ def _split_of(split: Any, path: Path, number: str) -> str | None:
 
 
 def _located(table: Path, audio: str) -> Path:
-    """Where an audio cell points: relative to the table; a bare name also means NAME.wav there or in wavs/."""
+    """Where an audio cell points: relative to the table; also NAME.wav there or in wavs/, or in Common Voice's clips/."""
     here = table.resolve().parent
     given = here / audio
-    candidates = [given, given.with_name(given.name + ".wav"), here / "wavs" / f"{audio}.wav", here / "wavs" / audio] if given.name else []
+    beside = (here / "wavs" / f"{audio}.wav", here / "wavs" / audio, here / "clips" / audio)
+    candidates = [given, given.with_name(given.name + ".wav"), *beside] if given.name else []
     return next((candidate for candidate in candidates if is_file(candidate)), given)
 
 

@@ -24,7 +24,7 @@ from kalle.data.corpus.cuts import COMPLETED_NAME, REPORT_JSON, REPORT_MD, cuts_
 from kalle.data.corpus.items import REASONS, SPLITS, PrepareOptions, Rejection, Source, SourceItem, word_count
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
-from kalle.files import file_stamp, is_file, output_folder, parse_json, write_atomic
+from kalle.files import file_stamp, is_file, output_folder, parse_json, spelled_otherwise, write_atomic
 
 # Upper edges in seconds; the last bin is open.
 DURATION_EDGES_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0)
@@ -320,14 +320,26 @@ def _finish(
     write_atomic(out / REPORT_MD, prepare_markdown(report))
     if not any(item.split == "train" or not options.split.trains for item in kept):
         counts = ", ".join(f"{count} {reason}" for reason, count in report["rejected_by_reason"].items()) or "none rejected"
+        limits = any(rejection.reason != "missing" for rejection in rejected) or not rejected
+        remedy = "loosen the limits or correct the corpus" if limits else "correct the paths"
         raise UserError(
             f"nothing to train on in '{source.name}': got {len(kept)} usable items, none of them for training ({counts}); "
-            f"see {out / REPORT_JSON} for each item, and loosen the limits or correct the corpus"
+            f"{_first_missing(rejected)}see {out / REPORT_JSON} for each item, and {remedy}"
         )
     for split in SPLITS:
         write_cuts(cuts_path(out, split), (_cut(item, options.sample_rate_hz) for item in kept if item.split == split))
     write_atomic(out / COMPLETED_NAME, _marker(out, fingerprint))
     return report
+
+
+def _first_missing(rejected: list[Rejection]) -> str:
+    """The first recording that is not there, and the file that its name may mean, as a part of a message; empty when all are there."""
+    missing = next((one.audio for one in rejected if one.reason == "missing" and Path(one.audio).is_absolute()), None)
+    if missing is None:
+        return ""
+    other = spelled_otherwise(Path(missing))
+    instead = f", while there is '{other}'; write the names as the files have them, with / between folders" if other else ""
+    return f"there is no '{missing}'{instead}; "
 
 
 def _cut(item: Kept, sample_rate_hz: int) -> MonoCut:
