@@ -445,3 +445,18 @@ def test_the_delimiter_that_excel_is_told_is_taken(tmp_path: Path, first: str) -
     (tmp_path / "list.csv").write_text(f"{first}\n")
     with pytest.raises(UserError):
         read_csv_corpus(tmp_path / "list.csv")
+
+
+def test_parts_are_told_apart_by_their_times(tmp_path: Path) -> None:
+    own = [{"id": "rec"}] * 3 + [{}] * 2 + [{"id": "alone"}]
+    starts = (0.5, 1.5, 1.5, 0.2, 0.2001, 3.0)
+    rows = [
+        {**given, "audio": "a.wav", "text": f"t{at}", "start": start, "duration": 1.0}
+        for at, (given, start) in enumerate(zip(own, starts, strict=True))
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = read_jsonl_corpus(tmp_path / "list.jsonl")
+    assert [item.text for item in source.items] == ["t0", "t1", "t3", "t4", "t5"]
+    assert len({item.id for item in source.items}) == 5
+    assert source.items[-1].id == "alone"
+    assert reasons(source) == {"rec": "duplicate id"}

@@ -14,7 +14,6 @@ from kalle.audio import Audio, AudioError, cancelled, clipped_share, load_channe
 from kalle.data.corpus.cuts import is_resampled_cheaply
 from kalle.data.corpus.items import TAG, PrepareOptions, Rejection, SourceItem, normalised
 from kalle.decoding import HEADER, Decoded, Span, cut_short, open_audio
-from kalle.errors import UserError
 from kalle.text.tokenizer import unspeakable
 
 ROUNDING_S = 0.1

@@ -201,8 +201,9 @@ def _item(path: Path, row: Mapping[str, Any], number: str, speaker: str, languag
         raise _BadEntry("bad entry", f"its text is a {type(text).__name__}, expected a string")
     start, seconds = _part_of(values)
     own = values["id"]
-    # Parts of one recording are different items.
-    part = "" if own is not None or (start == 0 and seconds is None) else f"@{start:.3f}"
+    # Parts of one recording are different items, also where a list gives them all its id.
+    is_part = start != 0 or seconds is not None
+    part = f"@{start:.3f}" if is_part and own is None else ""
     custom = {key: row[key] for key in KEPT_KEYS if is_plain(row.get(key))}
     return SourceItem(
         (audio_name(found) if own is None else str(own)) + part,
@@ -214,6 +215,7 @@ def _item(path: Path, row: Mapping[str, Any], number: str, speaker: str, languag
         start,
         seconds,
         custom=custom or None,
+        origin=f"{found}@{start}+{seconds}" if is_part else "",
     )
 
 
