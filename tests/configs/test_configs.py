@@ -271,12 +271,16 @@ def test_help_shows_the_keys_with_their_comments(command: str, capsys) -> None:
     assert "hydra:" not in shown
 
 
-def test_multirun(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_multirun(tmp_path: Path, monkeypatch, flag: str, place: int) -> None:
+    """The flag may be written before, between and behind the overrides."""
     monkeypatch.chdir(tmp_path)
-    seen: list[tuple[int, str]] = []
-    words = ["-m", "seed=1,2", "out=o", "data.latents=l", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    assert run_hydra(lambda config: seen.append((config.seed, config.data.latents)), "train_lm", words) == 0
-    assert seen == [(1, "l"), (2, "l")]
+    seen: list[tuple[int, str, str]] = []
+    words = ["seed=1,2", "out=o", "data.latents=l"]
+    words.insert(place, flag)
+    assert run_hydra(lambda config: seen.append((config.seed, config.data.latents, config.out)), "train_lm", words) == 0
+    assert seen == [(1, "l", "o/0"), (2, "l", "o/1")]
 
 
 def test_failures_of_single_runs_and_sweeps_reach_the_caller(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -93,7 +93,8 @@ def run_hydra(function: Callable[[DictConfig], Any], config_name: str, overrides
     job = _Job(function)
     many = any(word in ("-m", "--multirun") for word in overrides)
     if many:
-        overrides = folder_per_job(overrides)
+        # Hydra's parser wants all overrides in one row, so the flag, wherever it was written, goes before them.
+        overrides = ["--multirun", *folder_per_job([word for word in overrides if word not in ("-m", "--multirun")])]
     entry = hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)(SweepJob(function) if many else job)
     before = sys.argv
     sys.argv = [f"kalle {config_name}", *overrides]
