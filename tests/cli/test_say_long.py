@@ -269,6 +269,17 @@ def test_without_a_model_what_the_shipped_one_speaks_is_shown(text: str, shown: 
     assert [line for line in shown if line not in printed] == []
 
 
+def test_show_text_as_json(capsys) -> None:
+    text = "“Ten years,” he said.\n\n***"
+    assert main(["say", text, "--show-text", "--json", "--by-sentences"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [shown[key] for key in ("text", "language", "language_guessed", "by_sentences")] == [text, "en", False, "that was asked for"]
+    (request,) = shown["requests"]
+    assert text[request["start"] : request["end"]] == request["text"] == "“Ten years,” he said."
+    assert (request["spoken"], request["warnings"]) == ("Ten years, he said.", [])
+    assert shown["not_spoken"] == [{"start": 23, "text": "***"}]
+
+
 def test_a_language_that_the_weights_do_not_speak_is_refused(capsys) -> None:
     assert main(["say", "Hello.", "--language", "zh", "--show-text"]) == 2
     assert "do not speak 'zh': expected en" in capsys.readouterr().err

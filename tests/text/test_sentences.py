@@ -64,6 +64,11 @@ def test_nothing_is_lost_of_any_text(text: str) -> None:
         ("שלום לכולם היום. מה שלומך היום?", ["שלום לכולם היום.", "מה שלומך היום?"]),
         ("彼は「はい。」と言った。そして帰りました。", ["彼は「はい。」と言った。", "そして帰りました。"]),
         ("Pi is 3.14159265. 1,234 is much bigger.", ["Pi is 3.14159265.", "1,234 is much bigger."]),
+        ("It is approx. 3.5 kg of it. It is new and heavy.", ["It is approx. 3.5 kg of it.", "It is new and heavy."]),
+        (
+            "Version 1.2.3. is out for all. We took the version 1.2.3. It is all so very new.",
+            ["Version 1.2.3. is out for all.", "We took the version 1.2.3.", "It is all so very new."],
+        ),
         ("a", ["a"]),
         ("", []),
         ("😀 … !", []),

@@ -109,7 +109,8 @@ def say(
 
         options = options.changed(compatibility=ReleaseCompatibility.release())
     if show_text:
-        return typer.echo(shown_text(written, options, model_folder(model), from_file=text_file is not None, srt=srt))
+        facts = text_facts(written, options, model_folder(model), from_file=text_file is not None, srt=srt)
+        return typer.echo(json.dumps(facts, ensure_ascii=False) if as_json else shown_text(facts))
     check_say_output(output or Path(DEFAULT_STEM + DEFAULT_SUFFIX))
     if play and output == STDOUT:
         raise UserError("two places to hear it: got -o - and --play, expected one of them; leave one out")
@@ -553,7 +554,7 @@ def _config(folder: Path | None) -> FolderConfig:
     return FolderConfig() if folder is None else read_weight_folder(folder)
 
 
-def shown_text(text: str, options: GenerationOptions, folder: Path | None, *, from_file: bool = False, srt: bool = False) -> str:
+def text_facts(text: str, options: GenerationOptions, folder: Path | None, *, from_file: bool = False, srt: bool = False) -> dict[str, Any]:
     """``text`` as written, and each request of it as the weights in ``folder`` get it, with its place; loads no model."""
     from kalle.synthesis.options import fits_one_request
     from kalle.text.languages import Sentence, detect_language, split_sentences, unspoken
@@ -569,17 +570,42 @@ def shown_text(text: str, options: GenerationOptions, folder: Path | None, *, fr
         sentences = [Sentence(text.strip(), start, start + len(text.strip()), ends_paragraph=True)]
     else:
         sentences = split_sentences(text, language, lambda piece: fits_one_request(config.words(piece, options)[0], config.longest_seconds))
-    lines = ["original:", text.strip("\n"), ""]
-    lines += [f"language: {language or detect_language(text) + ' (guessed)'}"]
-    lines += [f"normalisation: {'on' if options.normalise else 'off (--normalise)'}"]
-    lines += ["spoken: at once" if why is None else f"spoken: in {len(sentences)} sentences, for {why}"]
-    for number, sentence in enumerate(sentences, start=1):
-        lines.append(f"{number:4} [{sentence.start}:{sentence.end}] {sentence.spoken}")
+    requests = []
+    for sentence in sentences:
         words, warnings = config.words(sentence.text, options)
-        words = " ".join(words.split())
-        lines += [f"     -> {words}"] if words != sentence.spoken else []
-        lines += [f"     warning: {warning}" for warning in warnings]
-        lines += ["     warning: too long for one request, cut after these words"] if sentence.cut else []
-        lines += ["     (paragraph)"] if sentence.ends_paragraph and number < len(sentences) else []
-    lines += [f"not spoken: {gap!r} at character {place + 1}" for place, gap in unspoken(text, sentences)]
+        requests.append(
+            {
+                "start": sentence.start,
+                "end": sentence.end,
+                "text": sentence.spoken,
+                "spoken": " ".join(words.split()),
+                "warnings": [*warnings, *(["too long for one request, cut after these words"] if sentence.cut else [])],
+                "ends_paragraph": sentence.ends_paragraph,
+            }
+        )
+    return {
+        "text": text,
+        "language": language or detect_language(text),
+        "language_guessed": language is None,
+        "normalise": options.normalise,
+        "by_sentences": why,
+        "requests": requests,
+        "not_spoken": [{"start": place, "text": gap} for place, gap in unspoken(text, sentences)],
+    }
+
+
+def shown_text(facts: Mapping[str, Any]) -> str:
+    """``text_facts`` for people."""
+    requests = facts["requests"]
+    lines = ["original:", facts["text"].strip("\n"), ""]
+    lines += [f"language: {facts['language']}" + (" (guessed)" if facts["language_guessed"] else "")]
+    lines += [f"normalisation: {'on' if facts['normalise'] else 'off (--normalise)'}"]
+    why = facts["by_sentences"]
+    lines += ["spoken: at once" if why is None else f"spoken: in {len(requests)} sentences, for {why}"]
+    for number, request in enumerate(requests, start=1):
+        lines.append(f"{number:4} [{request['start']}:{request['end']}] {request['text']}")
+        lines += [f"     -> {request['spoken']}"] if request["spoken"] != request["text"] else []
+        lines += [f"     warning: {warning}" for warning in request["warnings"]]
+        lines += ["     (paragraph)"] if request["ends_paragraph"] and number < len(requests) else []
+    lines += [f"not spoken: {gap['text']!r} at character {gap['start'] + 1}" for gap in facts["not_spoken"]]
     return "\n".join(lines)

@@ -130,11 +130,12 @@ _UNITS = "[ap]\\.?m|o'clock|thousand|million|billion|trillion|percent|dollars|eu
 _WHOLE = re.compile(
     rf"""
     (?:https?://|www\.)\S+ | (?<![\w.+-])[\w.+-]+@[\w.-]+\w                    # addresses
+    | (?<![\w.])v?\d+(?:\.\d+)+\.\s+[a-z]                              # a version or decimal before a full stop that ends nothing
     | (?<!\d)\+?\(?\d+\)?(?:[ .-]\(?\d+\)?){{2,}}                       # telephone numbers
     | [$£€¥]?\d+(?:[.,:/–-]\d+)* (?:\s?(?:{_UNITS})\b\.?)?          # numbers, times, amounts
     | \b(?:{_MONTHS})\.?\ \d\d?(?:st|nd|rd|th)?\b(?:,?\ \d{{4}})?  # dates
     | \b\d\d?\ (?:{_MONTHS})\b\.?(?:,?\ \d{{4}})?
-    | \b(?:{_TITLES})\.\s+\w+ | \b(?:[Nn]os?|[Ff]igs?|[Vv]ol|[Cc]h|pp?)\.\s?\d+
+    | \b(?:{_TITLES})\.\s+\w+ | \b(?:[Aa]pprox|ca|vs|e\.g|i\.e)\.\s+\S+ | \b(?:[Nn]os?|[Ff]igs?|[Vv]ol|[Cc]h|pp?)\.\s?\d+
     | (?:「[^「」]*」|『[^『』]*』)\s?[とっなのはがをにでもかよね]        # a Japanese quotation and the particle behind it
     """,
     re.VERBOSE,
