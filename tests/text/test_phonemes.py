@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,11 @@ def test_ids_are_those_of_bytes_and_then_the_symbols(tokenizer: PhonemeTokenizer
         ("the [Nguyen](/nwˈɪn/)'s [apple](/ˈæpᵊl/)", "ðə nwˈɪnz ˈæpᵊl", []),
         ("the [Éire](/ˈɛɹə/) [two words](/tˈu wˈɜɹdz↗/)", "ði ˈɛɹə tˈu wˈɜɹdz↗", []),
         ("早上好 hello。", "早上好 hello。", []),
+        ("A man at five A M. The U S A, Q and A, plan A.", "ɐ mˈæn æt fˈIv ˈA ˈɛm. ðə jˈu ˈɛs ˈA, kjˈu ænd ˈA, plˈæn ˈA.", []),
+        ("He left at five P M.", "hˌi lˈɛft æt fˈIv pˈi ˈɛm.", []),
+        ("J. R. Smith came.", "ʤˈA ˈɑɹ smˈɪθ kˈAm.", []),
+        ("How to Make A Cake", "hˌW tə mˌAk ɐ kˈAk", []),
+        ("gigahertz, per mille, et cetera.", "ɡˈɪɡəhˌɜɹts, pɜɹ mˈɪl, ɛt sˈɛTəɹə.", []),
         ("<|SPEECH_GENERATION_START|>", None, []),
         ("", "", []),
     ],
@@ -56,6 +62,26 @@ def test_readings(tokenizer: PhonemeTokenizer, text: str, read: str | None, unkn
     assert read is None or tokenizer.decode(ids) == read
     assert tokenizer.unknown_words(text) == unknown
     assert not {*range(257, 265)} & set(ids)
+
+
+def test_every_word_that_the_normaliser_writes_has_a_reading(tokenizer: PhonemeTokenizer) -> None:
+    """But for names and addresses in the table of readings."""
+    pytest.importorskip("inflect")
+    table = (Path(__file__).with_name("readings.tsv")).read_text(encoding="utf-8").splitlines()[1:]
+    spoken = [line.split("\t")[2] for line in table if line.startswith("en\t")]
+    written = {word.lower() for line in table for word in re.findall(r"[^\W\d_]+", line.split("\t")[1])}
+    unknown = {word for text in spoken for word in tokenizer.unknown_words(text)}
+    assert {word for word in unknown if word.lower() not in written} == set()
+
+
+def test_letters_that_the_normaliser_writes_are_letters(tokenizer: PhonemeTokenizer) -> None:
+    pytest.importorskip("inflect")
+    from kalle.text.frontend import TextFrontEnd
+
+    front_end = TextFrontEnd(given_phonemes=True)
+    for text in ("at 5 a.m.", "A4 is a paper", "a Q&A", "https://x.org/a?b=1", "the U.S.A. and us", "12:30am"):
+        read = tokenizer.decode(tokenizer.encode(front_end.read(text).text))
+        assert "ˈA" in read, (text, read)
 
 
 def test_a_number_beyond_the_package_is_bytes_and_the_rest_is_read(tokenizer: PhonemeTokenizer) -> None:

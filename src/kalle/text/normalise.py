@@ -253,7 +253,8 @@ def _address(match: re.Match[str]) -> str:
     """A web or mail address as it is spelled out; a name that is no word, such as https, letter by letter."""
     text, stop = (match[0][:-1], match[0][-1]) if match[0][-1] in ".,;:!?)" else (match[0], "")
     text = re.sub(r"^(https?|ftp|www)(?=[:.])", lambda name: " ".join(name[0]), text)
-    return " ".join("".join(_IN_ADDRESSES.get(c, c) for c in text).split()) + stop
+    words = "".join(_IN_ADDRESSES.get(c, c) for c in text).split()
+    return " ".join("A" if word == "a" else word for word in words) + stop
 
 
 def _phone(match: re.Match[str]) -> str:
@@ -297,9 +298,10 @@ def _decade(match: re.Match[str]) -> str:
 
 
 def _standalone(match: re.Match[str]) -> str:
-    """A number, apart from the letters it touches: A4 is A four."""
+    """A number, apart from the letters it touches: B4 is B four, and A4 A-four, whose A is no article."""
     text, (start, end) = match.string, match.span()
     before = " " if start and text[start - 1].isalpha() else ""
+    before = "-" if re.search(r"(?<![\w'’])A$", text[:start]) else before
     after = " " if end < len(text) and text[end].isalpha() else ""
     return before + _year_or_number(match[0]) + after
 

@@ -44,6 +44,23 @@ _CHUNK = re.compile(r"(?:\[[^\[\]]+\]\(/[^()]*/\)|\S)+|\s+")
 _DOUBLE_QUOTES = str.maketrans("", "", '"“”„‟«»″')
 """A word that touches a double quote misses the lexicon."""
 _PLAIN_WORD = re.compile(r"[A-Za-z]+(?:['’-][A-Za-z]+)*")
+_LETTER = (
+    r"(?<![\w'’-])A(?= [A-HJ-Z](?![\w'’]))|(?<=\b[A-HJ-Z] )A(?![\w'’-])|(?<=\b[A-Z] and )A(?![\w'’-])|"
+    r"(?<=[a-z] )A(?= [a-z]|[^\w\s'’-]|\s*$)|"
+    r"(?<=\b[A-Z] )[A-Z](?=\.(?!\w))|(?<![\w.'’-])[A-Z](?=\.\s*$)"
+)
+"""An A that is no article (A M, U S A, Q and A, vitamin A), and letters before a full stop, which is lost otherwise (at five P M.)."""
+_ADDED = {
+    "et cetera": "ɛt sˈɛTəɹə", "gigahertz": "ɡˈɪɡəhˌɜɹts", "per mille": "pɜɹ mˈɪl", "Miz": "mˈɪz", "Hong Kong": "hˈɑŋ kˈɑŋ",
+}  # fmt: skip
+"""Words that `kalle.text.normalise` writes and the lexicon lacks, with their readings."""
+_NAMES = {
+    "A": "ˈA", "B": "bˈi", "C": "sˈi", "D": "dˈi", "E": "ˈi", "F": "ˈɛf", "G": "ʤˈi", "H": "ˈAʧ", "I": "ˈI",
+    "J": "ʤˈA", "K": "kˈA", "L": "ˈɛl", "M": "ˈɛm", "N": "ˈɛn", "O": "ˈO", "P": "pˈi", "Q": "kjˈu", "R": "ˈɑɹ",
+    "S": "ˈɛs", "T": "tˈi", "U": "jˈu", "V": "vˈi", "W": "dˈʌbᵊlju", "X": "ˈɛks", "Y": "wˈI", "Z": "zˈi",
+}  # fmt: skip
+"""Readings of single letters."""
+_EXCEPTIONS = re.compile(rf"{_LINK.pattern}|(?P<word>\b(?:{'|'.join(_ADDED)})\b)|(?P<letter>{_LETTER})")
 _GUESSED, _GIVEN = 2, 5
 """Ratings of the front end's readings; 3 and 4 are the lexicon and its rules."""
 _MOST_CACHED = 2048
@@ -347,6 +364,7 @@ def _pieces_of_run(text: str, engine: G2P) -> Iterator[Piece]:
 
     if text[0].isspace():
         yield Piece(" ", None)
+    text = _EXCEPTIONS.sub(_with_phonemes, text)
     # The normaliser reads some symbols of the phoneme alphabet as words, so it sees a place holder.
     given = iter([link[2] for link in _LINK.finditer(text)])
     tokens = engine.tokenize(normalize(_LINK.sub(r"[\1](/q/)", text)))
@@ -361,6 +379,13 @@ def _pieces_of_run(text: str, engine: G2P) -> Iterator[Piece]:
         before = None if token.whitespace else token
     if text[-1].isspace():
         yield Piece(" ", None)
+
+
+def _with_phonemes(match: re.Match[str]) -> str:
+    """An exception to the lexicon with its phonemes; phonemes that were given stay."""
+    if match["letter"] or match["word"]:
+        return f"[{match[0]}](/{(_NAMES if match['letter'] else _ADDED)[match[0]]}/)"
+    return match[0]
 
 
 def _piece(token: Tok, before: Tok | None) -> Piece:

@@ -90,7 +90,7 @@ class TextForms:
 
 
 def _fingerprint(texts: Texts, languages: Sequence[str | None], tokenizer: PhonemeTokenizer) -> str:
-    digest = hashlib.blake2b(f"1 {tokenizer.version} {tokenizer.first_phoneme} {tokenizer.symbols}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"2 {tokenizer.version} {tokenizer.first_phoneme} {tokenizer.symbols}".encode(), digest_size=16)
     for values in (texts.rows.starts, texts.rows.values):
         digest.update(np.ascontiguousarray(values).tobytes())
     if any(language not in (None, LANGUAGE) for language in languages):
