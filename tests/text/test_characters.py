@@ -107,6 +107,18 @@ def test_figures_that_were_never_learnt_are_read_out() -> None:
     assert TextFrontEnd(normalise=True).read("5 cats").text == "five cats"
 
 
+def test_a_tokenizer_that_reads_phonemes_gets_our_reading_of_english() -> None:
+    pytest.importorskip("inflect")
+    learnt = LearntTexts({"en": ENGLISH + string.digits + "$"})
+    written = "Agent 007 paid US$5 for [dogs](/dˈɔɡz/)."
+    assert TextFrontEnd(learnt, given_phonemes=True).read(written).text == "Agent zero zero seven paid five US dollars for [dogs](/dˈɔɡz/)."
+    assert TextFrontEnd(given_phonemes=True).read("Agent 007").text == "Agent zero zero seven"
+    assert TextFrontEnd(learnt, given_phonemes=True, normalise=False).read(written).text == written
+    assert TextFrontEnd(LEARNT, normalise=False).read("5 cats").text == "5 cats"
+    for language in ("de", "zh"):
+        assert TextFrontEnd(LearntTexts({language: None}), language, given_phonemes=True).read("5 A").text == "5 A"
+
+
 @given(st.text(st.sampled_from("abC'’‘ “\"—-,.;(é日Ж5*_#`>[]()/\n😀\u0301&x"), max_size=50))
 @settings(max_examples=100, deadline=None)
 def test_only_what_is_named_stays_unlearnt(text: str) -> None:

@@ -587,7 +587,7 @@ def text_facts(text: str, options: GenerationOptions, folder: Path | None, *, fr
         "text": text,
         "language": language or detect_language(text),
         "language_guessed": language is None,
-        "normalise": options.normalise,
+        "normalise": config.given_phonemes if options.normalise is None else options.normalise,
         "by_sentences": why,
         "requests": requests,
         "not_spoken": [{"start": place, "text": gap} for place, gap in unspoken(text, sentences)],
@@ -599,7 +599,7 @@ def shown_text(facts: Mapping[str, Any]) -> str:
     requests = facts["requests"]
     lines = ["original:", facts["text"].strip("\n"), ""]
     lines += [f"language: {facts['language']}" + (" (guessed)" if facts["language_guessed"] else "")]
-    lines += [f"normalisation: {'on' if facts['normalise'] else 'off (--normalise)'}"]
+    lines += [f"normalisation: {'on (--no-normalise)' if facts['normalise'] else 'off (--normalise)'}"]
     why = facts["by_sentences"]
     lines += ["spoken: at once" if why is None else f"spoken: in {len(requests)} sentences, for {why}"]
     for number, request in enumerate(requests, start=1):

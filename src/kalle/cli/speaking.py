@@ -77,7 +77,11 @@ FLAGS: Mapping[str, Any] = {
     ],
     "normalise": Annotated[
         bool | None,
-        typer.Option("--normalise/--no-normalise", help="Numbers, dates and abbreviations in words (en, zh).", show_default="no"),
+        typer.Option(
+            "--normalise/--no-normalise",
+            help="Numbers, dates and abbreviations in words (en, zh).",
+            show_default="as the weights need it",
+        ),
     ],
     "by_sentences": Annotated[
         bool | None, typer.Option("--by-sentences/--at-once", help="Speak sentence by sentence.", show_default="where the text is long")

@@ -128,8 +128,9 @@ class GenerationOptions:
     """Habits of the release to reproduce."""
     language: str | None = None
     """ISO 639-1 code of the text. None takes the weights' own where the text is in its script, else it is guessed from the script."""
-    normalise: bool = False
-    """Put numbers, dates and abbreviations into words first (English and Chinese)."""
+    normalise: bool | None = None
+    """Put numbers, dates and abbreviations into words first (English and Chinese). None does so where the weights read English as phonemes,
+    and for figures that they never learnt; False leaves the text as written."""
     by_sentences: bool | None = None
     """Speak sentence by sentence. None does so where the text is longer than one request of these weights may be; False refuses it."""
     pause_s: float = 0.3
@@ -166,7 +167,7 @@ class GenerationOptions:
             object.__setattr__(self, name, operator.index(value))
         for name in ("watch", "normalise", "rolling", "by_sentences"):
             value = getattr(self, name)
-            if not isinstance(value, bool | np.bool_) and not (value is None and name == "by_sentences"):
+            if not isinstance(value, bool | np.bool_) and not (value is None and name in ("by_sentences", "normalise")):
                 raise UserError(f"bad {name}: got {value!r:.60}, expected True or False; correct it")
         object.__setattr__(self, "language", checked_language(self.language))
         check_type("stop", self.stop, StopRule | None, "a kalle.synthesis.StopRule")

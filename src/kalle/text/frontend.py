@@ -292,21 +292,24 @@ class TextFrontEnd:
     """Characters that the weights were trained on."""
     language: str | None = None
     """ISO 639-1 code of the texts; None guesses it from each text's script."""
-    normalise: bool = False
-    """Whether numbers, amounts, dates, units and abbreviations become words. Figures that the weights never learnt always do."""
+    normalise: bool | None = None
+    """Whether numbers, amounts, dates, units and abbreviations become words. None does so in English for a tokenizer that reads phonemes,
+    and for figures that the weights never learnt."""
     given_phonemes: bool = False
     """Whether the tokenizer reads ``[word](/phonemes/)``; without it the word alone is kept."""
 
     def read(self, text: str) -> MappedText:
         """``text`` as it is spoken, with warnings about what is not; it stays as it is where nothing is known of the weights."""
-        if not self.learnt.languages and not self.normalise:
+        if not self.learnt.languages and (self.normalise is False or not (self.normalise or self.given_phonemes)):
             return MappedText(text if self.given_phonemes else GIVEN_PHONEMES.sub(r"\1", text))
         plain = GIVEN_PHONEMES.sub(r"\1", text)
         language = self.language or detect_language(plain, self.learnt.languages[0] if self.learnt.languages else "en")
         known = self.learnt.of(language)
         figures = known is not None and any(character.isdecimal() and character not in known for character in plain)
         warnings: tuple[str, ...] = ()
-        if self.normalise or (figures and language in LANGUAGES):
+        # The lexicon of phonemes has a normaliser of its own, whose readings would be others than those that are shown.
+        needed = (self.given_phonemes and language == "en") or (figures and language in LANGUAGES)
+        if needed if self.normalise is None else self.normalise:
             try:
                 text, warnings = self._in_words(without_markup(text, known), language)
             except UserError as error:
