@@ -56,6 +56,8 @@ _WORDS_AT_AN_END = {
 _CURRENCIES = {
     "$": ("dollar", "cent"), "£": ("pound", "penny"), "€": ("euro", "cent"), "¥": ("yen", ""), "₹": ("rupee", ""), "₩": ("won", ""),
     "US$": ("US dollar", "cent"), "A$": ("Australian dollar", "cent"), "C$": ("Canadian dollar", "cent"), "USD": ("US dollar", "cent"),
+    "HK$": ("Hong Kong dollar", "cent"), "NZ$": ("New Zealand dollar", "cent"), "NT$": ("New Taiwan dollar", "cent"),
+    "S$": ("Singapore dollar", "cent"), "R$": ("Brazilian real", ""), "AU$": ("Australian dollar", "cent"), "CA$": ("Canadian dollar", "cent"),
     "EUR": ("euro", "cent"), "GBP": ("pound", "penny"), "JPY": ("yen", ""), "CNY": ("yuan", ""), "CHF": ("Swiss franc", ""),
 }  # fmt: skip
 _SAME_IN_PLURAL = ("yen", "won", "yuan")
@@ -70,6 +72,8 @@ _UNITS = {
     "dB": "decibels", "sqft": "square feet", "sq ft": "square feet", "m²": "square meters", "m2": "square meters",
     "km²": "square kilometers", "km2": "square kilometers", "cm²": "square centimeters", "ft²": "square feet", "m³": "cubic meters",
     "cm³": "cubic centimeters", "°C": "degrees Celsius", "°F": "degrees Fahrenheit", "°": "degrees", "℃": "degrees Celsius",
+    "GB/s": "gigabytes per second", "MB/s": "megabytes per second", "kB/s": "kilobytes per second", "KB/s": "kilobytes per second",
+    "Gbps": "gigabits per second", "kbps": "kilobits per second", "h": "hours", "V": "volts", "W": "watts", "mAh": "milliamp hours",
     "℉": "degrees Fahrenheit", "%": "percent", "‰": "per mille", "¢": "cents",
 }  # fmt: skip
 _TENS = ("", "tens", "twenties", "thirties", "forties", "fifties", "sixties", "seventies", "eighties", "nineties")
@@ -77,6 +81,11 @@ _ROMAN = {
     "I": 1, "II": 2, "III": 3, "IV": 4, "V": 5, "VI": 6, "VII": 7, "VIII": 8, "IX": 9, "X": 10, "XI": 11, "XII": 12, "XIII": 13,
     "XIV": 14, "XV": 15, "XVI": 16, "XVII": 17, "XVIII": 18, "XIX": 19, "XX": 20, "XXI": 21, "XXII": 22, "XXIII": 23,
 }  # fmt: skip
+_SHORT_HEADS = {
+    "fig": "figure", "figs": "figures", "vol": "volume", "vols": "volumes", "ch": "chapter", "sec": "section", "eq": "equation",
+}  # fmt: skip
+_NUMBERED = "World War|Chapter|Part|Act|Volume|Book|Type|Phase|Stage|Episode|Section|Article|Title|Grade|Class|Appendix|Level"
+_TITLED = "King|Queen|Pope|Emperor|Empress|Tsar|Prince|Sultan"
 _RULERS = "Henry|Louis|George|Edward|Charles|William|Richard|Philip|Francis|Frederick|Napoleon|Elizabeth|Catherine|Benedict|Paul|Pius"
 _SIGNS = {
     "+": "plus", "=": "equals", "×": "times", "÷": "divided by", "<": "is less than", ">": "is greater than", "≤": "is at most",
@@ -154,6 +163,8 @@ def _one(words: str, number: str) -> str:
 
 
 def _unit(match: re.Match[str]) -> str:
+    if match[2] in ("W", "V") and re.match(r" (?:\d|[A-Z][a-z])", match.string[match.end() :]):
+        return match[0]  # a street in the west, a part of a name
     return f"{plain(match[1])} {_one(_UNITS[match[2]], match[1])}"
 
 
@@ -194,6 +205,60 @@ def _ruler(match: re.Match[str]) -> str:
 
 def _roman(match: re.Match[str]) -> str:
     return f"{match[1]} {cardinal(_ROMAN[match[2]])}" if match[2] in _ROMAN else match[0]
+
+
+def _roman_century(match: re.Match[str]) -> str:
+    return ordinal(_ROMAN[match[1]]) if match[1] in _ROMAN else match[0]
+
+
+def _short_head(match: re.Match[str]) -> str:
+    word = _SHORT_HEADS[match[1].lower()]
+    return f"{word.capitalize() if match[1][0].isupper() else word} "
+
+
+def _full_month(match: re.Match[str]) -> str:
+    """A short month behind its day."""
+    return _SHORT_MONTHS[match[0].rstrip(".")] + (_full_stop(match) if match[0].endswith(".") else "")
+
+
+def _short_date(match: re.Match[str]) -> str:
+    """Month, day and two digits of a year; day and month where the first cannot be a month."""
+    return _numeric_date(("19" if int(match[3]) >= 50 else "20") + match[3], match[1], match[2], match[0])
+
+
+def _season(match: re.Match[str]) -> str:
+    """A year and the last two digits of the next one."""
+    first, second = int(match[1]), int(match[2])
+    return match[0] if (first + 1) % 100 != second else f"{year(first)} {year(first + 1) if second == 0 else cardinal(second)}"
+
+
+def _days(match: re.Match[str]) -> str:
+    return f"{match[1]} {ordinal(int(match[2]))} to {ordinal(int(match[3]))}" + (f", {_year_or_number(match[4])}" if match[4] else "")
+
+
+def _groups(match: re.Match[str]) -> str:
+    """Digits in more than two groups: a telephone number, an ISBN."""
+    groups = match[0].split("-")
+    return (", " if any(len(group) > 1 for group in groups) else " ").join(map(digits, groups))
+
+
+def _two_numbers(match: re.Match[str]) -> str:
+    """Two numbers with a hyphen: a range or score, or the name of a model, such as 747-400 and i7-12700."""
+    before, first, second = match.string[: match.start()][-1:], match[1].rstrip(_NO_YEAR), match[2]
+    falling = len(first) >= 3 and len(second) >= 3 and float(first) > float(second)
+    return f"{match[1]}{' ' if before.isalpha() or falling else ' to '}"
+
+
+def _duration(match: re.Match[str]) -> str:
+    parts = [(part, name) for part, name in zip(match.groups(), ("hours", "minutes", "seconds"), strict=True) if part]
+    return " ".join(f"{plain(str(int(part)))} {_one(name, str(int(part)))}" for part, name in parts)
+
+
+def _amounts(match: re.Match[str]) -> str:
+    """From one amount of money to another."""
+    scale = _SCALES.get(match[5] or "", match[4] or "")
+    major = _CURRENCIES[match[1]][0]
+    return f"{plain(match[2])} to {plain(match[3])} {scale} ".replace("  ", " ") + (major if major in _SAME_IN_PLURAL else f"{major}s")
 
 
 def _numeric_date(in_year: str, month: str, day: str, written: str) -> str:
@@ -317,7 +382,8 @@ _ADDRESS = (
 )
 _PHONE = (
     r"(?<![\w.])\+\d[\d .()-]{6,}\d\b|(?<![\w-])\d{3}-\d{4}\b(?!-)|"
-    r"(?<![\w.-])(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}\b(?![-.]\d)"
+    r"(?<![\w.-])(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}\b(?![-.]\d)|"
+    r"(?<![\w.,$£€-])(?<!\d )(?:1 )?\d{3} \d{3} \d{4}\b(?![-.,]?\d| \d)"
 )
 _COUNTED = (
     "dollars|euros|pounds|people|men|women|children|students|soldiers|members|points|items|votes|steps|miles|meters|metres|kilometers|feet|"
@@ -328,7 +394,13 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (_ADDRESS, _address),
-        (r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.,+-])(?<!\d )\d{1,3}(?:[ \u00a0\u202f]\d{3}){2,}(?![\d,]| \d)", _thousands),
+        (r"([$£€])\.(?=\d)", r"\g<1>0."),
+        (r"([$£€])[-−](?=\d)", r"-\1"),
+        (r"([$£€]\d+),(\d\d)(?![\d,])|(?<![\d,.])(\d+),(\d\d)(?= ?€)", lambda m: f"{m[1] or m[3]}.{m[2] or m[4]}"),
+        (
+            r"(?<![\d.,])\d{1,2}(?:,\d\d)+,\d{3}(?!\d|,\d)|(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.,+-])(?<!\d )\d{1,3}(?:[ \u00a0\u202f]\d{3}){2,}(?![\d,]| \d)",
+            _thousands,
+        ),
         (rf"(?<![\d.,:/-])(\d{{4}})(?= (?:{_COUNTED})\b)", _counting),
         (f"[{''.join(_VULGAR)}]", lambda m: (" " if m.start() and m.string[m.start() - 1].isdigit() else "") + _VULGAR[m[0]]),
         (r"(?<=\b[A-Z][a-z]{2}) Dr\.(?! [A-Z])|(?<=[a-z]{3}) Dr\.(?! [A-Z])", " Drive"),
@@ -341,36 +413,69 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"\b[Nn]os\. ?(?=\d)", "numbers "),
         (r"(?:\b[Nn]o\.|№|#) ?(?=\d)", "number "),
         (r"(?<!\w)#(?=[A-Za-z])", "hashtag "),
-        (r"\b(World War|Chapter|Part|Act|Volume|Book) ([IVX]{2,5}|V|X)\b", _roman),
-        (rf"\b({_RULERS}) ([IVX]{{2,6}}|V|X)\b", _ruler),
+        (rf"\b({'|'.join(_SHORT_HEADS)}|{'|'.join(map(str.capitalize, _SHORT_HEADS))})\. ?(?=\d)", _short_head),
+        (r"§§ ?(?=\d)", "sections "),
+        (r"§ ?(?=\d)", "section "),
+        (rf"\b({_NUMBERED}) ([IVX]{{2,5}}|V|X|I(?= (?:of|and|in|is|or|to|error|diabetes)\b|[^\w\s'’-]|\s*$))\b", _roman),
+        (r"\b(World War) (I)\b(?!['’])", _roman),
+        (rf"\b({_RULERS}|(?:{_TITLED}) [A-Z][a-z]+) ([IVX]{{2,6}}|V|X)\b", _ruler),
+        (r"\b([A-Z][a-z]{2,}) ([IVX]{2,5})\b(?! (?:drips?|fluids?|lines?|bags?|access|therapy|antibiotics))", _roman),
+        (r"\b([IVX]+)(?= (?:century|centuries)\b)", _roman_century),
         (r"(?<![\w.])(?:[A-Z]\.){2,}(?!\w)|(?<![\w.])Ph\.D\.", _letters),
         (_PHONE, _phone),
+        (r"(?<![\w.-])1-(\d)00-(?=[A-Z]{3,}\b)", lambda m: f"one {cardinal(int(m[1]))} hundred "),
+        (r"(?<=\bISBN )\d{9,13}X?\b|(?<=\bISBN: )\d{9,13}X?\b", lambda m: digits(m[0].rstrip("X")) + (" X" if m[0][-1] == "X" else "")),
+        (rf"(?<![\w.,:/$£€-])911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w))", "nine one one"),
         (r"(?<=\b[Cc]all )(?:\d{3})\b(?![-,.:%]?\d)|(?<=\b[Dd]ial )(?:\d{3})\b", lambda m: digits(m[0])),
         (r"\b([Rr]oom|[Ff]light|[Hh]ighway|[Ss]uite) (\d{3})\b", _hundreds),
         (r"\b(\d\d?)\.(\d\d?)\.(\d{4})\b", lambda m: _numeric_date(m[3], m[2], m[1], m[0])),
         (r"(?<![\d.])\d+(?:\.\d+){2,}\b", _version),
         (r"\b(\d{4})-(\d\d)-(\d\d)\b", lambda m: _numeric_date(m[1], m[2], m[3], m[0])),
         (r"\b(\d\d?)/(\d\d?)/(\d{4})\b", lambda m: _numeric_date(m[3], m[1], m[2], m[0])),
+        (r"\b(\d{4})/(\d\d?)/(\d\d?)\b(?!/)", lambda m: _numeric_date(m[1], m[2], m[3], m[0])),
+        (r"(?<![\w/.])(\d\d?)/(\d\d?)/(\d\d)\b(?![/\d])", _short_date),
+        (r"(?<![\w/.])((?:19|20)\d\d)[/–](\d\d)\b(?![/\d-])", _season),
+        (r"(?<![\w.,:/$£€-])\d+(?:-\d+){2,}(?![\w-])", _groups),
+        (rf"(?<=\b\d )({'|'.join(_SHORT_MONTHS)})\b\.?|(?<=\b[123]\d )({'|'.join(_SHORT_MONTHS)})\b\.?", _full_month),
+        (rf"\b({_MONTH}) (\d\d?)(?:st|nd|rd|th)? ?[-–] ?(\d\d?)(?:st|nd|rd|th)?\b(?![:%/-])(?:,? (\d{{4}})\b)?", _days),
+        (
+            rf"\b(\d\d?)(?:st|nd|rd|th)? ?[-–] ?(\d\d?)(?:st|nd|rd|th)? ({_MONTH})\b",
+            lambda m: f"the {ordinal(int(m[1]))} to {ordinal(int(m[2]))} of {m[3]}",
+        ),
+        (rf"\b(\d\d?) ?[-–] ?(?={_MONTH}\b)", r"\1 to "),
         (rf"\b({_MONTH}) (\d\d?)(?:st|nd|rd|th)?(?:,? (\d{{4}}))?\b(?![:%])", lambda m: _date(m[1], m[2], m[3])),
         (rf"\b(\d\d?)(?:st|nd|rd|th)? ({_MONTH})(?:,? (\d{{4}}))?\b", _day_first),
         (r"\b(0\d)/(\d\d)\b(?!/)", lambda m: _numeric_date("", m[1], m[2], m[0])),
         (r"\bthe the\b", "the"),
+        (r"([ap]m|[AP]M|[ap]\.m\.|[AP]\.M\.|:\d\d) ?[-–] ?(?=\d\d?(?::\d\d| ?[AaPp]\.?[Mm]))", r"\1 to "),
+        (r"\b(\d\d?) ?[-–] ?(?=\d\d?(?::\d\d)? ?(?:[ap]m|[AP]M|[ap]\.m\.|[AP]\.M\.))", r"\1 to "),
         (rf"(?<![\d:])(\d\d?):(\d\d)(?::(\d\d))?{_HALF_OF_DAY}?(?![:\d])", _time),
         (rf"(?<![\d.,:$£€-])(1[0-2]|0?[1-9])\.([0-5]\d)(){_HALF_OF_DAY}", _time),
         (rf"\b(\d\d?)(){_HALF_OF_DAY}", _hour),
         (r"(?<![\w.])([ap])\.m\.", lambda m: f"{m[1].upper()} M" + _full_stop(m)),
         (r"(?<![\d:])(\d+):(\d+)(?![\d:])", lambda m: f"{m[1]} to {m[2]}"),
         (r"\b1000s\b", "thousands"),
-        (r"\b(1\d|20)(\d)0s\b", _decade),
+        (r"\b(\d{4}) ?[-–] ?(?=\d{4}s\b)", r"\1 to "),
+        (r"\b(1\d|20)(\d)0['’]?s\b", _decade),
         (r"\b100s\b", "hundreds"),
-        (r"(?<!\w)['’]?([1-9])0s\b", lambda m: _TENS[int(m[1])]),
-        (rf"([$£€])({_NUMBER}) ?[-–] ?\1?({_NUMBER})(?!\d)", lambda m: f"{plain(m[2])} to {plain(m[3])} {_CURRENCIES[m[1]][0]}s"),
-        (rf"(?P<sign>(?:\bUS|\bA|\bC)?\$|[£€¥₹₩]|\b(?:{_CODES})(?= ?\d)) ?(?P<number>{_NUMBER}){_SCALE}", lambda m: _apart(m) + _money(m)),
+        (r"(?<!\w)['’]?([1-9])0['’]?s\b", lambda m: _TENS[int(m[1])]),
+        (rf"([$£€])({_NUMBER}) ?[-–] ?\1?({_NUMBER})(?:\s?(thousand|million|billion|trillion)\b|(k|K|m|M|bn|B|b)\b)?(?!\d)", _amounts),
+        (r"(?<![\w)%$£€])[-−](?=[$£€¥₹₩]\d)", "minus "),
+        (
+            rf"(?P<sign>(?:\b(?:US|AU?|CA?|HK|NZ|NT|R|S))?\$|[£€¥₹₩]|\b(?:{_CODES})(?= ?\d)) ?(?P<number>{_NUMBER}){_SCALE}",
+            lambda m: _apart(m) + _money(m),
+        ),
         (rf"\b(?P<number>{_NUMBER})(?P<scale>)(?P<short>)\s?(?P<sign>[$£€¥₹₩]|(?:{_CODES})\b)", _money),
         (r"¢(\d+)", r"\1 cents"),
         (r"(\d+)(?:['′]| ?ft\.?) ?(\d+)(?:[\"″]| ?in\b\.?(?= ))", lambda m: f"{plain(m[1])} feet {plain(m[2])} inches"),
-        (rf"(?<=[\d{_NO_YEAR}]) ?[-–] ?(?=\d)", " to "),
-        (r"(?<![\w)])[-−](?=\.?\d)", "minus "),
+        (r"(?<![\w.])(\d+) ?h ?(\d\d?) ?(?:m|min)(?: ?(\d\d?) ?s)?\b", _duration),
+        (r"(?<![\w.])()(\d+) ?m ?(\d\d?) ?s\b", _duration),
+        (r"(?<![\w.])(\d{1,2}(?:\.\d+)?) ?s\b", lambda m: f"{plain(m[1])} {_one('seconds', m[1])}"),
+        (rf"({_NUMBER}) ?(%|°C|°F|°|℃|℉) ?[-–] ?(?={_NUMBER} ?\2)", r"\1 to "),
+        (rf"(?<=[\d{_NO_YEAR}]) ?[-−–] ?(?=\d+(?:\.\d+)? ?=)|(?<=\d) ?− ?(?=\d)|(?<=\b[a-z]) [-−] (?=\d)", " minus "),
+        (rf"(?<![\d.])(?<!\d-)({_NUMBER}) ?[-–] ?(?=(\d+(?:\.\d+)?))", _two_numbers),
+        (r"(?<![\w)%])[-−](?=\.?\d)", "minus "),
+        (r"(?<=\d)(?<!\b0)x(?=\d)|(?<=\d{3})×(?=\d{3})", " by "),
         (r"[~≈] ?(?=\d)", "about "),
         (rf"(?<![\d.])({_NUMBER}) ?({_UNIT})(?![\w°])(?!\.\w)", _unit),
         (r"(?<=\d)(?= (?:1/[234]|2/3|3/4)(?![\d/]))", " and"),
