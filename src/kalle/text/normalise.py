@@ -57,7 +57,8 @@ _CURRENCIES = {
     "$": ("dollar", "cent"), "£": ("pound", "penny"), "€": ("euro", "cent"), "¥": ("yen", ""), "₹": ("rupee", ""), "₩": ("won", ""),
     "US$": ("US dollar", "cent"), "A$": ("Australian dollar", "cent"), "C$": ("Canadian dollar", "cent"), "USD": ("US dollar", "cent"),
     "HK$": ("Hong Kong dollar", "cent"), "NZ$": ("New Zealand dollar", "cent"), "NT$": ("New Taiwan dollar", "cent"),
-    "S$": ("Singapore dollar", "cent"), "R$": ("Brazilian real", ""), "AU$": ("Australian dollar", "cent"), "CA$": ("Canadian dollar", "cent"),
+    "S$": ("Singapore dollar", "cent"), "R$": ("Brazilian real", ""), "AU$": ("Australian dollar", "cent"),
+    "CA$": ("Canadian dollar", "cent"),
     "EUR": ("euro", "cent"), "GBP": ("pound", "penny"), "JPY": ("yen", ""), "CNY": ("yuan", ""), "CHF": ("Swiss franc", ""),
 }  # fmt: skip
 _SAME_IN_PLURAL = ("yen", "won", "yuan")
@@ -398,7 +399,8 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"([$£€])[-−](?=\d)", r"-\1"),
         (r"([$£€]\d+),(\d\d)(?![\d,])|(?<![\d,.])(\d+),(\d\d)(?= ?€)", lambda m: f"{m[1] or m[3]}.{m[2] or m[4]}"),
         (
-            r"(?<![\d.,])\d{1,2}(?:,\d\d)+,\d{3}(?!\d|,\d)|(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.,+-])(?<!\d )\d{1,3}(?:[ \u00a0\u202f]\d{3}){2,}(?![\d,]| \d)",
+            r"(?<![\d.,])\d{1,2}(?:,\d\d)+,\d{3}(?!\d|,\d)|"
+            r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.,+-])(?<!\d )\d{1,3}(?:[ \u00a0\u202f]\d{3}){2,}(?![\d,]| \d)",
             _thousands,
         ),
         (rf"(?<![\d.,:/-])(\d{{4}})(?= (?:{_COUNTED})\b)", _counting),
@@ -506,17 +508,62 @@ _ONE_BY_ONE = str.maketrans("0123456789", "零幺二三四五六七八九")
 _CHINESE_PHONE = re.compile(
     r"(?<![\w.-])(?:\+86[- ]?)?(?:1\d{2}[- ]?\d{4}[- ]?\d{4}|\(?0\d{2,3}[-)]\d{7,8}|[48]00-?\d{3}-?\d{4})(?![\d.-])"
 )
-_CHINESE_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""),
-    (re.compile(r"第2(?![\d.])"), "第二"),
-    (re.compile(r"(?<![\d.第])2(?=[倍次克米吨层]|年(?![代级]))"), "两"),
-    (re.compile(r"−(?=\d)"), "-"),
-    (re.compile("￥"), "¥"),
-    (re.compile(r"(?<=[A-Za-z])-(?=\d)"), ""),
-    (re.compile(r"(?<!\d)(19|20)(\d0)s(?![A-Za-z])"), lambda match: f"{int(match[1]) + 1}世纪{match[2]}年代"),
-    (re.compile(r"(\d+(?:\.\d+)?)%?[-–~～](\d+(?:\.\d+)?)%"), r"\1%到\2%"),
-    (_CHINESE_PHONE, lambda match: re.sub("[- ()]", "", match[0]).replace("+", "加").translate(_ONE_BY_ONE)),
-    (re.compile(r"(?<![\d.:：/-])(\d{1,4})[-–~～](?=\d{1,4}(?![\d:：/-]))"), r"\1到"),
+_CHINESE_SIGNS = {"≥": "大于等于", "≤": "小于等于", "±": "正负", "÷": "除以", "〇": "零"}
+_CHINESE_VULGAR = {"½": "二分之一", "¼": "四分之一", "¾": "四分之三", "⅓": "三分之一", "⅔": "三分之二"}
+_TWO_OF = "倍次克米吨层台种间栋套份件点个只条张本位家辆岁周块人元"
+"""Measure words before which 2 is 两."""
+
+
+def _one_by_one(match: re.Match[str]) -> str:
+    return match[0].translate(_ONE_BY_ONE)
+
+
+def _chinese_version(match: re.Match[str]) -> str:
+    """1.2.3 number by number, but a date, whose year comes first."""
+    parts = match[1].split(".")
+    if len(parts) == 3 and len(parts[0]) == 4:
+        return match[0]
+    return "点".join(map(_counted, parts))
+
+
+def _counted(number: str) -> str:
+    """A whole number as a count, where wetext alone would read a known telephone number, such as 120."""
+    return "二" if number == "2" else str(_wetext().normalize(f"{number}个")).removesuffix("个")
+
+
+_CHINESE_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"[A-Za-z\d._+-]+@[A-Za-z\d-]+(?:\.[A-Za-z\d-]+)+", lambda match: re.sub(r"\d", _one_by_one, match[0])),
+        (r"(?<![\d.])\d{17}[\dXx](?![\d.])|(?<![\d.])\d{16,19}(?![\d.])", _one_by_one),
+        (r"(?<=邮编|密码|口令|账号|卡号|尾号|工号|学号)[是为:： ]{0,2}\d+", _one_by_one),
+        (r"(?<=邮政编码|验证码是|验证码为|身份证号)[:： ]{0,2}\d+|(?<=验证码)[:： ]{0,2}\d+", _one_by_one),
+        (r"[①-⑳]", lambda match: str(int(unicodedata.numeric(match[0])))),
+        (f"[{''.join(_CHINESE_VULGAR)}]", lambda match: _CHINESE_VULGAR[match[0]]),
+        (f"[{''.join(_CHINESE_SIGNS)}]", lambda match: _CHINESE_SIGNS[match[0]]),
+        (r"(?<![\w/])24/7(?![\w/])", "二十四七"),
+        (r"(?<=\d),(?=\d{3}(?!\d))", ""),
+        (r"HK\$ ?(\d+(?:\.\d+)?)", r"\1港元"),
+        (r"(?<![A-Za-z\d.])[vV]?(\d+(?:\.\d+){2,})(?![\d.]|-)", _chinese_version),
+        (r"(\d+)[vV](\d+)(?!\w)", r"\1对\2"),
+        (r"(\d{2,3})/(\d{2,3}) ?mm ?Hg", lambda match: f"{_counted(match[1])}到{_counted(match[2])}毫米汞柱"),
+        (r"(?<=血压)([是为:： ]{0,2})(\d{2,3})/(\d{2,3})(?!\d)", lambda match: f"{match[1]}{_counted(match[2])}到{_counted(match[3])}"),
+        (r"(?<=比分)([是为:： ]{0,2}\d+)[-–:：](?=\d)", r"\1比"),
+        (r"(?<=\d)[-−](?=\d+(?:\.\d+)?=)", "减"),
+        (r"(?<=[歼轰运直风征旗舟])-(?=\d)", ""),
+        (r"第2(?![\d.])", "第二"),
+        (r"7×24小时", "七乘二十四小时"),
+        (r"(?<=[点时半日月年号])[-–~～](?=\d{1,4}[点时日月年号])", "到"),
+        (r"−(?=\d)", "-"),
+        ("￥", "¥"),
+        (r"(?<=[A-Za-z])-(?=\d)", ""),
+        (r"(?<!\d)(19|20)(\d0)s(?![A-Za-z])", lambda match: f"{int(match[1]) + 1}世纪{match[2]}年代"),
+        (r"(\d+(?:\.\d+)?)%?[-–~～](\d+(?:\.\d+)?)%", r"\1%到\2%"),
+        (_CHINESE_PHONE.pattern, lambda match: re.sub("[- ()]", "", match[0]).replace("+", "加").translate(_ONE_BY_ONE)),
+        (r"(?<![\d.:：/-])(\d{1,4})[-–~～](?=\d{1,4}(?![\d:：/-]))", r"\1到"),
+        (r"(?<![\d.第])2(?=日|月|单元)", "二"),
+        (rf"(?<![\d.第])2(?=[{_TWO_OF}]|公[斤里]|年(?![代级]))", "两"),
+    )
 )
 """Readings that wetext gets wrong."""
 _QUOTES = re.compile(r"([\"\\]+)")
