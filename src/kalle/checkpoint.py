@@ -10,7 +10,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -427,6 +427,26 @@ def check_fields(config: Any, key: str) -> None:
             raise UserError(f"{path}: got {value!r}, expected {' or '.join(map(_spoken, choices))}; correct it")
         if value == "" and Path in choices:  # which would mean the current folder
             raise UserError(f"{path}: got an empty text, expected a path; give one, as {path}=DIR")
+
+
+def check_range(config: Any, key: str, *names: str, least: float = 0, most: float = math.inf, above: bool = False) -> None:
+    """A UserError that names the first of the fields ``names`` of ``config`` whose number, in a list too, is not in ``least`` .. ``most``.
+
+    ``above`` excludes ``least`` itself. None and texts are left alone; NaN is in no range.
+    """
+    lower = f"more than {least}" if above else f"at least {least}"
+    expected = lower if most == math.inf else f"{lower} and at most {most}"
+    for name in names:
+        value = getattr(config, name)
+        numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, int | float)]
+        if not all(least <= number <= most and not (above and number == least) for number in numbers):
+            got = list(value) if isinstance(value, tuple) else value
+            raise UserError(f"{f'{key}.' if key else ''}{name}: got {got}, expected {expected}; correct it")
+
+
+def as_tuple(value: Any) -> Any:
+    """A list as a tuple; anything else stays, for `check_fields` to refuse: the letters of a text are no list."""
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else value
 
 
 def check_sizes(config: Any, key: str, most: int = 2**16, **other: int) -> None:

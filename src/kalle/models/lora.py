@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kalle.checkpoint import check_fields
+from kalle.checkpoint import check_fields, check_range
 from kalle.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ class LoRAConfig:
             raise UserError(
                 f"lora: got rank={self.rank}, targets={list(self.targets)}, expected a rank of 1 or more and a target; correct it"
             )
+        check_range(self, "lora", "alpha", above=True)
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout: got {self.dropout}, expected at least 0 and less than 1; correct it")
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from kalle.checkpoint import check_fields, resolve_device
+from kalle.checkpoint import as_tuple, check_fields, check_range, resolve_device
 from kalle.data.loading.datamodules import FlowVAEDataModule, LMDataModule, Sources
 from kalle.data.loading.datasets import ShortCuts, SpeakerConfig
 from kalle.errors import UserError
@@ -68,6 +69,15 @@ class TrainerConfig:
         steps, endless = self.max_steps, self.max_steps == -1 and self.max_epochs in (None, -1)
         if steps == 0 or steps < -1 or endless:
             raise UserError(f"trainer.max_steps: got {steps}, expected at least 1 (or -1 with trainer.max_epochs); correct it")
+        if self.max_epochs != -1:
+            check_range(self, "trainer", "max_epochs", least=1)
+        counted = ("check_val_every_n_epoch", "log_every_n_steps", "accumulate_grad_batches", "num_nodes")
+        check_range(self, "trainer", *counted, least=1)
+        check_range(self, "trainer", "num_sanity_val_steps", least=-1)
+        check_range(self, "trainer", "gradient_clip_val")
+        share = isinstance(self.val_check_interval, float)
+        check_range(self, "trainer", "val_check_interval", least=0 if share else 1, most=1 if share else math.inf, above=share)
+        check_range(self, "trainer", "limit_val_batches", most=1 if isinstance(self.limit_val_batches, float) else math.inf)
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class ProgressConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "callbacks.progress")
+        check_range(self, "callbacks.progress", "log_every_seconds")
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class EMAConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "callbacks.ema")
+        check_range(self, "callbacks.ema", "decay", most=1)
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,7 @@ class ReconstructionMediaConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "callbacks.media")
+        check_range(self, "callbacks.media", "utterances")
 
 
 @dataclass(frozen=True)
@@ -113,8 +126,9 @@ class MetricsConfig:
     """How many are reconstructed and measured."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "names", as_tuple(self.names))
         check_fields(self, "callbacks.metrics")
+        check_range(self, "callbacks.metrics", "utterances", least=1)
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ class SpeechMediaConfig:
     """One sound each."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "texts", tuple(self.texts))
+        object.__setattr__(self, "texts", as_tuple(self.texts))
         check_fields(self, "callbacks.media")
 
 
@@ -181,6 +195,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
+        check_range(self, "data", "num_workers")
+        check_range(self, "data", "window_shards", least=1)
 
     def _arguments(self) -> dict[str, Any]:
         return {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
@@ -207,8 +223,11 @@ class FlowVAEDataConfig(DataConfig):
     """Shortest and longest of these silences."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gap_seconds", tuple(self.gap_seconds))
+        object.__setattr__(self, "gap_seconds", as_tuple(self.gap_seconds))
         super().__post_init__()
+        check_range(self, "data", "segment_samples", "batch_size", "hop_length", "sample_rate_hz", least=1)
+        if len(self.gap_seconds) != 2 or not 0 <= self.gap_seconds[0] <= self.gap_seconds[1]:
+            raise UserError(f"data.gap_seconds: got {list(self.gap_seconds)}, expected two numbers, 0 <= shortest <= longest; correct it")
 
     def module(self, flowvae: FlowVAEConfig, seed: int) -> FlowVAEDataModule:
         """The data module for a Flow-VAE, whose frames the crops must be cut in; UserError otherwise."""
@@ -237,6 +256,10 @@ class LMDataConfig(DataConfig):
     """Groups of like length that batches are made of."""
     speaker: SpeakerConfig | None = None
     """Crops for a model with a speaker encoder: data=lm_speaker."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "data", "max_positions", "drop_longer_than", "max_items", "buckets", least=1)
 
     def module(self, tokenizer: Tokenizer, seed: int, packing: bool) -> LMDataModule:
         """The data module that reads texts with ``tokenizer``."""
@@ -307,8 +330,10 @@ class TrainingConfig:
     callbacks: TrainingCallbacks
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "freeze", tuple(self.freeze))
+        object.__setattr__(self, "freeze", as_tuple(self.freeze))
         check_fields(self, "")
+        check_range(self, "", "seed", most=2**32 - 1)
+        check_range(self, "", "threads", least=1)
         for name in ("lm", "flowvae", "discriminators"):
             _check_parts(getattr(self, name, None), name)
 
@@ -394,6 +419,7 @@ class LMTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, "", "row_positions", least=1)
         if self.compact_vocabulary not in (True, False, "auto"):
             raise UserError(f"compact_vocabulary: got {self.compact_vocabulary!r}, expected true, false or auto; correct it")
         if self.init is not None and self.init_text is not None:

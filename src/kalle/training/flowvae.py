@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import lightning
 import torch
 from torch import Tensor, nn
 
-from kalle.checkpoint import check_fields
+from kalle.checkpoint import check_fields, check_range
 from kalle.errors import UserError
 from kalle.losses.latent import LatentHealth, flow_kl
 from kalle.losses.pitch import track_pitch
@@ -73,6 +73,8 @@ class FlowVAEObjective:
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
+        weights = [part.name for part in fields(self) if part.name.endswith("_weight")]
+        check_range(self, "objective", *weights, "feature_factor", "discriminator_start_step")
         decoded, judged = self.decoded_frames, self.judged_frames
         for name, frames in (("decoded_frames", decoded), ("judged_frames", judged)):
             if frames is not None and frames < 1:
@@ -111,6 +113,8 @@ class ClipSchedule:
 
     def __post_init__(self) -> None:
         check_fields(self, "clip")
+        check_range(self, "clip", "norm", "early", above=True)
+        check_range(self, "clip", "early_steps")
 
     def at(self, step: int) -> float:
         """The limit at ``step``."""

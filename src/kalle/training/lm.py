@@ -13,7 +13,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from kalle.checkpoint import check_fields
+from kalle.checkpoint import as_tuple, check_fields, check_range
 from kalle.errors import UserError
 from kalle.losses.latent import Direction, TextAttention, alignment_loss, next_distribution_loss, speaker_kl, stop_bce, stop_rows
 from kalle.models.lm import KalleLM
@@ -70,8 +70,10 @@ class LMObjective:
     process's on all their batches; or "rank", the average of each rank's own means, which saves one small exchange a step."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alignment_layers", tuple(self.alignment_layers))
+        object.__setattr__(self, "alignment_layers", as_tuple(self.alignment_layers))
         check_fields(self, "objective")
+        check_range(self, "objective", "end_weight", "speaker_weight", "stop_weight", "stop_positive_weight", "alignment_layers")
+        check_range(self, "objective", "speaker_drop", "input_noise", most=1)
         if self.alignment_weight < 0 or (self.alignment_weight > 0 and not self.alignment_layers):
             got = f"alignment_weight={self.alignment_weight}, alignment_layers={list(self.alignment_layers)}"
             raise UserError(f"objective: got {got}, expected a weight of 0 or more, and layers for it; correct it")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from kalle.checkpoint import check_fields
+from kalle.checkpoint import as_tuple, check_fields, check_range
 from kalle.errors import UserError
 from kalle.models.lm import KalleLM
 from kalle.models.lora import matching_parameters, merge_lora
@@ -40,7 +40,7 @@ class AdamWConfig:
     """Decoupled from the gradient."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "betas", as_tuple(self.betas))
         check_fields(self, "optimizer")
         if len(self.betas) != 2:
             raise UserError(f"optimizer.betas: got {list(self.betas)}, expected two numbers; correct it")
@@ -67,6 +67,7 @@ class WarmupCosine:
 
     def __post_init__(self) -> None:
         check_fields(self, "scheduler")
+        check_range(self, "scheduler", "warmup_steps", "final_ratio")
         if self.total_steps is not None and self.total_steps < 1:
             raise UserError(
                 f"scheduler.total_steps: got {self.total_steps}, expected at least 1; give the number of updates of the whole run"
@@ -97,6 +98,8 @@ class Exponential:
 
     def __post_init__(self) -> None:
         check_fields(self, "scheduler")
+        check_range(self, "scheduler", "warmup_steps")
+        check_range(self, "scheduler", "decay", most=1, above=True)
 
     def __call__(self, optimizer: Optimizer) -> LambdaLR:
         """The schedule of ``optimizer``, stepped at every update."""

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kalle.checkpoint import check_fields
+from kalle.checkpoint import check_fields, check_range
 from kalle.errors import UserError
 from kalle.files import DiskError
 from kalle.training.checkpointing import save_atomic
@@ -72,6 +72,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "callbacks.guard")
+        check_range(self, "callbacks.guard", "max_skipped", "keep_batches")
         for name in ("window", "warmup", "max_consecutive"):
             if getattr(self, name) < 1:
                 raise UserError(f"callbacks.guard.{name}: got {getattr(self, name)}, expected at least 1; correct it")

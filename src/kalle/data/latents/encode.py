@@ -17,7 +17,7 @@ import torch
 from lhotse.cut import Cut
 from torch import nn
 
-from kalle.checkpoint import check_fields, weights_hash, write_json
+from kalle.checkpoint import as_tuple, check_fields, check_range, weights_hash, write_json
 from kalle.data.corpus.cuts import cut_field, load_audio, load_cuts
 from kalle.data.latents.shards import (
     COMPLETED_NAME,
@@ -90,8 +90,12 @@ class JoinConfig:
     """Seed of the joinings."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gap_seconds", tuple(self.gap_seconds))
+        object.__setattr__(self, "gap_seconds", as_tuple(self.gap_seconds))
         check_fields(self, "join")
+        if len(self.gap_seconds) != 2:
+            raise UserError(
+                f"join.gap_seconds: got {list(self.gap_seconds)}, expected two numbers, the shortest and the longest; correct it"
+            )
         low, high = self.gap_seconds
         if self.passes < 0 or not 0 < self.min_seconds <= self.max_seconds or not 0 <= low <= high:
             expected = "passes >= 0, 0 < min_seconds <= max_seconds, 0 <= gap_seconds[0] <= gap_seconds[1]"
@@ -473,7 +477,7 @@ class EncodingConfig:
     out: str | Path
     """Latent folder; encode again to continue after an interruption."""
     options: EncodeConfig = field(default_factory=EncodeConfig)
-    splits: Sequence[str] = ("train", "valid", "test")
+    splits: tuple[str, ...] = ("train", "valid", "test")
     device: str = "auto"
     """auto, cpu or cuda; with several processes each has a GPU of its own."""
     rank: int | None = None
@@ -481,8 +485,10 @@ class EncodingConfig:
     world_size: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "splits", tuple(self.splits))
+        object.__setattr__(self, "splits", as_tuple(self.splits))
         check_fields(self, "")
+        check_range(self, "", "rank")
+        check_range(self, "", "world_size", least=1)
 
 
 def encode(config: EncodingConfig, report: CountProgress | None = None) -> dict[str, Any]:

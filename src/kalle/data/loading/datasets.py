@@ -18,6 +18,7 @@ from lhotse.cut import Cut
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kalle.checkpoint import check_fields, check_range
 from kalle.data.corpus.cuts import load_audio
 from kalle.data.latents.shards import LATENTS, SPEAKER_MELS, read_info, read_items
 from kalle.data.latents.storage import Folder
@@ -121,6 +122,10 @@ class SpeakerConfig:
     """Mel frames of a crop."""
     latent_dim: int | None = None
     """Size of the speaker latent; with it the batch carries the latent's noise, so that it is sampled, else its mean is used."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.speaker")
+        check_range(self, "data.speaker", "crop_frames", "latent_dim", least=1)
 
 
 class LatentDataset(Dataset):
