@@ -323,9 +323,11 @@ def _claimed_seconds(path: Path) -> float | None:
     with path.open("rb") as file:
         found = _wave_data(file)
         if found is not None:
-            layout, length, _ = found
+            layout, length, start = found
+            # The rate in bytes is wrong in files that are whole; what lies beyond the end of the file is missing whatever it says.
             bytes_a_second = int.from_bytes(layout[8:12], "little")
-            return length / bytes_a_second if bytes_a_second and length < _STREAMED_BYTES else None
+            is_short = start + length > path.stat().st_size
+            return length / bytes_a_second if bytes_a_second and length < _STREAMED_BYTES and is_short else None
         file.seek(0)
         tag = file.read(10)
         # The size of an ID3 tag has seven bits a byte.

@@ -25,7 +25,6 @@ WRONG = [
     (training.TrainerConfig, "limit_val_batches", 1.5, "expected at least 0 and at most 1"),
     (training.TrainerConfig, "check_val_every_n_epoch", 0, "trainer.check_val_every_n_epoch: got 0, expected at least 1"),
     (training.TrainerConfig, "accumulate_grad_batches", 0, "trainer.accumulate_grad_batches: got 0, expected at least 1"),
-    (training.TrainerConfig, "log_every_n_steps", 0, "trainer.log_every_n_steps: got 0, expected at least 1"),
     (training.TrainerConfig, "num_nodes", 0, "trainer.num_nodes: got 0, expected at least 1"),
     (training.TrainerConfig, "max_epochs", -2, "trainer.max_epochs: got -2, expected at least 1"),
     (training.TrainerConfig, "num_sanity_val_steps", -2, "trainer.num_sanity_val_steps: got -2, expected at least -1"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -397,6 +398,22 @@ def test_the_pitch_of_the_recording_is_learnt_and_used(make, fit) -> None:
 def test_the_energy_distance_needs_noise(toy_flowvae_config: FlowVAEConfig) -> None:
     with pytest.raises(UserError, match=r"without noise.*with_sources"):
         FlowVAEObjective(energy_weight=1.0).check_fits(toy_flowvae_config, 8)
+
+
+def test_the_energy_distance_needs_crops_as_long_as_its_windows(toy_flowvae_config: FlowVAEConfig) -> None:
+    config = dataclasses.replace(toy_flowvae_config, decoder=dataclasses.replace(toy_flowvae_config.decoder, noise=True))
+    FlowVAEObjective(energy_weight=1.0, decoded_frames=13).check_fits(config, 20)
+    with pytest.raises(UserError, match="got 1920 samples of a crop to compare, expected at least 2048"):
+        FlowVAEObjective(energy_weight=1.0, decoded_frames=12).check_fits(config, 20)
+
+
+def test_harmonics_without_noise_learn_their_pitch(make, batches, fit) -> None:
+    module, recorder = make(judged=False), Recorder()
+    config = module.flowvae.config
+    torch.manual_seed(0)
+    module.flowvae = FlowVAE(dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, harmonics=True)))
+    fit(module, batches, 1, callbacks=[recorder])
+    assert "train/pitch" in recorder.metrics[0]
 
 
 def test_frames_outside_of_the_window_get_no_gradient(make, batches) -> None:

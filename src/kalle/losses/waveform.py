@@ -14,6 +14,7 @@ from kalle.errors import UserError
 from kalle.models.mel import MAGNITUDE_EPSILON, LogMel, MelConfig
 
 __all__ = ["LogMel", "MelConfig", "MelL1", "MultiScaleMel", "SpectralEnergyDistance", "mel_l1", "multi_scale_configs"]
+ENERGY_WINDOWS = (128, 256, 512, 1024, 2048)
 _ENERGY_FLOOR = 3e-4
 
 
@@ -116,7 +117,7 @@ class SpectralEnergyDistance(nn.Module):
     def __init__(
         self,
         sample_rate: int = 16000,
-        windows: Sequence[int] = (128, 256, 512, 1024, 2048),
+        windows: Sequence[int] = ENERGY_WINDOWS,
         mel_windows: Sequence[int] = (256, 512, 1024),
         n_mels: Sequence[int] = (40, 80, 100),
     ) -> None:

@@ -230,7 +230,9 @@ def _short_date(match: re.Match[str]) -> str:
 def _season(match: re.Match[str]) -> str:
     """A year and the last two digits of the next one."""
     first, second = int(match[1]), int(match[2])
-    return match[0] if (first + 1) % 100 != second else f"{year(first)} {year(first + 1) if second == 0 else cardinal(second)}"
+    if (first + 1) % 100 != second:
+        return match[0]
+    return f"{year(first)} to {year(first + 1)}" if second < 10 else f"{year(first)} {cardinal(second)}"
 
 
 def _days(match: re.Match[str]) -> str:
@@ -246,7 +248,8 @@ def _groups(match: re.Match[str]) -> str:
 def _two_numbers(match: re.Match[str]) -> str:
     """Two numbers with a hyphen: a range or score, or the name of a model, such as 747-400 and i7-12700."""
     before, first, second = match.string[: match.start()][-1:], match[1].rstrip(_NO_YEAR), match[2]
-    falling = len(first) >= 3 and len(second) >= 3 and float(first) > float(second)
+    counted = re.match(r" ?(?:BCE?|[a-z])", match.string[match.end() :].lstrip("0123456789,.")) is not None
+    falling = len(first) >= 3 and len(second) >= 3 and float(first) > float(second) and not counted
     return f"{match[1]}{' ' if before.isalpha() or falling else ' to '}"
 
 
@@ -427,7 +430,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (_PHONE, _phone),
         (r"(?<![\w.-])1-(\d)00-(?=[A-Z]{3,}\b)", lambda m: f"one {cardinal(int(m[1]))} hundred "),
         (r"(?<=\bISBN )\d{9,13}X?\b|(?<=\bISBN: )\d{9,13}X?\b", lambda m: digits(m[0].rstrip("X")) + (" X" if m[0][-1] == "X" else "")),
-        (rf"(?<![\w.,:/$£€-])911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w))", "nine one one"),
+        (rf"(?<=\b[Cc]alled |\b[Dd]ialed )911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w))|^911(?=[.!?]?$)", "nine one one"),
         (r"(?<=\b[Cc]all )(?:\d{3})\b(?![-,.:%]?\d)|(?<=\b[Dd]ial )(?:\d{3})\b", lambda m: digits(m[0])),
         (r"\b([Rr]oom|[Ff]light|[Hh]ighway|[Ss]uite) (\d{3})\b", _hundreds),
         (r"\b(\d\d?)\.(\d\d?)\.(\d{4})\b", lambda m: _numeric_date(m[3], m[2], m[1], m[0])),

@@ -16,6 +16,7 @@ from kalle.errors import UserError
 from kalle.losses.latent import LatentHealth, flow_kl
 from kalle.losses.pitch import track_pitch
 from kalle.losses.waveform import (
+    ENERGY_WINDOWS,
     LogMel,
     MelConfig,
     MelL1,
@@ -91,6 +92,12 @@ class FlowVAEObjective:
             raise UserError(
                 f"objective.energy_weight: got {self.energy_weight} for a decoder without noise, which decodes a crop the same way twice; "
                 "set flowvae.decoder.noise=true (FlowVAE.with_sources gives it to trained weights), or the weight to 0"
+            )
+        compared = (self.decoded_frames or frames) * flowvae.hop_length
+        if self.energy_weight and compared < max(ENERGY_WINDOWS):
+            raise UserError(
+                f"objective.energy_weight: got {compared} samples of a crop to compare, expected at least {max(ENERGY_WINDOWS)}, "
+                "its longest window; raise objective.decoded_frames or data.segment_samples"
             )
         for name, wanted in (("decoded_frames", self.decoded_frames), ("judged_frames", self.judged_frames)):
             if wanted is not None and wanted > frames:
@@ -195,8 +202,8 @@ class FlowVAETraining(lightning.LightningModule):
         return FrameWindow(torch.tensor(starts, device=self.device), frames)
 
     def _noise_starts(self, batch: WaveBatch, purpose: str = "decoder noise") -> Tensor | None:
-        """A random place in the decoder's own noise for each row, or the discriminators would come to know it; None without noise."""
-        if not self.flowvae.has_noise:
+        """A random place in the decoder's own noise for each row, or the discriminators would come to know it; None without sources."""
+        if not self.flowvae.has_noise and not self.flowvae.config.has_harmonics:
             return None
         return torch.tensor([derived_seed(purpose, *key) % NOISE_FRAMES for key in self._keys(batch)], device=self.device)
 

@@ -408,11 +408,13 @@ def _header_without_audio(path: Path, rows: Sequence[tuple[int, list[str]]]) -> 
 
 
 def _is_header_of(path: Path, rows: Sequence[tuple[int, list[str]]], at: int) -> bool:
-    """Whether the first row can be no data: its cell ``at`` names no recording, but such a column, or all the other rows do name one."""
+    """Whether the first row can be no data: its cell ``at`` names no recording but a column, or no file where all others do."""
     cells = [row[at].strip() if at < len(row) else "" for _, row in rows]
     if len(cells) < 2 or _is_recording(path, cells[0]):
         return False
-    return _kinds(cells[:1])[1] == ["audio"] or all(cell and is_file(_located(path, cell)) for cell in cells[1:])
+    return _kinds(cells[:1])[1] == ["audio"] or (
+        not Path(cells[0]).suffix and all(cell and is_file(_located(path, cell)) for cell in cells[1:])
+    )
 
 
 def _given(columns: Sequence[str]) -> list[str]:

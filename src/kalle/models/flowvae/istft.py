@@ -69,9 +69,9 @@ class HarmonicsState:
     """Where the harmonics of B signals are."""
 
     phase: Tensor
-    """Of the fundamental at the centre of the last frame, in radians, (B,), fp64; a frame before the first is at 0."""
+    """Of the fundamental at the centre of the last frame, in radians, (B,), fp64 (fp32 on MPS); a frame before the first is at 0."""
     pitch: Tensor
-    """Of the last frame, in bins, (B,), fp64; 0 before the first frame, which then begins at the phase."""
+    """Of the last frame, in bins, (B,), of the same dtype; 0 before the first frame, which then begins at the phase."""
 
 
 class ISTFTHead(nn.Module):
@@ -133,7 +133,9 @@ class ISTFTHead(nn.Module):
 
     def start(self, batch: int) -> HarmonicsState:
         """The harmonics before the first frame of ``batch`` signals."""
-        nothing = torch.zeros(batch, dtype=torch.float64, device=self.window.device)
+        # Apple's devices have no fp64; phases begin anew in pauses, so fp32 is as good there as rounding allows.
+        dtype = torch.float32 if self.window.device.type == "mps" else torch.float64
+        nothing = torch.zeros(batch, dtype=dtype, device=self.window.device)
         return HarmonicsState(nothing, nothing)
 
     def log_pitch(self, x: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ class ISTFTHead(nn.Module):
             log_filter, turn = in_full_precision(self.harmonics, x.transpose(1, 2)).float().chunk(2, dim=-1)
             with torch.no_grad():
                 predicted = self.log_pitch(x).exp()
-                chosen = (predicted if pitch is None else torch.where(pitch.isnan(), predicted, pitch)).double()
+                chosen = (predicted if pitch is None else torch.where(pitch.isnan(), predicted, pitch)).to(state.phase.dtype)
                 quiet = log_filter[..., 1 : self.n_fft // 8].mean(dim=-1) < _QUIET_LOG_HARMONICS
                 phases = self._phases(chosen, quiet, state)
                 lines = harmonic_lines(chosen.float(), phases.float(), self.n_fft)
