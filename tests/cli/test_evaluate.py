@@ -114,6 +114,8 @@ def test_a_check_loads_everything_and_writes_nothing(
     kept = [word for word in words if word != "~metrics.sim"]
     with pytest.raises(UserError, match=r"nowhere\.pth"):
         run(["kind=synthesis", f"model={weights}", "metrics.sim.model=wavlm", "metrics.sim.checkpoint=nowhere.pth", *kept])
+    with pytest.raises(UserError, match=r"nowhere\.wav"):
+        run(["kind=synthesis", f"model={weights}", "synthesis.prompt_audio=nowhere.wav", "synthesis.prompt_text=x", *words])
     assert not out.exists()
 
 

@@ -117,8 +117,8 @@ def test_trained_weights_get_sources(toy_flowvae_config: FlowVAEConfig, tmp_path
     torch.manual_seed(1)
     plain = FlowVAE(toy_flowvae_config).eval()
     fuller = plain.with_sources()
-    assert (plain.has_noise, plain.config.has_harmonics) == (False, False)
-    assert (fuller.has_noise, fuller.config.has_harmonics) == (True, True)
+    assert (plain.config.has_noise, plain.config.has_harmonics) == (False, False)
+    assert (fuller.config.has_noise, fuller.config.has_harmonics) == (True, True)
     assert not fuller.training
     fuller.save_pretrained(tmp_path)
     loaded = FlowVAE.from_pretrained(tmp_path)

@@ -218,14 +218,14 @@ class Dtypes:
         self.seen: dict[str, set[torch.dtype]] = {}
         judge = module.discriminators.mrd.discriminators[0]
         flowvae = module.flowvae
-        watched = {"mel": module.mel_loss, "decoder": flowvae.decoder, "encoder": flowvae.encoder, "flow": flowvae.flow}
+        watched = {"mel": module.mel_loss, "decoder": flowvae.decoder.head, "encoder": flowvae.encoder, "flow": flowvae.flow}
         for name, part in {**watched, "judge conv": judge.convs[0], "encoder conv": flowvae.encoder.stages[0].down}.items():
             part.register_forward_hook(lambda part, inputs, output, name=name: self.note(name, inputs, output))
         spectrogram = judge.spectrogram
         judge.spectrogram = lambda wav: self.returned("spectrogram", wav, spectrogram(wav))
 
     def note(self, name: str, inputs: Any, output: Any) -> None:
-        self.seen.setdefault(f"{name} in", set()).update(tensor.dtype for tensor in inputs)
+        self.seen.setdefault(f"{name} in", set()).update(tensor.dtype for tensor in inputs if isinstance(tensor, Tensor))
         self.seen.setdefault(f"{name} out", set()).add(output.dtype)
 
     def returned(self, name: str, given: Tensor, value: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def test_windows_are_cut_from_the_recording_where_they_were_decoded(make, batche
     """The encoder has the whole crop; decoder and mel loss have some of its frames, the discriminators some of those."""
     module, seen, compared, heard = make(decoded_frames=8, judged_frames=5), [], [], []
     hop, batch = module.flowvae.config.hop_length, batches[0]
-    module.flowvae.decoder.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].detach().transpose(1, 2)))
+    module.flowvae.decoder.conv_in.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].detach().transpose(1, 2)))
     module.flowvae.encoder.register_forward_hook(lambda part, inputs, output: seen.append(inputs[0]))
     module.mel_loss.register_forward_hook(lambda part, inputs, output: compared.append(inputs))
     module.discriminators.register_forward_hook(lambda part, inputs, output: heard.append(inputs[0].detach()))
@@ -354,7 +354,6 @@ def test_windows_reach_every_place_and_depend_on_epoch_and_crop_alone(make, batc
 
 def test_the_noise_of_a_decoder_begins_elsewhere_in_each_crop_and_epoch(make, batches, fit, toy_flowvae_config) -> None:
     module, starts = make(judged=False), []
-    assert module._noise_starts(batches[0]) is None, "no noise, no place in it"
     module.flowvae = module.flowvae.with_sources()
     module.flowvae.decoder.head.register_forward_hook(lambda part, inputs, output: starts.append(inputs[1].tolist()))
     fit(module, batches[:1], 2)

@@ -166,6 +166,18 @@ def test_a_run_goes_on_with_what_it_began_with(
     assert train_lm(dataclasses.replace(other, allow_changes=True, trainer=longer), loggers=[]).trainer.global_step == 3
 
 
+def test_a_run_of_an_older_version_had_the_defaults_of_what_it_did_not_know(lm_config: LMTrainingConfig, tmp_path: Path) -> None:
+    train_lm(lm_config, loggers=[])
+    path = tmp_path / "run" / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "input_noise" not in line))
+    assert len(path.read_text().splitlines()) < len(lines)
+    train_lm(lm_config, loggers=[])
+    other = dataclasses.replace(lm_config, objective=dataclasses.replace(lm_config.objective, input_noise=0.25))
+    with pytest.raises(UserError, match=r"objective\.input_noise was .* and is 0\.25"):
+        train_lm(other, loggers=[])
+
+
 def test_weights_that_are_no_numbers_are_not_exported(lm_config: LMTrainingConfig, tmp_path: Path) -> None:
     parts = LMCallbacks(guard=None, ema=None)
     with pytest.raises(UserError):

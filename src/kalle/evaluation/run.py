@@ -37,7 +37,7 @@ from kalle.files import fingerprint, output_folder
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import SUFFIX as VOICE_SUFFIX
-from kalle.synthesis.voice import VOICES_FOLDER
+from kalle.synthesis.voice import VOICES_FOLDER, Voice
 from kalle.synthesis.weights import TOKENIZER_FOLDER, resolve_weights
 from kalle.text.tokenizer import PHONEMES_NAME, TOKENIZER_NAME
 
@@ -156,7 +156,7 @@ def _everything_is_there(config: EvaluateConfig, languages: Sequence[str], test_
     if config.model is not None and config.kind == "reconstruction":
         FlowVAE.from_pretrained(config.model, rank_device(config.device))
     elif config.model is not None and config.kind == "synthesis":
-        Kalle.from_pretrained(config.model, str(rank_device(config.device)), config.dtype, config.quantize)
+        _speaker(config)
     return f"all is there: {len(test_list.items)} items of '{test_list.source}', {config.kind} of '{config.source}', metrics {names}"
 
 
@@ -183,9 +183,15 @@ def _score(config: EvaluateConfig, items: Sequence[TestItem], pool: ScoringPool,
         return evaluate_reconstruction(
             flowvae, items, pool, config.out, sample=options.sample, seed=options.seed, settings=settings, journal=journal
         )
-    kalle, speaking = Kalle.from_pretrained(config.model, str(device), config.dtype, config.quantize), config.synthesis
-    voice = None if speaking.prompt_audio is None else kalle.voice(speaking.prompt_audio, speaking.prompt_text)
-    return evaluate_synthesis(kalle, items, pool, config.out, config=speaking, voice=voice, settings=settings, journal=journal)
+    kalle, voice = _speaker(config)
+    return evaluate_synthesis(kalle, items, pool, config.out, config=config.synthesis, voice=voice, settings=settings, journal=journal)
+
+
+def _speaker(config: EvaluateConfig) -> tuple[Kalle, Voice | None]:
+    """The model that speaks, and the voice of ``synthesis.prompt_audio`` where there is one."""
+    assert config.model is not None
+    kalle, speaking = Kalle.from_pretrained(config.model, str(rank_device(config.device)), config.dtype, config.quantize), config.synthesis
+    return kalle, None if speaking.prompt_audio is None else kalle.voice(speaking.prompt_audio, speaking.prompt_text)
 
 
 def _context(config: EvaluateConfig, test_list: TestList, digest: str | None) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def _groups(match: re.Match[str]) -> str:
 def _two_numbers(match: re.Match[str]) -> str:
     """Two numbers with a hyphen: a range or score, or the name of a model, such as 747-400 and i7-12700."""
     before, first, second = match.string[: match.start()][-1:], match[1].rstrip(_NO_YEAR), match[2]
-    counted = re.match(r" ?(?:BCE?|[a-z])", match.string[match.end() :].lstrip("0123456789,.")) is not None
+    counted = re.match(rf" ?(?:BCE?|{_UNIT})(?!\w)", match.string[match.end() :].lstrip("0123456789,.")) is not None
     falling = len(first) >= 3 and len(second) >= 3 and float(first) > float(second) and not counted
     return f"{match[1]}{' ' if before.isalpha() or falling else ' to '}"
 

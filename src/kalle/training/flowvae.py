@@ -201,21 +201,21 @@ class FlowVAETraining(lightning.LightningModule):
         starts = [derived_seed(purpose, *key) % (of - frames + 1) for key in self._keys(batch)]
         return FrameWindow(torch.tensor(starts, device=self.device), frames)
 
-    def _noise_starts(self, batch: WaveBatch, purpose: str = "decoder noise") -> Tensor | None:
-        """A random place in the decoder's own noise for each row, or the discriminators would come to know it; None without sources."""
-        if not self.flowvae.has_noise and not self.flowvae.config.has_harmonics:
-            return None
+    def _noise_starts(self, batch: WaveBatch, purpose: str = "decoder noise") -> Tensor:
+        """A random place in the decoder's own noise for each row, or the discriminators would come to know it."""
         return torch.tensor([derived_seed(purpose, *key) % NOISE_FRAMES for key in self._keys(batch)], device=self.device)
 
     def training_step(self, batch: WaveBatch, batch_idx: int) -> None:
         """One update of each side. ``wav`` is a whole number of frames long."""
         unit = self.flowvae.config.hop_length
         decoded = self._window("decoded", batch, self._frames(batch), self.objective.decoded_frames)
-        noise, first = self.noise(batch).to(self.device), self._noise_starts(batch)
+        noise, start = self.noise(batch).to(self.device), self._noise_starts(batch)
         second = self._noise_starts(batch, "decoder noise again") if self.objective.energy_weight else None
         real = batch.wav[:, : self._frames(batch) * unit] if decoded is None else decoded.of(batch.wav, unit)
         pitch = self._pitch(real)
-        output: FlowVAEOutput = self.flowvae(batch.wav, noise=noise, window=decoded, first=first, second=second, pitch=pitch)
+        output: FlowVAEOutput = self.flowvae(
+            batch.wav, noise=noise, window=decoded, noise_start=start, second_noise_start=second, pitch=pitch
+        )
         judged = self._window("judged", batch, output.wav.shape[1] // unit, self.objective.judged_frames)
         losses: dict[str, Tensor] = {}
         if self.adversarial:
@@ -228,10 +228,11 @@ class FlowVAETraining(lightning.LightningModule):
             scheduler.step()
 
     def _pitch(self, real: Tensor) -> Tensor | None:
-        """Pitch of the recordings (B, STFT frames), in bins, for a decoder with harmonics."""
+        """Pitch of the recordings (B, STFT frames), in bins, NaN where unvoiced; None for a decoder without harmonics."""
         config = self.flowvae.config
-        if not isinstance(config.decoder, ISTFTConfig) or not config.decoder.harmonics:
+        if not config.has_harmonics:
             return None
+        assert isinstance(config.decoder, ISTFTConfig), config.decoder
         hertz = track_pitch(real, config.decoder.hop_length_stft, config.sample_rate)
         return hertz * (config.decoder.n_fft / config.sample_rate)
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -127,7 +127,8 @@ def _fit(
     if checkpoint is not None:
         check_checkpoint(checkpoint, module)
         if not config.allow_changes:
-            check_unchanged(checkpoint, values)
+            objective = getattr(config, "objective", None)
+            check_unchanged(checkpoint, values, {} if objective is None else asdict(type(objective)()))
     used = _loggers(config, checkpoint) if loggers is None else list(loggers)
     logged: Any = [*used, LogTail()] if used else False
     trainer = _trainer(config, device, precision, strategy, logged, [*_callbacks(config, used), *callbacks])
@@ -164,10 +165,11 @@ def _only_training(out: Path) -> Iterator[None]:
         yield
 
 
-def check_unchanged(checkpoint: Path, values: Mapping[str, Any]) -> None:
+def check_unchanged(checkpoint: Path, values: Mapping[str, Any], objective: Mapping[str, Any]) -> None:
     """A UserError that lists what of data, seed and objective the run of ``checkpoint`` had otherwise than ``values`` has.
 
-    They are compared with the config.yaml of that run; one that is not there, or cannot be read, is reported and compares nothing.
+    They are compared with the config.yaml of that run, in which keys of the objective that its version did not know yet have the defaults
+    ``objective``; one that is not there, or cannot be read, is reported and compares nothing.
     """
     path = checkpoint.absolute().parent.parent / CONFIG_FILE
     try:
@@ -181,6 +183,7 @@ def check_unchanged(checkpoint: Path, values: Mapping[str, Any]) -> None:
         old, new = before.get(name), values.get(name)
         pairs = [(name, old, new)]
         if isinstance(old, dict) and isinstance(new, Mapping):
+            old = {**objective, **old} if name == "objective" else old
             pairs = [(f"{name}.{key}", old[key], new[key]) for key in new if key in old and key not in _LOADING]
         changed += [f"{key} was {was} and is {now}" for key, was, now in pairs if not _same(was, now)]
     contents, starts = data_contents(values), _earlier(path.with_name(RECORD_NAME))

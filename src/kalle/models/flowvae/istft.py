@@ -27,6 +27,16 @@ NOISE_FRAMES = 512
 """STFT frames after which the noise of a head begins again: five seconds at 100 Hz."""
 _INITIAL_LOG_NOISE = -4.0
 """The noise of a head starts below what is heard of speech."""
+_INITIAL_LOG_HARMONICS = -3.0
+"""The harmonics of a head start below what is heard of speech, too."""
+_QUIET_LOG_HARMONICS = -7.0
+"""Mean log-magnitude in the lowest quarter of the bins in pauses. At -4, which frames within words reach too, DistillMOS was 0.15 lower."""
+_MEAN_LOG_PITCH, _LOG_PITCH_RANGE = math.log(8.0), math.log(4.0)
+"""Of the predicted pitch, in nepers of bins: 200 Hz with 640 samples at 16 kHz, and two octaves to both sides."""
+_LOBE = 2.0
+"""Half the width of a Hann window's main lobe, in bins."""
+_BESIDE = 1e-3
+"""Bins by which the transform of a window is evaluated beside its two removable singularities."""
 
 
 class ConvNeXtBlock(nn.Module):
@@ -51,17 +61,6 @@ class ConvNeXtBlock(nn.Module):
         inner = self.norm(x.transpose(1, 2))
         inner = self.narrow(F.gelu(self.widen(inner)))
         return (self.scale * inner).transpose(1, 2)
-
-
-_INITIAL_LOG_HARMONICS = -3.0
-"""The harmonics of a head start below what is heard of speech, too."""
-_QUIET_LOG_HARMONICS = -7.0
-"""Mean log-magnitude in the lowest quarter of the bins in pauses. At -4, which frames within words reach too, DistillMOS was 0.15 lower."""
-_MEAN_LOG_PITCH, _LOG_PITCH_RANGE = math.log(8.0), math.log(4.0)
-"""Of the predicted pitch, in nepers of bins: 200 Hz with 640 samples at 16 kHz, and two octaves to both sides."""
-_LOBE = 2.0
-"""Half the width of a Hann window's main lobe, in bins."""
-_BESIDE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ class ISTFTHead(nn.Module):
         """
         return (self.n_fft - self.hop_length) // 2
 
-    def forward(self, x: Tensor, first: int | Tensor = 0, pitch: Tensor | None = None) -> Tensor:
-        frames, _ = self.frames(x, first, pitch=pitch)
+    def forward(self, x: Tensor, noise_start: int | Tensor = 0, pitch: Tensor | None = None) -> Tensor:
+        frames, _ = self.frames(x, noise_start, pitch=pitch)
         kept = slice(self.trim, self.trim + frames.shape[1] * self.hop_length)
         return self.overlap_add(frames)[:, kept] / self.envelope(frames.shape[1])[:, kept].clamp(min=MIN_ENVELOPE)
 
@@ -145,12 +144,12 @@ class ISTFTHead(nn.Module):
         return _MEAN_LOG_PITCH + value.clamp(-_LOG_PITCH_RANGE, _LOG_PITCH_RANGE)
 
     def frames(
-        self, x: Tensor, first: int | Tensor = 0, state: HarmonicsState | None = None, pitch: Tensor | None = None
+        self, x: Tensor, noise_start: int | Tensor = 0, state: HarmonicsState | None = None, pitch: Tensor | None = None
     ) -> tuple[Tensor, HarmonicsState]:
         """Windowed frames (B, N, n_fft) of the hidden frames (B, C, N), and the state after them.
 
-        ``first``, or (B,) of them, is the place of the first frame in the noise; ``state`` is that of the harmonics before it. ``pitch``
-        (B, N) in bins takes the place of the predicted one where it is not NaN.
+        ``noise_start``, or (B,) of them, is the place of the first frame in the noise; ``state`` is that of the harmonics before it.
+        ``pitch`` (B, N) in bins takes the place of the predicted one where it is not NaN.
         """
         state = self.start(len(x)) if state is None else state
         parameters = in_full_precision(self.project, x.transpose(1, 2))
@@ -159,7 +158,7 @@ class ISTFTHead(nn.Module):
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
         if self.noise is not None:
             level = in_full_precision(self.noise, x.transpose(1, 2)).float().clamp(max=_MAX_LOG_MAGNITUDE).exp()
-            places = torch.as_tensor(first, device=x.device)[..., None] + torch.arange(x.shape[-1], device=x.device)
+            places = torch.as_tensor(noise_start, device=x.device)[..., None] + torch.arange(x.shape[-1], device=x.device)
             spectrum = spectrum + level * torch.view_as_complex(self.white[places % NOISE_FRAMES].float())
         if self.harmonics is not None:
             log_filter, turn = in_full_precision(self.harmonics, x.transpose(1, 2)).float().chunk(2, dim=-1)
@@ -211,7 +210,6 @@ def harmonic_lines(pitch: Tensor, phase: Tensor, n_fft: int) -> Tensor:
     lines = torch.zeros(1, dtype=torch.complex64, device=pitch.device)
     for number, rotated in ((nearest - 1, line * turn.conj()), (nearest, line), (nearest + 1, line * turn)):
         offset = bins - number * pitch
-        # Beside the two places where the quotient is 0 / 0; there it is as smooth as elsewhere.
         offset = offset + _BESIDE * ((offset == 0) | (offset.abs() == 1))
         lobe = torch.sinc(offset) / (1 - offset.square())
         audible = (number >= 1) & (number * pitch < n_fft // 2) & (offset.abs() < _LOBE)
@@ -245,12 +243,12 @@ class ISTFTDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.channels, eps=1e-6)
         self.head = ISTFTHead(config.channels, config.n_fft, config.hop_length_stft, config.noise, config.harmonics)
 
-    def forward(self, z: Tensor, first: int | Tensor = 0, pitch: Tensor | None = None) -> Tensor:
-        """``first``, or (B,) of them, is the STFT frame of the noise that the signal begins with, where the decoder has noise.
+    def forward(self, z: Tensor, noise_start: int | Tensor = 0, pitch: Tensor | None = None) -> Tensor:
+        """``noise_start``, or (B,) of them, is the STFT frame of the noise that the signal begins with, where the decoder has noise.
 
         ``pitch`` (B, STFT frames), in bins, takes the place of the predicted one where it is not NaN.
         """
-        return self.head(self.hidden(z), first, pitch)
+        return self.head(self.hidden(z), noise_start, pitch)
 
     def hidden(self, z: Tensor) -> Tensor:
         """The frames (B, C, N) that the head gets."""

@@ -221,11 +221,6 @@ class FlowVAE(nn.Module):
         else:
             self.decoder = ISTFTDecoder(config.decoder, config.latent_dim)
 
-    @property
-    def has_noise(self) -> bool:
-        """Whether the decoder adds noise."""
-        return self.config.has_noise
-
     def with_sources(self) -> FlowVAE:
         """The same weights in a Flow-VAE whose inverse-STFT decoder has noise and harmonics, as a start for training them.
 
@@ -281,28 +276,25 @@ class FlowVAE(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         window: FrameWindow | None = None,
-        first: Tensor | None = None,
-        second: Tensor | None = None,
+        noise_start: int | Tensor = 0,
+        second_noise_start: Tensor | None = None,
         pitch: Tensor | None = None,
     ) -> FlowVAEOutput:
         """Encode ``wav`` (B, S), sample once (``noise`` (B, T, D) or ``generator``), and send the sample to decoder and flow.
 
-        With ``window`` the decoder gets those frames of each row alone; encoder and flow have all. ``first`` (B,) is the frame of its own
-        noise that a decoder with noise begins with; with ``second`` (B,) it decodes once more from there. ``pitch`` (B, STFT frames), in
-        bins, takes the place of the predicted one where it is not NaN.
+        With ``window`` the decoder gets those frames of each row alone; encoder and flow have all. The rest is for inverse-STFT decoders:
+        ``noise_start`` (B,) is the STFT frame of its own noise that it begins with; with ``second_noise_start`` (B,) it decodes once more
+        from there; ``pitch`` (B, STFT frames), in bins, takes the place of the predicted one where it is not NaN.
         """
         posterior = self.encode(wav)
         z = posterior.sample(noise, generator=generator)
-        decoded = z if window is None else window.of(z)
-        if first is None:
-            return FlowVAEOutput(posterior, z, self.to_prior(z), self.decoder(decoded.transpose(1, 2)))
-        places = first if second is None else torch.cat([first, second])
-        assert isinstance(self.decoder, ISTFTDecoder), type(self.decoder)
-        hidden, times = self.decoder.hidden(decoded.transpose(1, 2)), len(places) // len(z)
-        given = None if pitch is None else pitch.repeat(times, 1)
-        one, *other = self.decoder.head(hidden.repeat(times, 1, 1), places, given).split(len(z))
-        log_pitch = self.decoder.head.log_pitch(hidden) if self.config.has_harmonics else None
-        return FlowVAEOutput(posterior, z, self.to_prior(z), one, other[0] if other else None, log_pitch)
+        prior, latents = self.to_prior(z), (z if window is None else window.of(z)).transpose(1, 2)
+        if not isinstance(self.decoder, ISTFTDecoder):
+            return FlowVAEOutput(posterior, z, prior, self.decoder(latents))
+        head, hidden = self.decoder.head, self.decoder.hidden(latents)
+        second = None if second_noise_start is None else head(hidden, second_noise_start, pitch)
+        log_pitch = head.log_pitch(hidden) if self.config.has_harmonics else None
+        return FlowVAEOutput(posterior, z, prior, head(hidden, noise_start, pitch), second, log_pitch)
 
     def encode(self, wav: Tensor) -> DiagGaussian:
         """Posterior of ``wav`` (B, S) as (B, T, D); T follows from the convolutions, nothing is padded.
