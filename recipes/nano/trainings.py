@@ -13,7 +13,7 @@ from kalle.checkpoint import CONFIG_NAME, part_folder, read_json, write_json
 from kalle.cli.main import dispatch
 from kalle.cli.stages import Stages
 from kalle.errors import UserError
-from kalle.models.flowvae import FlowVAE
+from kalle.models.flowvae import FlowVAE, FlowVAEConfig
 
 logger = logging.getLogger("nano")
 
@@ -77,7 +77,7 @@ class Training:
     def run(self) -> None:
         """Every training, and what lies between."""
         if self.flowvae_steps:
-            start = [] if self.start is None else [f"init={self.start}"]
+            start = [] if self.start is None else [f"init={self.start}", *self._energy(self.start)]
             self._train_flowvae("flowvae", "nano_flowvae", self.flowvae_steps, *start)
         if self.decoder_steps:
             fuller = self.out / "flowvae-sources"
@@ -100,6 +100,11 @@ class Training:
             start = [f"init={first / 'weights'}"]
         whole = [f"out={self.out / 'lm'}", f"trainer.max_steps={self.lm_steps - short}", *start, *self.common]
         self.stages.command("train lm", *run, *whole)
+
+    def _energy(self, start: Path) -> list[str]:
+        """The energy distance where the decoder of ``start`` has noise, which mel losses alone would drive out."""
+        path = part_folder(start, "flowvae") / CONFIG_NAME
+        return ["objective.energy_weight=3.0"] if FlowVAEConfig.from_dict(read_json(path), str(path)).has_noise else []
 
     def _train_flowvae(self, name: str, experiment: str, steps: int, *more: str) -> None:
         run = [f"experiment={experiment}", f"data.corpus={_listed(self.corpora)}", f"out={self.out / name}", f"trainer.max_steps={steps}"]

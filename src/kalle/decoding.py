@@ -318,14 +318,19 @@ def cut_short(path: Path, seconds: float) -> str:
     return f"cut short: got {seconds:.2f} s of '{path}', expected the {claimed:.2f} s that its header says; fetch it again"
 
 
+_UNCOMPRESSED = (1, 3, 0xFFFE)
+"""Kinds of WAV files whose blocks are one sample of every channel: integers, floats, and either with an extended header."""
+
+
 def _claimed_seconds(path: Path) -> float | None:
     """The length that the header of a WAV or MP3 file states, also where the file has less; None where it states none."""
     with path.open("rb") as file:
         found = _wave_data(file)
         if found is not None:
             layout, length, start = found
-            # The rate in bytes is wrong in files that are whole; what lies beyond the end of the file is missing whatever it says.
-            bytes_a_second = int.from_bytes(layout[8:12], "little")
+            kind, rate, stated, block = (int.from_bytes(layout[at:end], "little") for at, end in ((0, 2), (4, 8), (8, 12), (12, 14)))
+            # Some recorders state a wrong rate in bytes; where samples have one size each it follows from the other numbers.
+            bytes_a_second = rate * block if kind in _UNCOMPRESSED else stated
             is_short = start + length > path.stat().st_size
             return length / bytes_a_second if bytes_a_second and length < _STREAMED_BYTES and is_short else None
         file.seek(0)

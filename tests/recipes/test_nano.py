@@ -18,6 +18,7 @@ from kalle.cli.hydra_entry import compose, folder_override
 from kalle.cli.stages import Stages
 from kalle.errors import UserError
 from kalle.evaluation.test_list import TestItem
+from kalle.models.flowvae import FlowVAE
 from kalle.models.lm import ATTENTION
 
 ROOT = Path(__file__).parents[2]
@@ -310,6 +311,17 @@ def test_a_continuation_starts_from_weights_and_skips_what_has_no_steps(recipe: 
     assert f"flowvae={start}" in asked["encode hibari"]
     assert {f"init={start}", f"flowvae={start}"} <= set(asked["train lm"])
     assert "train lm short" not in asked
+
+
+def test_a_decoder_with_noise_keeps_it_when_all_is_trained_on(recipe: Any, tmp_path: Path, toy_weights: Path) -> None:
+    fuller = tmp_path / "fuller"
+    FlowVAE.from_pretrained(toy_weights).with_sources().save_pretrained(fuller)
+    (fuller / "lm").symlink_to(toy_weights / "lm")
+    for folder, weight in ((toy_weights, 0.0), (fuller, 3.0)):
+        asked = trained(
+            recipe, command_line(recipe, "--out", str(tmp_path / "out"), "--continue-from", str(folder), "--steps", "5", "0", "5")
+        )
+        assert compose("train_flowvae", asked["train flowvae"][2:]).objective.energy_weight == weight
 
 
 @pytest.mark.parametrize("words", [["--steps", "0", "1", "1"], ["--steps", "1", "1", "0"], ["--continue-from", "nowhere"]])

@@ -18,6 +18,7 @@ from kalle.training.optimisation import AdamWConfig, Exponential, WarmupCosine
 from kalle.training.update_guard import GuardConfig
 
 WRONG = [
+    (training.TrainerConfig, "log_every_n_steps", -1, "trainer.log_every_n_steps: got -1, expected at least 0"),
     (training.TrainerConfig, "val_check_interval", 0, "trainer.val_check_interval: got 0, expected at least 1"),
     (training.TrainerConfig, "val_check_interval", 0.0, "trainer.val_check_interval: got 0.0, expected more than 0 and at most 1"),
     (training.TrainerConfig, "val_check_interval", 1.5, "expected more than 0 and at most 1"),

@@ -248,7 +248,10 @@ def _groups(match: re.Match[str]) -> str:
 def _two_numbers(match: re.Match[str]) -> str:
     """Two numbers with a hyphen: a range or score, or the name of a model, such as 747-400 and i7-12700."""
     before, first, second = match.string[: match.start()][-1:], match[1].rstrip(_NO_YEAR), match[2]
-    counted = re.match(rf" ?(?:BCE?|{_UNIT})(?!\w)", match.string[match.end() :].lstrip("0123456789,.")) is not None
+    counted = (
+        re.match(rf" ?(?:B[. ]?C\.?(?:E\.?)?|{_UNIT}|{_COUNTED})(?!\w)", match.string[match.end() :].lstrip("0123456789,." + _NO_YEAR))
+        is not None
+    )
     falling = len(first) >= 3 and len(second) >= 3 and float(first) > float(second) and not counted
     return f"{match[1]}{' ' if before.isalpha() or falling else ' to '}"
 
@@ -394,6 +397,11 @@ _COUNTED = (
     "times|days|hours|minutes|seconds|years|words|pages|copies|units|calories|tons|acres|degrees|percent|million|billion"
 )
 """Nouns that a number of four digits counts when it precedes them: it is no year then."""
+_EMERGENCY = (
+    r"(?<![\w.,:/$£€-])(?<!Porsche )(?<![Pp]age )(?<![Rr]oom )(?<!have )(?<!had )"
+    rf"911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w)| (?:Turbo|Carrera|GT\d|AD|BCE?|CE)\b)"
+)
+"""The emergency number, and no count, year or car."""
 RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -430,7 +438,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (_PHONE, _phone),
         (r"(?<![\w.-])1-(\d)00-(?=[A-Z]{3,}\b)", lambda m: f"one {cardinal(int(m[1]))} hundred "),
         (r"(?<=\bISBN )\d{9,13}X?\b|(?<=\bISBN: )\d{9,13}X?\b", lambda m: digits(m[0].rstrip("X")) + (" X" if m[0][-1] == "X" else "")),
-        (rf"(?<=\b[Cc]alled |\b[Dd]ialed )911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w))|^911(?=[.!?]?$)", "nine one one"),
+        (_EMERGENCY, "nine one one"),
         (r"(?<=\b[Cc]all )(?:\d{3})\b(?![-,.:%]?\d)|(?<=\b[Dd]ial )(?:\d{3})\b", lambda m: digits(m[0])),
         (r"\b([Rr]oom|[Ff]light|[Hh]ighway|[Ss]uite) (\d{3})\b", _hundreds),
         (r"\b(\d\d?)\.(\d\d?)\.(\d{4})\b", lambda m: _numeric_date(m[3], m[2], m[1], m[0])),

@@ -71,6 +71,7 @@ class TrainerConfig:
             raise UserError(f"trainer.max_steps: got {steps}, expected at least 1 (or -1 with trainer.max_epochs); correct it")
         if self.max_epochs != -1:
             check_range(self, "trainer", "max_epochs", least=1)
+        check_range(self, "trainer", "log_every_n_steps")
         counted = ("check_val_every_n_epoch", "accumulate_grad_batches", "num_nodes")
         check_range(self, "trainer", *counted, least=1)
         check_range(self, "trainer", "num_sanity_val_steps", least=-1)

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -128,7 +128,7 @@ def _fit(
         check_checkpoint(checkpoint, module)
         if not config.allow_changes:
             objective = getattr(config, "objective", None)
-            check_unchanged(checkpoint, values, {} if objective is None else asdict(type(objective)()))
+            check_unchanged(checkpoint, values, {} if objective is None else plain_values(type(objective)()))
     used = _loggers(config, checkpoint) if loggers is None else list(loggers)
     logged: Any = [*used, LogTail()] if used else False
     trainer = _trainer(config, device, precision, strategy, logged, [*_callbacks(config, used), *callbacks])

@@ -22,6 +22,7 @@ from kalle.data.corpus.cuts import load_audio, load_cuts, splits_of
 from kalle.data.corpus.items import AUDIO_SUFFIXES, PrepareOptions, Rejection, Source, SourceItem
 from kalle.data.corpus.lists import read_folder, read_jsonl_corpus
 from kalle.data.corpus.prepare import prepare_corpus
+from kalle.decoding import cut_short
 
 OPTIONS = PrepareOptions(max_seconds=5.0)
 SUFFIXES = (*sorted(AUDIO_SUFFIXES), ".raw", ".pcm", ".sd2", ".xi", ".txt", "")
@@ -283,3 +284,17 @@ def test_a_file_that_was_cut_short_is_no_item(tmp_path: Path, suffix: str, kind:
     assert isinstance(cut, Rejection) or (headers_only and kind == "MP3")
     beginning = SourceItem("part", tmp_path / f"cut{suffix}", "a text", start_s=0.2, duration_s=0.5)
     assert isinstance(check_item(beginning, OPTIONS, tmp_path), Kept)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_wrong_rate_in_bytes_makes_no_file_short_or_whole(tmp_path: Path, factor: float) -> None:
+    """Some recorders state it wrongly; the other numbers of the header say how long the file is."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, 0.1 * np.sin(np.arange(16000) / 9), 16000, subtype="PCM_16")
+    data = bytearray(path.read_bytes())
+    assert data[28:32] == (32000).to_bytes(4, "little")
+    data[28:32] = round(32000 * factor).to_bytes(4, "little")
+    path.write_bytes(data)
+    assert cut_short(path, 1.0) == ""
+    path.write_bytes(data[: len(data) // 2])
+    assert "expected the 1.00 s" in cut_short(path, 0.5)

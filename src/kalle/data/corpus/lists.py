@@ -408,7 +408,10 @@ def _header_without_audio(path: Path, rows: Sequence[tuple[int, list[str]]]) -> 
 
 
 def _is_header_of(path: Path, rows: Sequence[tuple[int, list[str]]], at: int) -> bool:
-    """Whether the first row can be no data: its cell ``at`` names no recording but a column, or no file where all others do."""
+    """Whether the first row can be no data: its cell ``at`` names no recording but a column, or no file where all others do.
+
+    A missing recording in the first row, named without a suffix, is so taken for a header; the notes say what was skipped.
+    """
     cells = [row[at].strip() if at < len(row) else "" for _, row in rows]
     if len(cells) < 2 or _is_recording(path, cells[0]):
         return False
