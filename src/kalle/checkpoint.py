@@ -424,7 +424,7 @@ def check_fields(config: Any, key: str) -> None:
         choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         path = f"{key}.{name}" if key else name
         if not any(_fits(value, choice) for choice in choices):
-            raise UserError(f"{path}: got {value!r}, expected {' or '.join(map(_spoken, choices))}; correct it")
+            raise UserError(f"{path}: got {value!r}, expected {' or '.join(dict.fromkeys(map(_spoken, choices)))}; correct it")
         if value == "" and Path in choices:  # which would mean the current folder
             raise UserError(f"{path}: got an empty text, expected a path; give one, as {path}=DIR")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from kalle.checkpoint import check_fields
 from kalle.errors import UserError
 from kalle.models.layers import SPEECH_RMS, variance_preserving
 
@@ -45,6 +46,7 @@ class DiscriminatorConfig:
     narrow discriminators then stay undecided for thousands of steps."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "discriminators")
         # A YAML file gives lists; tuples keep the configuration hashable and comparable.
         object.__setattr__(self, "periods", tuple(self.periods))
         object.__setattr__(self, "resolutions", tuple(tuple(resolution) for resolution in self.resolutions))

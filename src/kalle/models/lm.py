@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kalle.checkpoint import (
     CONFIG_NAME,
+    check_fields,
     check_sizes,
     dataclass_from_dict,
     load_module,
@@ -57,6 +58,7 @@ class KalleLMConfig:
     """One more output at every position, the logit that the frame after it is the end (MELLE, arXiv 2407.08551)."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "lm")
         check_sizes(self, "lm")
         BackboneConfig.of(self.backbone)
 

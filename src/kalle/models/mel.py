@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kalle.checkpoint import check_fields
 from kalle.errors import UserError
 from kalle.models.layers import without_autocast
 
@@ -41,6 +42,7 @@ class MelConfig:
     """Upper edge of the last filter; None is the Nyquist frequency."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "mel")
         nyquist = self.sample_rate / 2
         if not 0 < self.hop <= self.n_fft or not 0 < self.win <= self.n_fft or self.n_mels < 1:
             raise UserError(
@@ -84,6 +86,8 @@ class LogMel(nn.Module):
 
     def __init__(self, config: MelConfig) -> None:
         super().__init__()
+        if not isinstance(config, MelConfig):
+            raise UserError(f"mel: got {config!r}, expected a MelConfig, an object {{...}} in a configuration; set one key in it")
         self.config = config
         filters = mel_filters(config)
         self.register_buffer("filters", filters, persistent=False)

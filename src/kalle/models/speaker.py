@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kalle.checkpoint import check_sizes
+from kalle.checkpoint import check_fields, check_sizes
 from kalle.errors import UserError
 from kalle.models.mel import LogMel, MelConfig
 
@@ -85,6 +85,7 @@ class SpeakerEncoderConfig:
     """Dilation, in frames, of the three Res2 blocks."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "speaker")
         object.__setattr__(self, "dilations", tuple(self.dilations))
         check_sizes(self, "speaker")
         if self.channels % self.scale:

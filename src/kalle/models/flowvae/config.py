@@ -24,6 +24,7 @@ class EncoderConfig:
     """Layers of a stage's residual stack; layer i has dilation 2**i."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "flowvae.encoder")
         object.__setattr__(self, "channels", tuple(self.channels))
         object.__setattr__(self, "strides", tuple(self.strides))
         check_sizes(self, "encoder", residual_layers=20)
@@ -48,6 +49,7 @@ class FlowConfig:
     """Layers of a coupling's network."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "flowvae.flow")
         check_sizes(self, "flow", couplings=256, wavenet_layers=256)
 
 
@@ -69,7 +71,7 @@ class BigVGANConfig:
     """The name of this decoder in a weight folder."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "decoder")
+        check_fields(self, "flowvae.decoder")
         for name in ("strides", "block_kernel_sizes", "block_dilations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_sizes(self, "decoder")
@@ -100,6 +102,7 @@ class ISTFTConfig:
     kind: str = "istft"
 
     def __post_init__(self) -> None:
+        check_fields(self, "flowvae.decoder")
         check_sizes(self, "decoder", blocks=1024)
 
     @property
@@ -124,6 +127,7 @@ class FlowVAEConfig:
     decoder: BigVGANConfig | ISTFTConfig = field(default_factory=BigVGANConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self, "flowvae")
         check_sizes(self, "flowvae", sample_rate=2**20)
         if self.decoder.hop_length != self.hop_length:
             raise UserError(
