@@ -5,7 +5,6 @@ python recipes/emotion/heat_map.py runs/emotion
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from kalle.checkpoint import write_json
 from kalle.cli.stages import recipe_main
 from kalle.evaluation.figures import new_figure, save_figure
 from kalle.evaluation.opinion import emotion_matrix
+from kalle.files import read_jsonl
 
 SHOWN = ("angry", "fearful", "sad", "surprised", "happy", "neutral")
 """The paper's order."""
@@ -20,7 +20,7 @@ SHOWN = ("angry", "fearful", "sad", "surprised", "happy", "neutral")
 
 def draw(out: Path) -> None:
     """Write OUT/heat_map.png and OUT/heat_map.json."""
-    rows = [json.loads(line) for line in (out / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(out / "items.jsonl")
     means, counts = emotion_matrix([row for row in rows if row["system"] != "recording"], SHOWN)
     write_json(out / "heat_map.json", {"emotions": SHOWN, "mean_score": means.tolist(), "highest_score_counts": counts.tolist()})
     figure = new_figure(900, 750)

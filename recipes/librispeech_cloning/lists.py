@@ -31,7 +31,7 @@ from kalle.checkpoint import write_json
 from kalle.cli.stages import recipe_main
 from kalle.errors import UserError
 from kalle.extras import require
-from kalle.files import write_atomic
+from kalle.files import read_lines, write_atomic
 
 RATE_HZ = 16000
 PROMPT_S = 3.0
@@ -48,7 +48,7 @@ def utterances(root: Path) -> Iterator[Row]:
     """
     found = 0
     for transcripts in sorted(root.rglob("*.trans.txt")):
-        for line in transcripts.read_text(encoding="utf-8").splitlines():
+        for line in filter(None, read_lines(transcripts)):
             name, _, text = line.partition(" ")
             audio = transcripts.parent / f"{name}.flac"
             if not audio.is_file():

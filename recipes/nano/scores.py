@@ -20,7 +20,7 @@ from kalle.checkpoint import CONFIG_NAME, read_json, write_json
 from kalle.cli.stages import Stages, override
 from kalle.errors import UserError
 from kalle.evaluation.test_list import choose_prompt, read_test_list
-from kalle.files import write_atomic
+from kalle.files import read_jsonl, write_atomic
 
 HERE = Path(__file__).resolve().parent
 SPECTROGRAMS = 5
@@ -81,7 +81,7 @@ def evaluate(stages: Stages, given: argparse.Namespace, weights: Path) -> str:
 
 
 def _score_lengths(out: Path, pace: float) -> None:
-    rows = [json.loads(line) for line in (out / "lengths" / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(out / "lengths" / "items.jsonl")
     spoken = [row for row in rows if row["system"] == "synthesis" and "error" not in row]
     verdicts = [judged(row, pace) for row in spoken]
     write_atomic(out / "lengths.items.jsonl", "".join(json.dumps(verdict) + "\n" for verdict in verdicts))

@@ -199,7 +199,7 @@ def finished(audio: numpy.ndarray) -> numpy.ndarray:
 
 def jobs(given: argparse.Namespace, voices: list[Speaker]) -> Iterator[tuple[dict[str, str], Speaker]]:
     """Texts and who speaks them, in order; a part takes every so many."""
-    items = [json.loads(line) for line in given.texts.read_text(encoding="utf-8").splitlines()]
+    items = [json.loads(line) for line in given.texts.read_text(encoding="utf-8").split("\n") if line]
     if given.teacher == "kokoro":
         heard = [voice for voice in voices if voice.held_out] if given.strangers else [voice for voice in voices if not voice.held_out]
         items = sorted((item for item in items if len(item["text"]) in KOKORO_CHARACTERS), key=lambda item: share(item["text"]))
@@ -216,7 +216,7 @@ def speak_all(given: argparse.Namespace, teacher: Callable[[str, Speaker, int], 
     g2p, started, seconds, count = G2P(), time.perf_counter(), 0.0, 0
     (given.out / "audio").mkdir(parents=True, exist_ok=True)
     path = given.out / f"list.{given.part}.jsonl"
-    done = {item["id"]: item["seconds"] for item in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    done = {item["id"]: item["seconds"] for item in map(json.loads, filter(None, path.read_text().split("\n")))} if path.is_file() else {}
     with path.open("a", encoding="utf-8") as listing:
         for item, speaker in jobs(given, voices):
             if seconds >= given.hours * 3600 / given.parts or time.perf_counter() - started > given.minutes * 60:

@@ -58,7 +58,7 @@ def run() -> int:
     parser.add_argument("--part", type=int, default=0)
     parser.add_argument("--parts", type=int, default=1)
     given = parser.parse_args()
-    items = [json.loads(line) for line in given.texts.read_text().splitlines()][given.part :: given.parts]
+    items = [json.loads(line) for line in given.texts.read_text(encoding="utf-8").split("\n") if line][given.part :: given.parts]
     (given.out / "audio").mkdir(parents=True, exist_ok=True)
     voice, seconds, lines, started = load_voice(), 0.0, [], time.perf_counter()
     for item in items:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from kalle.checkpoint import read_json, write_json
 from kalle.data.loading.datamodules import LMDataModule
 from kalle.data.loading.datasets import SpeakerConfig
 from kalle.evaluation.probe import LMProbe, probe
+from kalle.files import read_jsonl
 from kalle.models.lm import KalleLM
 from kalle.text.tokenizer import Tokenizer
 
@@ -63,8 +63,7 @@ def heard_table(out: Path) -> list[str]:
     """What the recogniser heard of the first texts, beside them, as Markdown; nothing where there was no recogniser."""
     heard: dict[str, dict[str, str]] = {}
     for name in SCORED:
-        for line in (out / name / "items.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_jsonl(out / name / "items.jsonl"):
             if row.get("system") == "synthesis" and "transcript" in row:
                 heard.setdefault(row["text"], {})[name] = row["transcript"]
     if not heard:

@@ -5,14 +5,13 @@ python recipes/stress/summary.py runs/stress
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from kalle.cli.stages import recipe_main
-from kalle.files import write_atomic
+from kalle.files import read_jsonl, write_atomic
 
 PLAIN = "plain"
 EXPECTED = (0.5, 2.0)
@@ -55,7 +54,7 @@ def _share(count: float, of: int) -> str:
 
 def summarise(out: Path) -> None:
     """Print the table and write OUT/stress.md."""
-    found = table([json.loads(line) for line in (out / "items.jsonl").read_text(encoding="utf-8").splitlines()])
+    found = table(read_jsonl(out / "items.jsonl"))
     write_atomic(out / "stress.md", found)
     print(found)
 

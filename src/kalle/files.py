@@ -357,7 +357,8 @@ def _acquire(path: Path, wait: bool) -> tuple[FileLock | None, str | None]:
 def parse_json(content: str | bytes) -> dict[str, Any]:
     """The JSON object in ``content``; a ValueError says on one line why there is none: numbers of thousands of digits, deep nesting."""
     try:
-        row = json.loads(content)
+        # A tab or line break that a program wrote into a string as it is, where JSON wants an escape, means what it is.
+        row = json.loads(content, strict=False)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
@@ -387,11 +388,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of ``text``, which \\n and \\r\\n end; \\r alone ends one where there is no \\n, and is a space elsewhere.
+
+    str.splitlines also cuts at U+0085, U+2028, form feeds and their like, which stand inside of texts.
+    """
+    text = text.replace("\r\n", "\n")
+    return text.replace("\r", " " if "\n" in text else "\n").split("\n")
+
+
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file (a byte-order mark is dropped); a UserError for another encoding."""
+    """The lines of a UTF-8 text file by `lines_of` (a byte-order mark is dropped); a UserError for another encoding."""
     try:
-        # str.splitlines also cuts at U+2028 and U+0085, which JSON strings may hold; reading has made \r\n a \n.
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        return lines_of(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text: '{path}' at byte {error.start}; expected UTF-8; convert it with iconv") from None
 

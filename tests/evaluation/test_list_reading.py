@@ -67,6 +67,11 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     path = tmp_path / "list.lst"
     path.write_bytes(f"a|{text}\r\nb|one two three four\n".encode())
     assert [(item.id, item.text) for item in read_test_list(path).items] == [("a", text), ("b", "one two three four")]
+    path.write_bytes(b"a|one\rtwo three four\nb|five six seven eight\r\n")
+    assert [item.text for item in read_test_list(path).items] == ["one two three four", "five six seven eight"]
+    path = tmp_path / "raw.jsonl"
+    path.write_bytes(b'{"id": "a", "text": "one\ttwo\x0bthree four"}\n')
+    assert [item.text for item in read_test_list(path).items] == ["one\ttwo\x0bthree four"]
 
 
 @pytest.mark.parametrize(

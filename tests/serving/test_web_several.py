@@ -38,6 +38,11 @@ def spoken(handlers: Handlers, lines: object = LINES, voice: VoiceChoice = OWN) 
     return begun, views, job
 
 
+def test_only_line_feeds_part_texts(handlers: Handlers) -> None:
+    _, _, job = spoken(handlers, "One\u2028two\x85three.\r\nFour.")
+    assert list(job.texts) == ["One\u2028two\x85three.", "Four."]
+
+
 def test_every_line_is_spoken_as_it_would_be_alone(handlers: Handlers, kalle_toy: Kalle) -> None:
     begun, views, job = spoken(handlers)
     assert begun.busy

@@ -11,6 +11,7 @@ from kalle.cli.main import interruptible
 from kalle.cli.speaking import FolderOption, QuantizeOption, load_model
 from kalle.cli.web import LONGEST_PORT
 from kalle.errors import UserError
+from kalle.files import lines_of
 
 
 def serve(
@@ -73,7 +74,7 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the keys in '{path}': {error}; check --api-keys") from None
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))

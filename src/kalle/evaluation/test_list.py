@@ -15,6 +15,7 @@ from typing import Any
 
 from kalle.audio import Audio, read_with_rate, resample
 from kalle.errors import UserError
+from kalle.files import lines_of
 
 LANGUAGE_NAMES: Mapping[str, str] = {
     "english": "en",
@@ -234,7 +235,7 @@ def _read_seed_tts(source: Path) -> Iterator[TestItem]:
     for number, line in _lines(source):
         try:
             fields = [value.strip() for value in next(csv.reader([line], delimiter="|", quoting=csv.QUOTE_NONE))]
-        except csv.Error as error:  # a carriage return inside the line, a field of 131,072 characters
+        except csv.Error as error:  # a field of 131,072 characters
             raise _bad_line(source, number, f"is no line of a table ({error})") from None
         if len(fields) not in (2, 3, 4, 5):
             raise _bad_line(source, number, f"got {len(fields)} fields, expected 2 to 5 separated by '|'")
@@ -247,7 +248,7 @@ def _read_seed_tts(source: Path) -> Iterator[TestItem]:
 def _read_jsonl(source: Path) -> Iterator[TestItem]:
     for number, line in _lines(source):
         try:
-            row = json.loads(line)
+            row = json.loads(line, strict=False)
         except _DAMAGED as error:  # also numbers of thousands of digits and deep nesting
             raise _bad_line(source, number, f"is not JSON ({' '.join(str(error).split())[:120]})") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
@@ -299,12 +300,12 @@ def _beside(source: Path, name: str | None) -> Path | None:
 
 
 def _lines(source: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers. Only "\\n" ends one: JSON may hold U+2028 and its like."""
+    """The lines that are not blank, with their numbers."""
     try:
-        lines = source.read_bytes().decode("utf-8-sig").split("\n")
+        lines = lines_of(source.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8: '{source}' ({error}); save the list as UTF-8") from None
-    yield from ((number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip())
+    yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 USUAL_SECONDS = 5.0

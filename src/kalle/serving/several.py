@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kalle.audio import write_audio
 from kalle.errors import UserError
+from kalle.files import lines_of
 from kalle.serving.engine import Job, QueueFullError, ServingError
 from kalle.serving.sessions import Backend, PageJob, PageRequest, check_request
 from kalle.serving.voices import VoiceChoice
@@ -70,7 +71,7 @@ class SeveralJob(PageJob):
 
 def begin_several(backend: Backend, session: str, lines: str, voice: VoiceChoice, options: GenerationOptions) -> SeveralJob:
     """A job that speaks every line of ``lines`` that is not empty; a UserError when one cannot be spoken, or there are too many."""
-    texts = tuple(line.strip() for line in lines.splitlines() if line.strip())
+    texts = tuple(line.strip() for line in lines_of(lines) if line.strip())
     if not texts:
         raise UserError("no texts: got only empty lines, expected one text a line; type them")
     if len(texts) > MOST_TEXTS:

@@ -25,7 +25,7 @@ from kalle.data.corpus.items import (
 )
 from kalle.data.corpus.library_readers import from_cuts
 from kalle.errors import UserError
-from kalle.files import is_file, parse_json, read_lines, read_text_line
+from kalle.files import is_file, lines_of, parse_json, read_lines, read_text_line
 from kalle.text.languages import detect_language
 
 _LJSPEECH_LAYOUT = "metadata.csv (id|text|normalised text; for other lists see `kalle prepare csv`) and wavs/"
@@ -201,7 +201,7 @@ def _esd_speaker(folder: Path, rejected: list[Rejection]) -> Iterator[SourceItem
 def _esd_table(path: Path) -> dict[str, tuple[str, str]]:
     """Id -> text and label."""
     rows = {}
-    table = csv.reader(_decoded(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    table = csv.reader(lines_of(_decoded(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         for cells in ([cell.strip() for cell in row] for row in table):
             if cells and cells[0]:
