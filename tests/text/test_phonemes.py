@@ -97,6 +97,7 @@ def test_other_languages_are_bytes_but_for_phonemes_that_were_given(tokenizer: P
     assert tokenizer.encode("早上好") == BYTES.encode("早上好")
     assert tokenizer.decode(tokenizer.encode("Ciao [Anna](/ˈɑnə/)!", language="it")) == "Ciao ˈɑnə!"
     assert tokenizer.encode("hello", language="en-GB") == tokenizer.encode("hello")
+    assert tokenizer.encode("hello", language="English") == tokenizer.encode("hello")
 
 
 @pytest.mark.parametrize("given", ["nwɪn日", "ɭ", '"', " "])

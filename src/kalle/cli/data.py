@@ -164,9 +164,10 @@ def recogniser(normaliser: str, languages: list[str], **asr: Any) -> Recogniser:
 def _languages(corpus: Path, default: str) -> list[str]:
     """The languages that the items name, for the choice of a model."""
     from kalle.data.corpus.cuts import corpus_cuts
+    from kalle.text.languages import language_of_name
 
     named = {(cut.supervisions[0].language if cut.supervisions else None) or default for cut in corpus_cuts(corpus).values()}
-    return sorted(language.lower().replace("_", "-").split("-")[0] for language in named if language) or ["en"]
+    return sorted({language_of_name(language) for language in named if language}) or ["en"]
 
 
 @app.command()

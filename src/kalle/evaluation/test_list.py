@@ -16,19 +16,8 @@ from typing import Any
 from kalle.audio import Audio, read_with_rate, resample
 from kalle.errors import UserError
 from kalle.files import lines_of
+from kalle.text.languages import language_of_name
 
-LANGUAGE_NAMES: Mapping[str, str] = {
-    "english": "en",
-    "chinese": "zh",
-    "mandarin": "zh",
-    "japanese": "ja",
-    "korean": "ko",
-    "french": "fr",
-    "italian": "it",
-    "spanish": "es",
-    "russian": "ru",
-    "german": "de",
-}
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff"
 WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+(?:['’][^\W{CJK}]+)*")
 AudioLoader = Callable[[int], tuple[Audio, int]]
@@ -160,12 +149,6 @@ def count_words(text: str) -> int:
     return len(WORDS.findall(text))
 
 
-def language_code(language: str) -> str:
-    """Two-letter code of a language name or tag ("English", "en-US")."""
-    name = language.strip().lower()
-    return LANGUAGE_NAMES.get(name, re.split(r"[-_]", name)[0])
-
-
 def _with_language(source: Path, items: list[TestItem], language: str | None) -> list[TestItem]:
     """``items``, those whose language the list does not state in ``language``."""
     unstated = [item for item in items if not item.language]
@@ -177,7 +160,7 @@ def _with_language(source: Path, items: list[TestItem], language: str | None) ->
             f"language not stated: {len(foreign)} texts of '{source}' are not in Latin letters, the first is '{foreign[0].id}'; "
             f"set testset.language={'zh' if chinese else 'CODE'}{needs}"
         )
-    code = language_code(language or "en")
+    code = language_of_name(language or "en")
     return [item if item.language else replace(item, language=code) for item in items]
 
 
@@ -216,7 +199,7 @@ def _from_cut(cut: Any, source: Path) -> TestItem:
         text=supervision.text or "",
         audio_path=Path(cut.recording.sources[0].source),
         speaker=supervision.speaker,
-        language=language_code(supervision.language or ""),
+        language=language_of_name(supervision.language or ""),
         duration_s=cut.duration,
         loader=lambda rate_hz: _cut_audio(cut, rate_hz),
     )
@@ -280,7 +263,7 @@ def _item(source: Path, number: int, row: Mapping[str, Any]) -> TestItem:
         text=strings["text"] or "",
         audio_path=_beside(source, strings["audio"]),
         speaker=strings["speaker"],
-        language=language_code(strings["language"] or ""),
+        language=language_of_name(strings["language"] or ""),
         duration_s=duration,
         prompt_text=strings["prompt_text"],
         prompt_path=_beside(source, strings["prompt_audio"]),

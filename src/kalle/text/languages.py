@@ -70,6 +70,11 @@ def language_code(name: str) -> str | None:
     return head if _LOCALE.fullmatch(lowered) else None
 
 
+def language_of_name(name: str | None) -> str:
+    """ISO 639 code of a language by `language_code`; "" for None, and an unknown name as it is."""
+    return "" if not name or not name.strip() else language_code(name) or name.strip()
+
+
 def detect_language(text: str, default: str = "en") -> str:
     """The ISO 639-1 code of the language whose script has most of ``text``; ``default`` for the Latin and every other script.
 

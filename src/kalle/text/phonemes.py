@@ -24,7 +24,7 @@ from tokenizers import Tokenizer as Backend
 from kalle.errors import UserError
 from kalle.extras import install_command
 from kalle.files import atomic_file
-from kalle.text.languages import detect_language, has_words, script_of, split_sentences
+from kalle.text.languages import detect_language, has_words, language_of_name, script_of, split_sentences
 from kalle.text.tokenizer import BEFORE_SPEECH, PHONEMES_NAME, Tokenizer, check_text
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def _warn_once(message: str) -> None:
 
 def _is_english(text: str, language: str | None) -> bool:
     if language is not None:
-        return language.lower().replace("_", "-").split("-")[0] == LANGUAGE
+        return language_of_name(language) == LANGUAGE
     return detect_language(_LINK.sub(r"\1", text)) == LANGUAGE
 
 

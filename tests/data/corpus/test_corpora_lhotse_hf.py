@@ -12,10 +12,11 @@ from lhotse import CutSet, MonoCut, Recording, RecordingSet, SupervisionSegment,
 from lhotse.audio import AudioSource
 
 from kalle.data.corpus.cuts import load_cuts
-from kalle.data.corpus.items import PrepareOptions, SplitPolicy, language_of_name, split_of_part
+from kalle.data.corpus.items import PrepareOptions, SplitPolicy, split_of_part
 from kalle.data.corpus.library_readers import read_hugging_face, read_lhotse
 from kalle.data.corpus.prepare import prepare_corpus
 from kalle.errors import UserError
+from kalle.text.languages import language_of_name
 
 OPTIONS = PrepareOptions(split=SplitPolicy(0.0, 0.0))
 

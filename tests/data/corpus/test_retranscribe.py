@@ -109,11 +109,24 @@ def test_an_interrupted_run_goes_on_and_another_threshold_needs_no_recogniser(co
     assert set(texts(tmp_path / "out")) == {"0", "1", "6"}
 
 
+@pytest.mark.parametrize(("named", "default"), [("English", ""), ("en_GB", ""), (None, "eng")])
+def test_languages_are_told_to_the_recogniser_by_their_codes(corpus: Path, tmp_path: Path, named: str | None, default: str) -> None:
+    cuts = [cut for cut in load_cuts(corpus, "train") if cut.supervisions[0].language == "en"]
+    for cut in cuts:
+        cut.supervisions[0].language = named
+    write_cuts(cuts_path(corpus, "train"), cuts)
+    calls: list[int] = []
+    retranscribe_corpus(corpus, tmp_path / "out", told(calls), RetranscribeOptions(language=default), untracked)
+    assert len(calls) == len([item for item in cuts if item.duration <= 2.0]) > 0
+
+
 def test_mistakes_are_user_errors(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got 'both', expected one of keep, asr, fill"):
         RetranscribeOptions(text="both")
     with pytest.raises(UserError, match="got -1"):
         RetranscribeOptions(max_error_rate=-1)
+    with pytest.raises(UserError, match="got 'klingon!'"):
+        RetranscribeOptions(language="klingon!")
     with pytest.raises(UserError):
         retranscribe_corpus(corpus, corpus, told([]), RetranscribeOptions(), untracked)
     cuts = load_cuts(corpus, "train")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kalle.errors import UserError
-from kalle.text.languages import language_code
+from kalle.text.languages import language_code, language_of_name
 
 REASONS = (
     "missing",
@@ -251,11 +251,6 @@ def split_of_part(part: str) -> str | None:
     if name.startswith(("dev", "val", "eval")):
         return "valid"
     return "test" if name.startswith("test") else None
-
-
-def language_of_name(name: str | None) -> str:
-    """ISO 639 code of a language by `language_code`; "" for None, and an unknown name as it is."""
-    return "" if not name or not name.strip() else language_code(name) or name.strip()
 
 
 def text_or(value: Any, default: str) -> str:

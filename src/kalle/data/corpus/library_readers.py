@@ -23,7 +23,6 @@ from kalle.data.corpus.items import (
     SourceItem,
     collected,
     find_root,
-    language_of_name,
     plain_fields,
     split_of_part,
     text_or,
@@ -31,6 +30,7 @@ from kalle.data.corpus.items import (
 from kalle.data.corpus.lists import COLUMNS
 from kalle.errors import UserError
 from kalle.files import read_lines, read_text_line, resolved
+from kalle.text.languages import language_of_name
 
 if TYPE_CHECKING:
     from datasets import Dataset

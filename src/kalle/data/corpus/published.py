@@ -18,7 +18,6 @@ from kalle.data.corpus.items import (
     TarMember,
     collected,
     find_root,
-    language_of_name,
     plain_fields,
     split_of_part,
     text_or,
@@ -26,7 +25,7 @@ from kalle.data.corpus.items import (
 from kalle.data.corpus.library_readers import from_cuts
 from kalle.errors import UserError
 from kalle.files import is_file, lines_of, parse_json, read_lines, read_text_line
-from kalle.text.languages import detect_language
+from kalle.text.languages import detect_language, language_of_name
 
 _LJSPEECH_LAYOUT = "metadata.csv (id|text|normalised text; for other lists see `kalle prepare csv`) and wavs/"
 

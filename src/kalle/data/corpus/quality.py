@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kalle.data.corpus.items import normalised
+from kalle.data.corpus.items import PrepareOptions, normalised
 from kalle.data.corpus.measures import (
     SCRIPTS_OF_LANGUAGE,
     MeasuredItem,
@@ -21,7 +21,7 @@ from kalle.data.corpus.measures import (
     script_counts,
 )
 from kalle.errors import UserError
-from kalle.text.languages import SYLLABLE_LETTERS
+from kalle.text.languages import SYLLABLE_LETTERS, language_of_name
 
 GOOD, LOOK, BAD = "good", "look", "bad"
 VERDICTS = (GOOD, LOOK, BAD)
@@ -47,8 +47,8 @@ class QualityLimits:
     """Share of flagged items above which a check says "look"; below it a large corpus is as good as corpora get."""
     bad_share: float = 0.05
     """Share of flagged items above which a check says "bad"."""
-    min_seconds: float = 0.3
-    max_seconds: float = 30.0
+    min_seconds: float = PrepareOptions.min_seconds
+    max_seconds: float = PrepareOptions.max_seconds
     min_loudness_lufs: float = -45.0
     max_loudness_lufs: float = -8.0
     max_loudness_offset_db: float = 12.0
@@ -348,12 +348,7 @@ def _expected_scripts(items: Sequence[MeasuredItem], counts: Sequence[Counter[st
     for item, count in zip(items, counts, strict=True):
         of_language.setdefault(item.language, Counter()).update([max(count, key=lambda name: (count[name], name))] if count else [])
     usual = {language: frozenset(name for name, _ in votes.most_common(1)) for language, votes in of_language.items()}
-    return {language: SCRIPTS_OF_LANGUAGE.get(_base(language), scripts) for language, scripts in usual.items()}
-
-
-def _base(language: str) -> str:
-    """The language of a tag such as "zh-CN" or "EN_us"."""
-    return language.lower().replace("_", "-").split("-")[0]
+    return {language: SCRIPTS_OF_LANGUAGE.get(language_of_name(language), scripts) for language, scripts in usual.items()}
 
 
 def _script_reason(item: MeasuredItem, count: Counter[str], expected: frozenset[str], limits: QualityLimits) -> str:

@@ -20,7 +20,7 @@ from kalle.data.corpus.measures import ItemProgress, MeasuredItem, Measures, aud
 from kalle.data.shared_work import ResumeJournal
 from kalle.errors import UserError
 from kalle.files import fingerprint, output_folder, write_jsonl
-from kalle.text.languages import has_words
+from kalle.text.languages import has_words, language_code, language_of_name
 
 MADE_BY = "kalle data retranscribe"
 TRANSCRIPTS_NAME = "transcripts.jsonl"
@@ -45,10 +45,10 @@ class Recogniser:
     """Reference tokens (at least one), hypothesis tokens -> substitutions, deletions and insertions."""
     description: Mapping[str, object]
     """The settings that determine the transcripts: model, decoding, versions."""
+    max_seconds: float
+    """The recogniser reads no more of an item than that."""
     one_script: Callable[[str, str], str] = lambda text, language: text
     """Text, language -> the text in the one script in which both texts are compared, character by character: simplified Chinese."""
-    max_seconds: float = 30.0
-    """The recogniser reads no more of an item than that."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class RetranscribeOptions:
             raise UserError(f"text: got '{self.text}', expected one of {', '.join(TEXTS)}; correct it")
         if not self.max_error_rate >= 0:
             raise UserError(f"max_error_rate: got {self.max_error_rate}, expected at least 0; correct it")
+        if self.language and language_code(self.language) is None:
+            raise UserError(f"language: got '{self.language}', expected an ISO 639 code such as en or zh, or an English name; correct it")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def retranscribe_corpus(
 
 
 def _language(item: MeasuredItem, options: RetranscribeOptions) -> str:
-    language = (item.language or options.language).lower().replace("_", "-").split("-")[0]
+    language = language_of_name(item.language) or language_of_name(options.language)
     if not language:
         raise UserError(f"no language: got none for '{item.id}', expected one such as en; set language")
     return language
