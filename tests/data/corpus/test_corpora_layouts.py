@@ -117,6 +117,29 @@ def test_rows_of_other_widths_cost_no_ljspeech(tmp_path: Path) -> None:
     assert 1 in source.notes.values()
 
 
+def test_a_corpus_in_the_layout_of_ljspeech_is_not_linda(tmp_path: Path) -> None:
+    for name in ("mine_1.wav", "mine_2.flac", "mine_2.wav", "LJ001-0001.WAV"):
+        layouts.record(tmp_path / "wavs" / name)
+    layouts.write(tmp_path / "metadata.csv", "mine_1|Guten Tag.\nwavs/mine_2.wav|Nummer 5|\nLJ001-0001|Hello\n")
+    source = read_ljspeech(tmp_path, "anna", "German")
+    assert [(item.id, item.text, item.speaker, item.language, item.custom) for item in source.items] == [
+        ("mine_1", "Guten Tag.", "anna", "de", None),
+        ("mine_2", "Nummer 5", "anna", "de", None),
+        ("LJ001-0001", "Hello", "linda-johnson", "en", {"gender": "female"}),
+    ]
+    assert {item.speaker for item in read_ljspeech(tmp_path).items} == {"unknown", "linda-johnson"}
+    assert reasons(source) == {"mine_2": "duplicate id"}
+    assert 2 in source.notes.values()
+
+
+def test_speakers_in_the_second_cell_are_no_texts(tmp_path: Path) -> None:
+    for name in "ab":
+        layouts.record(tmp_path / "wavs" / f"{name}.wav")
+    layouts.write(tmp_path / "metadata.csv", "a|anna|Good morning to you.\nb|bert|See you later.\n")
+    with pytest.raises(UserError, match=r"prepare csv --columns audio,speaker,text"):
+        read_ljspeech(tmp_path)
+
+
 def test_common_voice_takes_old_and_new_tables(tmp_path: Path) -> None:
     source = read_common_voice(layouts.common_voice(tmp_path))
     assert splits(source) == {None: 4, "valid": 2, "test": 2}

@@ -44,7 +44,7 @@ def folder(root: Path, first: str, second: str) -> Source:
 def ljspeech(root: Path, first: str, second: str) -> Source:
     for name in "ab":
         corpus_layouts.record(root / "wavs" / f"{name}.wav")
-    corpus_layouts.write(root / "metadata.csv", f"a|x|{first}\nb|{second}\n")
+    corpus_layouts.write(root / "metadata.csv", f"a|{first}|{first}\nb|{second}\n")
     return read_ljspeech(root)
 
 

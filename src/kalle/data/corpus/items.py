@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import re
@@ -284,6 +285,14 @@ def normalised(text: str) -> str:
     return " ".join(spaced.split())
 
 
+_ALIKE = 0.5
+
+
+def alike(first: str, second: str) -> bool:
+    """Whether two texts are one, written twice."""
+    return difflib.SequenceMatcher(None, normalised(first), normalised(second), autojunk=False).ratio() > _ALIKE
+
+
 def word_count(text: str) -> int:
     """Number of words of the normalised text."""
     return len(normalised(text).split())
@@ -425,7 +434,9 @@ READERS: Mapping[str, Reader] = {
         source="FILE",
         source_help="a CSV or TSV file",
     ),
-    "ljspeech": Reader("published", "read_ljspeech", "LJSpeech 1.1. Expected: metadata.csv and wavs/."),
+    "ljspeech": Reader(
+        *("published", "read_ljspeech", "LJSpeech 1.1, and corpora of its layout. Expected: metadata.csv and wavs/.", (SPEAKER, LANGUAGE))
+    ),
     "libritts": Reader("library_readers", "read_libritts", "LibriTTS and LibriTTS-R. Any of their parts; dev is valid, test is test."),
     "librispeech": Reader("library_readers", "read_librispeech", "LibriSpeech. Any of its parts; dev is valid, test is test."),
     "aishell3": Reader("library_readers", "read_aishell3", "AISHELL-3. Expected: spk-info.txt, train/ and test/; test is kept as test."),

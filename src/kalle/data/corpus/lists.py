@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import math
 import os
@@ -20,10 +19,10 @@ from kalle.data.corpus.items import (
     Rejection,
     Source,
     SourceItem,
+    alike,
     audio_name,
     collected,
     is_plain,
-    normalised,
     printable,
     split_of_part,
     text_or,
@@ -72,7 +71,6 @@ _EXCEL_DELIMITER = re.compile(r'"?sep=([^"\s]|\t)"?\s*', re.IGNORECASE)
 _LOOKED_AT = 100
 """Rows of a table from which its columns are recognised."""
 _SHOWN_ROWS = 3
-_ALIKE = 0.5
 _MOST_UNEVEN = 0.05
 """Share of rows of another width than the others' above which a table is doubtful."""
 
@@ -436,7 +434,7 @@ def _columns(path: Path, rows: Sequence[tuple[int, list[str]]]) -> list[str]:
     if width == 2 and uneven <= _MOST_UNEVEN:
         return ["audio", "text"]
     looked_at = [cells for _, cells in rows[:_LOOKED_AT] if len(cells) == width]
-    if width == 3 and uneven <= _MOST_UNEVEN and sum(map(_alike, looked_at)) > len(looked_at) / 2:
+    if width == 3 and uneven <= _MOST_UNEVEN and sum(alike(cells[1], cells[2]) for cells in looked_at) > len(looked_at) / 2:
         return ["audio", "text", "text_normalized (not used)"]
     counts = " or ".join(str(count) for count in sorted(widths))
     raise UserError(
@@ -456,9 +454,3 @@ def _first(rows: Sequence[tuple[int, list[str]]]) -> str:
 def _shown(text: str, most: int = 60) -> str:
     """``text`` as it may stand in a message of one line."""
     return printable(" ".join(text.split()))[:most]
-
-
-def _alike(cells: Sequence[str]) -> bool:
-    """Whether the second and the third cell are one text, written twice."""
-    first, second = normalised(cells[1]), normalised(cells[2])
-    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio() > _ALIKE

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,37 +18,44 @@ from kalle.data.corpus.items import (
     Source,
     SourceItem,
     TarMember,
+    alike,
+    audio_name,
     collected,
     find_root,
     plain_fields,
     split_of_part,
     text_or,
+    word_count,
 )
 from kalle.data.corpus.library_readers import from_cuts
 from kalle.errors import UserError
 from kalle.files import is_file, lines_of, parse_json, read_lines, read_text_line
 from kalle.text.languages import detect_language, language_of_name
 
+_LJSPEECH_ID = re.compile(r"LJ\d{3}-\d{4}")
 _LJSPEECH_LAYOUT = "metadata.csv (id|text|normalised text; for other lists see `kalle prepare csv`) and wavs/"
 
 
-def read_ljspeech(folder: Path) -> Source:
-    """LJSpeech 1.1: one speaker; the third column, in which numbers are spelled out, is the text.
+def read_ljspeech(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") -> Source:
+    """LJSpeech 1.1: one speaker; the third column, in which numbers are spelled out, is the text, or the second where it is empty.
 
-    Corpora of the same layout may have rows of two cells, id and text, which are counted in the notes. Blank lines are skipped, and a row
-    of any other width is rejected as "bad entry".
+    Corpora of the same layout may have rows of two cells, id and text, which are counted in the notes; their items, whose ids are not
+    LJSpeech's, get ``speaker`` and ``language``. Blank lines are skipped, and a row of any other width is rejected as "bad entry". Raises
+    UserError where the second cells are mostly something else than the third and far shorter: they may be speakers.
     """
     root = find_root(folder, ("metadata.csv", "wavs"), "LJSpeech", _LJSPEECH_LAYOUT)
-    audio = {path.stem: path for path in sorted(root.glob("wavs/*.wav")) if not path.name.startswith("._")}
+    paths = [path for path in sorted(root.glob("wavs/*")) if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("._")]
+    audio = {path.stem: path for path in paths}
     named: set[str] = set()
     items: list[SourceItem] = []
-    rejected: list[Rejection] = []
-    narrow = 0
-    for number, line in enumerate(read_lines(root / "metadata.csv"), start=1):
-        if not line.strip():
-            continue
-        name, *cells = (cell.strip() for cell in line.split("|"))
-        name = name.removesuffix(".wav")
+    others = [path for path in paths if audio[path.stem] != path]
+    rejected = [Rejection(path.stem, str(path), "duplicate id", f"the name of '{audio[path.stem]}'") for path in others]
+    counts: Counter[str] = Counter()
+    rows = [(number, line.split("|")) for number, line in enumerate(read_lines(root / "metadata.csv"), start=1) if line.strip()]
+    _refuse_speakers_as_texts(root / "metadata.csv", [(number, cells) for number, cells in rows if len(cells) == 3])
+    for number, row in rows:
+        name, *cells = (cell.strip() for cell in row)
+        name = audio_name(name.removeprefix("wavs/"))
         named.add(name)
         if len(cells) not in (1, 2):
             detail = f"line {number}: got {1 + len(cells)} cells, expected id|text|normalised text; correct it, or see `kalle prepare csv`"
@@ -54,11 +63,25 @@ def read_ljspeech(folder: Path) -> Source:
         elif name not in audio:
             rejected.append(Rejection(name, "", "missing", f"line {number} of metadata.csv: no wavs/{name}.wav"))
         else:
-            narrow += len(cells) == 1
-            items.append(SourceItem(name, audio[name].resolve(), cells[-1], "linda-johnson", "en", custom={"gender": "female"}))
+            is_linda = _LJSPEECH_ID.fullmatch(name) is not None
+            who, spoken, custom = ("linda-johnson", "en", {"gender": "female"}) if is_linda else (speaker, language, None)
+            counts["rows of id and text alone"] += len(cells) == 1
+            counts["items of another corpus than LJSpeech, by their ids"] += not is_linda
+            items.append(SourceItem(name, audio[name].resolve(), cells[-1] or cells[0], who, spoken, custom=custom))
     for name in sorted(audio.keys() - named):
         rejected.append(Rejection(name, str(audio[name]), "no text", "audio that metadata.csv does not name"))
-    return collected("LJSpeech", items, rejected, {"rows of id and text alone": narrow} if narrow else None)
+    return collected("LJSpeech", items, rejected, {note: count for note, count in counts.items() if count})
+
+
+def _refuse_speakers_as_texts(table: Path, rows: list[tuple[int, list[str]]]) -> None:
+    differing = [(number, cells) for number, cells in rows if cells[2].strip() and not alike(cells[1], cells[2])]
+    first, second = (sum(word_count(cells[at]) for _, cells in rows) for at in (1, 2))
+    if len(differing) > len(rows) / 2 > 0 and first < second / 2:
+        number, cells = differing[0]
+        raise UserError(
+            f"columns in doubt in '{table}': line {number} has '{cells[1][:40]}' and '{cells[2][:40]}', expected one text written twice "
+            "(id|text|normalised text); for id|speaker|text use `kalle prepare csv --columns audio,speaker,text`"
+        )
 
 
 MICROPHONES = ("mic1", "mic2")
