@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import re
 import selectors
 import signal
 import struct
@@ -54,14 +53,10 @@ _BLOCK_VALUES = 2**18
 _LARGEST_BLOCK_BYTES = 2**21
 _LARGEST_LAYOUT_BYTES = 2**12
 """Of the fmt chunk of a WAV file; they have 16 to 40."""
-_MOST_CHUNKS = 4096
-"""That are looked through in a WAV file."""
-_STREAMED_BYTES = 0x7FFF0000
-"""From here on the size of a data chunk stands for one that was not known when it was written."""
-_XING_BYTES = 200
-"""Of the first frame of an MP3 file, in which a Xing header is."""
-_ROUNDED_SECONDS = 0.2
-"""How much less than it claims a file may have: encoders count the padding at both ends or not."""
+MOST_CHUNKS = 4096
+"""That are looked through in a file."""
+_IN_DS64 = 2**32 - 1
+"""The size of a data chunk of RF64 that stands in another chunk."""
 _PLAIN_BEGINNINGS = (b"RIFF", b"RF64", b"riff", b"FORM", b".snd", b"caff", b"fLaC")
 _PLAIN_SUBTYPES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _WAVE_SUBTYPES = {(1, 8): "PCM_U8", (1, 16): "PCM_16", (1, 24): "PCM_24", (1, 32): "PCM_32", (3, 32): "FLOAT", (3, 64): "DOUBLE"}
@@ -289,69 +284,32 @@ class _Rest(io.RawIOBase):
         return self._file.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
 
 
-def _wave_data(file: IO[bytes]) -> tuple[bytes, int, int] | None:
-    """The fmt chunk of a WAV file, the bytes that its data chunk claims, and where these begin; None for another file."""
+def wave_data(file: IO[bytes]) -> tuple[bytes, int, int] | None:
+    """The fmt chunk of a WAV or RF64 file, the bytes that its data chunk claims, and where these begin; None for another file."""
     layout = None
+    whole = -1  # of the data chunk, where its own four bytes cannot hold it
     if file.read(4) not in (b"RIFF", b"RF64") or file.read(8)[4:] != b"WAVE":
         return None
-    for _ in range(_MOST_CHUNKS):
+    for _ in range(MOST_CHUNKS):
         head = file.read(8)
         name, length, start = head[:4], int.from_bytes(head[4:], "little"), file.tell()
         if len(head) < 8:
             return None
         if name == b"data":
+            length = whole if length == _IN_DS64 and whole >= 0 else length
             return (layout, length, start) if layout is not None and len(layout) >= 16 else None
+        if name == b"ds64":
+            whole = int.from_bytes(file.read(16)[8:], "little")
         if name == b"fmt ":
             layout = file.read(min(length, _LARGEST_LAYOUT_BYTES))
         file.seek(start + length + length % 2)
     return None
 
 
-def cut_short(path: Path, seconds: float) -> str:
-    """How long the file claims to be, in words, where that is longer than the ``seconds`` that were decoded of it; empty elsewhere.
-
-    Seen in WAV files, whose header counts their bytes, and in MP3 files with a Xing or Info header, which counts their frames.
-    """
-    claimed = _claimed_seconds(path)
-    if claimed is None or claimed <= seconds + _ROUNDED_SECONDS:
-        return ""
-    return f"cut short: got {seconds:.2f} s of '{path}', expected the {claimed:.2f} s that its header says; fetch it again"
-
-
-_UNCOMPRESSED = (1, 3, 0xFFFE)
-"""Kinds of WAV files whose blocks are one sample of every channel: integers, floats, and either with an extended header."""
-
-
-def _claimed_seconds(path: Path) -> float | None:
-    """The length that the header of a WAV or MP3 file states, also where the file has less; None where it states none."""
-    with path.open("rb") as file:
-        found = _wave_data(file)
-        if found is not None:
-            layout, length, start = found
-            kind, rate, stated, block = (int.from_bytes(layout[at:end], "little") for at, end in ((0, 2), (4, 8), (8, 12), (12, 14)))
-            # Some recorders state a wrong rate in bytes; where samples have one size each it follows from the other numbers.
-            bytes_a_second = rate * block if kind in _UNCOMPRESSED else stated
-            is_short = start + length > path.stat().st_size
-            return length / bytes_a_second if bytes_a_second and length < _STREAMED_BYTES and is_short else None
-        file.seek(0)
-        tag = file.read(10)
-        # The size of an ID3 tag has seven bits a byte.
-        place = 10 + sum(byte << 7 * (3 - at) for at, byte in enumerate(tag[6:])) if tag.startswith(b"ID3") else 0
-        file.seek(place)
-        counted = re.search(rb"Xing|Info", file.read(_XING_BYTES))
-    if counted is None:
-        return None
-    try:
-        with open_audio(path, None, HEADER) as header:
-            return header.seconds if header.format == "MP3" else None
-    except AudioError:
-        return None
-
-
 def _unfinished_wave(path: Path, stack: contextlib.ExitStack) -> soundfile.SoundFile | None:
     """The samples of a WAV file whose data chunk claims none and is followed by some: its recorder never wrote the length."""
     file = stack.enter_context(path.open("rb"))
-    size, found = path.stat().st_size, _wave_data(file)
+    size, found = path.stat().st_size, wave_data(file)
     if found is None:
         return None
     layout, length, start = found
@@ -371,7 +329,7 @@ def _unfinished_wave(path: Path, stack: contextlib.ExitStack) -> soundfile.Sound
 
 def _are_chunks(file: IO[bytes], place: int, size: int) -> bool:
     """Whether the file consists of chunks from ``place`` to its end: then an empty data chunk means what it says."""
-    for _ in range(_MOST_CHUNKS):
+    for _ in range(MOST_CHUNKS):
         if place + 8 > size:
             break
         file.seek(place + 4)

@@ -22,7 +22,7 @@ from kalle.data.corpus.cuts import load_audio, load_cuts, splits_of
 from kalle.data.corpus.items import AUDIO_SUFFIXES, PrepareOptions, Rejection, Source, SourceItem
 from kalle.data.corpus.lists import read_folder, read_jsonl_corpus
 from kalle.data.corpus.prepare import prepare_corpus
-from kalle.decoding import cut_short
+from kalle.truncation import cut_short
 
 OPTIONS = PrepareOptions(max_seconds=5.0)
 SUFFIXES = (*sorted(AUDIO_SUFFIXES), ".raw", ".pcm", ".sd2", ".xi", ".txt", "")
@@ -273,15 +273,24 @@ def test_opposite_channels_are_named_and_not_called_quiet(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("headers_only", [False, True])
-@pytest.mark.parametrize(("suffix", "kind", "subtype"), [(".wav", "WAV", "PCM_16"), (".mp3", "MP3", "MPEG_LAYER_III")])
+@pytest.mark.parametrize(
+    ("suffix", "kind", "subtype"),
+    [
+        *((".wav", "WAV", "PCM_16"), (".wav", "WAV", "IMA_ADPCM"), (".mp3", "MP3", "MPEG_LAYER_III"), (".flac", "FLAC", "PCM_16")),
+        *((".aiff", "AIFF", "PCM_16"), (".aifc", "AIFF", "ULAW"), (".au", "AU", "PCM_16"), (".au", "AU", "ULAW")),
+        *((".w64", "W64", "PCM_16"), (".rf64", "RF64", "PCM_16"), (".caf", "CAF", "PCM_16"), (".sph", "NIST", "PCM_16")),
+        *((".ogg", "OGG", "VORBIS"), (".opus", "OGG", "OPUS")),
+    ],
+)
 def test_a_file_that_was_cut_short_is_no_item(tmp_path: Path, suffix: str, kind: str, subtype: str, headers_only: bool) -> None:
-    content = encoded(kind, subtype, np.tile(TONE, 3))
+    # Noise, for a tone is little in a lossless format and begins late in a file.
+    content = encoded(kind, subtype, 0.1 * np.random.default_rng(0).standard_normal(3 * len(TONE)))
     options = dataclasses.replace(OPTIONS, headers_only=headers_only)
     for name, part in (("whole", content), ("cut", content[: len(content) // 2])):
         (tmp_path / f"{name}{suffix}").write_bytes(part)
     whole, cut = (check_item(SourceItem(name, tmp_path / f"{name}{suffix}", "a text"), options, tmp_path) for name in ("whole", "cut"))
     assert isinstance(whole, Kept)
-    assert isinstance(cut, Rejection) or (headers_only and kind == "MP3")
+    assert isinstance(cut, Rejection) or (headers_only and kind in ("MP3", "FLAC"))
     beginning = SourceItem("part", tmp_path / f"cut{suffix}", "a text", start_s=0.2, duration_s=0.5)
     assert isinstance(check_item(beginning, OPTIONS, tmp_path), Kept)
 
@@ -298,3 +307,74 @@ def test_a_wrong_rate_in_bytes_makes_no_file_short_or_whole(tmp_path: Path, fact
     assert cut_short(path, 1.0) == ""
     path.write_bytes(data[: len(data) // 2])
     assert "expected the 1.00 s" in cut_short(path, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "size"),
+    [
+        *(
+            ("WAV", 40, b"\xff\xff\xff\xff"),
+            ("WAV", 40, b"\x00\xf0\xff\x7f"),
+            ("AU", 8, b"\xff\xff\xff\xff"),
+            ("AIFF", 0, b"\x7e\xff\xff\xf0"),
+        ),
+        *(("CAF", 0, b"\xff" * 8), ("RF64", 28, b"\xff" * 8)),
+    ],
+)
+def test_a_size_that_a_stream_did_not_know_makes_no_file_short(tmp_path: Path, kind: str, place: int, size: bytes) -> None:
+    """SoX, FFmpeg and others write one of these where they cannot seek back to the header."""
+    content = bytearray(encoded(kind, "PCM_16"))
+    place = place or content.index(b"SSND" if kind == "AIFF" else b"data") + 4
+    content[place : place + len(size)] = size
+    path = tmp_path / f"a.{kind.lower()}"
+    path.write_bytes(content)
+    assert cut_short(path, 1.0) == ""
+
+
+def pages(content: bytes) -> list[bytes]:
+    found, at = [], 0
+    while at < len(content):
+        count = content[at + 26]
+        length = 27 + count + sum(content[at + 27 : at + 27 + count])
+        found.append(content[at : at + length])
+        at += length
+    return found
+
+
+def test_ogg_is_short_where_a_page_or_a_packet_is_incomplete_and_nowhere_else(tmp_path: Path) -> None:
+    content = encoded("OGG", "OPUS", np.tile(TONE, 4))
+    *first, last = pages(content)
+    assert len(first) > 3
+    going_on = bytearray(first[-1])
+    count = going_on[26]
+    assert last[5] & 4
+    path = tmp_path / "a.opus"
+    ends = bytes(going_on[:26]) + bytes([count]) + bytes(going_on[27 : 26 + count]) + b"\xff" + bytes(sum(going_on[27 : 26 + count]) + 255)
+    for name, data, short in [
+        ("whole", content, False),
+        ("two in turn", content + content, False),
+        ("a stream that was recorded until its end was missing", b"".join(first), False),
+        ("a tag behind it", content + b"TAG" + bytes(125), False),
+        ("a header alone", content[: -len(last)] + last[:20], True),
+        ("a table alone", content[: -len(last)] + last[:28], True),
+        ("half a page", content[:-10], True),
+        ("the second of two", content + content[:-10], True),
+        ("a packet that goes on", b"".join(first[:-1]) + ends, True),
+    ]:
+        path.write_bytes(data)
+        assert bool(cut_short(path, 2.0)) == short, name
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_mp4_whose_boxes_reach_beyond_its_end_is_cut_short(tmp_path: Path, share: float) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "a.m4a"
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
+        stream = file.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray((np.tile(TONE, 3) * 32767).astype(np.int16)[None], format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        resampler = av.AudioResampler(stream.format, "mono", 16000, frame_size=stream.codec_context.frame_size)
+        for part in (*resampler.resample(frame), *resampler.resample(None), None):
+            file.mux(stream.encode(part))
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    assert isinstance(check_item(SourceItem("a", path, "a text"), OPTIONS, tmp_path), Kept if share == 1 else Rejection)

@@ -13,8 +13,9 @@ import numpy as np
 from kalle.audio import Audio, AudioError, cancelled, clipped_share, load_channels, mix_down, resample, rms_dbfs, write_audio
 from kalle.data.corpus.cuts import is_resampled_cheaply
 from kalle.data.corpus.items import TAG, PrepareOptions, Rejection, SourceItem, normalised
-from kalle.decoding import HEADER, Decoded, Span, cut_short, open_audio
+from kalle.decoding import HEADER, Decoded, Span, open_audio
 from kalle.text.tokenizer import unspeakable
+from kalle.truncation import cut_short
 
 ROUNDING_S = 0.1
 """How far a segment may reach beyond its recording, for lists that give times rounded; what is beyond does not exist."""
