@@ -189,7 +189,7 @@ def test_what_may_not_be_looked_into_is_rejected_and_not_left_out(tmp_path: Path
         soundfile.write(tmp_path / "in" / f"{name}.wav", TONE, 16000)
         (tmp_path / "in" / f"{name}.txt").write_text(f"the text of {name}")
     monkeypatch.setattr(os, "scandir", Shut("in/shut", os.scandir))
-    monkeypatch.setattr(Path, "read_text", Shut("bad.txt", Path.read_text))
+    monkeypatch.setattr(Path, "read_bytes", Shut("bad.txt", Path.read_bytes))
     source = read_folder(tmp_path / "in")
     assert [item.id for item in source.items] == ["good"]
     assert {Path(rejection.audio).stem: rejection.reason for rejection in source.rejected} == {"shut": "unreadable", "bad": "no text"}
