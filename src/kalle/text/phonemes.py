@@ -52,6 +52,8 @@ _LETTER = (
 """An A that is no article (A M, U S A, Q and A, vitamin A), and letters before a full stop, which is lost otherwise (at five P M.)."""
 _ADDED = {
     "et cetera": "ɛt sˈɛTəɹə", "gigahertz": "ɡˈɪɡəhˌɜɹts", "per mille": "pɜɹ mˈɪl", "Miz": "mˈɪz", "Hong Kong": "hˈɑŋ kˈɑŋ",
+    "kilojoules": "kˈɪləʤˌulz", "kilojoule": "kˈɪləʤˌul", "kilopascals": "kˈɪləpæskˌælz", "kilopascal": "kˈɪləpæskˌæl",
+    "hectopascals": "hˈɛktəpæskˌælz", "hectopascal": "hˈɛktəpæskˌæl",
 }  # fmt: skip
 """Words that `kalle.text.normalise` writes and the lexicon lacks, with their readings."""
 _NAMES = {
