@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import mmap
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from kalle.cli.bench_common import Size, configuration, warn_of_load
+from kalle.cli.bench_train import _flowvae_variants
 from kalle.cli.main import main
 from kalle.evaluation.benchmark import PeakMemory
 from kalle.evaluation.limits import cached_flop, counted_flop
+from kalle.models.flowvae import BigVGANConfig
+from kalle.models.flowvae.bigvgan import AntiAliasedSnake
 from kalle.models.lm import KalleLM
 
 HAS_INT8 = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
@@ -142,6 +146,22 @@ def test_training_that_takes_too_long_ends(toy_lm_config, toy_latents: Path, tmp
     rows = json.loads(out.read_text())["rows"]
     assert [row["frames_per_second"] for row in rows] == [None] * len(rows)
     assert capsys.readouterr().out.count("--minutes") == len(rows)
+
+
+@pytest.mark.parametrize(("decoder", "fused"), [(True, ["fp32, numba", "bf16, numba"]), (False, [])])
+def test_fused_activations_are_measured_where_the_decoder_has_them(
+    decoder: bool, fused: list[str], toy_flowvae_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba")
+    paper = BigVGANConfig(initial_channels=8, strides=(10, 16), block_kernel_sizes=(3,), block_dilations=(1,))
+    config = dataclasses.replace(toy_flowvae_config, decoder=paper) if decoder else toy_flowvae_config
+    monkeypatch.setattr("kalle.cli.bench_train._configuration", lambda part, size: config)
+    variants = _flowvae_variants("nano", tmp_path, tmp_path, 1, 6, 0, True, torch.device("cpu"))
+    assert [variant.name for variant in variants if "numba" in variant.name] == fused
+    assert {"fp32", "bf16", "bf16, compiled"} <= {variant.name for variant in variants}
+    for variant in variants[: 1 + len(fused)]:
+        ways = {part.way for part in variant.module().modules() if isinstance(part, AntiAliasedSnake)}
+        assert ways == ({"numba" if "numba" in variant.name else "none"} if decoder else set())
 
 
 @pytest.mark.parametrize(

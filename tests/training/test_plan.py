@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
 from kalle.models.discriminators import DiscriminatorConfig, Discriminators
-from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.flowvae import BigVGANConfig, FlowVAE, FlowVAEConfig
+from kalle.models.flowvae.bigvgan import set_way
 from kalle.models.lm import KalleLM, KalleLMConfig
 from kalle.training.plan import flowvae_footprint, lm_footprint, measure_memory, without_storage
 
@@ -30,6 +34,21 @@ def test_what_is_estimated_is_what_a_real_step_keeps(toy_lm_config: KalleLMConfi
     # Constants of a few bytes are kept once a process or once a call, depending on what ran before.
     assert abs(estimated_wave.activation_bytes - real_wave.activation_bytes) <= 64
     assert estimated.activation_bytes > 3 * 27 * 16 * 4 * 2, "at least the input of every layer"
+
+
+def test_a_fused_decoder_is_estimated_by_what_it_keeps(toy_flowvae_config: FlowVAEConfig) -> None:
+    pytest.importorskip("numba")
+    decoder = BigVGANConfig(initial_channels=8, strides=(10, 16), block_kernel_sizes=(3,), block_dilations=(1, 3))
+
+    def estimate(way: str) -> int:
+        flowvae = FlowVAE(replace(toy_flowvae_config, decoder=decoder))
+        set_way(flowvae, way, torch.device("cpu"))
+        return flowvae_footprint(flowvae, None, 2, 3200).activation_bytes
+
+    with without_storage():
+        fused, plain = estimate("numba"), estimate("none")
+    assert abs(fused - estimate("numba")) <= 64
+    assert fused < plain / 2
 
 
 def test_twice_the_batch_is_twice_the_step(toy_lm_config: KalleLMConfig) -> None:

@@ -116,7 +116,7 @@ def train(
         if stage == "lm":
             variants = _lm_variants(size, data, Path(folder), positions, workers, compiled)
         else:
-            variants = _flowvae_variants(size, data, Path(folder), batch, segment_frames, workers, compiled)
+            variants = _flowvae_variants(size, data, Path(folder), batch, segment_frames, workers, compiled, resolved)
         warn_of_load(load_average())
         limits = measure_limits(resolved)
         turns, ends = [variant for _ in range(rounds) for variant in variants], time.perf_counter() + 60 * minutes
@@ -233,13 +233,22 @@ def _lm_variants(size: str, latents: Path | None, folder: Path, positions: int, 
 
 
 def _flowvae_variants(
-    size: str, corpus: Path | None, folder: Path, batch: int, segment_frames: int, workers: int, compiled: bool
+    size: str,
+    corpus: Path | None,
+    folder: Path,
+    batch: int,
+    segment_frames: int,
+    workers: int,
+    compiled: bool,
+    device: torch.device,
 ) -> list[Variant]:
-    """The adversarial step in fp32, then in bf16, then compiled."""
+    """The adversarial step in fp32 and in bf16, each also with fused activations where the decoder has them, then compiled."""
     import torch
 
     from kalle.models.discriminators import DiscriminatorConfig, Discriminators
-    from kalle.models.flowvae import FlowVAE
+    from kalle.models.flowvae import BigVGANConfig, FlowVAE
+    from kalle.models.flowvae.bigvgan import set_way
+    from kalle.models.flowvae.training_activation import why_not
     from kalle.models.lm_batch import WaveBatch
     from kalle.training import AdamWConfig, ClipSchedule, FlowVAEDataConfig, FlowVAEObjective, WarmupCosine
     from kalle.training.flowvae import FlowVAETraining
@@ -250,8 +259,9 @@ def _flowvae_variants(
     torch.manual_seed(SEED)
     flowvae, discriminators = FlowVAE(config), Discriminators(DiscriminatorConfig(width=1.0 if size == "full" else 0.25))
 
-    def module(fast: bool) -> FlowVAETraining:
+    def module(way: str, fast: bool) -> FlowVAETraining:
         networks = copy.deepcopy(flowvae), copy.deepcopy(discriminators)
+        set_way(networks[0], way, device)
         made = FlowVAETraining(
             networks[0], AdamWConfig(1e-4), WarmupCosine(100, 10**6), FlowVAEObjective(), ClipSchedule(), networks[1], seed=SEED
         )
@@ -262,8 +272,16 @@ def _flowvae_variants(
     def frames(batch: WaveBatch) -> int:
         return batch.wav.numel() // config.hop_length
 
-    ways = [("fp32", "32-true", False), ("bf16", "bf16-mixed", False)] + ([("bf16, compiled", "bf16-mixed", True)] if compiled else [])
-    return [Variant(name, precision, partial(module, fast), partial(values.module, config, SEED), frames) for name, precision, fast in ways]
+    fused = "triton" if device.type == "cuda" else "numba"
+    has_fused = isinstance(config.decoder, BigVGANConfig) and why_not(fused, device) is None
+    ways = [
+        (f"{name}, {way}" if way != "none" else name, precision, way, False)
+        for name, precision in (("fp32", "32-true"), ("bf16", "bf16-mixed"))
+        for way in (("none", fused) if has_fused else ("none",))
+    ]
+    ways += [("bf16, compiled", "bf16-mixed", "none", True)] if compiled else []
+    data = partial(values.module, config, SEED)
+    return [Variant(name, precision, partial(module, way, fast), data, frames) for name, precision, way, fast in ways]
 
 
 def _configuration(part: str, size: str) -> Any:

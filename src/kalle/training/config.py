@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -366,6 +366,9 @@ class FlowVAETrainingConfig(TrainingConfig):
     objective: FlowVAEObjective = FlowVAEObjective()
     mel_loss: nn.Module | None = None
     """(real, fake), both (B, S), to a scalar; null: the L1 distance of log-mels at one scale."""
+    fused_activation: Literal["auto", "none", "numba", "triton"] = "auto"
+    """How the paper's decoder computes its activations: none: by alias_free_torch; numba (CPU, extra fast) or triton (CUDA): in one pass
+    that keeps only its input for the backward pass; auto: numba on a CPU that has it, else none."""
     optimizer: OptimizerFactory = AdamWConfig(1e-4, (0.8, 0.99))
     scheduler: SchedulerFactory = Exponential()
     clip: ClipSchedule = ClipSchedule()

@@ -23,6 +23,7 @@ from kalle.errors import UserError
 from kalle.files import atomic_file
 from kalle.models.discriminators import Discriminators
 from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.flowvae.bigvgan import set_way
 from kalle.models.lm import PART, KalleLM, KalleLMConfig, compile_layers, recompute_activations, set_attention
 from kalle.models.lora import LoRAConfig, add_lora, also_trained, lora_factors
 from kalle.models.text_weights import compact_vocabulary, expand_vocabulary, load_text_weights, with_text_backbone
@@ -132,6 +133,7 @@ def _build_flowvae(config: FlowVAETrainingConfig, storageless: FakeTensorMode | 
         flowvae = FlowVAE(described) if fresh else FlowVAE.from_pretrained(str(config.init)).train()
         freeze(flowvae, config.freeze)
         discriminators = None if config.discriminators is None else Discriminators(config.discriminators)
+    set_way(flowvae, config.fused_activation, resolve_device(config.device))
     module = FlowVAETraining(
         flowvae,
         optimizer=config.optimizer,

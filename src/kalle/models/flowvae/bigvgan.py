@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from alias_free_torch import Activation1d
 from torch import Tensor, nn
 
+from kalle.errors import UserError
 from kalle.models.flowvae.config import BigVGANConfig
 from kalle.models.layers import CausalConv1d, CausalUpsample1d, in_full_precision, same_conv
+
+logger = logging.getLogger(__name__)
 
 EPSILON = 1e-9
 
@@ -32,9 +37,52 @@ def snake_beta(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return x + torch.sin(alpha * x).square() / (beta + EPSILON)
 
 
-def anti_aliased_snake(channels: int) -> nn.Module:
+class AntiAliasedSnake(Activation1d):
     """SnakeBeta between a 2x upsampler and a 2x downsampler (symmetric filters, replicate padding: it looks ahead)."""
-    return Activation1d(activation=SnakeBeta(channels))
+
+    way = "none"
+    """none: by the library's layers; numba or triton: as `kalle.models.flowvae.training_activation` says, where the input allows it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(activation=SnakeBeta(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Those passes are written for one device each and compute in fp32.
+        if self.way == "none" or x.device.type != {"numba": "cpu", "triton": "cuda"}[self.way] or x.dtype == torch.float64:
+            return super().forward(x)
+        from kalle.models.flowvae.training_activation import fused_snake
+
+        return fused_snake(x, self.act.alpha.exp(), self.act.beta.exp() + EPSILON, self.way)
+
+
+def anti_aliased_snake(channels: int) -> nn.Module:
+    """`AntiAliasedSnake`."""
+    return AntiAliasedSnake(channels)
+
+
+def set_way(model: nn.Module, way: str, device: torch.device) -> str:
+    """Let every anti-aliased activation in ``model`` be computed on ``device`` by ``way``; returns what that came to.
+
+    none is alias_free_torch. numba is for a CPU and triton for CUDA; a UserError says why one cannot run. auto is numba on a CPU where it
+    can run, and none on CUDA, where triton has not been measured yet. Weights and their names stay as they are, so a way can be changed at
+    any time.
+    """
+    from kalle.models.flowvae.training_activation import why_not
+
+    found = [module for module in model.modules() if isinstance(module, AntiAliasedSnake)]
+    chosen, problem = "numba" if way == "auto" else way, None
+    if chosen != "none":
+        problem = why_not(chosen, device) if found else "a decoder without anti-aliased activations"
+    if problem is not None:
+        if way != "auto":
+            raise UserError(f"fused_activation: got {way} and {problem}, expected a way that can run here; set fused_activation=auto")
+        chosen = "none"
+    for module in found:
+        module.way = chosen
+    if found:
+        by = chosen if chosen != "none" else "alias_free_torch" + ("" if problem is None else f" ({problem})")
+        logger.info("the decoder's activations are computed by %s", by)
+    return chosen
 
 
 _EDGE_KERNEL = 7
