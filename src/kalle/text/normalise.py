@@ -26,8 +26,15 @@ _WIDE = {code: code - 0xFEE0 for code in (*range(0xFF10, 0xFF1A), *range(0xFF21,
 _HANDLED = frozenset("°℃℉½¼¾€£¥×÷−–²³")
 """Characters beyond ASCII that may vanish because words stand in their place."""
 _ONE_BY_ONE = str.maketrans("0123456789", "零幺二三四五六七八九")
+_YEARS = str.maketrans("0123456789", "零一二三四五六七八九")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_CHINESE_UNITS = {
+    **{"mAh": "毫安时", "kWh": "千瓦时", "GHz": "吉赫兹", "MHz": "兆赫兹", "kHz": "千赫兹", "Hz": "赫兹", "kW": "千瓦", "V": "伏"},
+    **{"dB": "分贝", "fps": "帧每秒", "㎡": "平方米", "㎥": "立方米"},
+}
+_CHINESE_MONEY = {"$": "美元", "€": "欧元", "£": "英镑", "¥": "元", "￥": "元"}
 _CHINESE_PHONE = re.compile(
-    r"(?<![\w.-])(?:\+86[- ]?)?(?:1\d{2}[- ]?\d{4}[- ]?\d{4}|\(?0\d{2,3}[-)]\d{7,8}|[48]00-?\d{3}-?\d{4})(?![\d.-])"
+    r"(?<![\w.-])(?:\+86[- ]?)?(?:1\d{2}[- ]?\d{4}[- ]?\d{4}|\(?0\d{2,3}[-)]\d{3,4}[- ]?\d{4}|[48]00-?\d{3}-?\d{4})(?![\d.-])"
 )
 _CHINESE_SIGNS = {"≥": "大于等于", "≤": "小于等于", "±": "正负", "÷": "除以", "〇": "零"}
 _CHINESE_VULGAR = {"½": "二分之一", "¼": "四分之一", "¾": "四分之三", "⅓": "三分之一", "⅔": "三分之二"}
@@ -37,6 +44,26 @@ _TWO_OF = "倍次克米吨层台种间栋套份件点个只条张本位家辆岁
 
 def _one_by_one(match: re.Match[str]) -> str:
     return match[0].translate(_ONE_BY_ONE)
+
+
+def _as_year(match: re.Match[str]) -> str:
+    """Years digit by digit, a stroke or hyphen between them as "to"."""
+    return re.sub("[-/–—~～]", "到", match[0]).translate(_YEARS)
+
+
+def _unit_of(match: re.Match[str]) -> str:
+    number, unit = match[1], _CHINESE_UNITS[match[2]]
+    return f"{_counted(number) if number.isdigit() else number}{unit}"
+
+
+def _memorable(match: re.Match[str]) -> str:
+    """A date that has become a name: 9.11 digit by digit, 5.1 and 10.1 as numbers."""
+    digits = re.sub("[.·]", "", match[0])
+    return {"101": "十一"}.get(digits, digits.translate(_YEARS))
+
+
+def _circled(match: re.Match[str]) -> str:
+    return "、".join(str(int(unicodedata.numeric(character))) for character in match[0])
 
 
 def _chinese_version(match: re.Match[str]) -> str:
@@ -59,7 +86,27 @@ _CHINESE_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str
         (r"(?<![\d.])\d{17}[\dXx](?![\d.])|(?<![\d.])\d{16,19}(?![\d.])", _one_by_one),
         (r"(?<=邮编|密码|口令|账号|卡号|尾号|工号|学号)[是为:： ]{0,2}\d+", _one_by_one),
         (r"(?<=邮政编码|验证码是|验证码为|身份证号)[:： ]{0,2}\d+|(?<=验证码)[:： ]{0,2}\d+", _one_by_one),
-        (r"[①-⑳]", lambda match: str(int(unicodedata.numeric(match[0])))),
+        (r"(?<=QQ|微信)号?[是为:： ]{0,2}\d{5,}|(?<=手机号|电话号)码?[是为:： ]{0,2}\d{5,}", _one_by_one),
+        (r"(?<![A-Za-z])[GDCZTKSY]\d{1,4}(?=次)|(?<![A-Za-z\d])(?:[A-Z]{2}|\d[A-Z]|[A-Z]\d)\d{3,4}(?=次?航班)", _one_by_one),
+        (r"(?<![\d.])\d{3,4}(?=室|号房)", _one_by_one),
+        (r"(?<!\d)9[.·]?11(?=事件|恐)|(?<!\d)3[.·]?15(?=晚会)|(?<!\d)[51]0?[.·]1(?=假期|黄金周|长假)", _memorable),
+        (
+            r"(?<!\d)(?:985|211)(?=高校|大学|院校|工程|、985|、211|和)|(?<!\d)618(?=大促|购物|活动|年中)",
+            lambda match: match[0].translate(_YEARS),
+        ),
+        (r"(?<![\d.])(?:[5-9]\d|0\d|[12][05])后(?![面来天年续半])", lambda match: match[0].translate(_YEARS)),
+        (r"(?<!\d)(?:19|20)\d\d[-/–~～](?:(?:19|20)\d\d|\d\d)(?=赛季|学年|财年|年度)", _as_year),
+        (r"(?<!\d)(?:1[5-9]|20)\d\d/(?:1[5-9]|20)\d\d(?![\d/])", _as_year),
+        (r"(?<=[(（])1\d{3}[-–—~～](?:1\d{3}|20\d\d)(?=[)）])|(?<=[(（])20\d\d[-–—~～]20\d\d(?=[)）])", _as_year),
+        (r"([$€£¥￥]) ?(\d+(?:\.\d+)?) ?([万亿]+)", lambda match: match[2] + match[3] + _CHINESE_MONEY[match[1]]),
+        (rf"(?<![\d.])(\d+(?:\.\d+)?) ?({'|'.join(_CHINESE_UNITS)})(?![A-Za-z])", _unit_of),
+        (r"(\d+)次/(天|日|周|月|年|小时|分钟|分|秒)", r"每\2\1次"),
+        (r"(?<=[A-Za-z])\+(?=\d)", "加"),
+        (r"√ ?(?=\d)", "根号"),
+        (r"≈ ?(?=\d)", "约"),
+        (r"(?<=\d)²(?!\w)|(?<=(?<![A-Za-z])[A-Zabcnxyz])²", "的平方"),
+        (r"(?<=\d)³(?!\w)|(?<=(?<![A-Za-z])[A-Zabcnxyz])³", "的立方"),
+        (r"[①-⑳]+", _circled),
         (f"[{''.join(_CHINESE_VULGAR)}]", lambda match: _CHINESE_VULGAR[match[0]]),
         (f"[{''.join(_CHINESE_SIGNS)}]", lambda match: _CHINESE_SIGNS[match[0]]),
         (r"(?<![\w/])24/7(?![\w/])", "二十四七"),
@@ -127,6 +174,7 @@ def _pieces(line: str) -> Iterator[str]:
 
 
 def _chinese_words(text: str) -> str:
+    text = text.translate(_SUBSCRIPTS)
     for pattern, replacement in _CHINESE_RULES:
         text = pattern.sub(replacement, text)
     pieces = _QUOTES.split(text)
