@@ -6,6 +6,7 @@ planted in a shared folder is never followed, and two writers of one file don't 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -397,10 +398,18 @@ def lines_of(text: str) -> list[str]:
     return text.replace("\r", " " if "\n" in text else "\n").split("\n")
 
 
+def text_of(content: bytes) -> str:
+    """``content`` as text: UTF-8, or UTF-16 where a byte-order mark says so, as Windows writes it; UnicodeDecodeError for all else."""
+    return content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+
+
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file by `lines_of` (a byte-order mark is dropped); a UserError for another encoding."""
+    """The lines of a text file by `lines_of` and `text_of`; a UserError for another encoding."""
+    content = path.read_bytes()
+    if content.startswith(b"PK\x03\x04"):
+        raise UserError(f"not text: '{path}' is an archive or an Excel workbook, expected text; save it as CSV in UTF-8, or unpack it")
     try:
-        return lines_of(path.read_bytes().decode("utf-8-sig"))
+        return lines_of(text_of(content))
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text: '{path}' at byte {error.start}; expected UTF-8; convert it with iconv") from None
 

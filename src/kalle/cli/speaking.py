@@ -17,6 +17,7 @@ import typer
 from kalle.cli.main import interruptible
 from kalle.convert import CONVERTED
 from kalle.errors import UserError
+from kalle.files import text_of
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
@@ -236,8 +237,7 @@ def read_text(text: str | None, text_file: Path | None = None) -> str:
     if text_file is None or str(text_file) == STDIN:
         return _standard_input() if text in (None, STDIN) else str(text)
     try:
-        # A byte order mark is no part of the text.
-        return text_file.read_text(encoding="utf-8-sig")
+        return text_of(text_file.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise UserError(f"text file not found: got '{text_file}', expected a file of UTF-8 text; check --text-file") from None
     except IsADirectoryError:

@@ -247,3 +247,13 @@ def test_a_wrong_folder_tells_the_layout(tmp_path: Path, read, expected: str) ->
             read(folder)
         assert folder.name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_second_line_of_a_kaldi_table_is_counted(tmp_path: Path) -> None:
+    for name in "ab":
+        layouts.record(tmp_path / f"{name}.wav")
+    layouts.write(tmp_path / "wav.scp", "a a.wav\nb b.wav\na b.wav\nb b.wav\n")
+    layouts.write(tmp_path / "text", "a one\nb two\nb three\n")
+    source = read_kaldi(tmp_path)
+    assert [(item.id, item.audio.name, item.text) for item in source.items] == [("a", "a.wav", "one"), ("b", "b.wav", "two")]
+    assert [(one.id, one.reason) for one in source.rejected] == [("a", "duplicate id"), ("b", "duplicate id")]

@@ -460,3 +460,41 @@ def test_parts_are_told_apart_by_their_times(tmp_path: Path) -> None:
     assert len({item.id for item in source.items}) == 5
     assert source.items[-1].id == "alone"
     assert reasons(source) == {"rec": "duplicate id"}
+
+
+def test_one_array_of_objects_is_a_list(tmp_path: Path) -> None:
+    rows = [{"audio": "a.wav", "text": "one"}, {"audio": "b.wav", "text": "two"}]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    assert [(item.id, item.text) for item in read_jsonl_corpus(tmp_path / "list.json").items] == [("a", "one"), ("b", "two")]
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=1))
+    with pytest.raises(UserError, match=r"write an object a line, or an array of objects"):
+        read_jsonl_corpus(tmp_path / "one.json")
+
+
+def test_what_is_no_text_is_not_read_out(tmp_path: Path) -> None:
+    """NaN is how pandas writes that there is nothing; it was the word "nan"."""
+    lines = [
+        '{"audio": "a.wav", "text": NaN, "speaker": NaN, "id": "a"}',
+        '{"audio": "a.wav", "text": true, "id": "b"}',
+        '{"audio": "a.wav", "text": "words", "speaker": ["ann"], "id": "c"}',
+        '{"audio": "a.wav", "text": "words", "id": {}}',
+        '{"audio": "a.wav", "text": "words", "speaker": 7, "id": 5}',
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    source = read_jsonl_corpus(tmp_path / "list.jsonl", speaker="bob")
+    assert [(item.id, item.text, item.speaker) for item in source.items] == [("a", "", "bob"), ("5", "words", "7")]
+    assert set(reasons(source).values()) == {"bad entry"}
+    assert len(source.rejected) == 3
+    assert source.notes == {}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "list.csv").write_bytes("audio,text\r\na.wav,Grüße an 世界\r\n".encode(encoding))
+    assert [item.text for item in read_csv_corpus(tmp_path / "list.csv").items] == ["Grüße an 世界"]
+
+
+def test_a_workbook_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes(b"PK\x03\x04" + bytes(range(256)))
+    with pytest.raises(UserError, match=r"save it as CSV"):
+        read_csv_corpus(tmp_path / "list.csv")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -137,7 +138,7 @@ def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = ""
 
 
 def read_jsonl_corpus(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") -> Source:
-    """An object a line, with the keys of `COLUMNS`: audio and text, and id, speaker, language, split, start, duration or end if given.
+    """An object a line, or one array of them, with the keys of `COLUMNS`: audio, text; id, speaker, language, split, start, duration, end.
 
     Audio paths are relative to the file. ``speaker`` and ``language`` stand in where a line has none. With a start (seconds) an item is
     the part of its recording from there, ``duration`` long or to ``end``, else to the recording's; a duration alone says nothing that the
@@ -151,11 +152,13 @@ def read_jsonl_corpus(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str 
     rejected: list[Rejection] = []
     ignored: Counter[str] = Counter()
     keys: dict[str, None] = {}
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
+    lines = read_lines(path)
+    entries = _entries_of_array(lines)
+    for number, line in enumerate(lines if entries is None else entries, start=1):
+        if isinstance(line, str) and not line.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(line) if isinstance(line, str) else line
             keys |= dict.fromkeys(row)
             items.append(_item(path, row, f"line-{number}", speaker, language))
         except _BadEntry as error:
@@ -166,13 +169,26 @@ def read_jsonl_corpus(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str 
             rejected.append(Rejection(f"line-{number}", "", "bad entry", f"line {number}: {error}; expected one JSON object"))
         else:
             known = {_named(row, kind) for kind in COLUMNS}
-            ignored.update(key for key, value in row.items() if key not in known and key not in KEPT_KEYS and value not in (None, ""))
+            ignored.update(key for key, value in row.items() if key not in known and key not in KEPT_KEYS and not _is_absent(value))
     if rejected and not items:
         got = f"; the keys are {_shown(', '.join(list(keys)[:12]), 200)}" if keys else ""
         expected = f"expected objects with {', '.join(COLUMNS['audio'][:6])} … for the recording and {', '.join(COLUMNS['text'][2:6])} …"
-        raise UserError(f"no line with a recording in '{path}': {rejected[0].detail}{got}; {expected}; rename the key of the path to audio")
+        remedy = "rename the key of the path to audio" if keys else "write an object a line, or an array of objects"
+        raise UserError(f"no line with a recording in '{path}': {rejected[0].detail}{got}; {expected}; {remedy}")
     notes: dict[str, object] = {f"keys not used ({key})": count for key, count in sorted(ignored.items())}
     return collected("the list", items, rejected, notes, path.stem)
+
+
+def _entries_of_array(lines: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The objects of a list that is one JSON array; None for any other, whose lines are objects."""
+    first = next((line.strip() for line in lines if line.strip()), "")
+    if not first.startswith("["):
+        return None
+    try:
+        found = json.loads("\n".join(lines), strict=False)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(entry, dict) for entry in found) else None
 
 
 class _BadEntry(ValueError):
@@ -185,7 +201,14 @@ class _BadEntry(ValueError):
 
 def _named(row: Mapping[str, Any], kind: str) -> str | None:
     """The key of ``row`` that holds ``kind``."""
-    return next((name for name in COLUMNS[kind] if row.get(name) not in (None, "")), None)
+    # A time that is NaN is refused: without it the item would be more of its recording than its text.
+    is_time = kind in ("start", "duration", "end")
+    return next((name for name in COLUMNS[kind] if not (row.get(name) in (None, "") if is_time else _is_absent(row.get(name)))), None)
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether a cell says nothing: pandas writes NaN into what it has no value for."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 def _item(path: Path, row: Mapping[str, Any], number: str, speaker: str, language: str) -> SourceItem:
@@ -195,8 +218,9 @@ def _item(path: Path, row: Mapping[str, Any], number: str, speaker: str, languag
     if not isinstance(found, str) or not found:
         raise _BadEntry("missing", "it has no audio")
     text = values["text"]
-    if not isinstance(text, str | int | float | None):
-        raise _BadEntry("bad entry", f"its text is a {type(text).__name__}, expected a string")
+    for kind in ("text", "id", "speaker", "language"):
+        if isinstance(values[kind], bool) or not isinstance(values[kind], str | int | float | None):
+            raise _BadEntry("bad entry", f"its {kind} is a {type(values[kind]).__name__}, expected a string")
     start, seconds = _part_of(values)
     own = values["id"]
     # Parts of one recording are different items, also where a list gives them all its id.

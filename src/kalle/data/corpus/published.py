@@ -267,7 +267,7 @@ def read_kaldi(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "")
 
 
 def _kaldi_part(folder: Path, speaker: str, language: str, rejected: list[Rejection]) -> Iterator[SourceItem]:
-    recordings, texts = _kaldi_table(folder / "wav.scp"), _kaldi_table(folder / "text")
+    recordings, texts = _kaldi_table(folder / "wav.scp", rejected), _kaldi_table(folder / "text", rejected)
     speakers, languages = _kaldi_table(folder / "utt2spk"), _kaldi_table(folder / "utt2lang")
     split = split_of_part(folder.resolve().name)
     table = folder / ("segments" if (folder / "segments").is_file() else "wav.scp")
@@ -287,12 +287,16 @@ def _kaldi_part(folder: Path, speaker: str, language: str, rejected: list[Reject
         rejected.append(Rejection(name, "", "missing", f"in text, but not in {table.name}"))
 
 
-def _kaldi_table(path: Path) -> dict[str, str]:
-    """First word -> rest of a line; empty for a file that is not there."""
-    if not path.is_file():
-        return {}
-    lines = (line.split(maxsplit=1) for line in read_lines(path) if line.strip())
-    return {words[0]: words[1].strip() if len(words) > 1 else "" for words in lines}
+def _kaldi_table(path: Path, rejected: list[Rejection] | None = None) -> dict[str, str]:
+    """First word -> rest of its first line; another rest goes to ``rejected``. Empty for a file that is not there."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(read_lines(path) if path.is_file() else (), start=1):
+        name, rest = (*line.split(maxsplit=1), "", "")[:2]
+        rest = rest.strip()
+        if name and found.setdefault(name, rest) != rest and rejected is not None:
+            detail = f"line {number} of {path.name}: its first line says '{found[name][:80]}'; remove one"
+            rejected.append(Rejection(name, rest, "duplicate id", detail))
+    return found
 
 
 def _kaldi_segments(path: Path) -> dict[str, tuple[str, float, float | None]]:
