@@ -220,6 +220,15 @@ def test_languages_become_the_codes_that_a_corpus_has(tmp_path: Path, name: str,
     assert [item.language for item in read_test_list(path).items] == [code]
 
 
+def test_the_names_of_other_tools_are_known(tmp_path: Path) -> None:
+    """A recording under a name that was not read was a text without one."""
+    row = {"audio_filepath": "a/x.wav", "sentence": "one two three four", "spk": "ann", "locale": "de-DE", "subset": "Test"}
+    [item] = read_test_list(write_lines(tmp_path / "a.jsonl", json.dumps(row))).items
+    assert (item.id, item.audio_path, item.text, item.speaker, item.language) == ("x", tmp_path / "a/x.wav", row["sentence"], "ann", "de")
+    with pytest.raises(UserError, match=r"1 of another split.*set their split to test"):
+        read_test_list(write_lines(tmp_path / "b.jsonl", json.dumps({**row, "subset": "dev"})))
+
+
 def test_words_are_runs_of_letters_and_single_ideographs() -> None:
     assert count_words("Don't stop -- it's 5 o’clock!") == 5
     assert count_words("你好 OK 世界。") == 5

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kalle.audio import Audio, read_with_rate, resample
+from kalle.data.corpus.lists import COLUMNS
 from kalle.errors import UserError
 from kalle.files import lines_of, text_of
 from kalle.text.languages import language_of_name
@@ -26,6 +27,8 @@ MAX_NAME_BYTES = 200
 MAX_SECONDS = 1e6
 LONGEST_RECORDING_S = 3600.0
 """Of what is scored; at 16 kHz it takes 230 MB, and a small file may hold days of silence."""
+_USUAL_NAMES = ("text", "audio", "speaker", "language", "id", "split")
+"""Keys that a JSONL list may name as other tools do (`COLUMNS`); a duration is stated under its own name alone."""
 _DAMAGED = (ValueError, RecursionError)
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -115,10 +118,11 @@ def read_test_list(config: TestListConfig | str | Path, min_words: int = 4, limi
 
     ``*.jsonl.gz``, or a folder with ``cuts_test.jsonl.gz``: lhotse cuts. ``*.lst``: Seed-TTS lists, ``utt|text``, ``utt|text|prompt_wav``,
     ``utt|prompt_text|prompt_wav|text[|recording]``; wavs relative to the list's folder. ``*.jsonl``: objects with ``text`` and optionally
-    ``id, audio, speaker, language, duration, prompt_text, prompt_audio, split``; the same paths; other keys are not read. Items of a split
-    other than "test", of fewer than ``min_words`` words (a CJK character is one) and beyond the first ``limit`` are left out and counted.
-    UserError for a missing, malformed or empty list, for ids (or the file names made from them) that repeat, and for texts in letters that
-    are not Latin whose language neither the list nor the configuration states: scored as English they would count as one word.
+    ``id, audio, speaker, language, duration, prompt_text, prompt_audio, split``, or the names that `COLUMNS` has for these; the same
+    paths; other keys are not read. Items of a split other than "test", of fewer than ``min_words`` words (a CJK character is one) and
+    beyond the first ``limit`` are left out and counted. UserError for a missing, malformed or empty list, for ids (or the file names made
+    from them) that repeat, and for texts in letters that are not Latin whose language neither the list nor the configuration states:
+    scored as English they would count as one word.
     """
     if not isinstance(config, TestListConfig):
         config = TestListConfig(config, min_words, limit)
@@ -129,7 +133,7 @@ def read_test_list(config: TestListConfig | str | Path, min_words: int = 4, limi
     if config.limit is not None and config.limit < 1:
         raise UserError(f"limit: got {config.limit}, expected at least 1 or none; correct it")
     items = _with_language(source, list(_reader(source)(source)), config.language)
-    tests = [item for item in items if item.split in (None, "test")]
+    tests = [item for item in items if (item.split or "test").lower() == "test"]
     long_enough = [item for item in tests if count_words(item.text) >= config.min_words]
     kept = long_enough[: config.limit]
     reasons = {
@@ -138,8 +142,9 @@ def read_test_list(config: TestListConfig | str | Path, min_words: int = 4, limi
         "beyond the limit": len(long_enough) - len(kept),
     }
     if not kept:
-        least = config.min_words
-        raise UserError(f"empty test list: '{source}' has {len(items)} items, none to test of at least {least} words; lower min_words")
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) or "no lines"
+        remedy = "set their split to test" if items and not tests else "lower min_words"
+        raise UserError(f"empty test list: '{source}' has {len(items)} items, none to test ({counts}); {remedy}")
     _check_unique(source, kept)
     return TestList(source, kept, {reason: count for reason, count in reasons.items() if count})
 
@@ -234,9 +239,16 @@ def _read_jsonl(source: Path) -> Iterator[TestItem]:
             row = json.loads(line, strict=False)
         except _DAMAGED as error:  # also numbers of thousands of digits and deep nesting
             raise _bad_line(source, number, f"is not JSON ({' '.join(str(error).split())[:120]})") from None
+        if isinstance(row, dict):
+            row = {**row, **{kind: row[name] for kind in _USUAL_NAMES if kind not in row and (name := _named(row, kind))}}
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise _bad_line(source, number, f"got {line[:80]!r}, expected an object with a text")
         yield _item(source, number, row)
+
+
+def _named(row: Mapping[str, Any], kind: str) -> str | None:
+    """The key under which another tool's list holds ``kind``."""
+    return next((name for name in COLUMNS[kind] if name in row), None)
 
 
 def _item(source: Path, number: int, row: Mapping[str, Any]) -> TestItem:

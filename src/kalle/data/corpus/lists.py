@@ -154,11 +154,11 @@ def read_jsonl_corpus(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str 
     keys: dict[str, None] = {}
     lines = read_lines(path)
     entries = _entries_of_array(lines)
-    for number, line in enumerate(lines if entries is None else entries, start=1):
-        if isinstance(line, str) and not line.strip():
+    for number in range(1, 1 + len(lines if entries is None else entries)):
+        if entries is None and not lines[number - 1].strip():
             continue
         try:
-            row = parse_json(line) if isinstance(line, str) else line
+            row = parse_json(lines[number - 1]) if entries is None else entries[number - 1]
             keys |= dict.fromkeys(row)
             items.append(_item(path, row, f"line-{number}", speaker, language))
         except _BadEntry as error:
