@@ -23,7 +23,7 @@ synthesis_nano|60|$kalle bench synthesis --model ckpt/kalle-nano --device cuda -
 release_full|80|$kalle bench synthesis --size full --device cuda --engine bfloat16 --seconds 4 --minutes 1 --out $out/release_full.json
 streaming_full|40|$kalle bench streaming --size full --device cuda --chunk 1 --chunk 4 --out $out/streaming_full.json
 train_lm|110|$kalle bench train lm --size full --positions 8000 --steps 5 --rounds 1 --compile --minutes 1.3 --device cuda --out $out/train_lm.json
-train_flowvae|110|$kalle bench train flowvae --size small --steps 5 --rounds 1 --compile --minutes 1.3 --device cuda --out $out/train_flowvae.json
+train_flowvae|120|$kalle bench train flowvae --size small --steps 5 --rounds 1 --compile --minutes 1.3 --device cuda --out $out/train_flowvae.json
 "
 if [ $list = yes ]; then
   printf '%s' "$steps" | sed -n 's/^\([^|]*\)|\([^|]*\)|/\2 s at most: /p'

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kalle.cli.bench_common import Size, configuration, warn_of_load
-from kalle.cli.bench_train import _flowvae_variants
+from kalle.cli.bench_train import Variant, _flowvae_variants, _turn
 from kalle.cli.main import main
 from kalle.evaluation.benchmark import PeakMemory
 from kalle.evaluation.limits import cached_flop, counted_flop
@@ -162,6 +162,17 @@ def test_fused_activations_are_measured_where_the_decoder_has_them(
     for variant in variants[: 1 + len(fused)]:
         ways = {part.way for part in variant.module().modules() if isinstance(part, AntiAliasedSnake)}
         assert ways == ({"numba" if "numba" in variant.name else "none"} if decoder else set())
+
+
+def test_a_kernel_that_fails_costs_its_own_row_alone(tmp_path: Path) -> None:
+    def broken() -> None:
+        raise RuntimeError("no kernel\nimage")
+
+    new, known = (Variant(name, "32-true", broken, list, len) for name in ("fp32, triton", "fp32"))
+    _turn(new, torch.device("cpu"), 1, 0.0)
+    assert new.problem == "failed: no kernel image"
+    with pytest.raises(RuntimeError, match="no kernel"):
+        _turn(known, torch.device("cpu"), 1, 0.0)
 
 
 @pytest.mark.parametrize(

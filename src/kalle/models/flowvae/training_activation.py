@@ -1,6 +1,6 @@
 """The anti-aliased SnakeBeta for training: one pass over memory forwards and one backwards, and only the input is kept between them.
 
-Source: alias_free_torch's Activation1d, equal in value and in all gradients. It keeps some eleven times its input for the backward pass.
+Source: alias_free_torch's Activation1d, equal in value and in all gradients. It keeps fourteen times its input for the backward pass.
 """
 
 from __future__ import annotations
