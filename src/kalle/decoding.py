@@ -252,6 +252,10 @@ def _sndfile_blocks(file: soundfile.SoundFile, span: Span) -> Iterator[Samples]:
         # An Ogg stream whose first granule is late begins elsewhere without it.
         if start or (file.format == "OGG" and not span.as_opened):
             file.seek(min(start, file.frames))
+        # Behind the last sample of a FLAC file may be a tag, at which libsndfile fails.
+        if file.format == "FLAC" and file.frames < _LONGEST_BELIEVED_SECONDS * file.samplerate:
+            rest = max(0, file.frames - start)
+            left = rest if left is None else min(left, rest)
         while left != 0 and len(block := file.read(most if left is None else min(most, left), dtype="float32", always_2d=True)):
             yield block
             left = None if left is None else left - len(block)

@@ -89,8 +89,10 @@ def _audio_bytes(file: IO[bytes], beginning: bytes) -> tuple[int, int] | None:
         start, length = struct.unpack(">II" if beginning.startswith(b".snd") else "<II", beginning[4:12])
         found = (start, length)
     elif beginning.startswith(b"NIST_1A"):
-        counts = dict(re.findall(rb"^(sample_count|channel_count|sample_n_bytes) -i (\d{1,12})\s", file.read(_NIST_BYTES), re.MULTILINE))
-        found = (_NIST_BYTES, math.prod(map(int, counts.values()))) if len(counts) == 3 else None
+        header = file.read(_NIST_BYTES)
+        counts = dict(re.findall(rb"^(sample_count|channel_count|sample_n_bytes) -\w+ (\d{1,12})\s", header, re.MULTILINE))
+        is_packed = re.search(rb"^sample_coding .*embedded", header, re.MULTILINE)  # by shorten: the counts are of samples, not of bytes
+        found = (_NIST_BYTES, math.prod(map(int, counts.values()))) if len(counts) == 3 and not is_packed else None
     elif beginning[:4] in _CHUNKED:
         place, name_bytes, size_bytes, order, wanted, counted = _CHUNKED[beginning[:4]]
         chunks = _chunks(file, place, name_bytes, size_bytes, order, counted)

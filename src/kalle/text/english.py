@@ -134,7 +134,12 @@ _LONGEST_CARDINAL_DIGITS = 15
 
 def cardinal(number: int) -> str:
     """``number`` in words, without "and" and commas: one thousand two hundred thirty-four."""
-    return " ".join(str(_engine().number_to_words(str(number), andword="", comma="")).split())
+    return _cardinal(_engine(), number)
+
+
+@lru_cache(maxsize=4096)
+def _cardinal(engine: inflect.engine, number: int) -> str:
+    return " ".join(str(engine.number_to_words(str(number), andword="", comma="")).split())
 
 
 def ordinal(number: int) -> str:
@@ -325,6 +330,11 @@ def _inches(match: re.Match[str]) -> str:
     return f"{match[1]} {'inches' if ' ' in match[1] else 'inch'}"
 
 
+def _feet_and_inches(match: re.Match[str]) -> str:
+    stop = _full_stop(match) if match[0].endswith(".") else ""
+    return f"{plain(match[1])} {_one('feet', match[1])} {plain(match[2])} {_one('inches', match[2])}{stop}"
+
+
 def _roman_number(numeral: str) -> int:
     """The value of a numeral of M, D, C, L, X, V and I; 0 where it is not written as the Romans' rules have it."""
     values = {"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}
@@ -485,7 +495,7 @@ def _standalone(match: re.Match[str]) -> str:
     """A number, apart from the letters it touches: B4 is B four, and A4 A-four, whose A is no article."""
     text, (start, end) = match.string, match.span()
     before = " " if start and text[start - 1].isalpha() else ""
-    before = "-" if re.search(r"(?<![\w'’])A$", text[:start]) else before
+    before = "-" if re.search(r"(?<![\w'’])A$", text[max(0, start - 2) : start]) else before
     after = " " if end < len(text) and text[end].isalpha() else ""
     return before + _year_or_number(match[0]) + after
 
@@ -500,7 +510,7 @@ _ADDRESS = (
     r"\b(?:[a-z\d-]+\.)+(?:com|org|net|edu|gov|io|ai|app|dev|info|co\.uk|ac\.uk|org\.uk)\b(?:/[^\s<>\"]*)?"
 )
 _PHONE = (
-    r"(?<![\w.])\+\d[\d .()-]{6,}\d\b|(?<![\w-])\d{3}-\d{4}\b(?!-)|"
+    r"(?<![\w.])\+\d(?:[\d ()-]|\.(?=\d)){6,}\d\b|(?<![\w-])\d{3}-\d{4}\b(?!-)|"
     r"(?<![\w.-])(?:1[-. ])?(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}\b(?![-.]\d)|"
     r"(?<![\w.,$£€-])(?<!\d )(?:1 )?\d{3} \d{3} \d{4}\b(?![-.,]?\d| \d)|"
     r"(?<![\w.,$£€-])(?<!\d )\(?0\d{2,4}\)? \d{3,4} ?\d{3,4}\b(?![-.,]?\d| \d)"
@@ -511,7 +521,8 @@ _COUNTED = (
 )
 """Nouns that a number of four digits counts when it precedes them: it is no year then."""
 _EMERGENCY = (
-    r"(?<![\w.,:/$£€-])(?<!Porsche )(?<![Pp]age )(?<![Rr]oom )(?<!have )(?<!had )"
+    r"(?<![\w.,:/$£€-])(?<!Porsche )(?<![Pp]age )(?<![Rr]oom )(?<!have )(?<!had )(?<!has )(?<![Cc]hapter )"
+    r"(?!(?<=\b[Aa] )911\s*(?:[.,;!?]|$))"
     rf"911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w)| (?:Turbo|Carrera|GT\d|AD|BCE?|CE)\b)"
 )
 """The emergency number, and no count, year or car."""
@@ -540,10 +551,10 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"(?<=\d(?:st|nd|rd|th) )(St|Ave)\b(?!\.)", lambda m: {"St": "Street", "Ave": "Avenue"}[m[1]]),
         (
             r"\b(Mon|Tues?|Wed|Thu|Thurs?|Fri|Sat|Sun)\.? ?[-–] ?(Mon|Tues?|Wed|Thu|Thurs?|Fri|Sat|Sun)\b\.?(?![-–])",
-            lambda m: f"{_DAYS[m[1]]} to {_DAYS[m[2]]}",
+            lambda m: f"{_DAYS[m[1]]} to {_DAYS[m[2]]}" + (_full_stop(m) if m[0].endswith(".") else ""),
         ),
         (
-            rf"\b(Mon|Tues?|Wed|Thu|Thurs?|Fri|Sat)\.?(?=,? (?:\d|(?:{'|'.join(_SHORT_MONTHS)})\w*\.? \d))|"
+            rf"\b(Mon|Tues?|Wed|Thu|Thurs?|Fri|Sat(?! \d+ (?:{_COUNTED})\b))\.?(?=,? (?:\d|(?:{'|'.join(_SHORT_MONTHS)})\w*\.? \d))|"
             rf"\b(Sun)\.?(?=,? (?:\d\d?(?:st|nd|rd|th)? )?(?:{'|'.join(_SHORT_MONTHS)}))",
             lambda m: _DAYS[m[1] or m[2]],
         ),
@@ -589,7 +600,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"(\d{4})-(\d\d)-(\d\d)T(?=\d\d:\d\d)", lambda m: _numeric_date(m[1], m[2], m[3], m[0]) + " at "),
         (
             rf"(?<!\w)(0\d)([0-5]\d){_NO_YEAR}?(?= (?:hours|hrs)\b)|"
-            rf"(?<=\bat )([01]\d|2[0-3])([0-5]\d){_NO_YEAR}?(?= (?:hours|hrs)\b)",
+            rf"(?<=\b[Aa]t )([01]\d|2[0-3])([0-5]\d){_NO_YEAR}?(?= (?:hours|hrs)\b)",
             _soldiers,
         ),
         (r"(?<![\d:])(\d\d?):(\d\d)\.(\d{1,3})(?![\d:.])", _stopwatch),
@@ -606,7 +617,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"(?<![\w/.])(\d\d?)/(\d\d?)/(\d\d)\b(?![/\d])", _short_date),
         (r"(?<![\d/.])(?<![a-z])((?:1[5-9]|20)\d\d)/((?:1[5-9]|20)\d\d)\b(?![/\d-])", _two_years),
         (r"(?<![\d/.])(?<![a-z])((?:19|20)\d\d)[/–](\d\d)\b(?![/\d-])", _season),
-        (r"(\d+)/(\d+)(?=(?: out of \d+)? stars?\b)", r"\1 out of \2"),
+        (r"(?<!\d)(\d+)/(\d+)(?=(?: out of \d+)? stars?\b)", r"\1 out of \2"),
         (r"(?<=\brated )(\d+)/(\d+)\b|(?<=\bscored )(\d+)/(\d+)\b", lambda m: f"{m[1] or m[3]} out of {m[2] or m[4]}"),
         (r"(?<![\d/])(\d+)/(\d+)(?:rd|th|nd)s?\b", _fraction),
         (r"(?<![\w.,:/$£€-])\d+(?:-\d+){2,}(?![\w-])", _groups),
@@ -648,12 +659,12 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"(?<![\w.,£])(?!(?:240|360|480|576|720)p)(\d{1,3})p\b", lambda m: f"{plain(m[1])} {'penny' if m[1] == '1' else 'pence'}"),
         (r"(?<![\w.,])(\d{3,4})p\b", _lines_of_video),
         (r"(?<![\w°'])([2-8])['′](\d|1[01])(?![\w'\"′″])", lambda m: f"{plain(m[1])} feet {plain(m[2])}"),
-        (rf"({_NUMBER})°(?: ?(\d+)['′](?: ?(\d+(?:\.\d+)?)[\"″])?)? ?([NSEW])?(?!\w)", _place_on_earth),
-        (r"(?<!°)(\d+)(?:['′]| ?ft\.?) ?(\d+)(?:[\"″]| ?in\b\.?)", lambda m: f"{plain(m[1])} feet {plain(m[2])} inches"),
+        (rf"(?<!\d)({_NUMBER})°(?: ?(\d+)['′](?: ?(\d+(?:\.\d+)?)[\"″])?)? ?([NSEW])?(?!\w)", _place_on_earth),
+        (r"(?<![°\d])(\d+)(?:['′]| ?ft\.?) ?(\d+)(?:[\"″]| ?in\b\.?)", _feet_and_inches),
         (r"(?<![\w.])(\d+) ?h ?(\d\d?) ?(?:m|min)(?: ?(\d\d?) ?s)?\b", _duration),
         (r"(?<![\w.])()(\d+) ?m ?(\d\d?) ?s\b", _duration),
         (r"(?<![\w.])(\d{1,2}(?:\.\d+)?) ?s\b", lambda m: f"{plain(m[1])} {_one('seconds', m[1])}"),
-        (rf"({_NUMBER}) ?(%|°C|°F|°|℃|℉) ?[-–] ?(?={_NUMBER} ?\2)", r"\1 to "),
+        (rf"(?<!\d)({_NUMBER}) ?(%|°C|°F|°|℃|℉) ?[-–] ?(?={_NUMBER} ?\2)", r"\1 to "),
         (rf"(?<=[\d{_NO_YEAR}]) ?[-−–] ?(?=\d+(?:\.\d+)? ?=)|(?<=\d) ?− ?(?=\d)|(?<=\b[a-z]) [-−] (?=\d)", " minus "),
         (rf"(?<![\d.])(?<!\d-)({_NUMBER}) ?[-–] ?(?=(\d+(?:\.\d+)?))", _two_numbers),
         (r"(?<![\w)%])[-−](?=\.?\d)", "minus "),
@@ -674,13 +685,13 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (rf"(?<![\d.])({_NUMBER}) ?({_UNIT})(?![\w°])(?!\.\w)", _unit),
         (r"(?<=\d)(?= (?:1/[234]|2/3|3/4)(?![\d/]))", " and"),
         (r"(?<![\d/])(\d+)/(\d+)(?![\d/])", _fraction),
-        (r"(?<=\d)[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-zA-Z])[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", _raised),
+        (r"(?<=\d)[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-zA-Z])[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-zA-Z]{2})[²³]+", _raised),
         (r"\b(\d+)(?:st|nd|rd|th)(?:-(?=\w))?(?!\w)", lambda m: ordinal(int(m[1])) + (" " if m[0].endswith("-") else "")),
         (r"(?<=\w) ?([+=×÷^<>≤≥±]) ?(?=[\w.])", lambda m: f" {_SIGNS[m[1]]} "),
         (r"(?<!\w)([+±]) ?(?=\d)", lambda m: f"{_SIGNS[m[1]]} "),
         (r"(?<=\d)x(?!\w)", " times"),
         (r"(?<=[a-z])/(?:h|hr|hour)\b", " an hour"),
-        (r"(?<=[a-z])/(day|week|wk|month|mo|year|yr|person|night|kg|lb|gallon|mile|head|user)\b", lambda m: f" a {_PER[m[1]]}"),
+        (r"(?<=[a-z\d])/(day|week|wk|month|mo|year|yr|person|night|kg|lb|gallon|mile|head|user)\b", lambda m: f" a {_PER[m[1]]}"),
         (r"(?<=[A-Za-z])/(?=[A-Za-z])", " slash "),
         (r"(?<=\w) ?& ?(?=\w)", " and "),
         (r"(?<!\w)@(?=\w)", "at "),

@@ -151,6 +151,16 @@ def test_common_voice_takes_old_and_new_tables(tmp_path: Path) -> None:
     assert len(read_common_voice(tmp_path / "cv-corpus-13.0" / "fr").items) == 4
 
 
+def test_an_esd_list_with_an_id_twice_keeps_the_first_line_and_says_so(tmp_path: Path) -> None:
+    table = layouts.esd(tmp_path) / "0011" / "0011.txt"
+    line = "0011_000001\tThe nine the eggs, I keep. 1\tSurprise\n"
+    table.write_text(table.read_text(encoding="utf-8") + line + "0011_000001\tAnother text.\tSad\n", encoding="utf-8")
+    source = read_esd(tmp_path)
+    assert texts(source)["0011_000001"] == "The nine the eggs, I keep. 1"
+    assert reasons(source)["0011_000001"] == "duplicate id"
+    assert Counter(rejection.reason for rejection in source.rejected)["duplicate id"] == 1
+
+
 def test_esd_keeps_emotions_in_any_encoding(tmp_path: Path) -> None:
     layouts.esd(tmp_path)
     source = read_esd(tmp_path)

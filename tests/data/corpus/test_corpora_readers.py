@@ -40,6 +40,44 @@ def test_folder_pairs_audio_with_txt_or_lab(tmp_path: Path) -> None:
     assert {item.speaker for item in read_folder(tmp_path, speaker="bob").items} == {"bob"}
 
 
+def test_folder_pairs_names_in_other_capitals_or_with_the_suffix_of_the_audio_where_one_is_meant(tmp_path: Path) -> None:
+    touch(tmp_path / "B.WAV", tmp_path / "c.wav", tmp_path / "d.wav", tmp_path / "D.flac", tmp_path / "e.wav", tmp_path / "F.wav")
+    named = {
+        "b.txt": "bee",
+        "c.wav.txt": "see",
+        "D.txt": "dee",
+        "d.wav.txt": "other dee",
+        "E.txt": "one",
+        "e.wav.txt": "two",
+        "f.LAB": "eff",
+    }
+    for name, text in named.items():
+        (tmp_path / name).write_text(text)
+    source = read_folder(tmp_path)
+    assert {item.audio.name: item.text for item in source.items} == {
+        **{"B.WAV": "bee", "c.wav": "see", "d.wav": "other dee", "D.flac": "dee", "F.wav": "eff"}
+    }
+    assert [(rejection.id, rejection.reason) for rejection in source.rejected if rejection.reason == "no text"] == [("e", "no text")]
+    assert list(source.notes.values()) == [4]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "kind"), [(b"RIFF\x10\0\0\0WAVEfmt ", "audio"), (b"\xff\xfb\x90\0", "audio"), (b"\x1f\x8b\x08", "unpack")]
+)
+def test_a_list_that_is_no_text_is_named_as_what_it_is(tmp_path: Path, beginning: bytes, kind: str) -> None:
+    (tmp_path / "list.csv").write_bytes(beginning + bytes(range(256)))
+    with pytest.raises(UserError, match=kind):
+        read_csv_corpus(tmp_path / "list.csv")
+
+
+def test_a_text_that_begins_like_another_format_is_text(tmp_path: Path) -> None:
+    touch(tmp_path / "a.wav")
+    (tmp_path / "list.csv").write_text(
+        "audio|text\na.wav|hello\n".replace("audio", "PAR1,audio").replace("a.wav", "1,a.wav").replace("|", ",")
+    )
+    assert [item.text for item in read_csv_corpus(tmp_path / "list.csv").items] == ["hello"]
+
+
 def test_jsonl_takes_every_documented_key(tmp_path: Path) -> None:
     touch(tmp_path / "clips" / "a.wav")
     rows = [

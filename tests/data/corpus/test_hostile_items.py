@@ -295,6 +295,23 @@ def test_a_file_that_was_cut_short_is_no_item(tmp_path: Path, suffix: str, kind:
     assert isinstance(check_item(beginning, OPTIONS, tmp_path), Kept)
 
 
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_a_tag_behind_flac_is_no_damage(tmp_path: Path, headers_only: bool) -> None:
+    (tmp_path / "a.flac").write_bytes(encoded("FLAC", "PCM_16") + b"TAG".ljust(128, b"\0"))
+    kept = check_item(SourceItem("a", tmp_path / "a.flac", "a text"), dataclasses.replace(OPTIONS, headers_only=headers_only), tmp_path)
+    assert isinstance(kept, Kept)
+    assert len(load_mono(tmp_path / "a.flac")[0]) == len(TONE)
+
+
+@pytest.mark.parametrize(("coding", "is_short"), [(b"-s3 pcm", True), (b"-s4 ulaw", True), (b"-s26 pcm,embedded-shorten-v2.00", False)])
+def test_nist_files_that_are_packed_are_not_short(tmp_path: Path, coding: bytes, is_short: bool) -> None:
+    """Their header counts what shorten unpacks."""
+    lines = b"channel_count -i 1\nsample_rate -i 16000\nsample_n_bytes -s1 2\nsample_count -i 16000\nsample_coding " + coding
+    path = tmp_path / "a.sph"
+    path.write_bytes((b"NIST_1A\n   1024\n" + lines + b"\nend_head\n").ljust(1024) + bytes(12000))
+    assert bool(cut_short(path, 1.0)) == is_short
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_wrong_rate_in_bytes_makes_no_file_short_or_whole(tmp_path: Path, factor: float) -> None:
     """Some recorders state it wrongly; the other numbers of the header say how long the file is."""

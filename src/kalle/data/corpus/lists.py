@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,9 @@ def embedded_folder() -> Path:
 def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") -> Source:
     """Every audio file below ``folder`` with the text of x.txt, or x.lab, beside it.
 
-    ``speaker`` "folders" names the speaker of an item after the folder it lies in. An audio file without a text
-    is rejected as "no text", a text without audio as "missing", a folder that may not be looked into as "unreadable". Raises UserError
+    x.wav.txt, and other capitals such as B.WAV beside b.txt, are taken where only one file can be meant, and counted in the notes.
+    ``speaker`` "folders" names the speaker of an item after the folder it lies in. An audio file without a text is rejected as "no text", a
+    text without audio as "missing", a folder that may not be looked into as "unreadable". Raises UserError
     when there is no audio at all.
     """
     if not folder.is_dir():
@@ -114,9 +115,13 @@ def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = ""
     rejected = [Rejection(str(error.filename), str(error.filename), "unreadable", f"a folder: {error.strerror}") for error in shut]
     # Names in capitals come first in the order, so that x.txt wins over x.TXT.
     texts = {(path.with_suffix(""), path.suffix.lower()): path for path in paths if path.suffix.lower() in TEXT_SUFFIXES}
+    exact = {
+        path: next((texts[key] for suffix in TEXT_SUFFIXES if (key := (path.with_suffix(""), suffix)) in texts), None) for path in audio
+    }
+    nearly = _texts_of_other_names([path for path in audio if exact[path] is None], set(texts.values()) - set(exact.values()))
     for path in audio:
         name = path.relative_to(folder).with_suffix("").as_posix()
-        beside = next((texts[key] for suffix in TEXT_SUFFIXES if (key := (path.with_suffix(""), suffix)) in texts), None)
+        beside = exact[path] or nearly.get(path)
         try:
             text = None if beside is None else read_text_line(beside)
         except (UserError, OSError) as error:
@@ -130,11 +135,26 @@ def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = ""
     stems = {path.with_suffix("") for path in audio}
     others = {path.with_suffix(""): path.name for path in paths if path.suffix.lower() not in TEXT_SUFFIXES}
     for path in paths:
-        if path.suffix.lower() in TEXT_SUFFIXES and path.with_suffix("") not in stems:
+        if path.suffix.lower() in TEXT_SUFFIXES and path.with_suffix("") not in stems and path not in nearly.values():
             name = path.relative_to(folder).with_suffix("").as_posix()
             other = f"; '{others[stem]}' has no suffix of an audio file" if (stem := path.with_suffix("")) in others else ""
             rejected.append(Rejection(name, str(path), "missing", f"a text without an audio file of the same name{other}"))
-    return collected("the folder", items, rejected, name=folder.resolve().name)
+    notes: dict[str, object] = {"texts of a name in other capitals or with the suffix of the audio": len(nearly)} if nearly else {}
+    return collected("the folder", items, rejected, notes, folder.resolve().name)
+
+
+def _texts_of_other_names(audio: Sequence[Path], texts: Iterable[Path]) -> dict[Path, Path]:
+    """The text of each recording that is the only one for it by its name with the suffix of the audio or in other capitals."""
+    owners: dict[tuple[Path, str], list[Path]] = {}
+    for path in audio:
+        for name in {path.name.casefold(), path.stem.casefold()}:
+            owners.setdefault((path.parent, name), []).append(path)
+    found: dict[Path, list[Path]] = {}
+    for text in texts:
+        owner = owners.get((text.parent, text.stem.casefold()), [])
+        if len(owner) == 1:
+            found.setdefault(owner[0], []).append(text)
+    return {path: of_it[0] for path, of_it in found.items() if len(of_it) == 1}
 
 
 def read_jsonl_corpus(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") -> Source:

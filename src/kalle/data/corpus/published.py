@@ -205,7 +205,7 @@ def read_esd(folder: Path) -> Source:
 def _esd_speaker(folder: Path, rejected: list[Rejection]) -> Iterator[SourceItem]:
     audio = {path.stem: path.resolve() for path in sorted(folder.rglob("*.wav")) if not path.name.startswith("._")}
     table = folder / f"{folder.name}.txt"
-    rows = _esd_table(table) if table.is_file() else {}
+    rows = _esd_table(table, rejected) if table.is_file() else {}
     language = detect_language(" ".join(text for text, _ in rows.values()))
     for name, (text, label) in rows.items():
         path = audio.pop(name, None)
@@ -220,14 +220,17 @@ def _esd_speaker(folder: Path, rejected: list[Rejection]) -> Iterator[SourceItem
         rejected.append(Rejection(name, str(path), "no text", f"no line for it in {table.name}"))
 
 
-def _esd_table(path: Path) -> dict[str, tuple[str, str]]:
-    """Id -> text and label."""
-    rows = {}
+def _esd_table(path: Path, rejected: list[Rejection]) -> dict[str, tuple[str, str]]:
+    """Id -> text and label of its first line; another text or label goes to ``rejected``."""
+    rows: dict[str, tuple[str, str]] = {}
     table = csv.reader(lines_of(_decoded(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
     try:
         for cells in ([cell.strip() for cell in row] for row in table):
             if cells and cells[0]:
-                rows[cells[0]] = (cells[1] if len(cells) > 1 else "", cells[2] if len(cells) > 2 else "")
+                name, text, label = (*cells, "", "")[:3]
+                if rows.setdefault(name, (text, label)) != (text, label):
+                    detail = f"line {table.line_num} of {path.name}: an earlier line says '{' '.join(rows[name])[:80]}'; remove one"
+                    rejected.append(Rejection(name, "", "duplicate id", detail))
     except csv.Error as error:
         raise UserError(
             f"line {table.line_num} of '{path}': got {error}, expected id, text and emotion separated by tabs; correct it"
