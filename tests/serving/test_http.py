@@ -222,6 +222,12 @@ def test_garbage_is_refused(served: Served, content: bytes) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_body_that_is_no_json_is_called_that(served: Served) -> None:
+    error = served.http.post(SPEECH, content=b'{"input": "hi",}', headers={"Content-Type": "application/json"}).json()["error"]
+    assert error["message"].startswith("bad request: the body is not JSON")
+    assert error["param"] is None
+
+
 def test_other_paths_and_methods_are_refused_in_the_same_shape(served: Served) -> None:
     assert served.http.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
     assert served.http.get(SPEECH).status_code == 405

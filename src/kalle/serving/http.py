@@ -108,6 +108,9 @@ def _add_errors(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         first = cast("RequestValidationError", error).errors()[0]
+        if first["type"] == "json_invalid":
+            reason = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+            return error_response(ApiError(400, f"bad request: the body is not JSON ({reason}); correct it", None, "json_invalid"))
         place = ".".join(str(part) for part in first["loc"] if part not in ("body", "path", "query"))
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else first["type"]
         # The message of the check alone: the value may be anything, a recording among it.

@@ -320,7 +320,8 @@ def _lines_of_video(match: re.Match[str]) -> str:
 def _raised(match: re.Match[str]) -> str:
     number = unicodedata.normalize("NFKC", match[0]).replace("−", "-")
     known = {"2": " squared", "3": " cubed"}.get(number)
-    return known or f" to the power of {'minus ' if number[0] == '-' else ''}{plain(number.lstrip('-+'))}"
+    spoken = known or f" to the power of {'minus ' if number[0] == '-' else ''}{plain(number.lstrip('-+'))}"
+    return spoken + (" " if match.string[match.end() : match.end() + 1].isalpha() else "")
 
 
 def _inches(match: re.Match[str]) -> str:
@@ -521,7 +522,8 @@ _COUNTED = (
 )
 """Nouns that a number of four digits counts when it precedes them: it is no year then."""
 _EMERGENCY = (
-    r"(?<![\w.,:/$£€-])(?<!Porsche )(?<![Pp]age )(?<![Rr]oom )(?<!have )(?<!had )(?<!has )(?<![Cc]hapter )"
+    r"(?<![\w.,:/$£€-])(?<!Porsche )(?<![Pp]age )(?<![Rr]oom )(?<![Cc]hapter )"
+    r"(?!(?:(?<=\bhave )|(?<=\bhad )|(?<=\bhas ))911 [a-z]{2,}s\b)"
     r"(?!(?<=\b[Aa] )911\s*(?:[.,;!?]|$))"
     rf"911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w)| (?:Turbo|Carrera|GT\d|AD|BCE?|CE)\b)"
 )
@@ -685,7 +687,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (rf"(?<![\d.])({_NUMBER}) ?({_UNIT})(?![\w°])(?!\.\w)", _unit),
         (r"(?<=\d)(?= (?:1/[234]|2/3|3/4)(?![\d/]))", " and"),
         (r"(?<![\d/])(\d+)/(\d+)(?![\d/])", _fraction),
-        (r"(?<=\d)[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-zA-Z])[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-zA-Z]{2})[²³]+", _raised),
+        (r"(?<=\d)[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-zA-Z])[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-z]{2}|[²³][a-z])[²³]+", _raised),
         (r"\b(\d+)(?:st|nd|rd|th)(?:-(?=\w))?(?!\w)", lambda m: ordinal(int(m[1])) + (" " if m[0].endswith("-") else "")),
         (r"(?<=\w) ?([+=×÷^<>≤≥±]) ?(?=[\w.])", lambda m: f" {_SIGNS[m[1]]} "),
         (r"(?<!\w)([+±]) ?(?=\d)", lambda m: f"{_SIGNS[m[1]]} "),
