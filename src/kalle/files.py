@@ -46,14 +46,14 @@ LOCKS_FOLDER = ".locks"
 PARTIAL = ".partial"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.partial")
 LFS_POINTER = b"version https://git-lfs"
-_NAME_THE_LIST = "name the list of the recordings"
+_NAME_A_TEXT = "name a file of text"
 _NOT_TEXT: tuple[tuple[bytes, tuple[str, str]], ...] = (
     (rb"PK\x03\x04", ("an archive or an Excel workbook", "save it as CSV in UTF-8, or unpack it")),
     (rb"\x1f\x8b|BZh\d1AY|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf", ("compressed", "unpack it")),
     (rb"\xd0\xcf\x11\xe0", ("a document of an old Excel or Word", "save it as CSV in UTF-8")),
-    (rb"(?:RIFF|RF64)....WAVE|fLaC|OggS|caff|FORM....AIF|\.snd|NIST_1A|riff\x2e\x91\xcf\x11", ("an audio file", _NAME_THE_LIST)),
-    (rb"ID3[\x02-\x04]|\xff[\xe2-\xfd][\x00-\xff][\x00-\xff]|....ftyp|\x1aE\xdf\xa3", ("an audio or video file", _NAME_THE_LIST)),
-    (rb"%PDF-|\x89PNG|\xff\xd8\xff|GIF8[79]a", ("a PDF or an image", "name a text file")),
+    (rb"(?:RIFF|RF64)....WAVE|fLaC|OggS|caff|FORM....AIF|\.snd|NIST_1A|riff\x2e\x91\xcf\x11", ("an audio file", _NAME_A_TEXT)),
+    (rb"ID3[\x02-\x04]|\xff[\xe2-\xfd][\x00-\xff][\x00-\xff]|....ftyp|\x1aE\xdf\xa3", ("an audio or video file", _NAME_A_TEXT)),
+    (rb"%PDF-|\x89PNG|\xff\xd8\xff|GIF8[79]a", ("a PDF or an image", _NAME_A_TEXT)),
     (rb"PAR1", ("a Parquet table", "load it as a Hugging Face dataset, or save it as CSV")),
 )
 """First bytes of what is no text -> what it is, and what to do."""
@@ -417,14 +417,19 @@ def text_of(content: bytes) -> str:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file by `lines_of` and `text_of`; a UserError for another encoding."""
     content = path.read_bytes()
-    has_controls = re.search(rb"[\x00-\x08]", content[:4096])
-    kind = next((kind for pattern, kind in _NOT_TEXT if has_controls and re.match(pattern, content, re.DOTALL)), None)
-    if kind:
-        raise UserError(f"not text: '{path}' is {kind[0]}, expected text; {kind[1]}")
+    refuse_other_formats(path, content)
     try:
         return lines_of(text_of(content))
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text: '{path}' at byte {error.start}; expected UTF-8; convert it with iconv") from None
+
+
+def refuse_other_formats(path: Path, content: bytes) -> None:
+    """A UserError that names what ``content`` of ``path`` is where that is audio, an archive or another known format, and no text."""
+    has_controls = re.search(rb"[\x00-\x08]", content[:4096])
+    kind = next((kind for pattern, kind in _NOT_TEXT if has_controls and re.match(pattern, content, re.DOTALL)), None)
+    if kind:
+        raise UserError(f"not text: '{path}' is {kind[0]}, expected text; {kind[1]}")
 
 
 def read_text_line(path: Path) -> str:

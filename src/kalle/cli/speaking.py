@@ -17,7 +17,7 @@ import typer
 from kalle.cli.main import interruptible
 from kalle.convert import CONVERTED
 from kalle.errors import UserError
-from kalle.files import text_of
+from kalle.files import refuse_other_formats, text_of
 
 if TYPE_CHECKING:
     from kalle.synthesis.kalle import Kalle
@@ -237,7 +237,9 @@ def read_text(text: str | None, text_file: Path | None = None) -> str:
     if text_file is None or str(text_file) == STDIN:
         return _standard_input() if text in (None, STDIN) else str(text)
     try:
-        return text_of(text_file.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+        content = text_file.read_bytes()
+        refuse_other_formats(text_file, content)
+        return text_of(content).replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise UserError(f"text file not found: got '{text_file}', expected a file of UTF-8 text; check --text-file") from None
     except IsADirectoryError:

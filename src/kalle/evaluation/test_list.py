@@ -16,7 +16,7 @@ from typing import Any
 from kalle.audio import Audio, read_with_rate, resample
 from kalle.data.corpus.lists import COLUMNS
 from kalle.errors import UserError
-from kalle.files import lines_of, text_of
+from kalle.files import lines_of, refuse_other_formats, text_of
 from kalle.text.languages import language_of_name
 
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff"
@@ -296,8 +296,10 @@ def _beside(source: Path, name: str | None) -> Path | None:
 
 def _lines(source: Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers."""
+    content = source.read_bytes()
+    refuse_other_formats(source, content)
     try:
-        lines = lines_of(text_of(source.read_bytes()))
+        lines = lines_of(text_of(content))
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8: '{source}' ({error}); save the list as UTF-8") from None
     yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from kalle.cli.speaking import read_text
 from kalle.data.corpus.items import READERS, SourceItem, safe_id, spoken_text
 from kalle.data.corpus.lists import read_csv_corpus, read_embedded, read_folder, read_jsonl_corpus
 from kalle.data.corpus.published import read_emilia
 from kalle.errors import UserError
+from kalle.evaluation.test_list import read_test_list
 
 
 def touch(*paths: Path) -> None:
@@ -66,8 +68,14 @@ def test_folder_pairs_names_in_other_capitals_or_with_the_suffix_of_the_audio_wh
 )
 def test_a_list_that_is_no_text_is_named_as_what_it_is(tmp_path: Path, beginning: bytes, kind: str) -> None:
     (tmp_path / "list.csv").write_bytes(beginning + bytes(range(256)))
-    with pytest.raises(UserError, match=kind):
-        read_csv_corpus(tmp_path / "list.csv")
+    (tmp_path / "list.lst").write_bytes((tmp_path / "list.csv").read_bytes())
+    for read in (
+        lambda: read_csv_corpus(tmp_path / "list.csv"),
+        lambda: read_test_list(tmp_path / "list.lst"),
+        lambda: read_text(None, tmp_path / "list.csv"),
+    ):
+        with pytest.raises(UserError, match=kind):
+            read()
 
 
 def test_a_text_that_begins_like_another_format_is_text(tmp_path: Path) -> None:
