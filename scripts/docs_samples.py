@@ -48,6 +48,12 @@ SAMPLES = (
         ["--seed", "1"],
     ),
     Sample(
+        "other-voice",
+        "another built-in voice",
+        "The old man walked slowly to the window and looked out at the sea.",
+        ["--voice", "isabella", "--seed", "1"],
+    ),
+    Sample(
         "stored-voice",
         "stored voice of a recorded speaker",
         "Please enter your number, followed by the pound key.",

@@ -29,6 +29,8 @@ class BuiltIn:
     consent: str
     speaker: str | None = None
     """One of the corpus' speakers, where it has several."""
+    recording: str | None = None
+    """Id of the recording to make it from; the recipe chooses one without."""
 
     @property
     def language(self) -> str:
@@ -42,17 +44,23 @@ def _recorded(name: str, language: str) -> BuiltIn:
     return BuiltIn(name, language, voice.licence, f"publication of the recordings under {voice.licence} ({voice.licence_url}). {credit}")
 
 
-def _kokoro(name: str, speaker: str) -> BuiltIn:
-    about = "the mean of some of its style vectors, nobody's voice" if speaker.startswith("blend") else f"its style vector {speaker}"
-    return BuiltIn(name, "kokoro", SYNTHETIC_LICENCE, f"a synthetic voice: Kokoro-82M (Apache-2.0), {about}", speaker)
+def _kokoro(name: str, *parts: str, blend: str | None = None, recording: str | None = None) -> BuiltIn:
+    """A voice of Kokoro's style vector ``parts``, or of the mean of several, which the corpus calls ``blend`` (speak.py)."""
+    of = f"its style vector {parts[0]}" if blend is None else f"the mean of its style vectors {' and '.join(parts)}, nobody's voice"
+    return BuiltIn(name, "kokoro", SYNTHETIC_LICENCE, f"a synthetic voice: Kokoro-82M (Apache-2.0), {of}", blend or parts[0], recording)
 
 
 BUILT_IN = (
     BuiltIn("hibari", SYNTHETIC, SYNTHETIC_LICENCE, "a synthetic voice: the one inside hibari-tts 0.2.1 (Apache-2.0)"),
+    _kokoro("heart", "af_heart"),
+    _kokoro("aoede", "af_aoede", recording="af_aoede-s054503"),
+    _kokoro("bella", "af_bella"),
+    _kokoro("isabella", "bf_isabella"),
+    _kokoro("robin", "af_aoede", "bf_alice", "af_sky", blend="blend_15", recording="blend_15-s058863"),
     _kokoro("emma", "bf_emma"),
     _kokoro("michael", "am_michael"),
-    _kokoro("rowan", "blend_01"),
-    _kokoro("wren", "blend_02"),
+    _kokoro("rowan", "am_onyx", "bm_lewis", blend="blend_01"),
+    _kokoro("wren", "af_aoede", "af_jessica", blend="blend_02"),
     _recorded("allison", "en"),
     _recorded("june", "fr"),
     _recorded("carlo", "it"),
@@ -64,9 +72,13 @@ DEFAULT = BUILT_IN[0].name
 def prompt_of(voice: BuiltIn, corpora: Path) -> TestItem:
     """The recording that ``voice`` is made from: of the validation split, so that the test split stays unheard.
 
-    A speaker of many may have none there and then gives one of training; UserError without one.
+    A speaker of many may have none there and then gives one of training; UserError without one. A voice that names its recording has that
+    one, of either split, where the corpus has it.
     """
     lists = [read_test_list(corpora / voice.corpus / f"cuts_{split}.jsonl.gz").items for split in ("valid", "train")]
+    named = [item for items in lists for item in items if item.id == voice.recording]
+    if named:
+        return named[0]
     try:
         return choose_prompt(lists[0], speaker=voice.speaker)
     except UserError:
@@ -98,6 +110,7 @@ def make_voices(stages: Stages, corpora: Path, weights: Path) -> None:
 def _describe(corpora: Path, weights: Path) -> None:
     folders = dict.fromkeys(corpora / voice.corpus / ATTRIBUTION for voice in BUILT_IN)
     texts = [path.read_text(encoding="utf-8") for path in folders if path.is_file()]
-    write_atomic(weights / "voices" / ATTRIBUTION, "\n".join(texts))
+    made = "".join(f"- {voice.name}: {voice.consent}\n" for voice in made_of(present(corpora)) if voice.licence == SYNTHETIC_LICENCE)
+    write_atomic(weights / "voices" / ATTRIBUTION, "\n".join([*texts, f"# Synthetic voices\n\n{made}"]))
     path = weights / CONFIG_NAME
     write_json(path, read_json(path) | {"voice": DEFAULT})

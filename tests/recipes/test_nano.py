@@ -386,7 +386,7 @@ def test_voices_are_made_with_their_notes(recipe: Any, tmp_path: Path) -> None:
     from kalle.cli.voices import app
 
     voices = recipe("nano", "voices")
-    assert len({voice.name for voice in voices.BUILT_IN}) == len(voices.BUILT_IN) == 9
+    assert len({voice.name for voice in voices.BUILT_IN}) == len(voices.BUILT_IN) == 14
     prompt = TestItem("id", "What it's saying, here", tmp_path / "a.wav", "somebody")
     command: Any = typer.main.get_command(app)
     for voice in voices.BUILT_IN:
@@ -395,6 +395,14 @@ def test_voices_are_made_with_their_notes(recipe: Any, tmp_path: Path) -> None:
         assert context.params["licence"] == voice.licence
         assert context.params["name"] == voice.name
         assert context.params["consent"]
+
+
+def test_a_voice_that_names_its_recording_is_made_from_it(recipe: Any, toy_corpus: Path) -> None:
+    voices = recipe("nano", "voices")
+    made = [voices.BuiltIn("a", toy_corpus.name, "CC0", "yes", recording=name) for name in (None, "train03", "elsewhere")]
+    chosen = [voices.prompt_of(voice, toy_corpus.parent).id for voice in made]
+    assert chosen == [chosen[0], "train03", chosen[0]]
+    assert chosen[0].startswith("valid")
 
 
 def test_the_report_compares_targets_and_survives_what_is_missing(recipe: Any, tmp_path: Path) -> None:
