@@ -37,7 +37,7 @@ def cut_short(path: Path, seconds: float) -> str:
             return _message(path, seconds, "the rest of its last page") if _ends_inside_a_page(file, size) else ""
         if beginning[4:8] == b"ftyp":
             return _message(path, seconds, "the rest of its audio") if _ends_inside_a_box(file, size) else ""
-        found = _audio_bytes(file, beginning)
+        found = _audio_bytes(file, size, beginning)
         claimed = _claimed_by_bytes(*found, size, seconds) if found else _claimed_by_header(path, file)
     if claimed is None or claimed <= seconds + _ROUNDED_SECONDS:
         return ""
@@ -79,7 +79,7 @@ _CHUNKED: dict[bytes, tuple[int, int, int, Order, bytes, int]] = {
 of the audio, and the bytes of name and size where a size counts them."""
 
 
-def _audio_bytes(file: IO[bytes], beginning: bytes) -> tuple[int, int] | None:
+def _audio_bytes(file: IO[bytes], size: int, beginning: bytes) -> tuple[int, int] | None:
     """Where the audio of an uncompressed file begins and the bytes that its header claims; None for any other, or for an unknown number."""
     found = None
     if beginning.startswith((b"RIFF", b"RF64")):
@@ -95,14 +95,18 @@ def _audio_bytes(file: IO[bytes], beginning: bytes) -> tuple[int, int] | None:
         found = (_NIST_BYTES, math.prod(map(int, counts.values()))) if len(counts) == 3 and not is_packed else None
     elif beginning[:4] in _CHUNKED:
         place, name_bytes, size_bytes, order, wanted, counted = _CHUNKED[beginning[:4]]
-        chunks = _chunks(file, place, name_bytes, size_bytes, order, counted)
+        chunks = _chunks(file, size, place, name_bytes, size_bytes, order, counted)
         found = next(((start, length) for name, start, length in chunks if name.startswith(wanted)), None)
     return found if found and found[1] > 0 and not any(low <= found[1] < high for low, high in _STREAMED_BYTES) else None
 
 
-def _chunks(file: IO[bytes], place: int, name_bytes: int, size_bytes: int, order: Order, counted: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name, place of the content and bytes of each chunk from ``place`` on, as far as there are some."""
+def _chunks(
+    file: IO[bytes], size: int, place: int, name_bytes: int, size_bytes: int, order: Order, counted: int
+) -> Iterator[tuple[bytes, int, int]]:
+    """Name, place of the content and bytes of each chunk from ``place`` on, as far as a file of ``size`` bytes has some."""
     for _ in range(MOST_CHUNKS):
+        if place >= size:  # a damaged size may be more than a file can have
+            return
         file.seek(place)
         head = file.read(name_bytes + size_bytes)
         if len(head) < name_bytes + size_bytes:

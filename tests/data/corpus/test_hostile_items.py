@@ -382,6 +382,16 @@ def test_ogg_is_short_where_a_page_or_a_packet_is_incomplete_and_nowhere_else(tm
         assert bool(cut_short(path, 2.0)) == short, name
 
 
+@pytest.mark.parametrize("size", [2**63 - 1, 2**64 - 1, 2**62])
+@pytest.mark.parametrize(
+    ("start", "order"), [(b"caff\0\1\0\0free", "big"), (b"riff" + bytes(36) + b"free" + bytes(12), "little")], ids=["CAF", "W64"]
+)
+def test_a_chunk_of_an_impossible_size_makes_no_file_short(tmp_path: Path, start: bytes, order: str, size: int) -> None:
+    path = tmp_path / "x.audio"
+    path.write_bytes(start + size.to_bytes(8, order) + bytes(100))
+    assert cut_short(path, 1.0) == ""
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_mp4_whose_boxes_reach_beyond_its_end_is_cut_short(tmp_path: Path, share: float) -> None:
     av = pytest.importorskip("av")
