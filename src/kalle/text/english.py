@@ -521,9 +521,10 @@ _COUNTED = (
     "times|days|hours|minutes|seconds|years|words|pages|copies|units|calories|tons|acres|degrees|percent|million|billion"
 )
 """Nouns that a number of four digits counts when it precedes them: it is no year then."""
+_BEFORE_A_COUNT = "|".join(rf"(?<=\b{word} )" for word in ("have", "had", "has", "were", "over", "than", "nearly", "almost", "exactly"))
 _EMERGENCY = (
-    r"(?<![\w.,:/$£€-])(?<!Porsche )(?<![Pp]age )(?<![Rr]oom )(?<![Cc]hapter )"
-    r"(?!(?:(?<=\bhave )|(?<=\bhad )|(?<=\bhas ))911 [a-z]{2,}s\b)"
+    r"(?<![\w.,:/$£€-])(?<!Porsche )(?<![Pp]age )(?<![Rr]oom )(?<![Cc]hapter )(?<![Yy]ear )"
+    rf"(?!(?:{_BEFORE_A_COUNT})911 (?!operators|dispatchers|callers)[a-z]{{2,}}s\b)"
     r"(?!(?<=\b[Aa] )911\s*(?:[.,;!?]|$))"
     rf"911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w)| (?:Turbo|Carrera|GT\d|AD|BCE?|CE)\b)"
 )
@@ -538,7 +539,8 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"(?<![\d.,'’])\d{1,3}(?:['’\u00a0\u202f]\d{3})+(?![\d'’])", lambda m: re.sub(r"['’\u00a0\u202f]", ",", m[0])),
         (r"([$£€])\.(?=\d)", r"\g<1>0."),
         (r"([$£€])[-−](?=\d)", r"-\1"),
-        (r"([$£€]\d+),(\d\d)(?![\d,])|(?<![\d,.])(\d+),(\d\d)(?= ?€)", lambda m: f"{m[1] or m[3]}.{m[2] or m[4]}"),
+        (r"\bU\.S\. ?(?=\$\d)", "US"),
+        (r"([$£€]\d+),(\d\d)(?!\d|,\d)|(?<![\d,.])(\d+),(\d\d)(?= ?€)", lambda m: f"{m[1] or m[3]}.{m[2] or m[4]}"),
         (
             r"(?<![\d.,])\d{1,2}(?:,\d\d)+,\d{3}(?!\d|,\d)|"
             r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)|(?<![\d.,+-])(?<!\d )\d{1,3}(?:[ \u00a0\u202f]\d{3}){2,}(?![\d,]| \d)",
@@ -634,7 +636,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (rf"\b({_MONTH}) (\d\d?)(?:st|nd|rd|th)?(?:,? (\d{{4}}))?\b(?![:%])", lambda m: _date(m[1], m[2], m[3])),
         (rf"\b(\d\d?)(?:st|nd|rd|th)? ({_MONTH})(?:,? (\d{{4}}))?\b", _day_first),
         (r"(?<![/\d])(0\d)/(\d\d)\b(?!/)|(?<![/\d])(\d\d)/(0\d)\b(?!/)", lambda m: _numeric_date("", m[1] or m[3], m[2] or m[4], m[0])),
-        (r"\bthe the\b", "the"),
+        (r"\b([Tt]he) the\b", r"\1"),
         (r"([ap]m|[AP]M|[ap]\.m\.|[AP]\.M\.|:\d\d) ?[-–] ?(?=\d\d?(?::\d\d| ?[AaPp]\.?[Mm]))", r"\1 to "),
         (r"\b(\d\d?) ?[-–] ?(?=\d\d?(?::\d\d)? ?(?:[ap]m|[AP]M|[ap]\.m\.|[AP]\.M\.))", r"\1 to "),
         (rf"(?<![\d:])(\d\d?):(\d\d)(?::(\d\d))?{_HALF_OF_DAY}?(?![:\d])", _time),
