@@ -188,7 +188,7 @@ def _turn(variant: Variant, device: torch.device, steps: int, ends: float) -> No
         except torch.OutOfMemoryError:
             variant.problem = OUT_OF_MEMORY
         except Exception as error:
-            # Kernels that have run nowhere yet must not cost the other rows of a short lease.
+            # Kernels that have run nowhere yet must not cost the other rows.
             if not variant.name.endswith("triton"):
                 raise
             variant.problem = f"failed: {' '.join(str(error).split())[:200]}"
