@@ -46,7 +46,7 @@ def _recorded(name: str, language: str) -> BuiltIn:
 
 def _kokoro(name: str, *parts: str, blend: str | None = None, recording: str | None = None) -> BuiltIn:
     """A voice of Kokoro's style vector ``parts``, or of the mean of several, which the corpus calls ``blend`` (speak.py)."""
-    of = f"its style vector {parts[0]}" if blend is None else f"the mean of its style vectors {' and '.join(parts)}, nobody's voice"
+    of = f"its style vector {parts[0]}" if blend is None else f"the mean of its style vectors {', '.join(parts)}, nobody's voice"
     return BuiltIn(name, "kokoro", SYNTHETIC_LICENCE, f"a synthetic voice: Kokoro-82M (Apache-2.0), {of}", blend or parts[0], recording)
 
 
