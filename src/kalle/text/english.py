@@ -521,14 +521,12 @@ _COUNTED = (
     "times|days|hours|minutes|seconds|years|words|pages|copies|units|calories|tons|acres|degrees|percent|million|billion"
 )
 """Nouns that a number of four digits counts when it precedes them: it is no year then."""
-_BEFORE_A_COUNT = "|".join(rf"(?<=\b{word} )" for word in ("have", "had", "has", "were", "over", "than", "nearly", "almost", "exactly"))
 _EMERGENCY = (
-    r"(?<![\w.,:/$£€-])(?<!Porsche )(?<![Pp]age )(?<![Rr]oom )(?<![Cc]hapter )(?<![Yy]ear )"
-    rf"(?!(?:{_BEFORE_A_COUNT})911 (?!operators|dispatchers|callers)[a-z]{{2,}}s\b)"
-    r"(?!(?<=\b[Aa] )911\s*(?:[.,;!?]|$))"
-    rf"911(?!\w|[.,:/-]\d|%| ?(?:{_COUNTED}|{_UNIT})(?!\w)| (?:Turbo|Carrera|GT\d|AD|BCE?|CE)\b)"
+    rf"(\b(?:[Cc]all|[Dd]iall?|[Pp]hon)(?:s|e|ed|ing)? )911(?![\w%]|[.,:/-]\d| ?(?:{_COUNTED}|{_UNIT})(?!\w))|"
+    r"(?<![\w.,:/$£€-])911(?= (?:operators?|dispatchers?|callers?|calls?|emergenc\w+|is the emergency|been called|on the line)\b)|"
+    r"^911(?=[.!?]?$)"
 )
-"""The emergency number, and no count, year or car."""
+"""911 where the words around it make it the emergency number; elsewhere it is a number like any other."""
 RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -610,7 +608,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"(?<![\d:])(\d\d?):(\d\d)\.(\d{1,3})(?![\d:.])", _stopwatch),
         (r"(?<![\w.-])1-(\d)00-(?=[A-Z]{3,}\b)", lambda m: f"one {cardinal(int(m[1]))} hundred "),
         (r"(?<=\bISBN )\d{9,13}X?\b|(?<=\bISBN: )\d{9,13}X?\b", lambda m: digits(m[0].rstrip("X")) + (" X" if m[0][-1] == "X" else "")),
-        (_EMERGENCY, "nine one one"),
+        (_EMERGENCY, lambda m: f"{m[1] or ''}nine one one"),
         (r"(?<=\b[Cc]all )(?:\d{3})\b(?![-,.:%]?\d)|(?<=\b[Dd]ial )(?:\d{3})\b", lambda m: digits(m[0])),
         (r"\b([Rr]oom|[Ff]light|[Hh]ighway|[Ss]uite) (\d{3})\b", _hundreds),
         (r"\b(\d\d?)\.(\d\d?)\.(\d{4})\b", lambda m: _numeric_date(m[3], m[2], m[1], m[0])),

@@ -266,4 +266,4 @@ def test_a_second_line_of_a_kaldi_table_is_counted(tmp_path: Path) -> None:
     layouts.write(tmp_path / "text", "a one\nb two\nb three\n")
     source = read_kaldi(tmp_path)
     assert [(item.id, item.audio.name, item.text) for item in source.items] == [("a", "a.wav", "one"), ("b", "b.wav", "two")]
-    assert [(one.id, one.reason) for one in source.rejected] == [("a", "duplicate id"), ("b", "duplicate id")]
+    assert [(one.id, one.audio, one.reason) for one in source.rejected] == [("a", "b.wav", "duplicate id"), ("b", "", "duplicate id")]

@@ -100,8 +100,8 @@ def read_folder(folder: Path, speaker: str = UNKNOWN_SPEAKER, language: str = ""
 
     x.wav.txt, and other capitals such as B.WAV beside b.txt, are taken where only one file can be meant, and counted in the notes.
     ``speaker`` "folders" names the speaker of an item after the folder it lies in. An audio file without a text is rejected as "no text", a
-    text without audio as "missing", a folder that may not be looked into as "unreadable". Raises UserError
-    when there is no audio at all.
+    text without audio as "missing", a folder that may not be looked into as "unreadable". Raises UserError when there
+    is no audio at all.
     """
     if not folder.is_dir():
         raise UserError(f"folder not found: got '{folder}', expected a folder of audio and text files; check the path")
@@ -302,12 +302,11 @@ def read_csv_corpus(
 
     ``delimiter`` is one of `DELIMITERS`; when empty it is that of Excel's first line ``sep=;``, or found by itself. Quoted cells are read
     as RFC 4180 has them; where the quotes don't fit, they are part of the text. A quoted cell that seems to hold further rows is in
-    doubt: the quotes are part of the texts if every
-    line is a row of its own then, which is noted, and else the table is refused. ``columns`` names the columns of a table without a
-    header, "-" for those that are not used; a header that is there all the same is skipped, and noted. LJSpeech's three columns are
-    known, with the second as the text. An audio cell without a suffix means that name with .wav, there or in wavs/. A row of another
-    width than the others is rejected. Raises UserError for an empty file, for a header without audio or text, and for a
-    table whose columns or quotes are in doubt.
+    doubt: the quotes are part of the texts if every line is a row of its own then, which is noted, and else the table is refused.
+    ``columns`` names the columns of a table without a header, "-" for those that are not used; a header that is there all the same is
+    skipped, and noted. LJSpeech's three columns are known, with the second as the text. An audio cell without a suffix means that name
+    with .wav, there or in wavs/. A row of another width than the others is rejected. Raises UserError for an empty file, for a header
+    without audio or text, and for a table whose columns or quotes are in doubt.
     """
     if not path.is_file():
         raise UserError(f"file not found: got '{path}', expected a CSV file; check the path")

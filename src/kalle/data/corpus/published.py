@@ -298,7 +298,7 @@ def _kaldi_table(path: Path, rejected: list[Rejection] | None = None) -> dict[st
         rest = rest.strip()
         if name and found.setdefault(name, rest) != rest and rejected is not None:
             detail = f"line {number} of {path.name}: its first line says '{found[name][:80]}'; remove one"
-            rejected.append(Rejection(name, rest, "duplicate id", detail))
+            rejected.append(Rejection(name, rest if path.name == "wav.scp" else "", "duplicate id", detail))
     return found
 
 
