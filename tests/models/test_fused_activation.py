@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kalle.models.flowvae import inference
-from kalle.models.flowvae.bigvgan import anti_aliased_snake
+from kalle.models.flowvae.bigvgan import AntiAliasedSnake
 from kalle.models.flowvae.inference import PreparedActivation
 
 pytest.importorskip("numba")
@@ -23,7 +23,7 @@ fused = pytest.importorskip("kalle.models.flowvae.fused_activation")
 
 
 def activation(channels: int) -> torch.nn.Module:
-    module = anti_aliased_snake(channels).requires_grad_(False)
+    module = AntiAliasedSnake(channels).requires_grad_(False)
     module.act.alpha.copy_(torch.linspace(-2, 1.5, channels))
     module.act.beta.copy_(torch.linspace(1, -1, channels))
     return module

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kalle.errors import UserError
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowVAE, FlowVAEConfig, ISTFTConfig, inference
-from kalle.models.flowvae.bigvgan import anti_aliased_snake
+from kalle.models.flowvae.bigvgan import AntiAliasedSnake
 from kalle.models.flowvae.inference import PreparedActivation, PreparedUpsample, prepared_conv
 from kalle.models.flowvae.streaming import DecoderForInference, StreamingDecoder
 from kalle.models.layers import CausalConv1d, CausalUpsample1d
@@ -48,7 +48,7 @@ def latents(frames: int, batch: int = 1) -> Tensor:
 @pytest.mark.parametrize("block_values", [1, 1 << 16], ids=["many blocks", "one block"])
 def test_the_activation_is_that_of_the_library(length, block_values, monkeypatch):
     monkeypatch.setattr(inference, "_BLOCK_VALUES", block_values)
-    activation = anti_aliased_snake(5)
+    activation = AntiAliasedSnake(5)
     activation.act.alpha.copy_(torch.linspace(-2, 1.5, 5))
     activation.act.beta.copy_(torch.linspace(1, -1, 5))
     for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-13)):
@@ -59,7 +59,7 @@ def test_the_activation_is_that_of_the_library(length, block_values, monkeypatch
 
 @torch.no_grad()
 def test_the_activation_takes_a_signal_in_parts():
-    prepared, x = PreparedActivation(anti_aliased_snake(3)), torch.randn(1, 3, 1, 60)
+    prepared, x = PreparedActivation(AntiAliasedSnake(3)), torch.randn(1, 3, 1, 60)
     whole = torch.cat(prepared([x], True, False), dim=-1)
     parts = torch.cat(prepared([x[..., :0], x[..., :7], x[..., 7:8], x[..., 8:]], True, False), dim=-1)
     assert torch.equal(whole, parts)
@@ -67,7 +67,7 @@ def test_the_activation_takes_a_signal_in_parts():
 
 
 def test_the_activation_of_a_vanishing_alpha_is_the_two_filters():
-    activation = anti_aliased_snake(1)
+    activation = AntiAliasedSnake(1)
     with torch.no_grad():
         activation.act.alpha.fill_(-100.0)
         x = torch.randn(1, 1, 40)

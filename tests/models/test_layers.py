@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kalle.models.flowvae.bigvgan import SnakeBeta, anti_aliased_snake
+from kalle.models.flowvae.bigvgan import AntiAliasedSnake, SnakeBeta
 from kalle.models.layers import CausalConv1d, CausalUpsample1d, same_conv
 
 
@@ -58,7 +58,7 @@ def test_snake_is_its_formula():
 
 @torch.no_grad()
 def test_the_anti_aliased_activation_keeps_the_length_and_a_constant():
-    activation = anti_aliased_snake(2)
+    activation = AntiAliasedSnake(2)
     x = torch.full((1, 2, 33), 0.7)
     torch.testing.assert_close(activation(x), SnakeBeta(2)(x), rtol=1e-4, atol=1e-5)
 
@@ -70,6 +70,6 @@ def test_the_anti_aliased_activation_suppresses_what_would_alias():
     x = torch.sin(2 * torch.pi * cycles / length * torch.arange(length, dtype=torch.float64))[None, None]
     window = torch.hann_window(length, dtype=torch.float64)
     folded = length - 2 * cycles
-    plain, filtered = (torch.fft.rfft(f(x)[0, 0] * window).abs()[folded] for f in (SnakeBeta(1).double(), anti_aliased_snake(1).double()))
+    plain, filtered = (torch.fft.rfft(f(x)[0, 0] * window).abs()[folded] for f in (SnakeBeta(1).double(), AntiAliasedSnake(1).double()))
     # Twelve taps have a wide transition band.
     assert filtered < 0.25 * plain

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kalle.models.flowvae import BigVGANConfig, EncoderConfig, FlowVAE, FlowVAEConfig, ISTFTConfig
-from kalle.models.flowvae.bigvgan import anti_aliased_snake
+from kalle.models.flowvae.bigvgan import AntiAliasedSnake
 from kalle.models.flowvae.inference import REACH, PreparedActivation, PreparedDecoder
 from kalle.models.flowvae.streaming import EXACT, BigVGANStream, StreamingDecoder, Window, delay_samples, window_within
 from kalle.models.flowvae.streaming_layers import ActivationStream, SymmetricConvStream
@@ -101,7 +101,7 @@ def test_an_exact_stream_reaches_as_far_as_decode():
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 6, 9, 10, 11, 12, 40])
 @pytest.mark.parametrize("chunk", [1, 3, 40])
 def test_the_delayed_activation_is_the_activation(length, chunk):
-    activation = anti_aliased_snake(3).double()
+    activation = AntiAliasedSnake(3).double()
     activation.act.alpha.copy_(torch.tensor([0.0, 0.5, -1.0]))
     layer, x = ActivationStream(PreparedActivation(activation), REACH), torch.randn(1, 3, 1, length, dtype=torch.float64)
     state, pieces, nothing = layer.start(1), [], x[..., :0]
@@ -116,7 +116,7 @@ def test_the_delayed_activation_is_the_activation(length, chunk):
 @torch.no_grad()
 @pytest.mark.parametrize("hold", [0, 1, 5, 8])
 def test_the_windowed_activation_forgets_what_it_holds(hold):
-    activation = anti_aliased_snake(2).double()
+    activation = AntiAliasedSnake(2).double()
     layer, x = ActivationStream(PreparedActivation(activation), 0), torch.randn(1, 2, 1, 30, dtype=torch.float64)
     nothing, provisional = x[..., :0], torch.randn(1, 2, 1, hold, dtype=torch.float64)
     first, state = layer.push(torch.cat([x[..., :12], provisional], dim=-1), layer.start(1), nothing, hold)

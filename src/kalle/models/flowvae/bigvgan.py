@@ -55,11 +55,6 @@ class AntiAliasedSnake(Activation1d):
         return fused_snake(x, self.act.alpha.exp(), self.act.beta.exp() + EPSILON, self.way)
 
 
-def anti_aliased_snake(channels: int) -> nn.Module:
-    """`AntiAliasedSnake`."""
-    return AntiAliasedSnake(channels)
-
-
 def set_way(model: nn.Module, way: str, device: torch.device) -> str:
     """Let every anti-aliased activation in ``model`` be computed on ``device`` by ``way``; returns what that came to.
 
@@ -95,7 +90,7 @@ class AMPBlock(nn.Module):
         super().__init__()
         self.dilated = nn.ModuleList(CausalConv1d(channels, channels, kernel_size, dilation) for dilation in dilations)
         self.plain = nn.ModuleList(CausalConv1d(channels, channels, kernel_size) for _ in dilations)
-        self.activations = nn.ModuleList(anti_aliased_snake(channels) for _ in range(2 * len(dilations)))
+        self.activations = nn.ModuleList(AntiAliasedSnake(channels) for _ in range(2 * len(dilations)))
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = zip(self.activations[::2], self.dilated, self.activations[1::2], self.plain, strict=True)
@@ -133,7 +128,7 @@ class BigVGANDecoder(nn.Module):
         widths = [config.initial_channels >> i for i in range(len(config.strides) + 1)]
         self.conv_in = same_conv(latent_dim, widths[0], _EDGE_KERNEL)
         self.stages = nn.ModuleList(BigVGANStage(width, stride, config) for width, stride in zip(widths[:-1], config.strides, strict=True))
-        self.activation_out = anti_aliased_snake(widths[-1])
+        self.activation_out = AntiAliasedSnake(widths[-1])
         self.conv_out = CausalConv1d(widths[-1], 1, _EDGE_KERNEL)
 
     def forward(self, z: Tensor) -> Tensor:

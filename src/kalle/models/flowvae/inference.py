@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalle.models.flowvae.bigvgan import EPSILON, BigVGANDecoder, BigVGANStage, anti_aliased_snake
+from kalle.models.flowvae.bigvgan import EPSILON, AntiAliasedSnake, BigVGANDecoder, BigVGANStage
 from kalle.models.layers import CausalConv1d, CausalUpsample1d
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class PreparedUpsample:
 
 
 class PreparedActivation:
-    """The anti-aliased SnakeBeta of `anti_aliased_snake`, by blocks that stay in the cache.
+    """`AntiAliasedSnake`, by blocks that stay in the cache.
 
     Upsampling makes from six samples the two values between the middle ones, u[2t - 1] and u[2t], the rows of an image; so both filters are
     depthwise convolutions. α is part of the upsampling filter and taken out by the downsampling one. Where nothing needs a gradient, one
@@ -159,7 +159,7 @@ class PreparedActivation:
     """
 
     def __init__(self, activation: Any, fused: type[FusedActivation] | None = None) -> None:
-        """``activation``: what ``anti_aliased_snake`` makes; ``fused``: what `fused_activation` returns."""
+        """``activation``: an `AntiAliasedSnake`, or anything of its parts; ``fused``: what `fused_activation` returns."""
         snake, upsample, lowpass = activation.act, activation.upsample, activation.downsample.lowpass
         assert (upsample.ratio, upsample.kernel_size, lowpass.stride, lowpass.kernel_size) == (2, 12, 2, 12)
         alpha, beta = (parameter.detach().exp() for parameter in (snake.alpha, snake.beta))
@@ -227,7 +227,7 @@ def fused_activation() -> type[FusedActivation] | None:
     if importlib.util.find_spec("numba") is None:
         logger.info("the decoder's activations are computed by torch: numba is not installed (extra fast)")
         return None
-    activation = anti_aliased_snake(96)
+    activation = AntiAliasedSnake(96)
     x = torch.zeros(1, 1, 4096, 96).permute(0, 3, 1, 2)
     try:
         from kalle.models.flowvae.fused_activation import FusedActivation
