@@ -40,11 +40,13 @@ class Gate:
 
     def __init__(self, kalle: Kalle, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps, self.held, self.go_on = 0, threading.Event(), threading.Event()
+        self.most_rows = 0
         self.before: Callable[[int], None] = lambda number: None
         step = type(kalle.lm).step
 
         def gated(lm: Any, z: Any, state: Any) -> Any:
             self.steps += 1
+            self.most_rows = max(self.most_rows, len(z))
             self.before(self.steps)
             return step(lm, z, state)
 
