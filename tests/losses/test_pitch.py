@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kalle.audio import load_mono
+from kalle.data.corpus.lists import embedded_folder
 from kalle.losses.pitch import track_pitch
 
 RATE, SAMPLES = 16000, 16000
@@ -44,3 +46,23 @@ def test_rows_and_other_rates() -> None:
     assert torch.equal(found[1:], track_pitch(both[1:]))
     slower = track_pitch(both, hop=240, sample_rate=24000)[0, 3:-3]
     torch.testing.assert_close(slower, torch.full_like(slower, 150.0), rtol=0.01, atol=0)
+
+
+def test_a_few_frames_of_period_doubling_are_no_octave_down() -> None:
+    seconds = torch.arange(SAMPLES, dtype=torch.float64) / RATE
+    doubled = ((seconds - 0.5).abs() < 0.025).double()
+    beside = sum(torch.cos(2 * math.pi * (200 * number + 100) * seconds) for number in range(14))
+    found = track_pitch(pulses(torch.full((SAMPLES,), 200.0)) + (0.01 * doubled * beside).float())[0, 3:-3]
+    torch.testing.assert_close(found, torch.full_like(found, 200.0), rtol=0.02, atol=0)
+
+
+def test_the_pitch_of_speech_seldom_leaps() -> None:
+    shares, leaps = [], []
+    for path in sorted((embedded_folder() / "audio").glob("*.opus"))[::40]:
+        wav, rate = load_mono(path)
+        found = track_pitch(torch.from_numpy(wav)[None], sample_rate=rate)[0]
+        voiced = ~found.isnan()
+        shares.append(voiced.float().mean())
+        leaps.append((found[1:] / found[:-1]).log2().abs()[voiced[1:] & voiced[:-1]])
+    assert 0.3 < torch.stack(shares).mean() < 0.8
+    assert (torch.cat(leaps) > 0.5).float().mean() < 0.008, "0.085 where each frame chooses for itself"
