@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kalle.decoding import WHOLE, AudioError, Decoded, Span, empty_audio, open_audio, sndfile_name
 from kalle.errors import UserError
 from kalle.files import atomic_file
+from kalle.truncation import refuse_cut_short
 
 Audio = NDArray[np.float32]
 WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
@@ -61,13 +62,14 @@ def load_channels(path: str | Path, longest_seconds: float | None = None, span: 
 def load_mono(path: str | Path, longest_seconds: float | None = None) -> tuple[Audio, int]:
     """Decode a whole file and mix its channels down as ``mix_down`` does: float32 (S,) and its sample rate.
 
-    Errors as `load_channels`, and an AudioError for channels that cancel each other.
+    Errors as `load_channels`, and an AudioError for channels that cancel each other and for a file that was cut short.
     """
     path = Path(path)
     with open_audio(path, longest_seconds) as decoded:
-        mono = _mixed(path, decoded, lambda total, last: total)
+        mono, samples = _mixed(path, decoded, lambda total, last: total)
     if not len(mono):
         raise empty_audio(path)
+    refuse_cut_short(path, samples / decoded.rate_hz)
     return mono, decoded.rate_hz
 
 
@@ -84,13 +86,14 @@ def read_with_rate(path: str | Path, sample_rate_hz: int = 16000, longest_second
     path = Path(path)
     with open_audio(path, longest_seconds) as decoded:
         if decoded.rate_hz == sample_rate_hz:
-            mono = _mixed(path, decoded, lambda total, last: total)
+            mono, samples = _mixed(path, decoded, lambda total, last: total)
         else:
             _check_rates(decoded.rate_hz, sample_rate_hz)
             stream = soxr.ResampleStream(decoded.rate_hz, sample_rate_hz, 1, dtype="float32")
-            mono = _mixed(path, decoded, stream.resample_chunk)
+            mono, samples = _mixed(path, decoded, stream.resample_chunk)
     if not len(mono):
         raise AudioError(f"no audio in '{path}': too short for one sample at {sample_rate_hz} Hz; record it again", "empty")
+    refuse_cut_short(path, samples / decoded.rate_hz)
     return mono, decoded.rate_hz
 
 
@@ -122,8 +125,8 @@ def cancelled(mixed: Audio, power: NDArray[np.float64]) -> str:
     )
 
 
-def _mixed(path: Path, decoded: Decoded, further: Callable[[Audio, bool], Audio]) -> Audio:
-    """The mix of all blocks, each sent through ``further`` (sum of the channels, whether it is the last)."""
+def _mixed(path: Path, decoded: Decoded, further: Callable[[Audio, bool], Audio]) -> tuple[Audio, int]:
+    """The mix of all blocks, each sent through ``further`` (sum of the channels, whether it is the last), and how many samples they had."""
     power, parts, samples = np.zeros(decoded.channels), [], 0
     # Silent channels add nothing to the sum, so that how many there are may be known at the end.
     for block in decoded.blocks:
@@ -135,7 +138,7 @@ def _mixed(path: Path, decoded: Decoded, further: Callable[[Audio, bool], Audio]
     mono /= np.float32(_active(power))
     if len(mono) and (problem := cancelled(mono, power / samples)):
         raise AudioError(f"{problem} ('{path}')", "silent")
-    return mono
+    return mono, samples
 
 
 def resample(audio: Audio, from_hz: int, to_hz: int) -> Audio:

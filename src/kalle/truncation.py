@@ -44,8 +44,14 @@ def cut_short(path: Path, seconds: float) -> str:
     return _message(path, seconds, f"the {claimed:.2f} s that its header says")
 
 
+def refuse_cut_short(path: Path, seconds: float) -> None:
+    """An AudioError for a file that claims more than the ``seconds`` it has: its text would be longer than its audio."""
+    if problem := cut_short(path, seconds):
+        raise AudioError(problem, "unreadable")
+
+
 def _message(path: Path, seconds: float, expected: str) -> str:
-    return f"cut short: got {seconds:.2f} s of '{path}', expected {expected}; fetch it again"
+    return f"cut short: got {seconds:.2f} s of '{path}', expected {expected}; fetch it again, or convert it to use what there is"
 
 
 def _claimed_by_bytes(start: int, length: int, size: int, seconds: float) -> float | None:

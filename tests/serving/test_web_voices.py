@@ -164,6 +164,9 @@ def test_a_decoder_that_dies_is_a_bad_recording(handlers: Handlers, tmp_path: Pa
 def test_a_bad_upload_is_said_at_once(handlers: Handlers, tmp_path: Path) -> None:
     (tmp_path / "notes.wav").write_text("no audio")
     assert "Unreadable audio" in handlers.uploaded(str(tmp_path / "notes.wav"))
+    soundfile.write(tmp_path / "cut.wav", np.zeros(32000), 16000)
+    os.truncate(tmp_path / "cut.wav", 32044)
+    assert "Cut short: got 1.00 s of " in handlers.uploaded(str(tmp_path / "cut.wav"))
     assert handlers.uploaded(None) == ""
     assert "load the page again" in handlers.uploaded({"path": "x"})
 

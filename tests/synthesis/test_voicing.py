@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -172,6 +173,15 @@ def test_any_rate_and_channels_of_a_file(kalle_tiny: Kalle, warnings, tmp_path: 
     assert voice.seconds == pytest.approx(2.5, abs=0.001)
     assert len(warnings()) == warned
     assert all("recorded at 8000 Hz for a model of 16000 Hz" in line for line in warnings())
+
+
+def test_a_file_that_was_cut_short_is_no_voice(kalle_tiny: Kalle, kalle_speaker: Kalle, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    write_audio(path, tone(2.5), RATE)
+    os.truncate(path, path.stat().st_size // 2)
+    for kalle, text in ((kalle_tiny, "A tone of two seconds and a half."), (kalle_speaker, None)):
+        with pytest.raises(UserError, match=r"cut short: got 1\.25 s .* expected the 2\.50 s .* convert it"):
+            kalle.voice(path, text)
 
 
 def test_letters_and_flatness() -> None:

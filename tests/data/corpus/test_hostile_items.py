@@ -291,6 +291,10 @@ def test_a_file_that_was_cut_short_is_no_item(tmp_path: Path, suffix: str, kind:
     whole, cut = (check_item(SourceItem(name, tmp_path / f"{name}{suffix}", "a text"), options, tmp_path) for name in ("whole", "cut"))
     assert isinstance(whole, Kept)
     assert isinstance(cut, Rejection) or (headers_only and kind in ("MP3", "FLAC"))
+    for read in (load_mono, read_audio):
+        read(tmp_path / f"whole{suffix}")
+        with pytest.raises(AudioError):
+            read(tmp_path / f"cut{suffix}")
     beginning = SourceItem("part", tmp_path / f"cut{suffix}", "a text", start_s=0.2, duration_s=0.5)
     assert isinstance(check_item(beginning, OPTIONS, tmp_path), Kept)
 

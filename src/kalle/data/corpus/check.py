@@ -15,7 +15,7 @@ from kalle.data.corpus.cuts import is_resampled_cheaply
 from kalle.data.corpus.items import TAG, PrepareOptions, Rejection, SourceItem, normalised
 from kalle.decoding import HEADER, Decoded, Span, open_audio
 from kalle.text.tokenizer import unspeakable
-from kalle.truncation import cut_short
+from kalle.truncation import refuse_cut_short
 
 ROUNDING_S = 0.1
 """How far a segment may reach beyond its recording, for lists that give times rounded; what is beyond does not exist."""
@@ -55,7 +55,7 @@ def read_header(item: SourceItem, wanted_hz: int) -> ItemAudio | None:
     if item.is_segment and header.format not in SEEKABLE:
         return None
     if not item.is_segment:
-        _refuse_cut_short(item.audio, header.frames / header.rate_hz)
+        refuse_cut_short(item.audio, header.frames / header.rate_hz)
     start, stop = _range(item, header.frames, header.rate_hz)
     return ItemAudio(None, header.rate_hz, 1, stop - start, start, header.frames)
 
@@ -85,16 +85,9 @@ def load_sound(item: SourceItem, longest_seconds: float = LONGEST_RECORDING_SECO
         channels, rate_hz = _load_long(item.audio)
     else:
         channels, rate_hz = load_channels(item.audio, longest_seconds)
-        _refuse_cut_short(item.audio, channels.shape[1] / rate_hz)
+        refuse_cut_short(item.audio, channels.shape[1] / rate_hz)
     start, stop = _range(item, channels.shape[1], rate_hz)
     return _sound(item, channels[:, start:stop], rate_hz, start, channels.shape[1])
-
-
-def _refuse_cut_short(path: Path, seconds: float) -> None:
-    """An AudioError for a file that claims more than the ``seconds`` it has: its text would be longer than its audio."""
-    problem = cut_short(path, seconds)
-    if problem:
-        raise AudioError(problem, "unreadable")
 
 
 def _sound(item: SourceItem, channels: Audio, rate_hz: int, start: int, file_samples: int) -> ItemAudio:
@@ -151,7 +144,7 @@ def _load_inside(item: SourceItem, longest_seconds: float) -> tuple[Audio, int]:
         try:
             channels, rate_hz = load_channels(path, longest_seconds)
             if not item.is_segment:
-                _refuse_cut_short(path, channels.shape[1] / rate_hz)
+                refuse_cut_short(path, channels.shape[1] / rate_hz)
             return channels, rate_hz
         except AudioError as error:
             raise AudioError(str(error).replace(str(path), item.place), error.reason) from None
