@@ -85,13 +85,16 @@ def test_gradients_are_transformers(packed: bool) -> None:
 
 @pytest.mark.parametrize("longest", [0, backbone.SHORT])
 def test_both_ways_to_train_in_bf16_agree(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_products, taken = backbone._attended, []
     monkeypatch.setattr(backbone, "SHORT", longest)
+    monkeypatch.setattr(backbone, "_attended", lambda *each: taken.append(each[0].dtype) or two_products(*each))
     ours, _ = pair()
     x = torch.randn(2, 40, 48)
     expected = torch.autograd.grad(ours(x).last_hidden_state.square().mean(), ours.parameters(), allow_unused=True)
     with torch.autocast("cpu", torch.bfloat16):
         loss = ours(x).last_hidden_state.float().square().mean()
     got = torch.autograd.grad(loss, ours.parameters(), allow_unused=True)
+    assert taken == ([torch.bfloat16] * 3 if longest else []), "the way for short rows, in every layer"
     for one, other in zip(got, expected, strict=True):
         if other is not None:
             assert (one - other).norm() < 0.03 * other.norm()

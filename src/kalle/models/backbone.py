@@ -240,6 +240,8 @@ class Attention(nn.Module):
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         """(B, heads, new, head_dim); without a mask a single position sees every key, several see those up to their own."""
         group = self.heads // self.kv_heads
+        # Under autocast the fp32 angles have made these fp32, which the fused kernels would round to the values' dtype themselves.
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         if mask is not None and not isinstance(mask, Tensor):
             return _flex(queries.is_cuda)(queries, keys, values, block_mask=mask, enable_gqa=group > 1)
         if queries.shape[2] == 1:
