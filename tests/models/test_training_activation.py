@@ -140,6 +140,18 @@ def test_what_a_pass_cannot_do_is_left_to_the_library() -> None:
 
 
 @needs_numba
+def test_an_input_without_samples_is_refused_as_by_the_library_and_one_without_rows_is_none() -> None:
+    module, refusals = activation(3), []
+    for module.way in ("none", "numba", "triton"):
+        with pytest.raises(RuntimeError) as refused:
+            module(torch.zeros(2, 3, 0))
+        refusals.append(str(refused.value))
+    assert len(set(refusals)) == 1
+    module.way = "numba"
+    assert [tuple(part.shape) for part in results(module, *signals(0, 3, 5))] == [(0, 3, 5), (0, 3, 5), (3,), (3,)]
+
+
+@needs_numba
 def test_it_can_be_traced_for_compilation() -> None:
     x, _ = signals(1, 3, 20)
     module = activation(3, "numba")

@@ -47,8 +47,9 @@ class AntiAliasedSnake(Activation1d):
         super().__init__(activation=SnakeBeta(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Those passes are written for one device each and compute in fp32.
-        if self.way == "none" or x.device.type != {"numba": "cpu", "triton": "cuda"}[self.way] or x.dtype == torch.float64:
+        # Those passes are written for one device each and compute in fp32; what has no samples is the library's to refuse.
+        is_theirs = self.way != "none" and x.device.type == {"numba": "cpu", "triton": "cuda"}[self.way] and x.dtype != torch.float64
+        if not is_theirs or not x.shape[-1]:
             return super().forward(x)
         from kalle.models.flowvae.training_activation import fused_snake
 

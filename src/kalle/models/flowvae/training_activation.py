@@ -37,8 +37,9 @@ def why_not(way: str, device: torch.device) -> str | None:
 def fused_snake(x: Tensor, alpha: Tensor, beta: Tensor, way: str) -> Tensor:
     """Computes the activation of ``x`` (B, C, T) with ``alpha`` and ``beta`` (C,), not their logarithms, in fp32; ``way``: numba or triton.
 
-    The result is in the dtype of ``x``.
+    The result is in the dtype of ``x``. T must be at least 1.
     """
+    assert x.shape[-1], x.shape
     return _snake(x, alpha.float(), beta.float(), way)
 
 
