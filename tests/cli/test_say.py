@@ -236,6 +236,15 @@ def test_play_keeps_no_file_that_was_not_asked_for(model: Path, tmp_path: Path, 
     assert "the audio is in b.wav" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["say", "stream"])
+def test_the_output_does_not_replace_the_prompt(model: Path, recording: Path, capsys, command: str) -> None:
+    before = recording.read_bytes()
+    prompt = ["--prompt-audio", str(recording), "--prompt-text", "Tone."]
+    assert main([command, "Hi.", "-o", str(recording), *prompt, "--model", str(model)]) == 2
+    assert "choose another --output" in capsys.readouterr().err
+    assert recording.read_bytes() == before
+
+
 def test_an_unreadable_prompt_is_one_line_for_every_command(model: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "noise.wav").write_bytes(b"RIFF" + bytes(200))
     prompt = ["--prompt-audio", str(tmp_path / "noise.wav"), "--prompt-text", "Tone."]

@@ -114,7 +114,7 @@ def say(
     check_say_output(output or Path(DEFAULT_STEM + DEFAULT_SUFFIX))
     if play and output == STDOUT:
         raise UserError("two places to hear it: got -o - and --play, expected one of them; leave one out")
-    check_before_loading(written, prompt_audio, prompt_text, voice)
+    check_before_loading(written, prompt_audio, prompt_text, voice, output)
     folder = model_folder(model, quiet=quiet)
     why = why_long(written, options, _config(folder), from_file=text_file is not None, srt=srt)
     with _place(output, play, long=why is not None) as place, _warnings_off(quiet):

@@ -191,7 +191,9 @@ def load_model(model: str | Path | None, device: str, dtype: str = "auto", quant
     return Kalle.from_pretrained(folder, device, dtype, quantize, decoder_dtype=decoder_dtype)
 
 
-def check_before_loading(text: str, prompt_audio: Path | None, prompt_text: str | None, voice: str | None) -> None:
+def check_before_loading(
+    text: str, prompt_audio: Path | None, prompt_text: str | None, voice: str | None, output: str | Path | None = None
+) -> None:
     """Refuse what needs no model to be seen wrong, before one is loaded."""
     from kalle.text.tokenizer import check_text
 
@@ -202,6 +204,8 @@ def check_before_loading(text: str, prompt_audio: Path | None, prompt_text: str 
         raise UserError("a transcript without its recording: got --prompt-text and no --prompt-audio, expected both; give the recording")
     if prompt_audio is not None and not prompt_audio.is_file():
         raise UserError(f"audio file not found: got '{prompt_audio}', expected a recording; check --prompt-audio")
+    if prompt_audio is not None and output is not None and Path(output).exists() and prompt_audio.samefile(output):
+        raise UserError(f"the output would replace the prompt: got '{prompt_audio}' twice, expected two files; choose another --output")
 
 
 def choose_voice(

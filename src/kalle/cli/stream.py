@@ -76,7 +76,7 @@ def stream(
     """
     written = read_text(text)
     check_stream_output(output, play)
-    check_before_loading(written, prompt_audio, prompt_text, voice)
+    check_before_loading(written, prompt_audio, prompt_text, voice, output)
     kalle = load_model(model, device, dtype, quantize, decoder_dtype)
     chosen = choose_voice(kalle, prompt_audio, prompt_text, voice, adapter)
     started = time.perf_counter()

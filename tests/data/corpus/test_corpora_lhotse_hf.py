@@ -65,6 +65,18 @@ def test_lhotse_manifests_keep_segments_channels_and_part(manifests: Path, tmp_p
     np.testing.assert_array_equal(segment.load_audio()[0], soundfile.read(manifests / "more.wav", dtype="float32")[0][1600:])
 
 
+def test_manifests_are_not_replaced_by_those_of_the_corpus(tmp_path: Path) -> None:
+    layouts.record(tmp_path / "more.wav")
+    more = Recording.from_file(tmp_path / "more.wav")
+    cut = MonoCut("m", 0.1, 0.4, 0, recording=more, supervisions=[SupervisionSegment("m", "more", 0.0, 0.4, text="more")])
+    CutSet.from_cuts([cut]).to_file(tmp_path / "cuts_train.jsonl.gz")
+    before = (tmp_path / "cuts_train.jsonl.gz").read_bytes()
+    for source in (tmp_path, tmp_path / "cuts_train.jsonl.gz"):
+        with pytest.raises(UserError, match=r"would replace its source.*choose another"):
+            prepare_corpus(read_lhotse(source), tmp_path, OPTIONS)
+    assert (tmp_path / "cuts_train.jsonl.gz").read_bytes() == before
+
+
 @pytest.mark.parametrize("kind", ["gone", "empty", "half"])
 def test_a_place_without_manifests_tells_what_is_expected(tmp_path: Path, kind: str) -> None:
     if kind != "gone":

@@ -330,6 +330,23 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_recording_is_never_replaced_by_its_conversion(tmp_path: Path, through_a_link: bool) -> None:
+    folder = tmp_path / "in" / "audio"
+    folder.mkdir(parents=True)
+    soundfile.write(folder / "a.flac", np.stack([speech()] * 2, 1), 16000)
+    place = folder / "a.flac"
+    if through_a_link:
+        place = tmp_path / "a.flac"
+        place.symlink_to(folder / "a.flac")
+    before = content(tmp_path / "in")
+    with pytest.raises(UserError, match=r"would replace its source.*choose another"):
+        prepare_corpus(Source("toy", [SourceItem("a", place, "a text")]), tmp_path / "in", OPTIONS)
+    assert content(tmp_path / "in") == before
+    prepare_corpus(Source("toy", [SourceItem("b", place, "a text")]), tmp_path / "in", OPTIONS)
+    assert before.items() < content(tmp_path / "in").items()
+
+
 @pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (-1.0, 1.0), (1.0, 1.0)])
 def test_impossible_limits_are_refused(low: float, high: float) -> None:
     with pytest.raises(UserError, match="min_seconds < max_seconds"):

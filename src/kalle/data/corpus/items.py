@@ -150,6 +150,8 @@ class Source:
     items: list[SourceItem]
     rejected: list[Rejection] = field(default_factory=list)
     notes: dict[str, object] = field(default_factory=dict)
+    lists: tuple[Path, ...] = ()
+    """Files that the reader read and whose names a corpus folder could have, too."""
 
 
 def collected(

@@ -108,7 +108,8 @@ def read_lhotse(path: Path, speaker: str = UNKNOWN_SPEAKER, language: str = "") 
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"cannot read '{first}' ({reason}); {_MANIFESTS}; write it again with lhotse") from None
     named = [item if item.speaker != UNKNOWN_SPEAKER else replace(item, speaker=speaker) for item in items]
-    return collected("lhotse manifests", named, rejected, {"lhotse manifests": len(pairs)}, path.resolve().name.split(".")[0])
+    source = collected("lhotse manifests", named, rejected, {"lhotse manifests": len(pairs)}, path.resolve().name.split(".")[0])
+    return replace(source, lists=tuple(file for pair in pairs for file in pair if file is not None))
 
 
 def _manifest_files(path: Path) -> list[tuple[Path, Path | None]]:

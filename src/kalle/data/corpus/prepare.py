@@ -211,8 +211,9 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
 
     Same source and options: nothing is done. Other ones: the folder's cuts are made anew. After an interrupt the
     items already checked are not checked again. ``jobs`` processes check items; the result does not depend on how many. Raises
-    UserError when no item at all is fit, or the disk refuses; then no partial file stays.
+    UserError when no item at all is fit, ``out`` would replace files of the source, or the disk refuses; then no partial file stays.
     """
+    _check_apart(source, out)
     fingerprint = source_fingerprint(source, options)
     finished = _finished_report(out, fingerprint)
     if finished is not None:
@@ -234,6 +235,22 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
             raise
         journal.remove()
     return Prepared(out, report, unchanged=False, resumed_items=resumed)
+
+
+def _check_apart(source: Source, out: Path) -> None:
+    """A UserError where ``out`` would replace a recording by its conversion, or a list that was read by the one that is written."""
+    written = {cuts_path(out, split).resolve() for split in SPLITS}
+    taken = next((file for file in source.lists if file.resolve() in written), None)
+    if taken is None and (converted := (out / "audio").resolve()).is_dir():
+        names = {f"{item.id}.flac".casefold() for item in source.items}
+        found = (item.audio for item in source.items if item.audio.name.casefold() in names)
+        with suppress(OSError, RuntimeError, ValueError):  # a name that no file can have, links in a circle
+            taken = next((audio for audio in found if audio.resolve().parent == converted), None)
+    if taken is not None:
+        raise UserError(
+            f"the corpus would replace its source: got '{out}', where a file takes the place of '{taken}', expected a folder beside the "
+            "source; choose another one"
+        )
 
 
 def source_fingerprint(source: Source, options: PrepareOptions) -> str:
