@@ -298,6 +298,12 @@ def test_voices_are_kept_listed_spoken_and_deleted(served: Served) -> None:
     assert not list(served.app.state.service.voices.temporary.glob("upload*"))
     said = served.http.post(SPEECH, json={**HELLO, "voice": {"id": "Anna"}})
     assert said.status_code == 200
+    accents = served.http.post("/v1/audio/voices", data={**fields, "name": "Zoe\u0308"}, files=files)
+    assert accents.json()["id"] == "Zo\u00eb"
+    for name in ("Zo\u00eb", "Zoe\u0308"):
+        assert served.http.post("/v1/audio/voices", data={**fields, "name": name}, files=files).status_code == 409
+        assert served.http.post(SPEECH, json={**HELLO, "voice": name}).status_code == 200
+    assert served.http.delete("/v1/audio/voices/Zoe\u0308").json()["deleted"]
     assert served.http.delete("/v1/audio/voices/Anna").json()["deleted"]
     assert served.http.delete("/v1/audio/voices/Anna").status_code == 404
     assert served.http.post(SPEECH, json={**HELLO, "voice": "Anna"}).status_code == 404

@@ -230,7 +230,19 @@ def test_stored_voices_are_listed_with_what_is_wrong_with_them(weight_folder: Pa
         find_voice(weight_folder, "anna")
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 81, "a\nb"])
+def test_a_name_is_found_however_its_accents_are_written(weight_folder: Path, kalle_tiny: Kalle) -> None:
+    """macOS writes an accent behind its letter; Hindi and its kind have vowel signs that are no characters of their own."""
+    voice = kalle_tiny.voice(tone(2.0), "A tone of two seconds, up and down.")
+    composed, apart = "Zo\u00eb", "Zoe\u0308"
+    assert voice_path(weight_folder, apart) == voice_path(weight_folder, composed)
+    voice.save(voice_path(weight_folder, composed))
+    assert find_voice(weight_folder, apart) == find_voice(weight_folder, composed) == voice_path(weight_folder, composed)
+    voice_path(weight_folder, composed).rename(voice_path(weight_folder, "x").with_name(f"{apart}.safetensors"))
+    assert find_voice(weight_folder, composed).stem == find_voice(weight_folder, apart).stem == apart
+    assert voice_path(weight_folder, "\u0915\u093e").stem == "\u0915\u093e"
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 81, "a\nb", "\u0308x/y", "a\u0308/b"])
 def test_bad_voice_names(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad voice name"):
         voice_path(tmp_path, name)

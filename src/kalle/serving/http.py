@@ -56,6 +56,7 @@ from kalle.serving.websocket import speech_socket
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.options import SpeechRequest
 from kalle.synthesis.speech import Speech
+from kalle.synthesis.voice import composed
 
 LOGGER = logging.getLogger(__name__)
 PAGE = "/web"
@@ -285,7 +286,7 @@ def _add_voices(app: FastAPI, service: Service) -> None:
             raise ApiError(413, f"the recording is too large: expected at most {service.options.max_upload_bytes} bytes", "audio_sample")
 
         def keep() -> VoiceCard:
-            if name.strip().casefold() in (each.casefold() for each in (*service.voices.names(), MODELS_OWN)):
+            if composed(name.strip()).casefold() in (each.casefold() for each in (*service.voices.names(), MODELS_OWN)):
                 raise ApiError(409, f"there is a voice of that name: got {name!r}, expected a new one; choose another name", "name")
             return _card(service, service.voices.keep_bytes(content, ref_text, name, consent))
 
@@ -298,7 +299,7 @@ def _add_voices(app: FastAPI, service: Service) -> None:
         """Delete an uploaded voice."""
 
         def delete() -> None:
-            if name not in service.voices.names():
+            if composed(name) not in service.voices.names():
                 raise ApiError(404, f"no such voice: got {name!r:.60}; see /v1/audio/voices", "name", "voice_not_found")
             if not service.voices.delete(name):
                 raise ApiError(403, f"the voice {name!r} belongs to the model and stays", "name")

@@ -31,7 +31,7 @@ from kalle.serving.shapes import ApiError, SentenceTime, SpeechBody, VoiceFields
 from kalle.serving.voices import STORED, UPLOAD_PREFIX, VoiceChoice, VoiceStore
 from kalle.synthesis.options import GenerationOptions, SpeechRequest, check_seed
 from kalle.synthesis.speech import Speech
-from kalle.synthesis.voice import RANDOM_VOICE, GivenVoice
+from kalle.synthesis.voice import RANDOM_VOICE, GivenVoice, composed
 from kalle.text.frontend import GIVEN_PHONEMES
 from kalle.text.languages import detect_language
 
@@ -177,6 +177,7 @@ class Service:
             return RANDOM_VOICE
         if name in (None, MODELS_OWN):
             return None
+        name = composed(name)
         if name not in self.voices.names():
             known = ", ".join([*self.voices.names()[:20], RANDOM_VOICE, MODELS_OWN])
             raise ApiError(404, f"no such voice: got {name!r:.60}, expected {known}; see /v1/audio/voices", "voice", "voice_not_found")

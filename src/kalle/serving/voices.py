@@ -21,7 +21,7 @@ from kalle.errors import UserError
 from kalle.files import unwritable
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.speech import FloatArray
-from kalle.synthesis.voice import SUFFIX, VOICES_FOLDER, Binding, Voice, stored_voices, voice_path
+from kalle.synthesis.voice import SUFFIX, VOICES_FOLDER, Binding, Voice, composed, stored_voices, voice_path
 from kalle.synthesis.voicing import LONGEST_PROMPT_SECONDS, prompt_warnings
 
 LOGGER = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class VoiceStore:
 
         The others, damaged or of another model, are logged once.
         """
-        return sorted({path.stem for path in self._files() if self._usable(path)}, key=str.casefold)
+        return sorted({composed(path.stem) for path in self._files() if self._usable(path)}, key=str.casefold)
 
     def voice(self, choice: VoiceChoice) -> Voice | None:
         """The voice of ``choice``, None for the model's own; a UserError when it is incomplete, gone or doesn't fit."""
@@ -122,9 +122,9 @@ class VoiceStore:
 
     def keep(self, choice: VoiceChoice, name: str, consent: str | None = None) -> str:
         """Store the voice of ``choice`` under ``name`` and return the name as it is listed; nothing is overwritten."""
-        name = " ".join(name.split())
+        name = composed(" ".join(name.split()))
         file_name = voice_path(self.folder, name).name
-        if name.casefold() in {path.stem.casefold() for path in self._files()}:
+        if name.casefold() in {composed(path.stem).casefold() for path in self._files()}:
             raise _taken(name)
         voice = self.voice(choice)
         if voice is None:
@@ -228,7 +228,7 @@ class VoiceStore:
     def path(self, name: str) -> Path:
         """The file of a listed voice; a UserError when it is gone."""
         # A name from the page is looked up among the listed ones, never joined to a folder unseen.
-        found = [path for path in self._files() if path.stem == name]
+        found = [path for path in self._files() if composed(path.stem) == composed(name)]
         if not found:
             raise UserError(f"the voice is gone: got {name!r}, expected one of the list; load the page again")
         return next((path for path in found if self._usable(path)), found[0])

@@ -274,7 +274,10 @@ class Binding:
 
 def voice_path(folder: str | Path, name: str) -> Path:
     """Where the voice ``name`` of the weight folder ``folder`` is; a UserError for a name that can't be a file's."""
-    if not _NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+    name = composed(name)
+    # Vowel signs and accents that Unicode does not compose are parts of their letters.
+    letters = "".join(character for character in name if not unicodedata.category(character).startswith("M"))
+    if not _NAME.fullmatch(letters) or len(name) > LONGEST_NAME:
         raise UserError(
             f"bad voice name: got {name!r}, expected up to {LONGEST_NAME} letters, digits, spaces, dots and hyphens, the first a letter "
             "or digit; choose another name"
@@ -282,6 +285,11 @@ def voice_path(folder: str | Path, name: str) -> Path:
     if name == RANDOM_VOICE:
         raise UserError(f"bad voice name: got {name!r}, which asks for a made-up voice, expected another; choose another name")
     return Path(folder) / VOICES_FOLDER / f"{name}{SUFFIX}"
+
+
+def composed(name: str) -> str:
+    """``name`` with each accent and its letter as one character, where there is one: macOS writes and types them apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def kept_voices(folder: Path | None) -> Path:
@@ -299,16 +307,23 @@ def find_voice(folder: str | Path | None, voice: str | Path) -> Path:
     check_type("voice", voice, PATH, "a name or a path")
     path = Path(voice)
     is_path = isinstance(voice, Path) or path.suffix == SUFFIX or any(mark in str(voice) for mark in "/\\")
-    if folder is not None and not is_path and (stored := Path(folder) / VOICES_FOLDER / f"{voice}{SUFFIX}").is_file():
+    if folder is not None and not is_path and (stored := named_file(Path(folder) / VOICES_FOLDER, str(voice))):
         path = stored
     if not (is_path or path.is_file()):
-        path = next((here for place in ("", VOICES_FOLDER) if (here := Path(place, f"{voice}{SUFFIX}")).is_file()), path)
+        path = next((here for place in ("", VOICES_FOLDER) if (here := named_file(Path(place), str(voice)))), path)
     if path.is_file():
         require_readable(path)
         return path
     names = [] if folder is None else [path.stem for path in voice_files(folder)]
     known = f"expected a voice file or one of {', '.join(names)}" if names else "expected a voice file; this model has no stored voices"
     raise UserError(f"voice file not found: got '{voice}', {known}; see `kalle voices list`")
+
+
+def named_file(folder: Path, name: str) -> Path | None:
+    """The voice file of that ``name`` in ``folder``; else one whose name differs in how accents are written."""
+    if (exact := folder / f"{name}{SUFFIX}").is_file():
+        return exact
+    return next((path for path in sorted(folder.glob(f"*{SUFFIX}")) if composed(path.stem) == composed(name)), None)
 
 
 def voice_files(folder: str | Path) -> list[Path]:
