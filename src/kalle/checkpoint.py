@@ -84,9 +84,9 @@ def part_folder(folder: str | Path, part: str) -> Path:
     for candidate in candidates:
         if (candidate / CONFIG_NAME).is_file() and any((candidate / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
             return candidate
+    lacks = f"no {PART_NAMES.get(part, part)} ({part}/) in '{root}'" if root.is_dir() else f"there is no folder '{root}'"
     raise UserError(
-        f"not a weight folder: no {PART_NAMES.get(part, part)} ({part}/) in '{root}', "
-        f"expected {part}/{CONFIG_NAME} and {part}/{WEIGHTS_NAME}; "
+        f"not a weight folder: {lacks}, expected {part}/{CONFIG_NAME} and {part}/{WEIGHTS_NAME}; "
         "give the folder that `kalle convert release --out` or a training run wrote"
     )
 
@@ -493,17 +493,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError, ValueError, OverflowError):
-        raise UserError(f"unknown device: got '{device}', expected {_DEVICES}") from None
+        raise UserError(f"unknown device: got '{device}', expected {_DEVICES}; choose one") from None
     if resolved.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"unsupported device: got '{device}', expected {_DEVICES}; use device=cpu")
+        raise UserError(f"unsupported device: got '{device}', expected {_DEVICES}; use cpu")
     if resolved.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"no MPS device: got '{device}', but torch sees none here; use device=cpu")
+        raise UserError(f"no MPS device: got '{device}', but torch sees none here; use cpu")
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
-            raise UserError(f"no CUDA device: got '{device}', but torch sees none here; use device=cpu")
+            raise UserError(f"no CUDA device: got '{device}', but torch sees none here; use cpu")
         if (resolved.index or 0) >= count:
-            raise UserError(f"no CUDA device: got '{device}', but torch sees {count} here, counted from 0; use device=cuda:{count - 1}")
+            raise UserError(f"no CUDA device: got '{device}', but torch sees {count} here, counted from 0; use cuda:{count - 1}")
     return resolved
 
 

@@ -109,6 +109,8 @@ def test_prompt_and_voice_file_speak_alike(model: Path, tmp_path: Path, recordin
         (["Hi", "--seed", "-1"], "bad seed: got -1"),
         (["Hi", "--max-seconds", "0"], "bad --max-seconds: got 0.0"),
         (["Hi", "--device", "abacus"], "unknown device: got 'abacus'"),
+        (["word " * 400, "--at-once"], "leave out --at-once"),
+        (["Hi", "--voice", "PROMPT"], "make a voice of a recording"),
         (["Hi", "--dtype", "int3"], "unknown dtype: got 'int3'"),
         (["Hi", "--model", "EMPTY"], "not a weight folder: no Flow-VAE (flowvae/) in 'empty'"),
         (["Hi", "--model", "none"], "no such weight folder: got 'none'"),

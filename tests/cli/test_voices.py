@@ -153,7 +153,7 @@ def test_mistakes(model: Path, recording: Path, capsys, arguments: list[str], me
 
 def test_without_weights(tmp_path: Path, model: Path, capsys) -> None:
     assert voices(tmp_path / "none", "list") == 2
-    assert "not a weight folder" in capsys.readouterr().err
+    assert "not a weight folder: there is no folder" in capsys.readouterr().err
     assert voices(model, "random", "--seed", 1) == 0
     capsys.readouterr()
     assert main(["voices", "show", str(model / "voices" / "random-1.safetensors"), "--model", str(tmp_path / "none")]) == 0

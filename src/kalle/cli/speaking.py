@@ -119,7 +119,13 @@ STREAM_FLAGS: Mapping[str, Any] = {
     "chunk_frames": Annotated[int | None, typer.Option("--chunk", metavar="FRAMES", help="Frames in a piece of audio.", show_default="8")],
 }
 _NAMED = (
-    {"latency_frames": "--latency", "chunk_frames": "--chunk", "pause_s": "--pause", "paragraph_pause_s": "--paragraph-pause"}
+    {
+        "by_sentences=False": "--at-once",
+        "latency_frames": "--latency",
+        "chunk_frames": "--chunk",
+        "pause_s": "--pause",
+        "paragraph_pause_s": "--paragraph-pause",
+    }
     | {name: f"--{name.replace('_', '-')}" for name in ("max_seconds", "by_sentences", "max_frames")}
     | {"(text)": "(--prompt-text)", "(restart)": "(--restart)"}
 )

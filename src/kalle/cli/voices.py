@@ -227,7 +227,8 @@ def keep(voice: Voice, path: Path, name: str, description: str | None, force: bo
 def _save_new(voice: Voice, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        voice.save(temporary)
+        with renamed({str(temporary): str(path)}):
+            voice.save(temporary)
         try:
             os.link(temporary, path)
         except FileExistsError:

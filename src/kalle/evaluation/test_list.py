@@ -143,7 +143,7 @@ def read_test_list(config: TestListConfig | str | Path, min_words: int = 4, limi
     }
     if not kept:
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count) or "no lines"
-        remedy = "set their split to test" if items and not tests else "lower min_words"
+        remedy = "set their split to test" if items and not tests else "lower testset.min_words"
         raise UserError(f"empty test list: '{source}' has {len(items)} items, none to test ({counts}); {remedy}")
     _check_unique(source, kept)
     return TestList(source, kept, {reason: count for reason, count in reasons.items() if count})

@@ -98,7 +98,7 @@ def int8_backbone(folder: str | Path, device: str | torch.device) -> Int8Backbon
     UserError on another device than the CPU, and without onnxruntime.
     """
     if resolve_device(device).type != "cpu":
-        raise UserError(f"8-bit weights run on the CPU: got device '{device}'; use device=cpu, or leave quantize out")
+        raise UserError(f"8-bit weights run on the CPU: got device '{device}'; use cpu, or leave quantize out")
     part, known = quantisable(folder)
     require_engine()
     return Int8Backbone(known, int8_tensors(part, known))

@@ -392,7 +392,7 @@ def _check_length(text: str, max_seconds: float | None) -> None:
     if needed > allowed + 1e-6:
         raise UserError(
             f"the text is too long for one request: got about {needed:.0f} s of speech, expected at most {allowed:g} s; leave out "
-            f"by_sentences, so that it is spoken sentence by sentence, or allow it with max_seconds={math.ceil(needed)}"
+            f"by_sentences=False, so that it is spoken sentence by sentence, or allow it with max_seconds={math.ceil(needed)}"
         )
 
 
@@ -445,5 +445,5 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return fastest_half(device)
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
-        raise UserError(f"unknown dtype: got '{dtype}', expected auto, {HALF}, {', '.join(DTYPES)}")
+        raise UserError(f"unknown dtype: got '{dtype}', expected auto, {HALF}, {', '.join(DTYPES)}; choose one")
     return found

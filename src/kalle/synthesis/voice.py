@@ -132,7 +132,10 @@ class Voice:
                 ours = metadata.get("format") in (FORMAT, WITH_ADAPTER)  # else it may be a model of gigabytes
                 stored = {name: file.get_tensor(name) for name in file.keys() if ours}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"not a voice file: '{path}' ({error}); make the voice again") from None
+            raise UserError(
+                f"not a voice file: '{path}' ({error}), expected one that `kalle voices create` wrote; make a voice of a recording, or "
+                "make the voice again"
+            ) from None
         if not ours:
             got = metadata.get("format")
             hint = "give it as an adapter, beside a voice" if str(got).startswith("kalle-adapter") else "make the voice again"

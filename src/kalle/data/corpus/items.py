@@ -177,7 +177,7 @@ def collected(
         if (first := kept.setdefault((item.id, item.origin), known)) is not known:
             rejected.append(Rejection(item.id, str(item.audio), "duplicate id", f"the id of '{first.audio}'"))
     if not kept and not rejected:
-        raise UserError(f"nothing found of {corpus}: got 0 recordings, expected some; is it unpacked completely?")
+        raise UserError(f"nothing found of {corpus}: got 0 recordings, expected some; unpack it completely, or fill the list")
     names = {key: safe_id(item.id) for key, item in kept.items()}
     same = Counter(_file_name(made) for made in names.values())
     ids = {key: made if same[_file_name(made)] == 1 else _marked(made, "\0".join(key)) for key, made in names.items()}
