@@ -15,6 +15,7 @@ from kalle.files import (
     DiskError,
     atomic_file,
     atomic_folder,
+    check_writable,
     disk_errors,
     folder_lock,
     output_folder,
@@ -85,6 +86,9 @@ def test_an_impossible_output_folder(tmp_path: Path) -> None:
     for out in places:
         with pytest.raises(DiskError, match="choose another path"), output_folder(out):
             pytest.fail("went on to work")
+        with pytest.raises(DiskError, match="choose another path"):
+            check_writable(out / "x")
+    check_writable(tmp_path / "new" / "folder" / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -128,6 +128,16 @@ def output_folder(path: Path) -> Iterator[None]:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """A DiskError unless a file can be made at ``path``, whose folders need not be there yet; nothing is left behind."""
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
 def temporary_name(path: Path) -> Path:
     """An unpredictable name beside ``path``, for a file or folder that is to be renamed to ``path``."""
     ending = f".{secrets.token_hex(8)}{PARTIAL}"

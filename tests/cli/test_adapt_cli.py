@@ -49,6 +49,15 @@ class Loudness:
         return {"model": "loudness"}
 
 
+@pytest.mark.parametrize("flag", ["-o", "--voice", "--report"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_learnt(
+    model: Path, reference: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.setattr("kalle.cli.adapt.load_model", lambda *_: pytest.fail("went on to work"))
+    assert run(model, reference, "--text", "one two", *QUICK, flag, "ref.wav/x.safetensors") == 2
+    assert "choose another path" in capsys.readouterr().err
+
+
 def test_learn_speak_and_show(model: Path, reference: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("kalle.evaluation.similarity.speaker_embedder", lambda name: Loudness())
     held_out = ("--validate", "other.wav", "--validate-text", "four", "--sim-texts", "1", "--report", "r.json")

@@ -126,6 +126,8 @@ def test_an_impossible_folder_is_refused_before_anything_is_scored(corpus: Path,
         with pytest.raises(UserError, match=r"cannot write .*choose another path") as caught:
             run(["kind=wavs", f"wavs={tmp_path}", f"testset={corpus}", f"out={out}", *LIGHT])
         assert "room" not in str(caught.value)
+        with pytest.raises(UserError, match=r"cannot write .*choose another path"):
+            run(["check=true", "kind=wavs", f"wavs={tmp_path}", f"testset={corpus}", f"out={out}", *LIGHT])
 
 
 def test_a_full_disk_ends_the_run_with_one_line(corpus: Path, weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import typer
 from kalle.cli.main import interruptible
 from kalle.cli.speaking import ModelOption, load_model, renamed
 from kalle.errors import UserError
+from kalle.files import check_writable
 
 if TYPE_CHECKING:
     from kalle.adaptation.adapt import Adaptation, AdaptOptions
@@ -72,6 +73,9 @@ def adapt(
         _check_audio([*audio, *(path for path, _ in held_out)])
         adapter_path = None if voice is not None and output is None else output or Path(f"{audio[0].stem}.adapter{SUFFIX}")
         _check_new([path for path in (adapter_path, voice) if path is not None], force)
+        for path in (adapter_path, voice, report):
+            if path is not None:
+                check_writable(path)
         embedder = _embedder(sim_texts)
         from kalle.adaptation.adapt import adapt as learn
         from kalle.evaluation.similarity import CHECK_TEXTS

@@ -33,7 +33,7 @@ from kalle.evaluation.similarity import Similarity
 from kalle.evaluation.test_list import TestItem, TestList, TestListConfig, read_test_list
 from kalle.evaluation.word_errors import WER
 from kalle.extras import checkout_commit, cpu_name
-from kalle.files import fingerprint, output_folder
+from kalle.files import check_writable, fingerprint, output_folder
 from kalle.models.flowvae import FlowVAE
 from kalle.synthesis.kalle import Kalle
 from kalle.synthesis.voice import SUFFIX as VOICE_SUFFIX
@@ -132,6 +132,7 @@ def evaluate(config: EvaluateConfig) -> Result | None:
         wav_folder(config.wavs or "")
     languages = sorted({item.language for item in test_list.items})
     if config.check:
+        check_writable(Path(config.out) / "results.json")
         logger.info("%s", _everything_is_there(config, languages, test_list))
         return None
     share = share_of_process(config.rank, config.world_size)
