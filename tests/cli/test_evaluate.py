@@ -119,6 +119,24 @@ def test_a_check_loads_everything_and_writes_nothing(
     assert not out.exists()
 
 
+def test_a_check_names_files_that_are_missing(
+    corpus: Path, weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_audio(tmp_path / "a.wav", np.full(8000, 0.1, np.float32), 16000)
+    lines = [{"id": "a", "text": "one two three four", "audio": "a.wav"}, {"id": "b", "text": "five six seven eight", "audio": "gone.wav"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["check=true", f"testset={tmp_path / 't.jsonl'}", f"out={tmp_path / 'out'}", "device=cpu", *LIGHT]
+    assert run(["kind=wavs", f"wavs={tmp_path}", *words]) == 0
+    said = caplog.text + capsys.readouterr().out
+    for name in ("wav", "recording"):
+        assert f"no {name} for 1 of 2 items of '{tmp_path / 't.jsonl'}', the first 'b'" in said
+    for prompts in ("list", "speaker"):
+        with pytest.raises(UserError, match="no prompt for 2 of 2 items"):
+            run(["kind=synthesis", f"model={weights}", f"synthesis.prompts={prompts}", *words])
+    with pytest.raises(UserError, match="no wav to score"):
+        run(["kind=wavs", f"wavs={weights}", *words])
+
+
 def test_an_impossible_folder_is_refused_before_anything_is_scored(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalle.evaluation.run._score", lambda *_: pytest.fail("scored"))
     (tmp_path / "file").touch()

@@ -26,6 +26,7 @@ from kalle.evaluation.pool import MetricCard, ScoringPool, as_pool, card, twin_r
 from kalle.evaluation.report import Result, Settings, finish, versions
 from kalle.evaluation.scoring import DIGEST, Row, Scores, counted, score_items
 from kalle.evaluation.test_list import LONGEST_RECORDING_S, TestItem, read_scored
+from kalle.files import is_file
 from kalle.gaussian import DiagGaussian
 from kalle.losses.latent import latent_health
 from kalle.models.flowvae import FlowVAE
@@ -124,6 +125,23 @@ def _recording(item: TestItem) -> dict[str, Audio]:
         return {} if item.audio_path is None else {RECORDING_SYSTEM: item.audio(RATE_HZ)}
     except UserError:  # its row says so
         return {}
+
+
+def without_files(
+    items: Sequence[TestItem], prompts: Prompts | None, wavs: WavFolder | None, recordings: bool
+) -> dict[str, list[TestItem]]:
+    """The items that lack a file they need, which would be error rows, by what it is: wav, prompt, recording. None lacks nothing.
+
+    ``prompts`` is None where nothing is spoken, ``recordings`` says whether those of the list are needed.
+    """
+    found: dict[str, list[TestItem]] = {"wav": [], "prompt": [], "recording": []}
+    for item, other in zip(items, other_recordings(items), strict=True):
+        has_prompt = other is not None if prompts == "speaker" else item.prompt_path is not None and is_file(item.prompt_path)
+        has_recording = item.audio_path is None or item.loader is not None or is_file(item.audio_path)
+        found["wav"] += [item] if wavs is not None and wavs.found(item) is None else []
+        found["prompt"] += [item] if prompts in ("list", "speaker") and not has_prompt else []
+        found["recording"] += [item] if recordings and not has_recording else []
+    return {name: lacking for name, lacking in found.items() if lacking}
 
 
 def other_recordings(items: Sequence[TestItem]) -> list[TestItem | None]:
@@ -400,9 +418,7 @@ def evaluate_wavs(
     pool = as_pool(metrics)
     files, settings = WavFolder(folder, items), settings or Settings()
     scores = Scores(pool.cards, known_recordings(settings.recordings, pool.cards))
-    if items and not any(files.found(item) for item in items):
-        wanted = f"{items[0].file_stem}.wav"
-        raise UserError(f"no wav to score: got none of {len(items)} in '{folder}', expected files such as {wanted}; check the folder")
+    files.check()
     others = other_recordings(items)
 
     def score(index: int, item: TestItem) -> None:
@@ -445,6 +461,12 @@ class WavFolder:
             stem = path.relative_to(self.folder).with_suffix("").as_posix()
             if self._paths.setdefault(stem, path) == path:
                 self._names.setdefault(path.stem, []).append(path)
+
+    def check(self) -> None:
+        """UserError where no item has a file."""
+        if self._items and not any(self.found(item) for item in self._items):
+            wanted, count = f"{self._items[0].file_stem}.wav", len(self._items)
+            raise UserError(f"no wav to score: got none of {count} in '{self.folder}', expected files such as {wanted}; check the folder")
 
     def found(self, item: TestItem) -> Path | None:
         """The file of ``item``; None when there is none. UserError where several have its name."""

@@ -22,11 +22,13 @@ from kalle.evaluation.pool import MetricCard, ScoringPool, twin_rules, worker_co
 from kalle.evaluation.protocols import (
     WAV_SUFFIXES,
     SpeakingConfig,
+    WavFolder,
     evaluate_reconstruction,
     evaluate_synthesis,
     evaluate_wavs,
     known_recordings,
     wav_folder,
+    without_files,
 )
 from kalle.evaluation.report import Result, Settings, versions
 from kalle.evaluation.similarity import Similarity
@@ -158,7 +160,23 @@ def _everything_is_there(config: EvaluateConfig, languages: Sequence[str], test_
         FlowVAE.from_pretrained(config.model, rank_device(config.device))
     elif config.model is not None and config.kind == "synthesis":
         _speaker(config)
+    _check_files(config, test_list)
     return f"all is there: {len(test_list.items)} items of '{test_list.source}', {config.kind} of '{config.source}', metrics {names}"
+
+
+def _check_files(config: EvaluateConfig, test_list: TestList) -> None:
+    """A UserError where all items lack a file that they need, a warning where some do."""
+    items, wavs = test_list.items, None
+    if config.kind == "wavs":
+        wavs = WavFolder(config.wavs or "", items)
+        wavs.check()
+    prompts = config.synthesis.prompts if config.kind == "synthesis" else None
+    recordings = config.kind == "reconstruction" or config.score_recordings
+    for name, lacking in without_files(items, prompts, wavs, recordings).items():
+        text = f"no {name} for {len(lacking)} of {len(items)} items of '{test_list.source}', the first '{lacking[0].id}'"
+        if len(lacking) == len(items):
+            raise UserError(f"{text}: expected files that are there; correct the list or its paths")
+        logger.warning("%s: each will be an error row; correct the list or its paths", text)
 
 
 def _pool(config: EvaluateConfig, languages: Sequence[str], items: int) -> ScoringPool:
