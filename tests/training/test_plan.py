@@ -51,6 +51,14 @@ def test_a_fused_decoder_is_estimated_by_what_it_keeps(toy_flowvae_config: FlowV
     assert fused < plain / 2
 
 
+def test_a_decoder_with_noise_and_harmonics_is_estimated(toy_flowvae_config: FlowVAEConfig) -> None:
+    plain = FlowVAE(toy_flowvae_config)
+    with without_storage():
+        more, less = (flowvae_footprint(flowvae, None, 2, 3200) for flowvae in (plain.with_sources(), plain))
+    assert more.activation_bytes > less.activation_bytes
+    assert more.flops > less.flops
+
+
 def test_twice_the_batch_is_twice_the_step(toy_lm_config: KalleLMConfig) -> None:
     with without_storage():
         one, two = (lm_footprint(KalleLM(toy_lm_config), items, 7, 20) for items in (2, 4))

@@ -163,7 +163,8 @@ class ISTFTHead(nn.Module):
         if self.harmonics is not None:
             log_filter, turn = in_full_precision(self.harmonics, x.transpose(1, 2)).float().chunk(2, dim=-1)
             with torch.no_grad():
-                predicted = self.log_pitch(x).exp()
+                # Detached, for torch's counter of operations (a dry run) wants the history of what it sees, which is not kept here.
+                predicted = self.log_pitch(x.detach()).exp()
                 chosen = (predicted if pitch is None else torch.where(pitch.isnan(), predicted, pitch)).to(state.phase.dtype)
                 quiet = log_filter[..., 1 : self.n_fft // 8].mean(dim=-1) < _QUIET_LOG_HARMONICS
                 phases = self._phases(chosen, quiet, state)
