@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from kalle.cli.hydra_entry import compose, configs_dir, folder_override, run_hyd
 from kalle.cli.main import main
 from kalle.cli.train import keys, nested, training_config
 from kalle.errors import UserError
-from kalle.models.flowvae import FlowVAE, FlowVAEConfig
+from kalle.models.discriminators import DiscriminatorConfig
+from kalle.models.flowvae import FlowConfig, FlowVAE, FlowVAEConfig
 from kalle.models.lm import KalleLM
 from kalle.models.lora import LoRAConfig
 from kalle.training import Exponential, FlowVAEDataConfig, FlowVAETrainingConfig, LMDataConfig, LMTrainingConfig, TokenizerConfig
+from kalle.training.config import EMAConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -181,6 +184,24 @@ def test_a_composed_configuration_is_the_default_dataclass(root: str) -> None:
         assert dataclasses.replace(built, tokenizer=TokenizerConfig()) == plain
         chosen = training_config(compose(root, [*REQUIRED[root], "scheduler=exponential", "lora=default", "callbacks.ema=null"]))
         assert (chosen.scheduler, chosen.lora, chosen.callbacks.ema) == (Exponential(), LoRAConfig(), None)
+
+
+@pytest.mark.parametrize(
+    ("root", "first", "key", "given", "expected"),
+    [
+        ("train_flowvae", "experiment=nano_flowvae_decoder", "discriminators", "width: 0.125", DiscriminatorConfig(width=0.125)),
+        ("train_flowvae", "flowvae=dim64_no_flow", "flowvae.flow", "couplings: 2", FlowConfig(couplings=2)),
+        ("train_lm", "experiment=lora", "callbacks.ema", "decay: 0.5", EMAConfig(decay=0.5)),
+    ],
+)
+def test_what_an_experiment_leaves_out_can_be_put_back(root: str, first: str, key: str, given: str, expected: object) -> None:
+    built = training_config(compose(root, [*REQUIRED[root], first, f"{key}={{{given}}}"]))
+    assert operator.attrgetter(key)(built) == expected
+    name, _, value = given.partition(": ")
+    with pytest.raises(UserError) as caught:
+        compose(root, [*REQUIRED[root], first, f"{key}.{name}={value}"])
+    assert str(caught.value).startswith(f"{key} is null in this configuration: got {key}.{name}, expected ")
+    assert str(caught.value).endswith(f"give {key}={{{given}}}")
 
 
 @pytest.mark.parametrize(

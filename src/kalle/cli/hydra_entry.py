@@ -52,6 +52,22 @@ def _default(field: dataclasses.Field[Any], hint: Any) -> Any:
     return node_of(hint) if dataclasses.is_dataclass(hint) else "???"
 
 
+def name_classes(config: DictConfig, cls: type) -> None:
+    """Give the objects of ``config`` that stand in place of null the class that the fields of ``cls`` have; the others have theirs."""
+    from omegaconf import DictConfig, open_dict
+
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        node = config._get_node(field.name) if field.name in config else None
+        classes = [choice for choice in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(choice)]
+        if not isinstance(node, DictConfig) or node._is_none() or len(classes) != 1:
+            continue
+        if "_target_" not in node:
+            with open_dict(node):
+                node["_target_"] = node_of(classes[0])["_target_"]
+        name_classes(node, typing.cast(type, classes[0]))
+
+
 @functools.cache
 def register_defaults() -> None:
     """Put the defaults of the dataclasses of a training where Hydra looks for configurations; configs/ names only differences."""
@@ -258,9 +274,7 @@ def readable(error: Exception, config_name: str, overrides: list[str]) -> Except
     text = "\n".join(map(str, causes))
     key = re.search(r"is not in struct\n\s*full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text)
     if key is not None:
-        return UserError(
-            f"unknown configuration key: got '{key[1]}', expected one of: {_valid(config_name, key[1], overrides)}; correct it"
-        )
+        return _unknown(key[1], config_name, overrides)
     if "Config group override must be" in text:
         for group, _, value in (word.lstrip("+").partition("=") for word in overrides):
             if (names := _choices(group)) and value not in names:
@@ -313,7 +327,14 @@ def _choices(group: str) -> list[str]:
 
 
 def _unknown(key: str, config_name: str, overrides: list[str]) -> UserError:
-    return UserError(f"unknown configuration key: got '{key}', expected one of: {_valid(config_name, key, overrides)}; correct it")
+    node, prefix, following = _deepest(config_name, key, overrides)
+    if following is not None:  # an experiment may have set what the class knows as an object to null
+        value = next((word.partition("=")[2] for word in overrides if word.lstrip("+").startswith(f"{key}=")), "…")
+        for name in reversed(key.split(".")[len(prefix) + 1 :]):
+            value = f"{{{name}: {value}}}"
+        parent = ".".join([*prefix, following])
+        return UserError(f"{parent} is null in this configuration: got {key}, expected the whole of it; give {parent}={value}")
+    return UserError(f"unknown configuration key: got '{key}', expected one of: {_listed(node, prefix)}; correct it")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -328,6 +349,17 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _valid(config_name: str, key: str, overrides: list[str]) -> str:
     """The valid keys at the deepest existing level of ``key``, under the groups that ``overrides`` choose."""
+    node, prefix, _ = _deepest(config_name, key, overrides)
+    return _listed(node, prefix)
+
+
+def _listed(node: DictConfig, prefix: list[str]) -> str:
+    return ", ".join(".".join([*prefix, str(name)]) for name in node if str(name) != "_target_")
+
+
+def _deepest(config_name: str, key: str, overrides: list[str]) -> tuple[DictConfig, list[str], str | None]:
+    """The deepest existing object on the way to ``key``, under the groups that ``overrides`` choose, its place, and the part of ``key``
+    that is null in it, where one is."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -343,8 +375,9 @@ def _valid(config_name: str, key: str, overrides: list[str]) -> str:
             node = hydra_compose(config_name)
     prefix: list[str] = []
     for part in key.split(".")[:-1]:
-        if not isinstance(node, DictConfig) or part not in node or not isinstance(node._get_node(part), DictConfig):
-            break
-        node = node._get_node(part)
+        child = node._get_node(part) if part in node else None
+        if not isinstance(child, DictConfig) or child._is_none():
+            return node, prefix, part if child is not None and child._is_none() else None
+        node = child
         prefix.append(part)
-    return ", ".join(".".join([*prefix, str(name)]) for name in node if str(name) != "_target_")
+    return node, prefix, None

@@ -100,15 +100,17 @@ def training_config(config: DictConfig) -> FlowVAETrainingConfig | LMTrainingCon
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from kalle.cli.hydra_entry import readable
+    from kalle.cli.hydra_entry import name_classes, readable
+    from kalle.training import FlowVAETrainingConfig, LMTrainingConfig
 
+    stage = "lm" if "lm" in config else "flowvae"
     try:
+        name_classes(config, LMTrainingConfig if stage == "lm" else FlowVAETrainingConfig)
         missing = sorted(OmegaConf.missing_keys(config), key=lambda name: (name.count("."), name))
         if missing:
             raise UserError(f"no value for {', '.join(missing)}: expected a folder; add {missing[0]}=DIR to the command")
         built: FlowVAETrainingConfig | LMTrainingConfig = instantiate(config, _convert_="all")
     except (InstantiationException, OmegaConfBaseException) as error:
-        stage = "lm" if "lm" in config else "flowvae"
         raise readable(error, f"train_{stage}", []) from None
     return built
 
