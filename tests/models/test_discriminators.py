@@ -170,3 +170,9 @@ def test_logarithms_of_magnitudes_have_the_scale_of_a_standard_normal():
     ratio = (loud - quiet)[inner]
     torch.testing.assert_close(ratio, torch.full_like(ratio, ratio[0]), rtol=0, atol=1e-4)
     assert discriminator.spectrogram(torch.zeros(1, 7680)).isfinite().all()
+
+
+def test_convolutions_on_spectrograms_are_channels_last_on_a_cpu(discriminators: Discriminators) -> None:
+    maps = [fmap for fmaps in discriminators.mrd(torch.zeros(1, 7680)).features for fmap in fmaps if fmap.shape[1] > 1]
+    assert len(maps) == 3 * 5
+    assert all(fmap.is_contiguous(memory_format=torch.channels_last) for fmap in maps)
