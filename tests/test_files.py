@@ -92,6 +92,27 @@ def test_an_impossible_output_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_place_that_no_file_can_have_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    long = "x" * 300
+    for place in ("folder", long, f"new/{long}", f"{long}/x", f"new/{long}/x", "circle/x", "nowhere/x", "nowhere/new/x", "a\0b", "a\0b/x"):
+        with pytest.raises(DiskError, match=r"choose another path"):
+            check_writable(tmp_path / place)
+    with pytest.raises(DiskError, match=r"choose another path"), output_folder(tmp_path / "circle" / "x"):
+        pytest.fail("went on to work")
+    for place in ("circle", "nowhere"):  # a link is replaced, as any file
+        check_writable(tmp_path / place)
+        write_atomic(tmp_path / place, "x")
+    forbidden = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", lambda *_, **__: (_ for _ in ()).throw(forbidden))
+        with pytest.raises(DiskError, match=r"change its permissions"):
+            check_writable(tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle", "folder", "nowhere"]
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     write_atomic(tmp_path / "new" / "x", "Käthe\n")
     assert (tmp_path / "new" / "x").read_bytes() == "Käthe\n".encode()

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_INVALID = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
+_INVALID = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP)
 _FULL_REMEDY = "expected room for it; make room on the disk or choose another folder, then run again"
 _REMEDIES = {
     **dict.fromkeys(_FULL, _FULL_REMEDY),
@@ -129,13 +129,37 @@ def output_folder(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """A DiskError unless a file can be made at ``path``, whose folders need not be there yet; nothing is left behind."""
-    place = next(folder for folder in path.absolute().parents if folder.exists())
+    """A DiskError unless a file can be made at ``path``, or replaced; its folders need not be there yet. Nothing is left behind."""
     try:
+        _check_replaceable(path)
+        place, *missing = _existing_folder(path.absolute())
+        for name in missing:  # each is too long, or may be made
+            with contextlib.suppress(FileNotFoundError):
+                Path(place, name).lstat()
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise unwritable(path, error) from None
+    except ValueError as error:  # a name with a zero byte
+        raise unwritable(path, OSError(errno.ENOENT, str(error))) from None
+
+
+def _existing_folder(path: Path) -> tuple[str, ...]:
+    """The nearest folder above ``path`` that is there, and the names below it that are not, down to that of ``path``.
+
+    FileExistsError for a link to nowhere among them, and any other OSError of the system.
+    """
+    missing = [path.name]
+    for folder in path.parents:
+        try:
+            folder.stat()
+        except FileNotFoundError:
+            if folder.is_symlink():
+                raise FileExistsError(errno.EEXIST, "a link that leads nowhere", str(folder)) from None
+            missing.append(folder.name)
+        else:
+            return (str(folder), *reversed(missing))
+    raise AssertionError(f"no root above {path}")
 
 
 def temporary_name(path: Path) -> Path:
