@@ -137,6 +137,36 @@ def test_a_check_names_files_that_are_missing(
         run(["kind=wavs", f"wavs={weights}", *words])
 
 
+def test_a_check_looks_for_what_the_run_reads(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("wavs/a", "wavs/x/b", "wavs/y/b", "here"):
+        write_audio(tmp_path / f"{name}.wav", np.full(8000, 0.1, np.float32), 16000)
+
+    def check(kind: str, a: dict[str, str], b: dict[str, str], *more: str) -> str:
+        (tmp_path / "t.jsonl").write_text(
+            "".join(json.dumps({"id": i, "text": f"one two three {i}", **row}) + "\n" for i, row in (("a", a), ("b", b)))
+        )
+        source = f"wavs={tmp_path / 'wavs'}" if kind == "wavs" else f"model={weights}"
+        words = ["check=true", f"kind={kind}", source, f"testset={tmp_path / 't.jsonl'}", f"out={tmp_path / 'out'}", "device=cpu"]
+        caplog.clear()
+        assert run([*words, *more, *LIGHT]) == 0
+        return caplog.text + capsys.readouterr().out
+
+    here, gone, prompt = {"audio": "here.wav"}, {"audio": "gone.wav"}, {"prompt_audio": "gone.wav", "prompt_text": "one"}
+    assert "no wav for 1 of 2 items" in check("wavs", {}, {}), "two files are called b"
+    assert "no prompt for 1 of 2 items" in check("wavs", {}, prompt)
+    assert "no recording for 1 of 2 items" in check("wavs", here, gone, "score_recordings=false")
+    assert "no recording for 1 of 2 items" in check("reconstruction", here, prompt)
+    said = check("synthesis", here | {"speaker": "s"}, gone | {"speaker": "s"}, "synthesis.prompts=speaker")
+    assert "no prompt for 1 of 2 items" in said
+    assert said.count("the first 'b'") == 1, "b has the recording of a as its prompt"
+    assert "error row" not in check("synthesis", here, {})
+    for kind, row in (("reconstruction", {}), ("synthesis", prompt), ("wavs", gone)):
+        with pytest.raises(UserError, match=r"for 2 of 2 items .*: expected one file for each"):
+            check(kind, row, row, "score_recordings=false")
+
+
 def test_an_impossible_folder_is_refused_before_anything_is_scored(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalle.evaluation.run._score", lambda *_: pytest.fail("scored"))
     (tmp_path / "file").touch()

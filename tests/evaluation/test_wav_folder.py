@@ -50,6 +50,10 @@ def test_two_files_of_one_name_are_not_guessed_between(tmp_path: Path) -> None:
     items = [TestItem("a", "text"), TestItem("two/a", "text")]
     with pytest.raises(UserError, match=r"one/a\.wav.*two/a\.wav"):
         WavFolder(tmp_path, items[:1]).found(items[0])
+    with pytest.raises(UserError, match=r"one/a\.wav.*two/a\.wav"):
+        WavFolder(tmp_path, items[:1]).check()
+    (tmp_path / "b.wav").touch()
+    WavFolder(tmp_path, [items[0], TestItem("b", "text")]).check()
     files = WavFolder(tmp_path, items)
     assert files.found(items[1]) == tmp_path / "two" / "a.wav"
     assert files.found(items[0]) is None, "another item has this name, too"

@@ -127,21 +127,25 @@ def _recording(item: TestItem) -> dict[str, Audio]:
         return {}
 
 
-def without_files(
-    items: Sequence[TestItem], prompts: Prompts | None, wavs: WavFolder | None, recordings: bool
-) -> dict[str, list[TestItem]]:
-    """The items that lack a file they need, which would be error rows, by what it is: wav, prompt, recording. None lacks nothing.
+def without_files(items: Sequence[TestItem], prompts: Prompts, wavs: WavFolder | None, reconstruction: bool) -> dict[str, list[TestItem]]:
+    """The items that lack a file, each of which gets an error row, by what it is: wav, prompt, recording. None lacks nothing.
 
-    ``prompts`` is None where nothing is spoken, ``recordings`` says whether those of the list are needed.
+    Reconstruction needs a recording of each item and no prompts. Other kinds read whatever the list names, as ``read_references`` does,
+    and what ``prompts`` asks for; those that speak nothing pass "none".
     """
     found: dict[str, list[TestItem]] = {"wav": [], "prompt": [], "recording": []}
     for item, other in zip(items, other_recordings(items), strict=True):
-        has_prompt = other is not None if prompts == "speaker" else item.prompt_path is not None and is_file(item.prompt_path)
-        has_recording = item.audio_path is None or item.loader is not None or is_file(item.audio_path)
-        found["wav"] += [item] if wavs is not None and wavs.found(item) is None else []
-        found["prompt"] += [item] if prompts in ("list", "speaker") and not has_prompt else []
-        found["recording"] += [item] if recordings and not has_recording else []
+        has_prompt = prompts != "list" if item.prompt_path is None else is_file(item.prompt_path)
+        if prompts == "speaker":
+            has_prompt = has_prompt and other is not None and _has_recording(other)
+        found["wav"] += [item] if wavs is not None and not wavs.has(item) else []
+        found["prompt"] += [item] if not (reconstruction or has_prompt) else []
+        found["recording"] += [item] if (reconstruction or item.audio_path is not None) and not _has_recording(item) else []
     return {name: lacking for name, lacking in found.items() if lacking}
+
+
+def _has_recording(item: TestItem) -> bool:
+    return item.audio_path is not None and is_file(item.audio_path)
 
 
 def other_recordings(items: Sequence[TestItem]) -> list[TestItem | None]:
@@ -464,9 +468,14 @@ class WavFolder:
 
     def check(self) -> None:
         """UserError where no item has a file."""
-        if self._items and not any(self.found(item) for item in self._items):
+        if self._items and not any(self.has(item) for item in self._items):
+            self.found(self._items[0])  # names the files where there are several
             wanted, count = f"{self._items[0].file_stem}.wav", len(self._items)
             raise UserError(f"no wav to score: got none of {count} in '{self.folder}', expected files such as {wanted}; check the folder")
+
+    def has(self, item: TestItem) -> bool:
+        """Whether there is one file of ``item``: not none, and not several of its name."""
+        return self._quietly(item) is not None
 
     def found(self, item: TestItem) -> Path | None:
         """The file of ``item``; None when there is none. UserError where several have its name."""

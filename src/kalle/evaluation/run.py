@@ -104,7 +104,8 @@ class EvaluateConfig(Settings):
     """Processes that score beside this one; 0: none, None: one a core where the list is long enough. A script that asks for some needs
     the guard ``if __name__ == "__main__"``, for they are started anew."""
     check: bool = False
-    """Stop once the list is read and the metrics and the weights are loaded, and say so: nothing is scored or written."""
+    """Stop once the list is read, its files are looked for and the metrics and the weights are loaded, and say so: nothing is scored or
+    written. Wavs, prompts or recordings that no item has are a UserError; of those that some items lack a warning tells the number."""
 
     def __post_init__(self) -> None:
         for name, given in (("out", self.out), ("model", self.model), ("wavs", self.wavs)):
@@ -170,13 +171,12 @@ def _check_files(config: EvaluateConfig, test_list: TestList) -> None:
     if config.kind == "wavs":
         wavs = WavFolder(config.wavs or "", items)
         wavs.check()
-    prompts = config.synthesis.prompts if config.kind == "synthesis" else None
-    recordings = config.kind == "reconstruction" or config.score_recordings
-    for name, lacking in without_files(items, prompts, wavs, recordings).items():
+    prompts = config.synthesis.prompts if config.kind == "synthesis" else "none"
+    for name, lacking in without_files(items, prompts, wavs, config.kind == "reconstruction").items():
         text = f"no {name} for {len(lacking)} of {len(items)} items of '{test_list.source}', the first '{lacking[0].id}'"
         if len(lacking) == len(items):
-            raise UserError(f"{text}: expected files that are there; correct the list or its paths")
-        logger.warning("%s: each will be an error row; correct the list or its paths", text)
+            raise UserError(f"{text}: expected one file for each; correct the list or its paths")
+        logger.warning("%s: each gets an error row; correct the list or its paths", text)
 
 
 def _pool(config: EvaluateConfig, languages: Sequence[str], items: int) -> ScoringPool:
