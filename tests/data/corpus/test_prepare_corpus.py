@@ -15,7 +15,7 @@ from kalle.data import shared_work
 from kalle.data.corpus import prepare
 from kalle.data.corpus.cuts import load_cuts
 from kalle.data.corpus.items import REASONS, PrepareOptions, Rejection, Source, SourceItem, SplitPolicy
-from kalle.data.corpus.lists import read_csv_corpus, read_jsonl_corpus
+from kalle.data.corpus.lists import read_csv_corpus, read_folder, read_jsonl_corpus
 from kalle.data.corpus.prepare import Prepared, prepare_corpus
 from kalle.errors import UserError
 
@@ -330,21 +330,46 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("through_a_link", [False, True])
-def test_a_recording_is_never_replaced_by_its_conversion(tmp_path: Path, through_a_link: bool) -> None:
-    folder = tmp_path / "in" / "audio"
-    folder.mkdir(parents=True)
-    soundfile.write(folder / "a.flac", np.stack([speech()] * 2, 1), 16000)
-    place = folder / "a.flac"
-    if through_a_link:
-        place = tmp_path / "a.flac"
-        place.symlink_to(folder / "a.flac")
+def stereo(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.stack([speech()] * 2, 1), 16000)
+    return path
+
+
+@pytest.mark.parametrize("link", [None, "a.flac", "other.flac"])
+def test_a_recording_is_never_replaced_by_its_conversion(tmp_path: Path, link: str | None) -> None:
+    place = stereo(tmp_path / "in" / "audio" / "a.flac")
+    if link is not None:
+        (tmp_path / link).symlink_to(place)
+        place = tmp_path / link
     before = content(tmp_path / "in")
     with pytest.raises(UserError, match=r"would replace its source.*choose another"):
         prepare_corpus(Source("toy", [SourceItem("a", place, "a text")]), tmp_path / "in", OPTIONS)
     assert content(tmp_path / "in") == before
     prepare_corpus(Source("toy", [SourceItem("b", place, "a text")]), tmp_path / "in", OPTIONS)
     assert before.items() < content(tmp_path / "in").items()
+
+
+def test_a_recording_is_never_replaced_by_another_ones_conversion(tmp_path: Path) -> None:
+    taken, other, circle = stereo(tmp_path / "in" / "audio" / "a.flac"), stereo(tmp_path / "a.wav"), tmp_path / "circle.flac"
+    circle.symlink_to(circle)
+    before = content(tmp_path / "in")
+    items = [SourceItem("circle", circle, "a text"), SourceItem("a", other, "a text"), SourceItem("b", taken, "another text")]
+    with pytest.raises(UserError, match=r"would replace its source.*a\.flac.*choose another"):
+        prepare_corpus(Source("toy", items), tmp_path / "in", OPTIONS)
+    assert content(tmp_path / "in") == before
+
+
+def test_a_corpus_beside_its_own_recordings_is_prepared_again_and_again(tmp_path: Path) -> None:
+    folder = tmp_path / "audio"
+    folder.mkdir()
+    soundfile.write(folder / "mono.flac", speech(), 16000)
+    stereo(folder / "two.wav")
+    for name in ("mono", "two"):
+        (folder / f"{name}.txt").write_text(f"the text of {name}")
+    kept = [prepare_corpus(read_folder(folder), tmp_path, OPTIONS).report["kept"] for _ in range(3)]
+    assert kept[0] == 2
+    assert min(kept) >= 2
 
 
 @pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (-1.0, 1.0), (1.0, 1.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from kalle.audio import Audio, AudioError, cancelled, clipped_share, load_channe
 from kalle.data.corpus.cuts import is_resampled_cheaply
 from kalle.data.corpus.items import TAG, PrepareOptions, Rejection, SourceItem, normalised
 from kalle.decoding import HEADER, Decoded, Span, open_audio
+from kalle.errors import UserError
 from kalle.text.tokenizer import unspeakable
 from kalle.truncation import refuse_cut_short
 
@@ -250,9 +252,25 @@ def _stored(item: SourceItem, sound: ItemAudio, wanted_hz: int, out: Path) -> tu
     if sound.channels is None or (plain and _soundfile_agrees(item, sound)):
         return str(item.audio), sound.rate_hz, sound.file_samples, sound.start_samples
     relative = f"audio/{item.id}.flac"
+    _refuse_itself(item.audio, out, out / relative)
     converted = resample(mix_down(sound.channels), sound.rate_hz, wanted_hz)
     write_audio(out / relative, converted, wanted_hz)
     return relative, wanted_hz, converted.size, 0
+
+
+def _refuse_itself(audio: Path, out: Path, place: Path) -> None:
+    """A UserError where ``place`` in the corpus ``out`` is the recording ``audio`` itself, through links too."""
+    with suppress(OSError):  # nothing is there
+        if place.samefile(audio):
+            raise replaces_source(out, audio)
+
+
+def replaces_source(out: Path, taken: Path) -> UserError:
+    """The refusal of a corpus folder ``out`` in which a file would take the place of ``taken``, of its source."""
+    return UserError(
+        f"the corpus would replace its source: got '{out}', where a file takes the place of '{taken}', expected a folder beside the "
+        "source; choose another one"
+    )
 
 
 def _soundfile_agrees(item: SourceItem, sound: ItemAudio) -> bool:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
@@ -19,7 +19,7 @@ from typing import Any
 
 from lhotse import MonoCut
 
-from kalle.data.corpus.check import Kept, check_item
+from kalle.data.corpus.check import Kept, check_item, replaces_source
 from kalle.data.corpus.cuts import COMPLETED_NAME, REPORT_JSON, REPORT_MD, cuts_path, make_cut, write_cuts
 from kalle.data.corpus.items import REASONS, SPLITS, PrepareOptions, Rejection, Source, SourceItem, word_count
 from kalle.data.shared_work import ResumeJournal
@@ -213,11 +213,11 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
     items already checked are not checked again. ``jobs`` processes check items; the result does not depend on how many. Raises
     UserError when no item at all is fit, ``out`` would replace files of the source, or the disk refuses; then no partial file stays.
     """
-    _check_apart(source, out)
     fingerprint = source_fingerprint(source, options)
     finished = _finished_report(out, fingerprint)
     if finished is not None:
         return Prepared(out, finished, unchanged=True, resumed_items=0)
+    _check_apart(source, out)
     with output_folder(out):
         (out / COMPLETED_NAME).unlink(missing_ok=True)
         journal = ResumeJournal(out / JOURNAL_NAME, fingerprint)
@@ -238,19 +238,34 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
 
 
 def _check_apart(source: Source, out: Path) -> None:
-    """A UserError where ``out`` would replace a recording by its conversion, or a list that was read by the one that is written."""
+    """A UserError where ``out`` would replace a list that was read, or a recording by the conversion of another one.
+
+    That of its own conversion is refused where it is written (`kalle.data.corpus.check`). In a folder that was prepared before, what lies
+    there may be its own conversions, found again, and is not looked at.
+    """
     written = {cuts_path(out, split).resolve() for split in SPLITS}
     taken = next((file for file in source.lists if file.resolve() in written), None)
-    if taken is None and (converted := (out / "audio").resolve()).is_dir():
-        names = {f"{item.id}.flac".casefold() for item in source.items}
-        found = (item.audio for item in source.items if item.audio.name.casefold() in names)
-        with suppress(OSError, RuntimeError, ValueError):  # a name that no file can have, links in a circle
-            taken = next((audio for audio in found if audio.resolve().parent == converted), None)
+    if taken is None and not any((out / name).exists() for name in (COMPLETED_NAME, JOURNAL_NAME)):
+        taken = _replaced(source.items, out / "audio")
     if taken is not None:
-        raise UserError(
-            f"the corpus would replace its source: got '{out}', where a file takes the place of '{taken}', expected a folder beside the "
-            "source; choose another one"
-        )
+        raise replaces_source(out, taken)
+
+
+def _replaced(items: Sequence[SourceItem], folder: Path) -> Path | None:
+    """A recording that lies in ``folder`` under the name that the conversion of another item would have."""
+    names = {f"{item.id}.flac".casefold() for item in items}
+    present: dict[tuple[int, int], str] = {}
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.casefold() in names:
+                state = entry.stat()
+                present[state.st_dev, state.st_ino] = entry.name.casefold()
+    for item in items if present else ():
+        with suppress(OSError, ValueError):  # not there, links in a circle, a name that no file can have
+            state = item.audio.stat()
+            if present.get((state.st_dev, state.st_ino), f"{item.id}.flac".casefold()) != f"{item.id}.flac".casefold():
+                return item.audio
+    return None
 
 
 def source_fingerprint(source: Source, options: PrepareOptions) -> str:
