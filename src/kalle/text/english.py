@@ -89,7 +89,7 @@ _UNITS = {
     "µs": "microseconds", "μs": "microseconds", "mA": "milliamps", "GW": "gigawatts", "kcal": "kilocalories", "kJ": "kilojoules",
     "kPa": "kilopascals", "hPa": "hectopascals", "km³": "cubic kilometers", "dL": "deciliters", "gal": "gallons", "yrs": "years",
     "wks": "weeks", "mos": "months", "mm²": "square millimeters", "mi²": "square miles", "sq mi": "square miles", "sq m": "square meters",
-    "℉": "degrees Fahrenheit", "%": "percent", "‰": "per mille", "¢": "cents", "Ω": "ohms", "kΩ": "kilohms", "Ah": "amp hours",
+    "℉": "degrees Fahrenheit", "%": "percent", "‰": "per mille", "¢": "cents", "Ω": "ohms", "Ah": "amp hours",
     "Wh": "watt hours", "kV": "kilovolts", "mV": "millivolts",
 }  # fmt: skip
 _PER = {
@@ -189,57 +189,27 @@ def _engine() -> inflect.engine:
     return inflect.engine()
 
 
-_ARTICLE = re.compile(
-    r"\b(?:([Aa]n?)|[Tt]he|[Tt]his|[Ee]ach|[Ee]very|[Aa]nother|[Mm]y|[Yy]our|[Hh]is|[Hh]er|[Ii]ts|[Oo]ur|[Tt]heir) (?:[\d.]+ (?:to|or) )?$"
-)
-_NO_NOUN = re.compile(
-    r"[ -](?:of|in|on|at|by|for|from|to|with|within|between|per|and|or|is|are|was|were|that|which|it|he|she|we|they|you|has|have|had|will|"
-    r"would|can|could|away|apart|more|less|each|then|than|as|but|so|if|when|because|until|before|after|ago|later|left)\b"
-)
-_TIMED = re.compile(r"\b(?:[Tt]ook|[Tt]ak(?:es?|ing)|(?:[Ll]ast|[Ww]ait|[Rr]est)(?:s|ed|ing)?(?: for)?) $")
-"""Only a time follows these, even where its unit could be another."""
-_SECONDS_FOLLOW = re.compile(
-    r"(?:\d ?(?:hours?|hrs?|h|minutes?|mins?|m)(?: and)?|\b(?:[Ff]or|[Ii]n|[Aa]fter|[Ww]ithin|[Ee]very|[Aa]nother)) $"
-)
-_TIMED_NOUN = re.compile(
-    r" (?:clip|video|timer|timeout|delay|ad|limit|window|pause|break|interval|countdown|exposure|penalty|plank|sprint|hold)s?\b"
-)
-
-
-def _before(match: re.Match[str], wanted: re.Pattern[str]) -> re.Match[str] | None:
-    """``wanted`` at the end of what precedes ``match``."""
-    return wanted.search(match.string[max(0, match.start() - 24) : match.start()])
-
-
-def _modifies(match: re.Match[str]) -> bool:
-    """Whether the amount of ``match`` stands between an article and a noun, as in "a 100 W bulb": then its unit has no plural."""
-    article, behind = _before(match, _ARTICLE), match.string[match.end() : match.end() + 12]
-    is_followed = re.match(r"[ -]\w" if article and article[1] else r"[ -](?:[a-z]|[A-Z]{2})", behind)
-    return article is not None and is_followed is not None and not _NO_NOUN.match(behind)
-
-
-def _amount(match: re.Match[str], words: str) -> str:
-    """The number ``match[1]`` and a plural unit, which is singular behind one and before a noun."""
-    is_singular = match[0].removeprefix(match[1]).startswith("-") or _modifies(match)
-    return f"{plain(match[1])} {_one(words, '1' if is_singular else match[1])}"
-
-
 def _one(words: str, number: str) -> str:
     """A plural unit in the singular where ``number`` is 1."""
     if number != "1" or words in ("percent", "per mille") or words.endswith("hertz"):
         return words
     head, _, tail = words.partition(" ")
-    if head in ("square", "cubic", "kilowatt", "watt", "amp", "milliamp"):
+    if head in ("square", "cubic", "kilowatt", "watt", "amp"):
         return f"{head} {_one(tail, number)}"
     singular = {"feet": "foot", "inches": "inch"}.get(head, head.removesuffix("s"))
     return f"{singular} {tail}".strip()
 
 
+_NOUN = re.compile(r" (?!(?:of|by|or|and|to|in|per|each|apart|away)\b)[a-z]")
+"""Behind "a 100 W", where the unit has no plural: the article wants a noun."""
+
+
 def _unit(match: re.Match[str]) -> str:
-    behind = re.match(r" (?:\d|[A-Z][a-z])|-\d", match.string[match.end() : match.end() + 3])
-    if match[2] in ("W", "V") and behind and (behind[0][0] == "-" or not _modifies(match)):
-        return match[0]  # a street in the west, a part of a name, an oil
-    return _amount(match, _UNITS[match[2]])
+    if match[2] in ("W", "V") and re.match(r" (?:\d|[A-Z][a-z])", match.string[match.end() :]):
+        return match[0]  # a street in the west, a part of a name
+    article = re.search(r"\b[Aa]n? $", match.string[max(0, match.start() - 4) : match.start()])
+    before_noun = article and _NOUN.match(match.string, match.end())
+    return f"{plain(match[1])} {_one(_UNITS[match[2]], '1' if before_noun else match[1])}"
 
 
 def _apart(match: re.Match[str]) -> str:
@@ -252,7 +222,7 @@ def _money(match: re.Match[str]) -> str:
     scale = _SCALES.get(match["short"] or "", match["scale"])
     whole, _, fraction = number.partition(".")
     major, minor = _CURRENCIES[sign]
-    plural = major if major in _SAME_IN_PLURAL or _modifies(match) else f"{major}s"
+    plural = major if major in _SAME_IN_PLURAL else f"{major}s"
     if scale:
         return f"{plain(number)} {scale} {plural}"
     if len(fraction) != 2 or not minor:
@@ -345,7 +315,7 @@ def _place_on_earth(match: re.Match[str]) -> str:
 
 
 def _rate(match: re.Match[str]) -> str:
-    return f"{_amount(match, _UNITS[match[2]])} per {_PER[match[3]]}"
+    return f"{plain(match[1])} {_one(_UNITS[match[2]], match[1])} per {_PER[match[3]]}"
 
 
 def _lines_of_video(match: re.Match[str]) -> str:
@@ -419,19 +389,6 @@ def _two_numbers(match: re.Match[str]) -> str:
 def _duration(match: re.Match[str]) -> str:
     parts = [(part, name) for part, name in zip(match.groups(), ("hours", "minutes", "seconds"), strict=True) if part]
     return " ".join(f"{plain(str(int(part)))} {_one(name, str(int(part)))}" for part, name in parts)
-
-
-def _tens(match: re.Match[str]) -> str:
-    """A decade; what the words around it make seconds stays for a later rule."""
-    is_time = _before(match, _TIMED) or _before(match, _SECONDS_FOLLOW) or _TIMED_NOUN.match(match.string[match.end() : match.end() + 12])
-    return match[0] if match[0][0].isdigit() and match[0][1:] == "0s" and is_time else _TENS[int(match[1])]
-
-
-def _minutes_or_seconds(match: re.Match[str]) -> str:
-    """A number and m or s that the words around it make a time."""
-    behind = match.string[match.end() : match.end() + 7]
-    is_time = _before(match, _TIMED) or re.match(r" (?:ago|later)\b", behind) or (match[2] == "s" and _before(match, _SECONDS_FOLLOW))
-    return _amount(match, {"m": "minutes", "s": "seconds"}[match[2]]) if is_time and not behind.startswith(" of ") else match[0]
 
 
 def _amounts(match: re.Match[str]) -> str:
@@ -687,7 +644,6 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"\b([Tt]he) the\b", r"\1"),
         (r"([ap]m|[AP]M|[ap]\.m\.|[AP]\.M\.|:\d\d) ?[-–] ?(?=\d\d?(?::\d\d| ?[AaPp]\.?[Mm]))", r"\1 to "),
         (r"\b(\d\d?) ?[-–] ?(?=\d\d?(?::\d\d)? ?(?:[ap]m|[AP]M|[ap]\.m\.|[AP]\.M\.))", r"\1 to "),
-        (r"(?<=\d:\d\d) ?(?:h|hrs)\b", " hours"),
         (rf"(?<![\d:])(\d\d?):(\d\d)(?::(\d\d))?{_HALF_OF_DAY}?(?![:\d])", _time),
         (rf"(?<![\d.,:$£€-])(1[0-2]|0?[1-9])\.([0-5]\d)(){_HALF_OF_DAY}", _time),
         (rf"\b(\d\d?)(){_HALF_OF_DAY}", _hour),
@@ -697,7 +653,9 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"\b(\d{4}) ?[-–] ?(?=\d{4}s\b)", r"\1 to "),
         (r"\b(1\d|20)(\d)0['’]?s\b", _decade),
         (r"\b100s\b", "hundreds"),
-        (r"(?<!\w)['’]?([1-9])0['’]?s\b", _tens),
+        (r"(?<![\w.])(\d+) ?h ?(\d\d?) ?(?:m|min)(?: ?(\d\d?) ?s)?\b", _duration),
+        (r"(?<![\w.])()(\d+) ?m ?(\d\d?) ?s\b", _duration),
+        (r"(?<!\w)['’]?([1-9])0['’]?s\b", lambda m: _TENS[int(m[1])]),
         (
             rf"([$£€])({_NUMBER}) ?[-–] ?\1?({_NUMBER})(?:\s?(thousand|million|billion|trillion)\b|(k|K|mn?|M|bn?|B|tn|T)\b)?(?!\d)",
             _amounts,
@@ -714,13 +672,7 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         (r"(?<![\w°'])([2-8])['′](\d|1[01])(?![\w'\"′″])", lambda m: f"{plain(m[1])} feet {plain(m[2])}"),
         (rf"(?<!\d)({_NUMBER})°(?: ?(\d+)['′](?: ?(\d+(?:\.\d+)?)[\"″])?)? ?([NSEW])?(?!\w)", _place_on_earth),
         (r"(?<![°\d])(\d+)(?:['′]| ?ft\.?) ?(\d+)(?:[\"″]| ?in\b\.?)", _feet_and_inches),
-        (r"(?<![\w.])(\d+) ?d ?(?=\d+ ?h\b)", lambda m: f"{_amount(m, 'days')} "),
-        (r"(?<![\w.])(\d+) ?h ?(\d\d?) ?(?:m|min)(?: ?(\d\d?) ?s)?\b", _duration),
-        (r"(?<![\w.])(\d\d?)h([0-5]\d)()\b", _duration),
-        (r"(?<![\w.])()(\d+) ?m ?(\d\d?) ?s\b", _duration),
-        (r"(?<![\w.])(\d{1,2}(?:\.\d+)?)[ -]?s\b", lambda m: _amount(m, "seconds")),
-        (r"(?<![\w.])(\d{1,3}) ?([ms])\b", _minutes_or_seconds),
-        (r"(?<![\w.])(\d+)[ -]?A(?= (?:fuse|charger|breaker|circuit|supply|adapter|socket|outlet|load|current)s?\b)", r"\1 amp"),
+        (r"(?<![\w.])(\d{1,2}(?:\.\d+)?) ?s\b", lambda m: f"{plain(m[1])} {_one('seconds', m[1])}"),
         (rf"(?<!\d)({_NUMBER}) ?(%|°C|°F|°|℃|℉) ?[-–] ?(?={_NUMBER} ?\2)", r"\1 to "),
         (rf"(?<=[\d{_NO_YEAR}]) ?[-−–] ?(?=\d+(?:\.\d+)? ?=)|(?<=\d) ?− ?(?=\d)|(?<=\b[a-z]) [-−] (?=\d)", " minus "),
         (rf"(?<![\d.])(?<!\d-)({_NUMBER}) ?[-–] ?(?=(\d+(?:\.\d+)?))", _two_numbers),
@@ -738,8 +690,8 @@ RULES: tuple[tuple[re.Pattern[str], _Replacement], ...] = tuple(
         ),
         (r"(?<=[\dKkM])\+(?!\w)|(?<=\b[A-F])\+(?!\w)", " plus"),
         (r"(\b(?:\d+ )?\d+/\d+)[\"″](?!\w)", _inches),
-        (rf"(?<![\d.])({_NUMBER})[ -]?({_UNIT})/({'|'.join(sorted(map(re.escape, _PER), key=len, reverse=True))})(?![\w/])", _rate),
-        (rf"(?<![\d.])({_NUMBER})[ -]?({_UNIT})(?![\w°])(?!\.\w)", _unit),
+        (rf"(?<![\d.])({_NUMBER}) ?({_UNIT})/({'|'.join(sorted(map(re.escape, _PER), key=len, reverse=True))})(?![\w/])", _rate),
+        (rf"(?<![\d.])({_NUMBER}) ?({_UNIT})(?![\w°])(?!\.\w)", _unit),
         (r"(?<=\d)(?= (?:1/[234]|2/3|3/4)(?![\d/]))", " and"),
         (r"(?<![\d/])(\d+)/(\d+)(?![\d/])", _fraction),
         (r"(?<=\d)[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-zA-Z])[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|(?<=\b[a-z]{2}|[²³][a-z])[²³]+", _raised),
