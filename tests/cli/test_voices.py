@@ -90,6 +90,17 @@ def test_a_voice_is_never_overwritten_silently(model: Path, recording: Path, cap
     assert (model / "voices" / "x.safetensors").read_bytes() != before
 
 
+@pytest.mark.parametrize("name", ["Zo\u00eb", "Zoe\u0308"])
+def test_no_second_voice_has_a_name_with_its_accents_written_otherwise(model: Path, capsys, name: str) -> None:
+    assert voices(model, "random", "--seed", 3, "--name", "x") == 0
+    there = (model / "voices" / "x.safetensors").rename(model / "voices" / "Zoe\u0308.safetensors")
+    assert voices(model, "random", "--seed", 4, "--name", name) == 2
+    assert "exists: expected a new one" in capsys.readouterr().err
+    assert voices(model, "random", "--seed", 4, "--name", name, "--force") == 0
+    assert Voice.load(there).seed == 4
+    assert list(there.parent.iterdir()) == [there]
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_a_voice_made_meanwhile_is_not_overwritten(model: Path, capsys, monkeypatch, links: bool) -> None:
     def without_links(*arguments: object) -> None:

@@ -189,11 +189,12 @@ def check(
 def target(model: Path, out: Path | None, name: str, force: bool) -> Path:
     """The file to write; a UserError for a bad name, or when it exists and may not be overwritten."""
     from kalle.checkpoint import in_package
-    from kalle.synthesis.voice import SUFFIX, voice_path
+    from kalle.synthesis.voice import SUFFIX, named_file, voice_path
 
     path = voice_path(model, name) if out is None else out
-    if out is None and in_package(model):
-        path = Path(path.name)  # found there by its name, too
+    if out is None:
+        path = Path(path.name) if in_package(model) else path  # found there by its name, too
+        path = named_file(path.parent, path.stem) or path  # an accent may be written otherwise there
     if path.suffix != SUFFIX:
         raise UserError(f"cannot write '{path}': got the suffix '{path.suffix}', expected {SUFFIX}; rename the voice file")
     if path.exists() and not force:
