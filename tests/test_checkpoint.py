@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -57,8 +58,12 @@ def test_part_folder_takes_the_whole_folder_or_the_part(tmp_path):
     assert part_folder(tmp_path / "name", "lm") == part_folder(tmp_path / "name" / "lm", "lm") == tmp_path / "name" / "lm"
     save_part(tmp_path / "renamed", {}, _module())
     assert part_folder(tmp_path / "renamed", "lm") == tmp_path / "renamed"
-    for folder, part in ((tmp_path / "name", "flowvae"), (tmp_path / "none", "lm"), (tmp_path, "lm")):
-        with pytest.raises(UserError, match=rf"not a weight folder: (there is no folder|no .* \({part}/\) in) .*{part}/config.json"):
+    for folder, part, lacks in (
+        (tmp_path / "name", "flowvae", r"no Flow-VAE \(flowvae/\) in"),
+        (tmp_path, "lm", r"no language model \(lm/\) in"),
+        (tmp_path / "none", "lm", "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=rf"not a weight folder: {lacks} '{re.escape(str(folder))}', expected {part}/config.json"):
             part_folder(folder, part)
 
 
