@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Whisper's English normaliser: numbers that only punctuation parts become one number, or their sum, so a faultless transcript of a list has errors.
+# Whisper's English normaliser: numbers separated only by punctuation become one number, or their sum, so a faultless transcript of a list has errors.
 #
 # The normaliser is there so that "ten" and "10" count as one word. One would guess that it writes each number of "six, seven and eight" in digits,
 # and that the word error rate behind it is 0 where a recogniser writes "6, 7 and 8".
