@@ -25,7 +25,7 @@ _COST_SECONDS = 0.01
 _CANDIDATES = 6
 """Peaks of a frame that a path may take."""
 _SILENCE_STRENGTH = 2.0
-"""More than any path through peaks, whose periodicity is 1 at most, can be worth."""
+"""More than any path through peaks is worth: their periodicity reaches 1.3 in speech, where a window sees a sound begin."""
 
 
 @torch.no_grad()
@@ -36,13 +36,15 @@ def track_pitch(wav: Tensor, hop: int = 160, sample_rate: int = 16000, lowest_hz
     (Boersma 1993, "Accurate short-term analysis of the fundamental frequency and the harmonics-to-noise ratio of a sampled sound").
     Frame n is centred at sample n * hop + hop / 2, as in the inverse-STFT decoder.
 
-    Of our own, because a training step tracks the pitch of all its crops: on 91 s of speech it took 0.9 s of one core, where librosa's
+    Of our own, because a training step tracks the pitch of all its crops: on 91 s of speech it took 0.5 s of one core, where librosa's
     pyin takes 29 s, from which it differs by 1.0 percent in the median and by more than a fifth in one voiced frame of five hundred (one
     of 26, did each frame choose for itself); torchaudio's ``detect_pitch_frequency`` does not tell what is voiced.
     """
     strength, hertz, loud = _candidates(wav, hop, sample_rate, lowest_hz, highest_hz)
     unvoiced = torch.where(loud, _VOICING_THRESHOLD + _OCTAVE_COST * math.log2(_USUAL_HZ / lowest_hz), _SILENCE_STRENGTH)
-    chosen = _cheapest_path(strength, unvoiced, hertz.log2(), _COST_SECONDS * sample_rate / hop)
+    # Thousands of small operations, one waiting for the other: a GPU would launch each.
+    path = _cheapest_path(strength.cpu(), unvoiced.cpu(), hertz.log2().cpu(), _COST_SECONDS * sample_rate / hop)
+    chosen = path.to(wav.device)
     voiced = chosen < _CANDIDATES
     return torch.where(voiced, hertz.gather(-1, chosen.clamp(max=_CANDIDATES - 1)[..., None])[..., 0], math.nan)
 
