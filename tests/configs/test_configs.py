@@ -191,6 +191,7 @@ def test_a_composed_configuration_is_the_default_dataclass(root: str) -> None:
     [
         ("train_flowvae", "experiment=nano_flowvae_decoder", "discriminators", "width: 0.125", DiscriminatorConfig(width=0.125)),
         ("train_flowvae", "flowvae=dim64_no_flow", "flowvae.flow", "couplings: 2", FlowConfig(couplings=2)),
+        ("train_flowvae", "discriminators=null", "discriminators", "width: 0.5", DiscriminatorConfig(width=0.5)),
         ("train_lm", "experiment=lora", "callbacks.ema", "decay: 0.5", EMAConfig(decay=0.5)),
     ],
 )
@@ -208,6 +209,7 @@ def test_what_an_experiment_leaves_out_can_be_put_back(root: str, first: str, ke
     ("root", "overrides", "expected"),
     [
         ("train_lm", ["sed=1"], ["'sed'", "seed", "threads", "objective"]),
+        ("train_lm", ["init.folder=x"], ["unknown", "'init.folder'", "init, freeze"]),
         ("train_lm", ["objective.end_weigth=1"], ["'objective.end_weigth'", "objective.end_weight", "objective.input_noise"]),
         ("train_flowvae", ["objective={mel_wieght: 1}"], ["'objective.mel_wieght'", "objective.mel_weight"]),
         ("train_flowvae", ["flowvae=nano", "flowvae.decoder.chanels=4"], ["'flowvae.decoder.chanels'", "flowvae.decoder.n_fft"]),

@@ -328,7 +328,7 @@ def _choices(group: str) -> list[str]:
 
 def _unknown(key: str, config_name: str, overrides: list[str]) -> UserError:
     node, prefix, following = _deepest(config_name, key, overrides)
-    if following is not None:  # an experiment may have set what the class knows as an object to null
+    if following is not None and _is_object(config_name, [*prefix, following]):  # an experiment may have set one to null
         value = next((word.partition("=")[2] for word in overrides if word.lstrip("+").startswith(f"{key}=")), "…")
         for name in reversed(key.split(".")[len(prefix) + 1 :]):
             value = f"{{{name}: {value}}}"
@@ -345,6 +345,17 @@ def _causes(error: BaseException) -> list[BaseException]:
         chain.append(following)
         following = following.__cause__ or following.__context__
     return chain
+
+
+def _is_object(config_name: str, names: list[str]) -> bool:
+    """Whether the dataclass of a training has an object at ``names``, which may be null."""
+    from kalle.training import FlowVAETrainingConfig, LMTrainingConfig
+
+    found: Any = {"train_flowvae": FlowVAETrainingConfig, "train_lm": LMTrainingConfig}.get(config_name)
+    for name in names:
+        hint = typing.get_type_hints(found).get(name) if found is not None else None
+        found = next((choice for choice in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(choice)), None)
+    return found is not None
 
 
 def _valid(config_name: str, key: str, overrides: list[str]) -> str:
@@ -367,7 +378,7 @@ def _deepest(config_name: str, key: str, overrides: list[str]) -> tuple[DictConf
     from omegaconf import DictConfig
 
     GlobalHydra.instance().clear()
-    groups = [word for word in overrides if (configs_dir() / word.split("=")[0].lstrip("+")).is_dir()]
+    groups = [word for word in overrides if (configs_dir() / word.split("=")[0].lstrip("+")).is_dir() or word.endswith("=null")]
     with initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
         try:
             node: Any = hydra_compose(config_name, groups)
