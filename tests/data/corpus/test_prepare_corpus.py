@@ -350,7 +350,10 @@ def test_a_recording_is_never_replaced_by_its_conversion(tmp_path: Path, link: s
     assert before.items() < content(tmp_path / "in").items()
 
 
-def test_a_recording_is_never_replaced_by_another_ones_conversion(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepared_before", [False, True])
+def test_a_recording_is_never_replaced_by_another_ones_conversion(tmp_path: Path, prepared_before: bool) -> None:
+    if prepared_before:
+        prepare_corpus(Source("toy", [SourceItem("c", stereo(tmp_path / "c.wav"), "a text")]), tmp_path / "in", OPTIONS)
     taken, other, circle = stereo(tmp_path / "in" / "audio" / "a.flac"), stereo(tmp_path / "a.wav"), tmp_path / "circle.flac"
     circle.symlink_to(circle)
     before = content(tmp_path / "in")

@@ -240,13 +240,11 @@ def prepare_corpus(source: Source, out: Path, options: PrepareOptions, progress:
 def _check_apart(source: Source, out: Path) -> None:
     """A UserError where ``out`` would replace a list that was read, or a recording by the conversion of another one.
 
-    That of its own conversion is refused where it is written (`kalle.data.corpus.check`). In a folder that was prepared before, what lies
-    there may be its own conversions, found again, and is not looked at.
+    Whether the other one would be converted at all is not asked. By its own conversion: `kalle.data.corpus.check`, where that is written.
     """
     written = {cuts_path(out, split).resolve() for split in SPLITS}
     taken = next((file for file in source.lists if file.resolve() in written), None)
-    if taken is None and not any((out / name).exists() for name in (COMPLETED_NAME, JOURNAL_NAME)):
-        taken = _replaced(source.items, out / "audio")
+    taken = taken or _replaced(source.items, out / "audio")
     if taken is not None:
         raise replaces_source(out, taken)
 
