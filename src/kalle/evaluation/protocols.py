@@ -138,6 +138,8 @@ def without_files(items: Sequence[TestItem], prompts: Prompts, wavs: WavFolder |
         has_prompt = prompts != "list" if item.prompt_path is None else is_file(item.prompt_path)
         if prompts == "speaker":
             has_prompt = has_prompt and other is not None and _has_recording(other)
+        elif item.prompt_path is None and other is not None:  # what the speech is compared with
+            has_prompt = has_prompt and _has_recording(other)
         found["wav"] += [item] if wavs is not None and not wavs.has(item) else []
         found["prompt"] += [item] if not (reconstruction or has_prompt) else []
         found["recording"] += [item] if (reconstruction or item.audio_path is not None) and not _has_recording(item) else []
