@@ -200,14 +200,14 @@ def _one(words: str, number: str) -> str:
     return f"{singular} {tail}".strip()
 
 
-_NOUN = re.compile(r" (?!(?:of|by|or|and|to|in|per|each|apart|away)\b)[a-z]")
+_NOUN = re.compile(r" (?!(?:of|by|or|and|to|in|per|each|apart|away|is|was|were|from|for|with|at|on|that|which|if|when)\b)[a-z]")
 """Behind "a 100 W", where the unit has no plural: the article wants a noun."""
 
 
 def _unit(match: re.Match[str]) -> str:
     if match[2] in ("W", "V") and re.match(r" (?:\d|[A-Z][a-z])", match.string[match.end() :]):
         return match[0]  # a street in the west, a part of a name
-    article = re.search(r"\b[Aa]n? $", match.string[max(0, match.start() - 4) : match.start()])
+    article = re.search(r"(?:\ban?|(?:^|[.!?] )An?) $", match.string[max(0, match.start() - 6) : match.start()])
     before_noun = article and _NOUN.match(match.string, match.end())
     return f"{plain(match[1])} {_one(_UNITS[match[2]], '1' if before_noun else match[1])}"
 
