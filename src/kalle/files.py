@@ -114,9 +114,10 @@ def output_folder(path: Path) -> Iterator[None]:
     A DiskError when it does not, and as in ``disk_errors`` later on. After a failure the folders made here are removed, unless they hold
     something.
     """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing: list[Path] = []
     try:
         with disk_errors(path):
+            missing += [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 pass
