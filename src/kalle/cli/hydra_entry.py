@@ -378,12 +378,13 @@ def _deepest(config_name: str, key: str, overrides: list[str]) -> tuple[DictConf
     from omegaconf import DictConfig
 
     GlobalHydra.instance().clear()
-    groups = [word for word in overrides if (configs_dir() / word.split("=")[0].lstrip("+")).is_dir() or word.endswith("=null")]
+    groups = [word for word in overrides if (configs_dir() / word.split("=")[0].lstrip("+")).is_dir()]
     with initialize_config_dir(version_base="1.3", config_dir=str(configs_dir())):
-        try:
-            node: Any = hydra_compose(config_name, groups)
-        except HydraException:
-            node = hydra_compose(config_name)
+        node: Any = None
+        for words in ([*groups, *(word for word in overrides if word.endswith("=null"))], groups, []):
+            with suppress(HydraException, ValueError, AssertionError):
+                node = hydra_compose(config_name, words)
+                break
     prefix: list[str] = []
     for part in key.split(".")[:-1]:
         child = node._get_node(part) if part in node else None
