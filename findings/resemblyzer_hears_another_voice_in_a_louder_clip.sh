@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resemblyzer: a copy of a recording that is ten decibels louder is less like it than the recording of a voice a semitone higher.
+# Resemblyzer: a copy at -20 dB is less like a clip at -30 dB than a copy that is shifted up by a semitone.
 #
 # A speaker embedding says who speaks, and the package's preprocess_wav brings the volume to a target before anything else. One would guess that
 # the cosine of a clip and of the same samples times a constant is 1, as it is where log spectra are normalised.
@@ -7,7 +7,7 @@
 # What happens: the volume is only ever raised, to a root mean square of -30 dB of full scale; a louder clip keeps its level, and its spectrum
 # goes into the network without a logarithm. So all levels up to -30 dB give the same embedding, and above it every decibel counts: with a clip at
 # -30 dB, its copy at -26 dB has a cosine of 0.96, at -24 dB 0.93, at -20 dB 0.87. The clip shifted up by a semitone, at the same level, has 0.93;
-# another sentence of the voice has 0.83 at one level and 0.75 where one of both is at -20 dB. And as the level is that of the whole clip,
+# another sentence of the voice has 0.83 at one level and 0.75 where one of them is at -20 dB. And as the level is that of the whole clip,
 # silence behind a soft one (-35 dB) raises its speech: 8 s of it take 0.06 off the cosine, and nothing off that of a loud one.
 #
 # Why it matters for speech: papers on voice cloning give speaker similarity by Resemblyzer, and tell systems apart by some hundredths. Speech

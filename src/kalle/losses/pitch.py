@@ -25,7 +25,7 @@ _COST_SECONDS = 0.01
 _CANDIDATES = 6
 """Peaks of a frame that a path may take."""
 _SILENCE_STRENGTH = 2.0
-"""More than any path through peaks is worth: their periodicity reaches 1.3 in speech, where a window sees a sound begin."""
+"""More than any path through peaks is worth: the periodicity of a peak reaches 1.3, where a window sees a sound begin."""
 
 
 @torch.no_grad()
