@@ -98,7 +98,7 @@ def one_step_by_hand(config: FlowVAEConfig) -> dict[str, Tensor]:
     torch.optim.SGD(discriminators.parameters(), lr=1e-3).step()
     module.zero_grad()
     for one, output in zip(batches, outputs, strict=True):
-        (module._generator_losses(one.wav, output)["total"] / RANKS).backward()
+        (module._generator_losses(one.wav, output, None, None)["total"] / RANKS).backward()
     torch.optim.SGD(module.flowvae.parameters(), lr=1e-3).step()
     return module.state_dict()
 
