@@ -356,8 +356,10 @@ def test_a_recording_is_never_replaced_by_another_ones_conversion(tmp_path: Path
         prepare_corpus(Source("toy", [SourceItem("c", stereo(tmp_path / "c.wav"), "a text")]), tmp_path / "in", OPTIONS)
     taken, other, circle = stereo(tmp_path / "in" / "audio" / "a.flac"), stereo(tmp_path / "a.wav"), tmp_path / "circle.flac"
     circle.symlink_to(circle)
+    for name in "defghij":  # wherever the system lists the recording, some of these are likely to come first
+        (taken.parent / f"{name}.flac").symlink_to(circle)
     before = content(tmp_path / "in")
-    items = [SourceItem("circle", circle, "a text"), SourceItem("a", other, "a text"), SourceItem("b", taken, "another text")]
+    items = [*(SourceItem(name, circle, "a text") for name in "defghij"), SourceItem("a", other, "a text"), SourceItem("b", taken, "more")]
     with pytest.raises(UserError, match=r"would replace its source.*a\.flac.*choose another"):
         prepare_corpus(Source("toy", items), tmp_path / "in", OPTIONS)
     assert content(tmp_path / "in") == before

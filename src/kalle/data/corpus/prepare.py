@@ -255,11 +255,12 @@ def _replaced(items: Sequence[SourceItem], folder: Path) -> Path | None:
     present: dict[tuple[int, int], str] = {}
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.casefold() in names:
-                state = entry.stat()
-                present[state.st_dev, state.st_ino] = entry.name.casefold()
+            with suppress(OSError):  # links in a circle or to nowhere
+                if entry.name.casefold() in names:
+                    state = entry.stat()
+                    present[state.st_dev, state.st_ino] = entry.name.casefold()
     for item in items if present else ():
-        with suppress(OSError, ValueError):  # not there, links in a circle, a name that no file can have
+        with suppress(OSError, ValueError):  # the same, or a name that no file can have
             state = item.audio.stat()
             if present.get((state.st_dev, state.st_ino), f"{item.id}.flac".casefold()) != f"{item.id}.flac".casefold():
                 return item.audio
